@@ -1,0 +1,1 @@
+"""LLaVA with visual token pruning."""
