@@ -1,0 +1,18 @@
+"""Visual token pruning: the switch, the contract of a method, and the doorway to all of them."""
+
+from llava.pruning.base import KeptTokens, Pruner, VisualTokens, kept_count
+from llava.pruning.config import PruningConfig
+from llava.pruning.doorway import pruning, select
+from llava.pruning.registry import available_methods, register
+
+__all__ = [
+    "KeptTokens",
+    "Pruner",
+    "PruningConfig",
+    "VisualTokens",
+    "available_methods",
+    "kept_count",
+    "pruning",
+    "register",
+    "select",
+]

@@ -1,0 +1,478 @@
+"""Conversations and the prompt templates of the published LLaVA checkpoints.
+
+A checkpoint answers well only under the template it was trained with, so the texts and separators here are
+reproduced to the character.
+"""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass
+from enum import Enum, auto
+from io import BytesIO
+
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+
+# The mean colour of CLIP's training pictures, which "Pad" fills with.
+PAD_COLOUR = (122, 116, 104)
+
+
+class SeparatorStyle(Enum):
+    """How the turns of a conversation are joined into one prompt."""
+
+    SINGLE = auto()
+    TWO = auto()
+    MPT = auto()
+    PLAIN = auto()
+    LLAMA_2 = auto()
+
+
+@dataclass
+class Conversation:
+    """A system text, the turns so far, and the way they are written as one prompt.
+
+    Parameters
+    ----------
+    system : str
+        Text in front of the first turn.
+    roles : tuple of str
+        Names of the user and of the assistant, in this order.
+    messages : sequence of (role, message)
+        A message is a text, ``None`` or ``""`` for a turn that the model is to write, or a tuple
+        ``(text, PIL image, mode)`` with a mode of :meth:`process_image`. In the templates this is a tuple; call
+        :meth:`copy` to get a conversation that turns can be added to.
+    offset : int
+        Number of leading messages that are examples of the template, not part of the dialogue.
+    sep_style : SeparatorStyle
+        How turns are joined.
+    sep, sep2 : str
+        Separators; ``sep2`` ends the assistant's turns where the style tells the two apart.
+    version : str
+        Name of the format; with "mmtag" in it, images are announced in a turn of their own.
+    skip_next : bool
+        Used by serving code to mark a refused turn; not copied.
+    """
+
+    system: str
+    roles: tuple[str, str]
+    messages: list | tuple
+    offset: int
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"
+    sep2: str | None = None
+    version: str = "Unknown"
+    skip_next: bool = False
+
+    def get_prompt(self) -> str:
+        """Write the conversation as one prompt; the conversation itself is left as it is.
+
+        Returns
+        -------
+        str
+            The prompt, ending where the model has to go on if the last turn is empty.
+
+        Raises
+        ------
+        AssertionError
+            In style LLAMA_2, if the first message is empty or not the user's.
+        TypeError
+            If a turn needs a separator that the template does not have (``plain`` has no second one).
+        ValueError
+            If ``sep_style`` is not a :class:`SeparatorStyle`.
+        """
+        writers = {
+            SeparatorStyle.SINGLE: self._write_named_turns,
+            SeparatorStyle.TWO: self._write_named_turns,
+            SeparatorStyle.MPT: self._write_mpt,
+            SeparatorStyle.PLAIN: self._write_plain,
+            SeparatorStyle.LLAMA_2: self._write_llama_2,
+        }
+        if self.sep_style not in writers:
+            raise ValueError(f"Invalid style: {self.sep_style!r}; allowed: {', '.join(map(str, SeparatorStyle))}")
+        turns = [(role, message[0] if isinstance(message, tuple) else message) for role, message in self._turns()]
+        return writers[self.sep_style](turns)
+
+    def _turns(self) -> list:
+        """The messages, with the mark for the image put where the format wants it if the first one has an image."""
+        turns = list(self.messages)
+        if not turns or not isinstance(turns[0][1], tuple):
+            return turns
+        role, (text, *_) = turns[0]
+        text = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
+        if "mmtag" in self.version:
+            announced = [(self.roles[0], f"<Image>{DEFAULT_IMAGE_TOKEN}</Image>"), (self.roles[1], "Received.")]
+            return [*announced, (role, text), *turns[1:]]
+        return [(role, f"{DEFAULT_IMAGE_TOKEN}\n{text}"), *turns[1:]]
+
+    def _write_named_turns(self, turns: list) -> str:
+        ends = (self.sep, self.sep) if self.sep_style is SeparatorStyle.SINGLE else (self.sep, self.sep2)
+        prompt = self.system + self.sep
+        for index, (role, text) in enumerate(turns):
+            prompt += f"{role}: " + text + ends[index % 2] if text else f"{role}:"
+        return prompt
+
+    def _write_mpt(self, turns: list) -> str:
+        prompt = self.system + self.sep
+        for role, text in turns:
+            prompt += role + text + self.sep if text else role
+        return prompt
+
+    def _write_plain(self, turns: list) -> str:
+        ends = (self.sep, self.sep2)
+        prompt = self.system
+        for index, (_, text) in enumerate(turns):
+            prompt += text + ends[index % 2] if text else ""
+        return prompt
+
+    def _write_llama_2(self, turns: list) -> str:
+        if turns and not turns[0][1]:
+            raise AssertionError("the first message of a LLAMA_2 conversation must not be empty")
+        if turns and turns[0][0] != self.roles[0]:
+            raise AssertionError(f"the first message must come from {self.roles[0]!r}, not from {turns[0][0]!r}")
+        prompt = ""
+        for index, (_, text) in enumerate(turns):
+            if not text:
+                continue
+            if index == 0 and self.system:
+                text = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n{text}"
+            prompt += f"{self.sep}[INST] {text} [/INST]" if index % 2 == 0 else f" {text} {self.sep2}"
+        # The tokenizer adds the first <s>. Characters, not a prefix, are stripped: this is what checkpoints were
+        # trained with, and it makes no difference in front of "[INST]".
+        return prompt.lstrip(self.sep)
+
+    def append_message(self, role: str, message: str | tuple | None) -> None:
+        """Add a turn, in place; templates refuse (their messages are a tuple): :meth:`copy` them first."""
+        self.messages.append([role, message])
+
+    def copy(self) -> Conversation:
+        """An independent conversation whose messages are a list of ``[role, message]`` lists."""
+        return Conversation(
+            system=self.system,
+            roles=self.roles,
+            messages=[[role, message] for role, message in self.messages],
+            offset=self.offset,
+            sep_style=self.sep_style,
+            sep=self.sep,
+            sep2=self.sep2,
+            version=self.version,
+        )
+
+    def process_image(
+        self,
+        image: Image.Image,
+        image_process_mode: str,
+        return_pil: bool = False,
+        image_format: str = "PNG",
+        max_len: int = 1344,
+        min_len: int = 672,
+    ) -> Image.Image | str:
+        """Bring an image into the form in which a serving front end sends it.
+
+        Parameters
+        ----------
+        image : PIL.Image.Image
+        image_process_mode : str
+            "Pad": to a square, filled with CLIP's mean colour; "Resize": to 336 x 336; "Default" and "Crop": as it is.
+        return_pil : bool
+            Return the image instead of its base64 text.
+        image_format : str
+            Pillow's name of the format that is encoded.
+        max_len, min_len : int
+            If the longer side has more than ``max_len`` pixels, the image is shrunk until the longer side has at most
+            ``max_len`` and the shorter one at most ``min_len``.
+
+        Raises
+        ------
+        ValueError
+            If the mode is none of the four.
+        """
+        if image_process_mode == "Pad":
+            image = _pad_to_square(image)
+        elif image_process_mode == "Resize":
+            image = image.resize((336, 336))
+        elif image_process_mode not in ("Default", "Crop"):
+            raise ValueError(
+                f"Invalid image_process_mode: {image_process_mode!r}; allowed: 'Pad', 'Resize', 'Default', 'Crop'"
+            )
+        shorter, longer = sorted(image.size)
+        if longer > max_len:
+            aspect = longer / shorter
+            shortest = int(min(max_len / aspect, min_len, shorter))
+            longest = int(shortest * aspect)
+            image = image.resize((shortest, longest) if image.height > image.width else (longest, shortest))
+        if return_pil:
+            return image
+        buffer = BytesIO()
+        image.save(buffer, format=image_format)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    def get_images(self, return_pil: bool = False) -> list[Image.Image | str]:
+        """The images of the user's turns, each after :meth:`process_image` in its own mode."""
+        return [
+            self.process_image(message[1], message[2], return_pil=return_pil)
+            for _, message in self.messages[self.offset :: 2]
+            if isinstance(message, tuple)
+        ]
+
+    def to_gradio_chatbot(self) -> list[list[str | None]]:
+        """The dialogue as ``[user, assistant]`` pairs, images as inline ``<img>`` tags in front of the text."""
+        pairs = []
+        for index, (_, message) in enumerate(self.messages[self.offset :]):
+            if index % 2 == 1:
+                pairs[-1][1] = message
+            elif isinstance(message, tuple):
+                text, image, _ = message
+                encoded = self.process_image(image.convert("RGB"), "Default", image_format="JPEG")
+                tag = f'<img src="data:image/jpeg;base64,{encoded}" alt="user upload image" />'
+                pairs.append([tag + text.replace(DEFAULT_IMAGE_TOKEN, "").strip(), None])
+            else:
+                pairs.append([message, None])
+        return pairs
+
+    def dict(self) -> dict:
+        """The conversation as plain data for a log; of a message with an image only the text is kept."""
+        return {
+            "system": self.system,
+            "roles": self.roles,
+            "messages": [
+                [role, message[0] if isinstance(message, tuple) else message] for role, message in self.messages
+            ],
+            "offset": self.offset,
+            "sep": self.sep,
+            "sep2": self.sep2,
+        }
+
+
+def _pad_to_square(image: Image.Image) -> Image.Image:
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), PAD_COLOUR)
+    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def conv_mode_for(model_name: str) -> str:
+    """Name of the template a checkpoint was trained with, as far as its name tells.
+
+    Parameters
+    ----------
+    model_name : str
+        As :func:`llava.mm_utils.get_model_name_from_path` returns it; case does not matter.
+
+    Returns
+    -------
+    str
+        A key of ``conv_templates``.
+    """
+    name = model_name.lower()
+    for mark, mode in (
+        ("llama-2", "llava_llama_2"),
+        ("mistral", "mistral_instruct"),
+        ("v1.6-34b", "chatml_direct"),
+        ("v1", "llava_v1"),
+        ("mpt", "mpt"),
+    ):
+        if mark in name:
+            return mode
+    return "llava_v0"
+
+
+_CHAT_WITH_USER = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_CHAT_WITH_HUMAN = _CHAT_WITH_USER.replace("user", "human")
+# No space after "natural language.": the checkpoints were trained without it.
+_CHAT_WITH_MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+
+conv_vicuna_v0 = Conversation(
+    system=_CHAT_WITH_HUMAN,
+    roles=("Human", "Assistant"),
+    messages=(
+        (
+            "Human",
+            "What are the key differences between renewable and non-renewable energy sources?",
+        ),
+        (
+            "Assistant",
+            "Renewable energy sources are those that can be replenished naturally in a relatively "
+            "short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+            "Non-renewable energy sources, on the other hand, are finite and will eventually be "
+            "depleted, such as coal, oil, and natural gas. Here are some key differences between "
+            "renewable and non-renewable energy sources:\n"
+            "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+            "energy sources are finite and will eventually run out.\n"
+            "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
+            "than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+            "and other negative effects.\n"
+            "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically "
+            "have lower operational costs than non-renewable sources.\n"
+            "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote "
+            "locations than non-renewable sources.\n"
+            "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
+            "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+            "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+            "non-renewable sources are not, and their depletion can lead to economic and social instability.\n",
+        ),
+    ),
+    offset=2,
+    sep_style=SeparatorStyle.SINGLE,
+    sep="###",
+)
+
+conv_vicuna_v1 = Conversation(
+    system=_CHAT_WITH_USER,
+    roles=("USER", "ASSISTANT"),
+    version="v1",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.TWO,
+    sep=" ",
+    sep2="</s>",
+)
+
+conv_llama_2 = Conversation(
+    system=(
+        "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+        "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+        "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+        "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+        "something not correct. If you don't know the answer to a question, please don't share false information."
+    ),
+    roles=("USER", "ASSISTANT"),
+    version="llama_v2",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.LLAMA_2,
+    sep="<s>",
+    sep2="</s>",
+)
+
+conv_llava_llama_2 = Conversation(
+    system=(
+        "You are a helpful language and vision assistant. "
+        "You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language."
+    ),
+    roles=("USER", "ASSISTANT"),
+    version="llama_v2",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.LLAMA_2,
+    sep="<s>",
+    sep2="</s>",
+)
+
+conv_mistral_instruct = Conversation(
+    system="",
+    roles=("USER", "ASSISTANT"),
+    version="llama_v2",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.LLAMA_2,
+    sep="",
+    sep2="</s>",
+)
+
+conv_mpt = Conversation(
+    system=(
+        "<|im_start|>system\n"
+        "A conversation between a user and an LLM-based AI assistant. "
+        "The assistant gives helpful and honest answers."
+    ),
+    roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    version="mpt",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.MPT,
+    sep="<|im_end|>",
+)
+
+conv_chatml_direct = Conversation(
+    system="<|im_start|>system\nAnswer the questions.",
+    roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
+    version="mpt",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.MPT,
+    sep="<|im_end|>",
+)
+
+conv_llava_plain = Conversation(
+    system="",
+    roles=("", ""),
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.PLAIN,
+    sep="\n",
+)
+
+conv_llava_v0 = Conversation(
+    system=_CHAT_WITH_HUMAN,
+    roles=("Human", "Assistant"),
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.SINGLE,
+    sep="###",
+)
+
+conv_llava_v0_mmtag = Conversation(
+    system=_CHAT_WITH_MMTAG,
+    roles=("Human", "Assistant"),
+    version="v0_mmtag",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.SINGLE,
+    sep="###",
+)
+
+conv_llava_v1 = Conversation(
+    system=_CHAT_WITH_HUMAN,
+    roles=("USER", "ASSISTANT"),
+    version="v1",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.TWO,
+    sep=" ",
+    sep2="</s>",
+)
+
+conv_llava_v1_mmtag = Conversation(
+    system=_CHAT_WITH_MMTAG,
+    roles=("USER", "ASSISTANT"),
+    version="v1_mmtag",
+    messages=(),
+    offset=0,
+    sep_style=SeparatorStyle.TWO,
+    sep=" ",
+    sep2="</s>",
+)
+
+default_conversation = conv_vicuna_v1
+
+conv_templates = {
+    "default": conv_vicuna_v0,
+    "v0": conv_vicuna_v0,
+    "v1": conv_vicuna_v1,
+    "vicuna_v1": conv_vicuna_v1,
+    "llama_2": conv_llama_2,
+    "mistral_instruct": conv_mistral_instruct,
+    "chatml_direct": conv_chatml_direct,
+    "mistral_direct": conv_chatml_direct,
+    "plain": conv_llava_plain,
+    "v0_plain": conv_llava_plain,
+    "llava_v0": conv_llava_v0,
+    "v0_mmtag": conv_llava_v0_mmtag,
+    "llava_v1": conv_llava_v1,
+    "v1_mmtag": conv_llava_v1_mmtag,
+    "llava_llama_2": conv_llava_llama_2,
+    "mpt": conv_mpt,
+}

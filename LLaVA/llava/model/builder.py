@@ -1,0 +1,328 @@
+"""Load a LLaVA checkpoint of any published layout: full, projector-only, or LoRA."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+import llava
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.model.tokenizer import load_tokenizer
+from llava.pruning.config import PruningConfig
+from llava.runtime import is_main_process
+
+EMBEDDED_MODEL = "llava-mini"
+DEFAULT_CONTEXT_LENGTH = 2048
+_CLASSES = {"llama": (LlavaConfig, LlavaLlamaForCausalLM), "mistral": (LlavaMistralConfig, LlavaMistralForCausalLM)}
+
+
+def load_pretrained_model(
+    model_path: str,
+    model_base: str | None,
+    model_name: str,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    device_map: str | dict | None = "auto",
+    device: str | torch.device = "cuda",
+    use_flash_attn: bool = False,
+    torch_dtype: torch.dtype | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    multimodal: bool | None = None,
+    customized_config: str | None = None,
+    **kwargs: Any,
+):
+    """Load tokenizer, model and image processor.
+
+    The switch (``BASELINE``, ``SUBSET_RATIO``, ``LAYER_INDEX``) is read once, here, before any weight.
+
+    Parameters
+    ----------
+    model_path : str
+        A checkpoint folder, a hub id, or "llava-mini", the model that ships with the package.
+    model_base : str or None
+        The language model that a projector-only or LoRA checkpoint goes onto.
+    model_name : str
+        Usually the last part of the path. "lora" in it marks a LoRA checkpoint; a name without "llava" whose
+        configuration is no LLaVA's loads a plain language model.
+    load_8bit, load_4bit : bool
+        Quantise the language model with bitsandbytes; vision tower, projector and output layer stay as they are.
+    device_map : str, dict or None
+        Where the parts go; "auto" fills the GPUs. Overruled by a ``device`` other than "cuda".
+    device : str or torch.device
+        "cuda" leaves the choice to ``device_map``; anything else puts the whole model there.
+    use_flash_attn : bool
+        Use flash-attention 2, which must be installed.
+    torch_dtype, dtype : torch.dtype or str
+        Floating-point type of all weights; float16 when neither is given.
+    multimodal, customized_config
+        Accepted for evaluation harnesses and ignored.
+    **kwargs
+        Go to ``from_pretrained`` (``attn_implementation``, ``cache_dir``, ``revision``, ...).
+
+    Returns
+    -------
+    tokenizer, model, image_processor, context_len
+        The model is in eval mode. image_processor is None for a plain language model. context_len is the
+        configuration's ``max_sequence_length``, else 2048.
+
+    Raises
+    ------
+    ValueError
+        For a wrong switch, dtype or combination of arguments, a checkpoint of another architecture, or a vision tower
+        that is missing.
+    OSError
+        If the checkpoint, or a file of it, is missing or unreadable.
+    """
+    pruning = PruningConfig.from_env()
+    path = resolve_model_path(model_path)
+    kwargs |= _placement(device_map, device)
+    kwargs["dtype"] = _dtype(dtype if dtype is not None else torch_dtype)
+    if use_flash_attn:
+        kwargs["attn_implementation"] = "flash_attention_2"
+    if load_8bit or load_4bit:
+        kwargs["quantization_config"] = _quantization(load_8bit, load_4bit)
+
+    raw_config = _read_config(path)
+    is_lora = "lora" in model_name.lower()
+    if "llava" not in model_name.lower() and not _is_llava(raw_config):
+        return _load_plain(path, model_base, kwargs)
+    if is_lora and model_base is None:
+        warnings.warn(
+            f"{model_name} looks like a LoRA checkpoint: without model_base it is read as a full one", stacklevel=2
+        )
+
+    config_class, model_class = _classes(raw_config, path)
+    config = config_class.from_pretrained(path)
+    config.name_or_path = path
+    if pruning is not None:
+        pruning.check_depth(config.num_hidden_layers)
+
+    weights_path = resolve_model_path(model_base) if model_base else path
+    tokenizer = load_tokenizer(weights_path)
+    model, missing = _load_weights(model_class, weights_path, config, kwargs)
+    if model_base and is_lora:
+        missing -= _load_extra(model, _lora_extras(path))
+        model = _merge_lora(model, path)
+    elif model_base:
+        missing -= _load_extra(model, _torch_file(path, "mm_projector.bin"))
+    _check_filled(model, missing, path)
+
+    _add_image_tokens(model, tokenizer)
+    image_processor = _finish_vision_tower(model, tower_missing=any(".vision_tower." in key for key in missing))
+    _tidy_generation_config(model)
+    model.eval()
+    _announce(model)
+    return tokenizer, model, image_processor, getattr(config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
+
+
+def resolve_model_path(path: str) -> str:
+    """The folder or hub id behind a model's name; "llava-mini" is the checkpoint inside this package."""
+    if path == EMBEDDED_MODEL and not Path(path).is_dir():
+        return str(Path(llava.__file__).parent / "mini" / "checkpoint")
+    return path
+
+
+def _placement(device_map, device) -> dict[str, Any]:
+    """The ``device_map`` that ``from_pretrained`` gets."""
+    name = str(device)
+    if name != "cuda":
+        return {"device_map": {"": name}}
+    if device_map == "auto" and not torch.cuda.is_available():
+        return {"device_map": {"": "cpu"}}
+    return {"device_map": device_map}
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float16
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating type such as float32, float16 or bfloat16, not {dtype!r}")
+    return found
+
+
+def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig:
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit exclude each other")
+    untouched = ["vision_tower", "mm_projector", "lm_head"]
+    if load_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=untouched)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=untouched,
+    )
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    """config.json as it stands: AutoConfig takes model_type "llava" for an unrelated architecture."""
+    if Path(path).is_dir():
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise OSError(f"{path} is no checkpoint: it has no config.json")
+    else:
+        if path.startswith((".", "/", "~")):
+            raise OSError(f"There is no checkpoint folder {path}")
+        try:
+            file = Path(cached_file(path, "config.json"))
+        except OSError as error:
+            raise OSError(f"{path} is neither a folder nor a checkpoint that the hub gives: {error}") from error
+    try:
+        config = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return config
+
+
+def _is_llava(raw_config: dict[str, Any]) -> bool:
+    return "mm_vision_tower" in raw_config or str(raw_config.get("model_type", "")).startswith("llava")
+
+
+def _classes(raw_config: dict[str, Any], path: str):
+    """Configuration and model class by what the checkpoint says of itself, not by the name of its folder."""
+    described = f"{raw_config.get('model_type', '')} {' '.join(raw_config.get('architectures') or [])}".lower()
+    if "mpt" in described:
+        raise ValueError(f"{path}: LLaVA on MPT is not supported (the original could not run it with images either)")
+    if "mistral" in described:
+        return _CLASSES["mistral"]
+    if "llama" in described or raw_config.get("model_type") == "llava":
+        return _CLASSES["llama"]
+    raise ValueError(
+        f"{path} holds model_type {raw_config.get('model_type')!r}, architectures "
+        f"{raw_config.get('architectures')!r}; LLaVA on Llama or Mistral is supported"
+    )
+
+
+def _load_weights(
+    model_class: type[PreTrainedModel], path: str, config, kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model with what the checkpoint holds of it, and the names of the weights it does not hold."""
+    try:
+        model, info = model_class.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise OSError(f"Cannot read the weights in {path}: {error}") from error
+    except Exception as error:
+        if type(error).__name__ == "SafetensorError":
+            raise OSError(f"Cannot read the weights in {path}: {error}") from error
+        raise
+    return model, set(info["missing_keys"])
+
+
+def _torch_file(path: str, name: str) -> dict[str, torch.Tensor]:
+    """Read a tensor dictionary; never unpickles code."""
+    file = Path(path) / name if Path(path).is_dir() else Path(cached_file(path, name))
+    if not file.is_file():
+        raise OSError(f"{path} has no {name}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise OSError(f"Cannot read {file}: {error}") from error
+
+
+def _load_extra(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> set[str]:
+    """Put weights that lie beside the language model's into the model, in its dtype; returns their names."""
+    own = model.state_dict()
+    weights = {key.replace("vision_tower.vision_model.", "vision_tower."): value for key, value in weights.items()}
+    unknown = [key for key in weights if key not in own]
+    if unknown:
+        raise ValueError(f"The checkpoint holds weights this model has not: {', '.join(unknown[:3])}")
+    for key, value in weights.items():
+        if own[key].shape != value.shape:
+            raise ValueError(f"{key} is {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} in the model")
+        own[key].copy_(value)
+    return set(weights)
+
+
+def _lora_extras(path: str) -> dict[str, torch.Tensor]:
+    """What was trained beside the adapters, under the model's own names."""
+    extras = _torch_file(path, "non_lora_trainables.bin")
+    extras = {key.removeprefix("base_model."): value for key, value in extras.items()}
+    if any(key.startswith("model.model.") for key in extras):
+        extras = {key.removeprefix("model."): value for key, value in extras.items()}
+    return extras
+
+
+def _merge_lora(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError("A LoRA checkpoint needs the package peft: pip install peft") from error
+    adapters = PeftConfig.from_pretrained(path)
+    # The adapters were trained on the language model; the tower's projections only share their names.
+    adapters.exclude_modules = r".*(vision_tower|mm_projector).*"
+    return PeftModel.from_pretrained(model, path, config=adapters).merge_and_unload()
+
+
+def _check_filled(model: PreTrainedModel, missing: set[str], path: str) -> None:
+    """Nothing but a vision tower may be missing: what is missing would be left at random values."""
+    missing = sorted(key for key in missing if ".vision_tower." not in key)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"{path} does not hold all weights of {type(model).__name__}: {', '.join(missing[:3])}{more} missing "
+            "(a projector-only or LoRA checkpoint needs model_base)"
+        )
+
+
+def _add_image_tokens(model: PreTrainedModel, tokenizer) -> None:
+    if getattr(model.config, "mm_use_im_patch_token", True):
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+    if getattr(model.config, "mm_use_im_start_end", False):
+        tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+    if model.get_input_embeddings().num_embeddings != len(tokenizer):
+        model.resize_token_embeddings(len(tokenizer))
+
+
+def _finish_vision_tower(model: PreTrainedModel, tower_missing: bool):
+    """Fill the tower from its own folder unless the checkpoint brought its weights; returns the image processor."""
+    tower = model.get_vision_tower()
+    if tower_missing:
+        weight = next(model.get_model().mm_projector.parameters(), model.get_input_embeddings().weight)
+        tower.load_model(device_map={"": weight.device}, dtype=weight.dtype)
+    else:
+        tower.mark_loaded()
+    return tower.image_processor
+
+
+def _tidy_generation_config(model: PreTrainedModel) -> None:
+    """Make the published generation settings mean what they meant, without a warning a call.
+
+    ``max_length`` counted the tokens after the prompt; sampling temperatures without sampling mean nothing.
+    """
+    settings = model.generation_config
+    if settings.max_length is not None and settings.max_new_tokens is None:
+        settings.max_new_tokens = max(1, settings.max_length - 1)
+    settings.max_length = None
+    if not settings.do_sample:
+        settings.temperature = settings.top_p = None
+
+
+def _announce(model: PreTrainedModel) -> None:
+    if model.pruning is not None and is_main_process():
+        print(f"llava: {model.pruning.describe()}", file=sys.stderr)
+
+
+def _load_plain(path: str, model_base: str | None, kwargs: dict[str, Any]):
+    """A language model without vision, with adapters where ``model_base`` is given."""
+    weights_path = resolve_model_path(model_base) if model_base else path
+    tokenizer = AutoTokenizer.from_pretrained(weights_path)
+    model = AutoModelForCausalLM.from_pretrained(weights_path, **kwargs)
+    if model_base:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+    context = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
+    return tokenizer, model.eval(), None, context

@@ -1,0 +1,133 @@
+"""Forward and generate of every LLaVA, whatever its decoder."""
+
+from __future__ import annotations
+
+import torch
+
+from llava.model.llava_arch import LlavaMetaForCausalLM, align_left_padding
+
+
+class LlavaGenerationMixin(LlavaMetaForCausalLM):
+    """Stands in front of a causal language model and feeds it spliced embeddings.
+
+    ``prepare_inputs_labels_for_multimodal`` and ``encode_images`` are reached by plain attribute look-up, so a method
+    that replaces them on `LlavaMetaForCausalLM` takes effect here.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        images=None,
+        image_sizes: list[tuple[int, int]] | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cache_position=None,
+        **kwargs,
+    ):
+        """The language model's forward pass over text and images.
+
+        Parameters
+        ----------
+        input_ids : Tensor (B, T), int64
+            With -200 where an image stands.
+        images, image_sizes
+            See `LlavaMetaForCausalLM.visual_tokens`.
+        labels : Tensor (B, T), int64, optional
+            -100 where no loss is wanted; the loss is the mean over the others, shifted by one.
+        logits_to_keep : int or Tensor
+            How many of the last positions get logits; 0 means all.
+        cache_position
+            Accepted for older callers and ignored.
+        **kwargs
+            What the language model's forward takes.
+
+        Returns
+        -------
+        transformers.modeling_outputs.CausalLMOutputWithPast
+        """
+        if inputs_embeds is None:
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
+                self.prepare_inputs_labels_for_multimodal(
+                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
+                )
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, images=None, image_sizes=None, **kwargs) -> torch.Tensor:
+        """Generate from text and images.
+
+        Rows may be padded on either side; they are generated with left padding, so that each row gets what it would
+        get alone.
+
+        Parameters
+        ----------
+        inputs : Tensor (B, T), int64
+            Prompts, with -200 where an image stands; ``input_ids`` is another name for it.
+        images, image_sizes
+            See `LlavaMetaForCausalLM.visual_tokens`.
+        attention_mask : Tensor (B, T), optional
+            Nonzero where there is prompt. Without it, a run of ``pad_token_id`` at either end of a row of a batch is
+            taken as padding.
+        **kwargs
+            What ``transformers``' generate takes. ``max_length`` without ``max_new_tokens`` counts the new tokens and
+            one more, as it did in the original.
+
+        Returns
+        -------
+        Tensor (B, new), int64
+            The new tokens only.
+
+        Raises
+        ------
+        NotImplementedError
+            If ``inputs_embeds`` is given.
+        """
+        if "inputs_embeds" in kwargs:
+            raise NotImplementedError("`inputs_embeds` is not supported")
+        inputs = kwargs.pop("input_ids", inputs)
+        if inputs is None:
+            raise ValueError("generate needs input_ids")
+        position_ids = kwargs.pop("position_ids", None)
+        mask = kwargs.pop("attention_mask", None)
+        if mask is None:
+            mask = _mask_of_padding(inputs, kwargs.get("pad_token_id", self.generation_config.pad_token_id))
+        if "max_length" in kwargs and kwargs.get("max_new_tokens") is None:
+            kwargs["max_new_tokens"] = max(1, kwargs.pop("max_length") - 1)
+
+        ids, position_ids, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+            inputs, position_ids, mask, None, None, images, image_sizes
+        )
+        if embeds is None:
+            embeds = self.get_model().embed_tokens(ids)
+        if mask is not None:
+            embeds, mask = align_left_padding(embeds, mask)
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+
+    def get_model(self):
+        """The decoder stack, which carries vision tower and projector."""
+        return self.model
+
+
+def _mask_of_padding(ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:
+    """True (B, T) but for the runs of padding at the ends of a batch's rows."""
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if pad_token_id is None or len(ids) == 1:
+        return mask
+    text = (ids != pad_token_id).int()
+    return (text.cummax(dim=1).values * text.flip(1).cummax(dim=1).values.flip(1)).bool()

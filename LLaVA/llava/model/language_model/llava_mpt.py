@@ -1,0 +1,24 @@
+"""LLaVA on MPT: the names exist, and say that it is not supported."""
+
+from __future__ import annotations
+
+from transformers import MptConfig
+
+
+class LlavaMptConfig(MptConfig):
+    """Configuration of LLaVA on MPT, readable so that a checkpoint can be recognised."""
+
+    model_type = "llava_mpt"
+
+
+class LlavaMptForCausalLM:
+    """LLaVA on MPT cannot run: in the original, too, its forward pass fails with images."""
+
+    config_class = LlavaMptConfig
+
+    def __init__(self, *args, **kwargs):
+        raise NotImplementedError("LLaVA on MPT is not supported; use a LLaVA on Llama or Mistral")
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return cls()

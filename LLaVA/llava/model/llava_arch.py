@@ -1,0 +1,522 @@
+"""OTPrune, and how visual tokens reach the language model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_PATCH_TOKEN,
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+)
+from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.pruning.base import Pruner, VisualTokens, content_key, kept_count
+from llava.pruning.config import PruningConfig
+
+GAMMA = 0.01
+
+
+def ot_kernel(features: torch.Tensor, gamma: float = GAMMA) -> torch.Tensor:
+    """OTPrune's kernel ``K = I + gamma S S^T``.
+
+    ``S = X~ X~^T``, where every feature column of X is divided by its Euclidean norm over the tokens (a column of
+    zeros stays zero). ``log det K_C`` of a subset C is the relaxed, submodular form of "small 2-Wasserstein distance
+    between the kept and the full token distribution".
+
+    Parameters
+    ----------
+    features : Tensor (N, D) or (B, N, D), floating
+        Visual tokens.
+    gamma : float
+        Weight of the similarity term, 0.01 in the paper.
+
+    Returns
+    -------
+    Tensor (N, N) or (B, N, N), float32
+        Symmetric, all eigenvalues at least 1.
+
+    Source: OTPrune, arXiv 2602.20205.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        x = features.float()
+        norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)  # (..., 1, D)
+        x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
+        similarity = x @ x.mT  # (..., N, N)
+        kernel = gamma * (similarity @ similarity.mT)
+        kernel.diagonal(dim1=-2, dim2=-1).add_(1)
+        return kernel
+
+
+def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
+    """Greedy maximisation of ``log det K_C`` over subsets of size k, by incremental Cholesky.
+
+    Each step takes the largest marginal gain ``d_j`` (its logarithm is what ``log det`` grows by), appends the Cholesky
+    row ``e = (K_j - C_j^T C) / sqrt(d_j)`` and lowers every gain by ``e^2``. O(k^2 N), no host synchronisation.
+
+    Parameters
+    ----------
+    kernel : Tensor (N, N) or (B, N, N), floating
+        Symmetric positive semi-definite; half precision is read as float32.
+    k : int
+        How many to take, 1 <= k <= N.
+
+    Returns
+    -------
+    Tensor (k,) or (B, k), int64
+        Indices in greedy order; ties go to the lowest index.
+
+    Raises
+    ------
+    ValueError
+        If the kernel is not square or k out of range.
+
+    Source: Chen, Zhang and Zhou, "Fast greedy MAP inference for determinantal point processes", NeurIPS 2018.
+    """
+    if kernel.ndim not in (2, 3) or kernel.shape[-1] != kernel.shape[-2]:
+        raise ValueError(f"the kernel must be (N, N) or (B, N, N), not {tuple(kernel.shape)}")
+    n = kernel.shape[-1]
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and N = {n}, not {k}")
+    if kernel.ndim == 2:
+        return greedy_select(kernel.unsqueeze(0), k)[0]
+
+    kernel = kernel if kernel.dtype == torch.float64 else kernel.float()
+    batch = kernel.shape[0]
+    rows = torch.arange(batch, device=kernel.device)
+    gain = kernel.diagonal(dim1=-2, dim2=-1).clone()  # (B, N)
+    exhausted = 1e-6 * gain.amax(dim=-1, keepdim=True)  # below this a gain is rounding error
+    factor = kernel.new_zeros(batch, k, n)
+    order = torch.empty(batch, k, dtype=torch.int64, device=kernel.device)
+    for step in range(k):
+        chosen = gain.argmax(dim=-1)  # (B,)
+        order[:, step] = chosen
+        if step == k - 1:
+            break
+        pivot = gain[rows, chosen].unsqueeze(-1)  # (B, 1)
+        explained = torch.einsum("bs,bsn->bn", factor[rows, :step, chosen], factor[:, :step])
+        row = (kernel[rows, chosen] - explained) / pivot.clamp_min(exhausted).sqrt()
+        row = row.masked_fill(pivot <= exhausted, 0)
+        factor[:, step] = row
+        gain -= row.square()
+        gain[rows, chosen] = -math.inf
+    return order
+
+
+@dataclass(frozen=True, kw_only=True)
+class OTPrune(Pruner):
+    """Keep the tokens whose distribution is closest, in optimal transport, to that of all tokens.
+
+    Attributes
+    ----------
+    gamma : float
+        Weight of the similarity term in `ot_kernel`, > 0.
+    compat : bool
+        Reproduce the published implementation token for token: Cholesky rows in the features' own precision, and the
+        kept tokens handed on in the iteration order of a Python set instead of raster order.
+    """
+
+    source: ClassVar[str] = "OTPrune, arXiv 2602.20205 (CVPR 2026)"
+
+    gamma: float = GAMMA
+    compat: bool = False
+
+    def __post_init__(self):
+        if not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise ValueError(f"OTPrune's gamma must be a finite number > 0, not {self.gamma}")
+
+    @property
+    def keeps_raster_order(self) -> bool:
+        return not self.compat
+
+    def select(self, tokens: VisualTokens) -> torch.Tensor:
+        if not self.compat:
+            return greedy_select(ot_kernel(tokens.features, self.gamma), tokens.k)
+        chosen = [list(set(_published_order(image, tokens.k, self.gamma))) for image in tokens.features]
+        return torch.tensor(chosen, dtype=torch.int64, device=tokens.features.device)
+
+
+def _published_order(features: torch.Tensor, k: int, gamma: float) -> list[int]:
+    """Greedy order of the published OTPrune code for one image (N, D), rounding and restarts included."""
+    norm = torch.linalg.vector_norm(features, dim=-2, keepdim=True)
+    wide = torch.float64 if features.dtype == torch.float64 else torch.float32
+    x = features.to(wide) / norm.to(wide)
+    similarity = x @ x.T
+    kernel = torch.eye(len(x), dtype=wide, device=x.device) + (gamma * similarity) @ similarity.T
+    order: list[int] = []
+    while len(set(order)) < k:
+        found = _published_greedy(kernel, k - len(set(order)), features.dtype)
+        order += found
+        # What was found is blanked out of the kernel and the rest is started again from nothing.
+        kernel[found, :] = 0
+        kernel[:, found] = 0
+    return list(dict.fromkeys(order))
+
+
+def _published_greedy(kernel: torch.Tensor, k: int, rows_dtype: torch.dtype) -> list[int]:
+    gain = kernel.diagonal().clone()
+    factor = torch.zeros(k, len(gain), dtype=rows_dtype, device=kernel.device)
+    chosen = int(gain.argmax())
+    order = [chosen]
+    for step in range(k - 1):
+        explained = factor[:step, chosen] @ factor[:step]
+        row = (kernel[chosen] - explained) / gain[chosen].sqrt()
+        factor[step] = row
+        gain = gain - row.square()
+        chosen = int(gain.argmax())
+        if gain[chosen] < 1e-100:
+            break
+        order.append(chosen)
+    return order
+
+
+def unpad_image(tensor: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
+    """Cut the bars off a feature map (C, h, w) that stands for an image of ``original_size`` (width, height)."""
+    width, height = original_size
+    map_height, map_width = tensor.shape[1:]
+    if width / height > map_width / map_height:
+        content = int(height * (map_width / width))
+        bar = (map_height - content) // 2
+        return tensor[:, bar : map_height - bar, :]
+    content = int(width * (map_height / height))
+    bar = (map_width - content) // 2
+    return tensor[:, :, bar : map_width - bar]
+
+
+class LlavaMetaModel:
+    """Adds vision tower, projector and the anyres newline to a decoder-only language model."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if hasattr(config, "mm_vision_tower"):
+            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.mm_projector = build_vision_projector(config)
+            if "unpad" in getattr(config, "mm_patch_merge_type", ""):
+                self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
+
+    def get_vision_tower(self):
+        tower = getattr(self, "vision_tower", None)
+        return tower[0] if isinstance(tower, list) else tower
+
+    def initialize_vision_modules(self, model_args, fsdp=None) -> None:
+        """Give a plain language model its vision modules, before training.
+
+        ``model_args`` carries vision_tower, mm_vision_select_layer, mm_vision_select_feature, mm_patch_merge_type,
+        pretrain_mm_mlp_adapter (a file of projector weights, or None) and mm_projector_type. With ``fsdp`` the tower
+        is kept in a list, out of the sight of the wrapper.
+        """
+        config = self.config
+        config.mm_vision_tower = model_args.vision_tower
+        tower = self.get_vision_tower()
+        if tower is None:
+            tower = build_vision_tower(model_args)
+            self.vision_tower = [tower] if fsdp else tower
+        else:
+            tower.load_model()
+        config.use_mm_proj = True
+        config.mm_projector_type = getattr(model_args, "mm_projector_type", "linear")
+        config.mm_hidden_size = tower.hidden_size
+        config.mm_vision_select_layer = model_args.mm_vision_select_layer
+        config.mm_vision_select_feature = model_args.mm_vision_select_feature
+        config.mm_patch_merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
+        if getattr(self, "mm_projector", None) is None:
+            self.mm_projector = build_vision_projector(config)
+            if "unpad" in config.mm_patch_merge_type:
+                scale = config.hidden_size**-0.5
+                self.image_newline = nn.Parameter(torch.randn(config.hidden_size, dtype=self.dtype) * scale)
+        self.mm_projector.requires_grad_(True)
+        if getattr(model_args, "pretrain_mm_mlp_adapter", None):
+            weights = torch.load(model_args.pretrain_mm_mlp_adapter, map_location="cpu", weights_only=True)
+            prefix = "mm_projector."
+            self.mm_projector.load_state_dict(
+                {key.split(prefix)[1]: value for key, value in weights.items() if prefix in key}
+            )
+
+
+class LlavaMetaForCausalLM:
+    """The multimodal half of a LLaVA model: images to visual tokens, pruning, and the splice into the text.
+
+    A class that mixes this in provides ``get_model()``. After a call, ``visual_token_counts`` lists (total, kept) for
+    each image that stands in a prompt, in the order of the rows.
+    """
+
+    _pruning: PruningConfig | None = None
+    _pruner: Pruner | None = None
+    visual_token_counts: Sequence[tuple[int, int]] = ()
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        """The active pruning configuration, None when nothing is pruned."""
+        return self._pruning
+
+    def set_pruning(self, config: PruningConfig | None) -> None:
+        """Prune as ``config`` says from the next call on; None switches pruning off.
+
+        Raises
+        ------
+        ValueError
+            If its layer is not one of this model's.
+        """
+        if config is not None:
+            config.check_depth(self.config.num_hidden_layers)
+        self._pruning = config
+        self._pruner = None if config is None else config.build_pruner()
+
+    def get_vision_tower(self):
+        return self.get_model().get_vision_tower()
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, H, W) -> projected visual tokens (B, N, D), in the projector's dtype."""
+        model = self.get_model()
+        weight = next(model.mm_projector.parameters(), None)
+        features = model.get_vision_tower()(images)
+        if weight is not None:
+            features = features.to(device=weight.device, dtype=weight.dtype)
+        return model.mm_projector(features)
+
+    def visual_tokens(self, images, image_sizes=None) -> list[torch.Tensor]:
+        """Every image's visual tokens (N_i, D), as an unpruned model would see them.
+
+        Parameters
+        ----------
+        images : Tensor (I, 3, H, W) or (I, T, 3, H, W), or list of Tensor (3, H, W) or (T, 3, H, W)
+            Normalised pixels; T crops an image.
+        image_sizes : list of (width, height), optional
+            Original sizes, needed to merge crops.
+
+        Raises
+        ------
+        ValueError
+            For an unknown ``mm_patch_merge_type``.
+        NotImplementedError
+            For several crops of an image without anyres.
+        """
+        if isinstance(images, torch.Tensor) and images.ndim == 4:
+            return list(self.encode_images(images))
+        crops = [image.unsqueeze(0) if image.ndim == 3 else image for image in images]  # (T_i, 3, H, W) each
+        encoded = self.encode_images(torch.cat(crops)).split([len(image) for image in crops])
+        merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
+        if merge_type == "flat":
+            return [features.flatten(0, 1) for features in encoded]
+        if not merge_type.startswith("spatial"):
+            raise ValueError(f"Unexpected mm_patch_merge_type: {merge_type}")
+        sizes = image_sizes if image_sizes is not None else [None] * len(crops)
+        unpad = "unpad" in merge_type
+        return [self._merge_crops(features, size, unpad) for features, size in zip(encoded, sizes, strict=False)]
+
+    def _merge_crops(self, features: torch.Tensor, size: tuple[int, int] | None, unpad: bool) -> torch.Tensor:
+        """(T, P, D) crops of one image -> base view, then the map of the other crops row by row: (N, D)."""
+        newline = self.get_model().image_newline.to(features) if unpad else None
+        if len(features) == 1:
+            return torch.cat([features[0], newline[None]]) if unpad else features[0]
+        if getattr(self.config, "image_aspect_ratio", None) != "anyres":
+            raise NotImplementedError(
+                f"{len(features)} crops of an image need image_aspect_ratio 'anyres', "
+                f"not {getattr(self.config, 'image_aspect_ratio', None)!r}"
+            )
+        if size is None:
+            raise ValueError("image_sizes is needed to merge the crops of an anyres image")
+        tower = self.get_vision_tower()
+        side = tower.num_patches_per_side
+        columns, rows = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.config.image_size)
+        grid = features[1:].view(rows, columns, side, side, -1)
+        if not unpad:
+            return torch.cat([features[0], grid.permute(0, 2, 1, 3, 4).flatten(0, 3)])
+        grid = grid.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (D, rows * side, columns * side)
+        grid = unpad_image(grid, size)
+        ends = newline[:, None, None].expand(*grid.shape[:-1], 1)
+        grid = torch.cat([grid, ends], dim=-1).flatten(1).T
+        return torch.cat([features[0], grid])
+
+    def prune_visual_tokens(
+        self, features: Sequence[torch.Tensor], images: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Drop visual tokens of each image: (N_i, D) -> (k_i, D).
+
+        Images with the same number of tokens are selected in one batch; each image's choice is its own.
+
+        Parameters
+        ----------
+        features : sequence of Tensor (N_i, D)
+        images : sequence of Tensor
+            The pixels they came from, for methods that ask for a digest of the image.
+        """
+        needs_keys = "image_keys" in self._pruner.needs
+        kept: list[torch.Tensor] = list(features)
+        by_length: dict[int, list[int]] = {}
+        for index, tokens in enumerate(features):
+            by_length.setdefault(len(tokens), []).append(index)
+        for n, members in by_length.items():
+            tokens = VisualTokens(
+                features=torch.stack([features[index] for index in members]),
+                k=kept_count(n, self._pruning.ratio),
+                image_keys=tuple(content_key(images[index]) for index in members) if needs_keys else None,
+            )
+            for index, left in zip(members, self._pruner.reduce(tokens).features, strict=True):
+                kept[index] = left
+        return kept
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+    ):
+        """Replace every image mark of the prompts by that image's (kept) visual tokens.
+
+        Parameters
+        ----------
+        input_ids : Tensor (B, T), int64
+            Text, with `IMAGE_TOKEN_INDEX` where an image stands. Rows take images in order; a row without a mark takes
+            one and does not use it.
+        position_ids, attention_mask, labels : Tensor (B, T), or None
+        past_key_values
+            Handed through.
+        images, image_sizes
+            See `visual_tokens`.
+
+        Returns
+        -------
+        tuple
+            (None, position_ids, attention_mask, past_key_values, inputs_embeds (B, T', D), labels), each None where
+            None came in; the arguments unchanged, with inputs_embeds None, when there is nothing to splice (no tower,
+            no images, or a decoding step).
+
+        Raises
+        ------
+        IndexError
+            If the prompts ask for more images than there are.
+        """
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        if getattr(self.config, "tune_mm_mlp_adapter", False) and getattr(self.config, "mm_use_im_start_end", False):
+            raise NotImplementedError("tune_mm_mlp_adapter together with mm_use_im_start_end is not supported")
+
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        ids_rows = [ids[mask] for ids, mask in zip(input_ids, valid, strict=True)]
+        if labels is None:
+            label_rows = [torch.full_like(ids, IGNORE_INDEX) for ids in ids_rows]
+        else:
+            label_rows = [row[mask] for row, mask in zip(labels, valid, strict=True)]
+
+        images_of_rows = _assign_images([int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in ids_rows], len(images))
+        features = self.visual_tokens(images, image_sizes)
+        used = [index for row in images_of_rows for index in row]
+        visual = {index: features[index] for index in used}
+        if self._pruner is not None and used:
+            visual = dict(
+                zip(
+                    used,
+                    self.prune_visual_tokens([features[i] for i in used], [images[i] for i in used]),
+                    strict=True,
+                )
+            )
+        self.visual_token_counts = [(len(features[index]), len(visual[index])) for index in used]
+
+        embeds, new_labels = [], []
+        for ids, row_labels, row_images in zip(ids_rows, label_rows, images_of_rows, strict=True):
+            row_embeds, row_labels = self._splice(ids, row_labels, [visual[index] for index in row_images])
+            limit = getattr(self.config, "tokenizer_model_max_length", None)
+            embeds.append(row_embeds[:limit])
+            new_labels.append(row_labels[:limit])
+
+        left = getattr(self.config, "tokenizer_padding_side", "right") == "left"
+        new_embeds = _pad(embeds, 0.0, left)
+        new_mask = _pad([torch.ones_like(row, dtype=torch.bool) for row in new_labels], False, left)
+        new_positions = _pad([torch.arange(len(row), device=row.device) for row in new_labels], 0, left)
+        return (
+            None,
+            None if position_ids is None else new_positions,
+            None if attention_mask is None else new_mask.to(attention_mask.dtype),
+            past_key_values,
+            new_embeds,
+            None if labels is None else _pad(new_labels, IGNORE_INDEX, left),
+        )
+
+    def _splice(
+        self, ids: torch.Tensor, labels: torch.Tensor, visual: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One row: text ids (T,) with image marks, and what the marks stand for -> embeddings (T', D), labels (T',)."""
+        is_text = ids != IMAGE_TOKEN_INDEX
+        text = self.get_model().embed_tokens(ids[is_text])
+        marks = (~is_text).nonzero().flatten().tolist()
+        embeds, new_labels, begin, taken = [], [], 0, 0
+        for mark, tokens in zip(marks, visual, strict=True):
+            length = mark - begin
+            embeds += [text[taken : taken + length], tokens.to(text)]
+            new_labels += [labels[begin:mark], labels.new_full((len(tokens),), IGNORE_INDEX)]
+            begin, taken = mark + 1, taken + length
+        return torch.cat([*embeds, text[taken:]]), torch.cat([*new_labels, labels[begin:]])
+
+    def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
+        """Add the image marker tokens that ``model_args`` asks for, before training.
+
+        ``mm_use_im_patch_token`` and ``mm_use_im_start_end`` add tokens; new ones start as the mean embedding. With
+        ``tune_mm_mlp_adapter`` the input embeddings are trained and the output embeddings are not;
+        ``pretrain_mm_mlp_adapter`` names a file that holds trained embeddings of the start and end tokens.
+        """
+        if model_args.mm_use_im_patch_token:
+            tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
+            self.resize_token_embeddings(len(tokenizer))
+        if not model_args.mm_use_im_start_end:
+            if model_args.mm_use_im_patch_token and model_args.tune_mm_mlp_adapter:
+                self.get_input_embeddings().requires_grad_(False)
+                self.get_output_embeddings().requires_grad_(False)
+            return
+        added = tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        self.resize_token_embeddings(len(tokenizer))
+        if added:
+            for embedding in (self.get_input_embeddings().weight.data, self.get_output_embeddings().weight.data):
+                embedding[-added:] = embedding[:-added].mean(dim=0, keepdim=True)
+        if model_args.tune_mm_mlp_adapter:
+            self.get_input_embeddings().requires_grad_(True)
+            self.get_output_embeddings().requires_grad_(False)
+        if model_args.pretrain_mm_mlp_adapter:
+            weights = torch.load(model_args.pretrain_mm_mlp_adapter, map_location="cpu", weights_only=True)
+            trained = weights["model.embed_tokens.weight"]
+            self.get_input_embeddings().weight.data[-added:] = trained[-added:]
+
+
+def align_left_padding(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move every row's content to the right end, so that generation continues where the prompt ends.
+
+    Parameters
+    ----------
+    embeds : Tensor (B, T, D)
+    mask : Tensor (B, T)
+        Nonzero where there is content; a row's content is contiguous.
+
+    Returns
+    -------
+    (embeds, mask) with left padding; the arguments themselves where nothing has to move.
+    """
+    if bool(mask[:, -1].all()):
+        return embeds, mask
+    order = mask.bool().int().argsort(dim=1, stable=True)  # padding first, content after it in its order
+    return embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
+
+
+def _assign_images(marks_of_rows: list[int], available: int) -> list[list[int]]:
+    """Which images stand in each row: rows take them in order, a row without a mark passes over one."""
+    rows, taken = [], 0
+    for marks in marks_of_rows:
+        rows.append(list(range(taken, taken + marks)))
+        taken += max(1, marks)
+    if taken > available:
+        raise IndexError(
+            f"The prompts take {taken} images ({marks_of_rows} image marks a row, and one for a row without), "
+            f"but only {available} came"
+        )
+    return rows
+
+
+def _pad(rows: list[torch.Tensor], value, left: bool) -> torch.Tensor:
+    """Stack rows (T_i, ...) to (B, max T, ...)."""
+    side = "left" if left else "right"
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)

@@ -1,0 +1,33 @@
+"""Find the vision tower that a checkpoint's configuration names."""
+
+from __future__ import annotations
+
+import os
+
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+
+def build_vision_tower(vision_tower_cfg, **kwargs) -> CLIPVisionTower:
+    """Build the tower named by ``mm_vision_tower`` (or ``vision_tower``) of a configuration.
+
+    The name is taken as a folder relative to the current directory, then as a folder inside the checkpoint, then as a
+    hub id of a known publisher.
+
+    Raises
+    ------
+    ValueError
+        If the name is none of these.
+    """
+    name = getattr(vision_tower_cfg, "mm_vision_tower", None) or getattr(vision_tower_cfg, "vision_tower", None)
+    if name is None:
+        raise ValueError("The configuration names no vision tower (mm_vision_tower)")
+    checkpoint = getattr(vision_tower_cfg, "_name_or_path", "") or ""
+    for folder in (name, os.path.join(checkpoint, name)):
+        if os.path.isdir(folder):
+            return CLIPVisionTower(folder, args=vision_tower_cfg, **kwargs)
+    if name.startswith(("openai/", "laion/")) or "ShareGPT4V" in name:
+        return CLIPVisionTower(name, args=vision_tower_cfg, **kwargs)
+    raise ValueError(
+        f"Unknown vision tower: {name} (neither a folder here or in the checkpoint, nor a hub id of openai, laion or "
+        "ShareGPT4V)"
+    )

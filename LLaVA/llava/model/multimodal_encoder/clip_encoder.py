@@ -1,0 +1,169 @@
+"""The CLIP vision tower: pixels in, the features of one of its layers out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+
+class CLIPVisionTower(nn.Module):
+    """CLIP's image encoder, cut off at the layer that LLaVA reads.
+
+    Parameters
+    ----------
+    vision_tower : str
+        A local folder or a hub id that holds the CLIP model and its image processor.
+    args : object
+        Carries ``mm_vision_select_layer`` (index into the hidden states, -2 for the published checkpoints) and
+        ``mm_vision_select_feature`` ("patch", the default, or "cls_patch").
+    delay_load : bool
+        Build the modules from the tower's configuration only; the weights follow from the LLaVA checkpoint or from
+        `load_model`.
+
+    Raises
+    ------
+    ValueError
+        If the tower's configuration cannot be read.
+    """
+
+    def __init__(self, vision_tower: str, args, delay_load: bool = False):
+        super().__init__()
+        self.is_loaded = False
+        self.vision_tower_name = vision_tower
+        self.select_layer = args.mm_vision_select_layer
+        self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
+        try:
+            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"Cannot read the configuration of the vision tower {vision_tower!r}: {error}") from error
+        if delay_load:
+            self.vision_tower = _with_vision_model_alias(CLIPVisionModel(self.cfg_only))
+            self.vision_tower.requires_grad_(False)
+        else:
+            self.load_model()
+
+    def load_model(self, device_map=None, dtype: torch.dtype | None = None) -> None:
+        """Read weights and image processor from the tower's own folder; does nothing when they are loaded.
+
+        Parameters
+        ----------
+        device_map : str, dict, or None
+            Passed to ``CLIPVisionModel.from_pretrained``.
+        dtype : torch.dtype or None
+            Floating-point type of the weights; None means float32.
+        """
+        if self.is_loaded:
+            return
+        try:
+            model = CLIPVisionModel.from_pretrained(
+                self.vision_tower_name, device_map=device_map, dtype=dtype or torch.float32
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"Cannot load the vision tower {self.vision_tower_name!r}: {error}") from error
+        self.vision_tower = _with_vision_model_alias(model).eval()
+        self.vision_tower.requires_grad_(False)
+        self.mark_loaded()
+
+    def mark_loaded(self) -> None:
+        """Declare that the weights are in place (they came with the LLaVA checkpoint) and read the image processor."""
+        # The PIL processor resizes as the published models were trained; the torchvision one is a grey level off.
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name)
+        self.is_loaded = True
+
+    def hidden_state(self, images: torch.Tensor) -> torch.Tensor:
+        """The hidden state ``select_layer`` (B, 1 + N, D), running no layer beyond it.
+
+        The layers are called one by one: the output-capturing hooks of transformers 5 run twice on a model nested in
+        another one, and ``hidden_states[-2]`` would then be another layer's.
+        """
+        model = self.vision_tower
+        layers = model.encoder.layers
+        depth = self.select_layer if self.select_layer >= 0 else len(layers) + 1 + self.select_layer
+        if not 0 <= depth <= len(layers):
+            raise ValueError(f"mm_vision_select_layer {self.select_layer} is outside the tower's {len(layers)} layers")
+        hidden = model.pre_layrnorm(model.embeddings(images))
+        for layer in layers[:depth]:
+            hidden = layer(hidden, None)
+        return hidden
+
+    def feature_select(self, image_forward_outs) -> torch.Tensor:
+        """Pick layer and tokens out of an output that carries all ``hidden_states``; see `select_tokens`."""
+        return self.select_tokens(image_forward_outs.hidden_states[self.select_layer])
+
+    def select_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, D) -> the patches (B, N, D), or [CLS] and patches where ``select_feature`` is "cls_patch"."""
+        if self.select_feature == "patch":
+            return hidden[:, 1:]
+        if self.select_feature == "cls_patch":
+            return hidden
+        raise ValueError(f"Unexpected select feature: {self.select_feature}")
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor | list[torch.Tensor]):
+        """Encode pixels.
+
+        Parameters
+        ----------
+        images : Tensor (B, 3, H, W), or list of Tensor (3, H, W)
+            Normalised pixels of any floating dtype.
+
+        Returns
+        -------
+        Tensor (B, N, D), or a list of Tensor (1, N, D)
+            Features in the dtype of the images.
+        """
+        if isinstance(images, list):
+            return [self(image.unsqueeze(0)) for image in images]
+        features = self.hidden_state(images.to(device=self.device, dtype=self.dtype))
+        return self.select_tokens(features).to(images.dtype)
+
+    @property
+    def dummy_feature(self) -> torch.Tensor:
+        return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        return self.vision_tower.config if self.is_loaded else self.cfg_only
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
+
+
+def _with_vision_model_alias(model: CLIPVisionModel) -> CLIPVisionModel:
+    """Let ``tower.vision_model.encoder`` name what transformers 5 calls ``tower.encoder``.
+
+    Published pruning code patches the encoder under its old name. A plain namespace, not a module: state dict and
+    device moves must not see the layers twice.
+    """
+    if not hasattr(model, "vision_model"):
+        object.__setattr__(
+            model,
+            "vision_model",
+            SimpleNamespace(
+                embeddings=model.embeddings,
+                pre_layrnorm=model.pre_layrnorm,
+                encoder=model.encoder,
+                post_layernorm=model.post_layernorm,
+            ),
+        )
+    return model

@@ -1,0 +1,224 @@
+"""The switch: environment variables or keyword arguments -> one validated, immutable object."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava.pruning.base import Pruner
+from llava.pruning.registry import method_class, resolve_name
+
+OFF = "orig"
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """Which method prunes, where, and how much it keeps.
+
+    Attributes
+    ----------
+    method : str
+        A registered name or alias, any case; stored as the registered name.
+    ratio : float
+        Kept ratio, 0 < ratio <= 1.
+    layer : int
+        0: before the first decoder layer. L: at the input of decoder layer L.
+    options : mapping
+        The method's own options; what is left out takes its default.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, a ratio or layer out of range, an unknown option, or an option's value of the wrong type.
+    """
+
+    method: str
+    ratio: float
+    layer: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        method = resolve_name(self.method)
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
+            raise ValueError(f"the kept ratio must be a number with 0 < r <= 1, not {self.ratio!r}")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise ValueError(f"the layer must be a whole number >= 0, not {self.layer!r}")
+        types_by_option = option_types(method_class(method))
+        for name, value in self.options.items():
+            if name not in types_by_option:
+                raise ValueError(
+                    f"{method} has no option {name!r}; its options: {', '.join(types_by_option) or 'none'}"
+                )
+            _check_type(f"option {name!r} of {method}", value, types_by_option[name])
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "ratio", float(self.ratio))
+        object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
+        self.build_pruner()
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> PruningConfig | None:
+        """Read ``BASELINE``, ``SUBSET_RATIO``, ``LAYER_INDEX`` and the method's ``<METHOD>_<OPTION>`` variables.
+
+        Returns
+        -------
+        PruningConfig, or None
+            None when ``BASELINE`` is unset, empty or ORIG.
+
+        Raises
+        ------
+        ValueError
+            Names the variable, its value and what is allowed: an unknown method, half of the switch, a number out of
+            range, an unknown option.
+        """
+        baseline = environ.get("BASELINE", "").strip()
+        if not baseline:
+            for name in ("SUBSET_RATIO", "LAYER_INDEX"):
+                if environ.get(name):
+                    raise ValueError(
+                        f"{name}={environ[name]} is set but BASELINE is not: name a method (BASELINE=OURS), or "
+                        "BASELINE=ORIG for no pruning"
+                    )
+            return None
+        if baseline.lower() == OFF:
+            return None
+        try:
+            method = resolve_name(baseline)
+        except ValueError as error:
+            raise ValueError(f"BASELINE={baseline}: {error}, or ORIG for no pruning") from None
+        return cls(
+            method=method,
+            ratio=_ratio(environ, baseline),
+            layer=_layer(environ),
+            options=_options(environ, method),
+        )
+
+    def build_pruner(self) -> Pruner:
+        """The method with these options."""
+        return method_class(self.method)(**self.options)
+
+    def check_depth(self, num_hidden_layers: int) -> None:
+        """Raise a ValueError when the layer is not one of a decoder of ``num_hidden_layers`` layers."""
+        if self.layer >= num_hidden_layers:
+            raise ValueError(
+                f"LAYER_INDEX={self.layer} is outside the decoder: it has {num_hidden_layers} layers, "
+                f"so 0 to {num_hidden_layers - 1} are allowed"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that determines the selection, defaults spelled out; JSON-serialisable."""
+        options = {name: getattr(self.build_pruner(), name) for name in option_types(method_class(self.method))}
+        return {"method": self.method, "ratio": self.ratio, "layer": self.layer, "options": options}
+
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that differ whenever `to_dict` differs."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, default=str)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    def describe(self) -> str:
+        """One line for a person."""
+        options = ", ".join(f"{name}={value}" for name, value in self.to_dict()["options"].items())
+        place = "before the decoder" if self.layer == 0 else f"at decoder layer {self.layer}"
+        return f"{self.method} keeps {100 * self.ratio:.4g} % of the visual tokens {place}" + (
+            f" ({options})" if options else ""
+        )
+
+
+def option_types(cls: type[Pruner]) -> dict[str, Any]:
+    """Option name -> type of a method, in the order of its fields."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _ratio(environ: Mapping[str, str], baseline: str) -> float:
+    text = environ.get("SUBSET_RATIO", "")
+    if not text:
+        raise ValueError(f"BASELINE={baseline} needs SUBSET_RATIO, the fraction of visual tokens kept: 0 < r <= 1")
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = math.nan
+    if not 0 < ratio <= 1:
+        raise ValueError(f"SUBSET_RATIO={text}: must be a number with 0 < r <= 1")
+    return ratio
+
+
+def _layer(environ: Mapping[str, str]) -> int:
+    text = environ.get("LAYER_INDEX") or "0"
+    try:
+        layer = int(text)
+    except ValueError:
+        layer = -1
+    if layer < 0:
+        raise ValueError(f"LAYER_INDEX={text}: must be a whole number, 0 <= L < the number of decoder layers")
+    return layer
+
+
+def _options(environ: Mapping[str, str], method: str) -> dict[str, Any]:
+    prefix = f"{method.upper()}_"
+    known = option_types(method_class(method))
+    variables = {name.lower(): f"{prefix}{name.upper()}" for name in known}
+    options = {}
+    for variable in sorted(name for name in environ if name.startswith(prefix)):
+        option = variable[len(prefix) :].lower()
+        if option not in known:
+            raise ValueError(
+                f"{variable}={environ[variable]}: {method} has no such option; "
+                f"it knows {', '.join(variables.values()) or 'none'}"
+            )
+        options[option] = _parse(variable, environ[variable], known[option])
+    return options
+
+
+def _parse(variable: str, text: str, kind: Any) -> Any:
+    """Turn an environment variable's text into an option's type."""
+    accepted = _alternatives(kind)
+    if type(None) in accepted and text.strip().lower() in ("", "none"):
+        return None
+    for candidate in (bool, int, float, str):
+        if candidate not in accepted:
+            continue
+        try:
+            return _BOOLEANS[text.strip().lower()] if candidate is bool else candidate(text)
+        except (KeyError, ValueError):
+            continue
+    literals = {str(value).lower(): value for value in accepted if not isinstance(value, type)}
+    if text.strip().lower() in literals:
+        return literals[text.strip().lower()]
+    raise ValueError(f"{variable}={text}: must be {_spell(accepted)}")
+
+
+def _check_type(what: str, value: Any, kind: Any) -> None:
+    accepted = _alternatives(kind)
+    if value in [item for item in accepted if not isinstance(item, type)]:
+        return
+    kinds = tuple(item for item in accepted if isinstance(item, type))
+    if float in kinds:
+        kinds += (int,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"{what} must be {_spell(accepted)}, not {value!r}")
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+_SPELLING = {bool: "1 or 0", int: "a whole number", float: "a number", str: "text", type(None): "none"}
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    """The types and literal values that an annotation admits."""
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return list(typing.get_args(kind))
+    if origin in (typing.Union, types.UnionType):
+        return [item for part in typing.get_args(kind) for item in _alternatives(part)]
+    return [kind]
+
+
+def _spell(accepted: list[Any]) -> str:
+    return " or ".join(_SPELLING.get(item, repr(item)) if isinstance(item, type) else str(item) for item in accepted)

@@ -1,0 +1,116 @@
+"""Method names and the classes behind them, imported when first used."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from llava.pruning.base import Pruner
+
+ENTRY_POINT_GROUP = "llava.pruning"
+
+_TARGETS: dict[str, str] = {
+    "otprune": "llava.model.llava_arch:OTPrune",
+    "random": "llava.pruning.methods.random:Random",
+    "uniform": "llava.pruning.methods.uniform:Uniform",
+    "first_k": "llava.pruning.methods.first_k:FirstK",
+    "last_k": "llava.pruning.methods.last_k:LastK",
+}
+_ALIASES = {"ours": "otprune"}
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What `available_methods` tells of one method.
+
+    Attributes
+    ----------
+    stage : str
+        Where it works.
+    needs : frozenset of str
+        What it asks of the model beyond the visual tokens.
+    options : dict
+        Option name -> default.
+    source : str
+        Paper or definition.
+    """
+
+    stage: str
+    needs: frozenset[str]
+    options: dict[str, Any]
+    source: str
+
+
+def register(name: str, target: str) -> None:
+    """Add a method under a new name.
+
+    Parameters
+    ----------
+    name : str
+        Case-insensitive; also the prefix of the method's environment variables.
+    target : str
+        ``"module:Class"`` of a `Pruner`, imported when first used.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken by another target, or the target has no colon.
+    """
+    name = name.lower()
+    if ":" not in target:
+        raise ValueError(f'The target of method {name!r} must read "module:Class", not {target!r}')
+    if name == "orig" or name in _ALIASES or _targets().get(name, target) != target:
+        raise ValueError(f"The method name {name!r} is taken")
+    _TARGETS[name] = target
+
+
+def resolve_name(name: str) -> str:
+    """The registered name behind a name or alias in any case.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message lists what there is.
+    """
+    lowered = name.strip().lower()
+    lowered = _ALIASES.get(lowered, lowered)
+    if lowered not in _targets():
+        raise ValueError(f"unknown method {name!r}; available: {', '.join(sorted(_targets()))}")
+    return lowered
+
+
+def method_class(name: str) -> type[Pruner]:
+    """Import the class of a method.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    TypeError
+        If the target is no `Pruner`.
+    """
+    target = _targets()[resolve_name(name)]
+    module, _, attribute = target.partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    if not (isinstance(found, type) and issubclass(found, Pruner)):
+        raise TypeError(f"{target} is not a Pruner")
+    return found
+
+
+def available_methods() -> dict[str, MethodInfo]:
+    """Every registered method: name -> stage, needs, options with their defaults, source."""
+    return {name: _info(method_class(name)) for name in sorted(_targets())}
+
+
+def _info(cls: type[Pruner]) -> MethodInfo:
+    defaults = {field.name: getattr(cls(), field.name) for field in dataclasses.fields(cls)}
+    return MethodInfo(cls.stage, cls.needs, defaults, cls.source)
+
+
+def _targets() -> dict[str, str]:
+    """Built-in and registered methods, and those that installed packages announce; the project's own names win."""
+    announced = {point.name.lower(): point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+    return announced | _TARGETS
