@@ -18,6 +18,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.language_model.decoder import TEXT
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.pruning.base import Pruner, VisualTokens, content_key, kept_count
@@ -245,13 +246,23 @@ class LlavaMetaModel:
 class LlavaMetaForCausalLM:
     """The multimodal half of a LLaVA model: images to visual tokens, pruning, and the splice into the text.
 
-    A class that mixes this in provides ``get_model()``. After a call, ``visual_token_counts`` lists (total, kept) for
-    each image that stands in a prompt, in the order of the rows.
+    A class that mixes this in provides ``get_model()``.
+
+    Attributes
+    ----------
+    visual_token_counts : sequence of (total, kept)
+        For each image that stood in a prompt of the latest call, in the order of the rows.
+    visual_index : Tensor (B, T), int64
+        The image that each position of the latest embedded prompts belongs to, -1 for text and padding.
+    image_keys : tuple of int, or None
+        Content digests of those images where the pruner asks for them.
     """
 
     _pruning: PruningConfig | None = None
     _pruner: Pruner | None = None
     visual_token_counts: Sequence[tuple[int, int]] = ()
+    visual_index: torch.Tensor | None = None
+    image_keys: tuple[int, ...] | None = None
 
     @property
     def pruning(self) -> PruningConfig | None:
@@ -338,19 +349,18 @@ class LlavaMetaForCausalLM:
         return torch.cat([features[0], grid])
 
     def prune_visual_tokens(
-        self, features: Sequence[torch.Tensor], images: Sequence[torch.Tensor]
+        self, features: Sequence[torch.Tensor], image_keys: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """Drop visual tokens of each image: (N_i, D) -> (k_i, D).
+        """Drop visual tokens of each image before the decoder: (N_i, D) -> (k_i, D).
 
         Images with the same number of tokens are selected in one batch; each image's choice is its own.
 
         Parameters
         ----------
         features : sequence of Tensor (N_i, D)
-        images : sequence of Tensor
-            The pixels they came from, for methods that ask for a digest of the image.
+        image_keys : sequence of int, optional
+            A content digest an image, where the pruner asks for it.
         """
-        needs_keys = "image_keys" in self._pruner.needs
         kept: list[torch.Tensor] = list(features)
         by_length: dict[int, list[int]] = {}
         for index, tokens in enumerate(features):
@@ -359,7 +369,7 @@ class LlavaMetaForCausalLM:
             tokens = VisualTokens(
                 features=torch.stack([features[index] for index in members]),
                 k=kept_count(n, self._pruning.ratio),
-                image_keys=tuple(content_key(images[index]) for index in members) if needs_keys else None,
+                image_keys=None if image_keys is None else tuple(image_keys[index] for index in members),
             )
             for index, left in zip(members, self._pruner.reduce(tokens).features, strict=True):
                 kept[index] = left
@@ -406,29 +416,28 @@ class LlavaMetaForCausalLM:
             label_rows = [row[mask] for row, mask in zip(labels, valid, strict=True)]
 
         images_of_rows = _assign_images([int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in ids_rows], len(images))
+        used = [image for row in images_of_rows for image in row]
         features = self.visual_tokens(images, image_sizes)
-        used = [index for row in images_of_rows for index in row]
-        visual = {index: features[index] for index in used}
-        if self._pruner is not None and used:
-            visual = dict(
-                zip(
-                    used,
-                    self.prune_visual_tokens([features[i] for i in used], [images[i] for i in used]),
-                    strict=True,
-                )
-            )
-        self.visual_token_counts = [(len(features[index]), len(visual[index])) for index in used]
+        visual = [features[image] for image in used]
+        self.visual_token_counts = [(len(tokens), self._count_kept(len(tokens))) for tokens in visual]
+        asked = self._pruner is not None and "image_keys" in self._pruner.needs
+        self.image_keys = tuple(content_key(images[image]) for image in used) if asked else None
+        if self._pruner is not None and self._pruning.layer == 0:
+            visual = self.prune_visual_tokens(visual, self.image_keys)
 
-        embeds, new_labels = [], []
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        embeds, new_labels, image_index, taken = [], [], [], 0
         for ids, row_labels, row_images in zip(ids_rows, label_rows, images_of_rows, strict=True):
-            row_embeds, row_labels = self._splice(ids, row_labels, [visual[index] for index in row_images])
-            limit = getattr(self.config, "tokenizer_model_max_length", None)
-            embeds.append(row_embeds[:limit])
-            new_labels.append(row_labels[:limit])
+            numbered = list(enumerate(visual))[taken : taken + len(row_images)]
+            taken += len(row_images)
+            row = self._splice(ids, row_labels, numbered)
+            for column, values in zip((embeds, new_labels, image_index), row, strict=True):
+                column.append(values[:limit])
 
         left = getattr(self.config, "tokenizer_padding_side", "right") == "left"
         new_embeds = _pad(embeds, 0.0, left)
         new_mask = _pad([torch.ones_like(row, dtype=torch.bool) for row in new_labels], False, left)
+        self.visual_index = _pad(image_index, TEXT, left)
         new_positions = _pad([torch.arange(len(row), device=row.device) for row in new_labels], 0, left)
         return (
             None,
@@ -439,20 +448,40 @@ class LlavaMetaForCausalLM:
             None if labels is None else _pad(new_labels, IGNORE_INDEX, left),
         )
 
+    def _count_kept(self, n: int) -> int:
+        return n if self._pruning is None else kept_count(n, self._pruning.ratio)
+
     def _splice(
-        self, ids: torch.Tensor, labels: torch.Tensor, visual: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One row: text ids (T,) with image marks, and what the marks stand for -> embeddings (T', D), labels (T',)."""
+        self, ids: torch.Tensor, labels: torch.Tensor, visual: list[tuple[int, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Put images in the place of one row's marks.
+
+        Parameters
+        ----------
+        ids, labels : Tensor (T,), int64
+            Text with image marks, and what is to be predicted.
+        visual : list of (number, Tensor (k, D))
+            The images that the marks stand for.
+
+        Returns
+        -------
+        embeddings (T', D), labels (T',), and the number of the image at each position, `TEXT` elsewhere (T',)
+        """
         is_text = ids != IMAGE_TOKEN_INDEX
         text = self.get_model().embed_tokens(ids[is_text])
         marks = (~is_text).nonzero().flatten().tolist()
-        embeds, new_labels, begin, taken = [], [], 0, 0
-        for mark, tokens in zip(marks, visual, strict=True):
+        embeds, new_labels, index, begin, taken = [], [], [], 0, 0
+        for mark, (number, tokens) in zip(marks, visual, strict=True):
             length = mark - begin
             embeds += [text[taken : taken + length], tokens.to(text)]
             new_labels += [labels[begin:mark], labels.new_full((len(tokens),), IGNORE_INDEX)]
+            index += [ids.new_full((length,), TEXT), ids.new_full((len(tokens),), number)]
             begin, taken = mark + 1, taken + length
-        return torch.cat([*embeds, text[taken:]]), torch.cat([*new_labels, labels[begin:]])
+        return (
+            torch.cat([*embeds, text[taken:]]),
+            torch.cat([*new_labels, labels[begin:]]),
+            torch.cat([*index, ids.new_full((len(ids) - begin,), TEXT)]),
+        )
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
         """Add the image marker tokens that ``model_args`` asks for, before training.
@@ -483,23 +512,22 @@ class LlavaMetaForCausalLM:
             self.get_input_embeddings().weight.data[-added:] = trained[-added:]
 
 
-def align_left_padding(embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move every row's content to the right end, so that generation continues where the prompt ends.
+def left_padding_order(mask: torch.Tensor) -> torch.Tensor | None:
+    """How to reorder every row so that its content stands at the right end and generation continues there.
 
     Parameters
     ----------
-    embeds : Tensor (B, T, D)
     mask : Tensor (B, T)
-        Nonzero where there is content; a row's content is contiguous.
+        Nonzero where there is content.
 
     Returns
     -------
-    (embeds, mask) with left padding; the arguments themselves where nothing has to move.
+    Tensor (B, T), int64
+        Padding first, then the content in its order; None where nothing has to move.
     """
     if bool(mask[:, -1].all()):
-        return embeds, mask
-    order = mask.bool().int().argsort(dim=1, stable=True)  # padding first, content after it in its order
-    return embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
+        return None
+    return mask.bool().int().argsort(dim=1, stable=True)
 
 
 def _assign_images(marks_of_rows: list[int], available: int) -> list[list[int]]:

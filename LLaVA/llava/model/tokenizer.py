@@ -30,7 +30,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token",
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # Encoded by SentencePiece and by the pipeline built from its file; they have to agree. Spaces at both ends and in
 # pairs, line ends, ligatures and wide letters are where conventions differ.
-PROBES = ("What is shown in the image?", " two  spaces ", "line\n\nbreak\ttab", "1234 5.67 é 漢字 ﬁ Ａ", " now")
+PROBES = ("What is shown in the image?", " two  spaces ", "line\n\nbreak\ttab", "1234 5.67 é 漢字 ﬁ \uff21", " now")
 
 
 def load_tokenizer(
@@ -106,7 +106,8 @@ def _local_folder(path: str, **hub: Any) -> str:
     try:
         return snapshot_download(path, allow_patterns=FILES, **hub)
     except (OSError, ValueError) as error:
-        raise OSError(f"{path!r} is no folder here and could not be fetched from the Hub: {error}") from error
+        reason = " ".join(str(error).split())
+        raise OSError(f"{path!r} is no folder here and could not be fetched from the Hub: {reason}") from error
 
 
 def _read_json(folder: str, name: str) -> dict[str, Any]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from llava.model.llava_arch import LlavaMetaForCausalLM, align_left_padding
+from llava.constants import IGNORE_INDEX
+from llava.model.language_model.decoder import LayerDrop
+from llava.model.llava_arch import LlavaMetaForCausalLM, left_padding_order
+from llava.pruning.config import PruningConfig
 
 
 class LlavaGenerationMixin(LlavaMetaForCausalLM):
@@ -27,6 +31,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         image_sizes: list[tuple[int, int]] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache_position=None,
+        visual_index: torch.LongTensor | None = None,
+        image_keys: tuple[int, ...] | None = None,
         **kwargs,
     ):
         """The language model's forward pass over text and images.
@@ -43,6 +49,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             How many of the last positions get logits; 0 means all.
         cache_position
             Accepted for older callers and ignored.
+        visual_index, image_keys
+            Which image each embedded position belongs to; `generate` hands them on when a decoder layer drops tokens.
         **kwargs
             What the language model's forward takes.
 
@@ -56,17 +64,29 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
                 )
             )
-        return super().forward(
+            # A decoding step has no images of its own, though generate goes on handing over the prompt's.
+            spliced = inputs_embeds is not None
+            visual_index, image_keys = (self.visual_index, self.image_keys) if spliced else (None, None)
+        drops_inside = self.get_model().layer_drop is not None and visual_index is not None
+        if drops_inside:
+            kwargs |= {"visual_index": visual_index, "image_keys": image_keys}
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            labels=labels,
+            labels=None if drops_inside else labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if drops_inside and labels is not None:
+            prefix = self.get_model().kept_prefix
+            after_padding = ~nn.functional.pad(prefix.mask[:, :-1], (1, 0), value=True)
+            kept_labels = labels.gather(1, prefix.positions).masked_fill(after_padding, IGNORE_INDEX)
+            outputs.loss = self.loss_function(outputs.logits, kept_labels, vocab_size=self.config.vocab_size)
+        return outputs
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, images=None, image_sizes=None, **kwargs) -> torch.Tensor:
@@ -115,13 +135,23 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         )
         if embeds is None:
             embeds = self.get_model().embed_tokens(ids)
-        if mask is not None:
-            embeds, mask = align_left_padding(embeds, mask)
+        elif self.get_model().layer_drop is not None:
+            kwargs |= {"visual_index": self.visual_index, "image_keys": self.image_keys}
+        order = left_padding_order(mask)
+        if order is not None:
+            embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
+            if "visual_index" in kwargs:
+                kwargs["visual_index"] = kwargs["visual_index"].gather(1, order)
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
     def get_model(self):
         """The decoder stack, which carries vision tower and projector."""
         return self.model
+
+    def set_pruning(self, config: PruningConfig | None) -> None:
+        super().set_pruning(config)
+        inside = config is not None and config.layer > 0
+        self.get_model().layer_drop = LayerDrop(self._pruner, config.ratio, config.layer) if inside else None
 
 
 def _mask_of_padding(ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
+from llava.model.language_model.decoder import DroppingDecoder
 from llava.model.language_model.generation import LlavaGenerationMixin
 from llava.model.llava_arch import LlavaMetaModel
 from llava.pruning.config import PruningConfig
@@ -16,7 +17,7 @@ class LlavaConfig(LlamaConfig):
     model_type = "llava_llama"
 
 
-class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+class LlavaLlamaModel(LlavaMetaModel, DroppingDecoder, LlamaModel):
     """The decoder stack with vision tower and projector."""
 
     config_class = LlavaConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
 
+from llava.model.language_model.decoder import DroppingDecoder
 from llava.model.language_model.generation import LlavaGenerationMixin
 from llava.model.llava_arch import LlavaMetaModel
 from llava.pruning.config import PruningConfig
@@ -16,7 +17,7 @@ class LlavaMistralConfig(MistralConfig):
     model_type = "llava_mistral"
 
 
-class LlavaMistralModel(LlavaMetaModel, MistralModel):
+class LlavaMistralModel(LlavaMetaModel, DroppingDecoder, MistralModel):
     """The decoder stack with vision tower and projector."""
 
     config_class = LlavaMistralConfig
