@@ -40,22 +40,22 @@ def build(tower: str, family: str = "llama", **overrides) -> torch.nn.Module:
         "llama": (LlavaConfig, LlavaLlamaForCausalLM),
         "mistral": (LlavaMistralConfig, LlavaMistralForCausalLM),
     }[family]
-    settings = dict(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        initializer_range=0.3,
-        mm_vision_tower=tower,
-        mm_hidden_size=32,
-        mm_vision_select_layer=-2,
-        mm_projector_type="mlp2x_gelu",
-    )
+    settings = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.3,
+        "mm_vision_tower": tower,
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+        "mm_projector_type": "mlp2x_gelu",
+    }
     if family == "mistral":
         settings["sliding_window"] = None
     config = config_class(**(settings | overrides))

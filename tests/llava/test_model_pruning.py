@@ -200,7 +200,7 @@ def test_features_that_are_not_finite_are_refused(model):
 
 
 def test_too_few_images_say_how_many_are_missing(model):
-    with pytest.raises(IndexError, match="take 2 images.*only 1 came"):
+    with pytest.raises(IndexError, match=r"take 2 images.*only 1 came"):
         logits_of(model, prompt(2, 3, 4)[None], pixels(1))
 
 

@@ -1,0 +1,143 @@
+"""The switch: what it accepts, and the sentence it answers with otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from llava.pruning import PruningConfig, available_methods, kept_count, register
+
+ON = {"BASELINE": "OURS", "SUBSET_RATIO": "0.098"}
+
+
+@pytest.mark.parametrize("environ", [{}, {"BASELINE": ""}, {"BASELINE": "ORIG"}, {"BASELINE": "orig"}])
+def test_the_switch_is_off(environ):
+    assert PruningConfig.from_env(environ) is None
+
+
+def test_orig_ignores_the_rest_of_the_switch():
+    assert PruningConfig.from_env({"BASELINE": "ORIG", "SUBSET_RATIO": "0.1", "LAYER_INDEX": "0"}) is None
+
+
+@pytest.mark.parametrize("name", ["OURS", "ours", "OTPRUNE", "OtPrune"])
+def test_ours_is_otprune_in_any_case(name):
+    config = PruningConfig.from_env({"BASELINE": name, "SUBSET_RATIO": "0.098"})
+    assert (config.method, config.ratio, config.layer) == ("otprune", 0.098, 0)
+
+
+def test_layer_and_options_are_read():
+    config = PruningConfig.from_env(ON | {"LAYER_INDEX": "3", "OTPRUNE_GAMMA": "0.5", "OTPRUNE_COMPAT": "1"})
+    assert config.layer == 3 and dict(config.options) == {"gamma": 0.5, "compat": True}
+    assert config.build_pruner().gamma == 0.5
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({"BASELINE": "NOPE", "SUBSET_RATIO": "0.1"}, r"BASELINE=NOPE.*available: .*otprune.*ORIG"),
+        ({"BASELINE": "OURS"}, r"BASELINE=OURS needs SUBSET_RATIO"),
+        ({"SUBSET_RATIO": "0.1"}, r"SUBSET_RATIO=0.1 is set but BASELINE is not"),
+        ({"LAYER_INDEX": "0"}, r"LAYER_INDEX=0 is set but BASELINE is not"),
+        (ON | {"SUBSET_RATIO": "0"}, r"SUBSET_RATIO=0: .*0 < r <= 1"),
+        (ON | {"SUBSET_RATIO": "1.5"}, r"SUBSET_RATIO=1.5: .*0 < r <= 1"),
+        (ON | {"SUBSET_RATIO": "-0.1"}, r"SUBSET_RATIO=-0.1: .*0 < r <= 1"),
+        (ON | {"SUBSET_RATIO": "abc"}, r"SUBSET_RATIO=abc: .*number"),
+        (ON | {"SUBSET_RATIO": "nan"}, r"SUBSET_RATIO=nan: .*number"),
+        (ON | {"LAYER_INDEX": "-1"}, r"LAYER_INDEX=-1: .*0 <= L"),
+        (ON | {"LAYER_INDEX": "x"}, r"LAYER_INDEX=x: .*whole number"),
+        (ON | {"LAYER_INDEX": "1.5"}, r"LAYER_INDEX=1.5: .*whole number"),
+        (ON | {"OTPRUNE_GAMA": "1"}, r"OTPRUNE_GAMA=1: .*OTPRUNE_GAMMA, OTPRUNE_COMPAT"),
+        (ON | {"OTPRUNE_GAMMA": "much"}, r"OTPRUNE_GAMMA=much: must be a number"),
+        (ON | {"OTPRUNE_GAMMA": "-1"}, r"gamma must be a finite number > 0, not -1"),
+        (ON | {"OTPRUNE_COMPAT": "perhaps"}, r"OTPRUNE_COMPAT=perhaps: must be 1 or 0"),
+        ({"BASELINE": "RANDOM", "SUBSET_RATIO": "0.1", "RANDOM_SEED": "0.5"}, r"RANDOM_SEED=0.5: .*whole number"),
+        ({"BASELINE": "FIRST_K", "SUBSET_RATIO": "0.1", "FIRST_K_X": "1"}, r"FIRST_K_X=1: .*knows none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(environ, said):
+    with pytest.raises(ValueError, match=said):
+        PruningConfig.from_env(environ)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "nope", "ratio": 0.1}, "unknown method 'nope'"),
+        ({"method": "otprune", "ratio": 0}, "0 < r <= 1, not 0"),
+        ({"method": "otprune", "ratio": float("nan")}, "0 < r <= 1, not nan"),
+        ({"method": "otprune", "ratio": "0.1"}, "must be a number"),
+        ({"method": "otprune", "ratio": True}, "must be a number"),
+        ({"method": "otprune", "ratio": 0.1, "layer": -1}, "whole number >= 0, not -1"),
+        ({"method": "otprune", "ratio": 0.1, "layer": 1.0}, "whole number >= 0, not 1.0"),
+        ({"method": "otprune", "ratio": 0.1, "options": {"gama": 1.0}}, "no option 'gama'.*gamma, compat"),
+        ({"method": "otprune", "ratio": 0.1, "options": {"gamma": "1"}}, "'gamma' of otprune must be a number"),
+        ({"method": "otprune", "ratio": 0.1, "options": {"compat": 1}}, "'compat' of otprune must be 1 or 0"),
+    ],
+)
+def test_keyword_arguments_are_checked_alike(settings, said):
+    with pytest.raises(ValueError, match=said):
+        PruningConfig(**settings)
+
+
+def test_a_configuration_cannot_be_changed():
+    config = PruningConfig(method="otprune", ratio=0.1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.ratio = 0.2
+    with pytest.raises(TypeError):
+        config.options["gamma"] = 1.0
+
+
+def test_the_fingerprint_tells_configurations_apart():
+    base = PruningConfig(method="otprune", ratio=0.1)
+    assert base.fingerprint() == PruningConfig(method="OURS", ratio=0.1, options={"gamma": 0.01}).fingerprint()
+    others = [
+        PruningConfig(method="otprune", ratio=0.2),
+        PruningConfig(method="otprune", ratio=0.1, layer=1),
+        PruningConfig(method="otprune", ratio=0.1, options={"gamma": 0.02}),
+        PruningConfig(method="uniform", ratio=0.1),
+    ]
+    assert len({config.fingerprint() for config in [base, *others]}) == 5
+
+
+def test_what_a_configuration_says_of_itself_is_json():
+    config = PruningConfig(method="otprune", ratio=0.098, layer=2)
+    assert json.loads(json.dumps(config.to_dict())) == {
+        "method": "otprune",
+        "ratio": 0.098,
+        "layer": 2,
+        "options": {"gamma": 0.01, "compat": False},
+    }
+    assert config.describe() == (
+        "otprune keeps 9.8 % of the visual tokens at decoder layer 2 (gamma=0.01, compat=False)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "ratio", "k"),
+    [(576, 0.098, 56), (2880, 0.098, 282), (576, 1.0, 576), (64, 0.005, 1), (5, 0.5, 2), (7, 0.5, 4), (1, 0.1, 1)],
+)
+def test_the_budget_is_rounded_as_python_rounds_and_never_empty(n, ratio, k):
+    assert kept_count(n, ratio) == k
+
+
+def test_every_method_says_what_it_is():
+    methods = available_methods()
+    assert {"otprune", "random", "uniform", "first_k", "last_k"} <= set(methods)
+    assert methods["otprune"].options == {"gamma": 0.01, "compat": False}
+    assert all(info.stage and info.source for info in methods.values())
+
+
+def test_a_method_can_be_registered_and_a_taken_name_cannot(monkeypatch):
+    from llava.pruning import registry
+
+    monkeypatch.setattr(registry, "_TARGETS", dict(registry._TARGETS))
+    register("Mine", "llava.pruning.methods.uniform:Uniform")
+    assert PruningConfig.from_env({"BASELINE": "MINE", "SUBSET_RATIO": "0.5"}).method == "mine"
+    for name in ("otprune", "OURS", "orig"):
+        with pytest.raises(ValueError, match="taken"):
+            register(name, "somewhere:Else")
+    with pytest.raises(ValueError, match="module:Class"):
+        register("other", "somewhere")
