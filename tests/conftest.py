@@ -1,4 +1,4 @@
-"""Where golden data lies, and an environment that nothing outside a test can change."""
+"""An environment that nothing outside a test can change, and the golden data as fixtures."""
 
 from __future__ import annotations
 
@@ -7,16 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from golden import golden_root
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-SMALL_COPY = Path(__file__).parent / "golden"
-FULL_SET = Path(__file__).parents[2] / "shared" / "golden"
-
-
-def golden_root() -> Path:
-    """The full golden data where it lies beside the project, else the small copy kept with the tests."""
-    return FULL_SET if FULL_SET.is_dir() else SMALL_COPY
 
 
 @pytest.fixture(scope="session")
@@ -34,5 +28,5 @@ def golden_pruning() -> Path:
 @pytest.fixture(autouse=True)
 def _switch_is_off(monkeypatch):
     """No test sees a pruning switch of the shell it was started from."""
-    for name in [name for name in os.environ if name in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")]:
-        monkeypatch.delenv(name)
+    for name in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX"):
+        monkeypatch.delenv(name, raising=False)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import golden_root
+from golden import golden_root
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import unpad_image
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig
 
-from conftest import golden_root
+from golden import golden_root
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.pruning import pruning

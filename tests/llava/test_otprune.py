@@ -28,7 +28,7 @@ def meta(golden_pruning):
 def pytest_generate_tests(metafunc):
     """One test a golden matrix, whatever golden data is at hand."""
     if "case" in metafunc.fixturenames:
-        from conftest import golden_root
+        from golden import golden_root
 
         keys = json.loads((golden_root() / "pruning" / "selection_meta.json").read_text())["otprune"]
         dtypes = metafunc.function.dtypes
@@ -168,7 +168,7 @@ def test_greedy_refuses_what_is_no_square_matrix():
 
 
 def edge_cases():
-    from conftest import golden_root
+    from golden import golden_root
 
     cases = json.loads((golden_root() / "pruning" / "edge_cases.json").read_text())["cases"]
     return [pytest.param(case, id=case["name"]) for case in cases]

@@ -6,9 +6,11 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -212,12 +214,8 @@ def _load_weights(
     """The model with what the checkpoint holds of it, and the names of the weights it does not hold."""
     try:
         model, info = model_class.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
         raise OSError(f"Cannot read the weights in {path}: {error}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise OSError(f"Cannot read the weights in {path}: {error}") from error
-        raise
     return model, set(info["missing_keys"])
 
 

@@ -1,0 +1,224 @@
+"""Loading: what a broken checkpoint, tower or switch is answered with, and that dtype and device mean what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from golden import golden_root
+from llava.model import LlavaMptForCausalLM
+from llava.model.builder import load_pretrained_model, resolve_model_path
+
+ROOT = golden_root() / "llava"
+NAME = "llava-v1.5-tiny"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """A writable copy of a v1.5 checkpoint with its tower inside."""
+    folder = tmp_path / NAME
+    shutil.copytree(ROOT / "checkpoints" / NAME, folder, copy_function=shutil.copyfile)
+    shutil.copytree(
+        ROOT / "openai" / "clip-vit-tiny-patch14-56",
+        folder / "openai" / "clip-vit-tiny-patch14-56",
+        copy_function=shutil.copyfile,
+    )
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
+
+
+def load(folder, **kwargs):
+    return load_pretrained_model(str(folder), None, NAME, device="cpu", **kwargs)
+
+
+def edit_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_a_tower_inside_the_checkpoint_is_found_from_any_folder(checkpoint, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    _, model, processor, _ = load(checkpoint)
+    assert model.get_vision_tower().is_loaded and processor.crop_size["height"] == 56
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "float32", "torch.bfloat16"])
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_dtype_is_that_of_every_weight(checkpoint, name, dtype):
+    _, model, _, _ = load(checkpoint, **{name: dtype})
+    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.split(".")[-1])
+    assert {parameter.dtype for parameter in model.parameters()} == {wanted}
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, None])
+def test_a_device_overrules_the_device_map(checkpoint, device_map):
+    _, model, _, _ = load(checkpoint, device_map=device_map)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_what_evaluation_harnesses_pass_is_taken(checkpoint):
+    _, model, _, _ = load(checkpoint, multimodal=True, customized_config=None, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_saved_checkpoint_loads_again(checkpoint, tmp_path):
+    tokenizer, model, _, _ = load(checkpoint, dtype=torch.float32)
+    again = tmp_path / "llava-again"
+    model.save_pretrained(again)
+    tokenizer.save_pretrained(again)
+    shutil.copytree(checkpoint / "openai", again / "openai")
+    _, reloaded, _, _ = load(again, dtype=torch.float32)
+    ids, images = torch.tensor([[1, 5, -200, 7]]), torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids, images=images).logits, reloaded(input_ids=ids, images=images).logits)
+
+
+def test_the_embedded_model_is_a_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert Path(resolve_model_path("llava-mini")).parts[-2:] == ("mini", "checkpoint")
+    assert resolve_model_path("liuhaotian/llava-v1.5-7b") == "liuhaotian/llava-v1.5-7b"
+
+
+@pytest.mark.parametrize("dtype", ["float99", "int8", torch.int64, 7])
+def test_a_wrong_dtype_is_named(checkpoint, dtype):
+    with pytest.raises(ValueError, match="dtype must be a floating type"):
+        load(checkpoint, dtype=dtype)
+
+
+def test_8_and_4_bit_exclude_each_other(checkpoint):
+    with pytest.raises(ValueError, match="exclude each other"):
+        load(checkpoint, load_8bit=True, load_4bit=True)
+
+
+def test_a_wrong_switch_is_named_before_anything_is_read(monkeypatch):
+    monkeypatch.setenv("BASELINE", "OURS")
+    monkeypatch.setenv("SUBSET_RATIO", "1.5")
+    with pytest.raises(ValueError, match=r"SUBSET_RATIO=1\.5"):
+        load("/nowhere/llava")
+
+
+def test_a_layer_beyond_the_decoder_is_named_before_the_weights(checkpoint, monkeypatch):
+    for file in checkpoint.glob("pytorch_model*"):
+        file.unlink()
+    monkeypatch.setenv("BASELINE", "OURS")
+    monkeypatch.setenv("SUBSET_RATIO", "0.1")
+    monkeypatch.setenv("LAYER_INDEX", "99")
+    with pytest.raises(ValueError, match=r"LAYER_INDEX=99.*3 layers"):
+        load(checkpoint)
+
+
+def test_the_active_method_is_announced_once(checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("BASELINE", "OURS")
+    monkeypatch.setenv("SUBSET_RATIO", "0.098")
+    load(checkpoint)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llava:")]
+    assert said == ["llava: otprune keeps 9.8 % of the visual tokens before the decoder (gamma=0.01, compat=False)"]
+
+
+def test_a_missing_folder_is_named():
+    with pytest.raises(OSError, match="There is no checkpoint folder /nowhere/llava"):
+        load("/nowhere/llava")
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"no config\.json"):
+        load(tmp_path)
+
+
+def test_a_configuration_that_is_no_json_is_named(checkpoint):
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "mpt"])
+def test_another_architecture_is_named(checkpoint, model_type):
+    edit_config(checkpoint, model_type=model_type, architectures=["BertModel"])
+    with pytest.raises(ValueError, match=r"(not|is) supported"):
+        load(checkpoint)
+
+
+def test_a_missing_tower_is_named(checkpoint):
+    edit_config(checkpoint, mm_vision_tower="somewhere/else")
+    with pytest.raises(ValueError, match="Unknown vision tower: somewhere/else"):
+        load(checkpoint)
+
+
+def test_a_tower_without_weights_is_named(checkpoint):
+    (checkpoint / "openai" / "clip-vit-tiny-patch14-56" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="Cannot load the vision tower"):
+        load(checkpoint)
+
+
+def as_safetensors(folder: Path) -> Path:
+    weights = {}
+    for file in sorted(folder.glob("pytorch_model-*.bin")):
+        weights |= torch.load(file, weights_only=True)
+        file.unlink()
+    (folder / "pytorch_model.bin.index.json").unlink()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder / "model.safetensors"
+
+
+def test_missing_weights_are_named(checkpoint):
+    file = as_safetensors(checkpoint)
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not hold all weights.*layers\.1\.mlp\.up_proj"):
+        load(checkpoint)
+
+
+def test_a_projector_only_checkpoint_without_its_base_is_named(checkpoint):
+    file = as_safetensors(checkpoint)
+    save_file({k: v for k, v in load_file(file).items() if "mm_projector" in k}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="needs model_base"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+@pytest.mark.parametrize("keep", [0, 100, 0.5])
+def test_truncated_weights_are_named(checkpoint, layout, keep):
+    file = as_safetensors(checkpoint) if layout == "safetensors" else sorted(checkpoint.glob("pytorch_model-*"))[0]
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(OSError, match="Cannot read the weights in"):
+        load(checkpoint)
+
+
+def test_weights_of_another_shape_are_named(checkpoint):
+    edit_config(checkpoint, intermediate_size=128)
+    with pytest.raises((ValueError, OSError), match=r"size|shape"):
+        load(checkpoint)
+
+
+def test_a_pickle_with_code_is_not_run(checkpoint, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    as_safetensors(checkpoint).unlink()
+    torch.save({"model.embed_tokens.weight": Evil()}, checkpoint / "pytorch_model.bin")
+    with pytest.raises(OSError, match="Cannot read the weights in"):
+        load(checkpoint)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_mpt_says_that_it_is_not_supported():
+    with pytest.raises(NotImplementedError, match="not supported"):
+        LlavaMptForCausalLM.from_pretrained("anything")
+
+
+def test_importing_llava_is_light():
+    import subprocess
+    import sys
+
+    code = "import sys, llava; print([m for m in ('torch', 'transformers', 'peft', 'flash_attn') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
