@@ -1,0 +1,214 @@
+"""Token maps: which visual tokens a method keeps, drawn on the picture.
+
+    python -m llava.eval.tokens --image cat.jpg --method otprune,random --ratio 0.098 --output maps/
+
+writes one PNG with the methods side by side, and a CSV with every kept token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava.mm_utils import (
+    expand2square,
+    get_anyres_image_grid_shape,
+    get_model_name_from_path,
+    load_image,
+    process_images,
+)
+from llava.model.llava_arch import greedy_select, ot_kernel, unpad_image
+from llava.pruning import PruningConfig, VisualTokens, kept_count
+from llava.pruning.base import content_key
+from llava.pruning.registry import resolve_name
+
+DIMMED = 0.22
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture that a run of visual tokens covers.
+
+    Attributes
+    ----------
+    name : str
+        "image", "base view" or "crops".
+    picture : PIL.Image
+        RGB, what the patches lie on.
+    patches : ndarray (rows, columns), int
+        Index of the visual token at each patch.
+    """
+
+    name: str
+    picture: Image.Image
+    patches: np.ndarray
+
+
+def views_of(image: Image.Image, config, tower) -> list[View]:
+    """The pictures behind an image's visual tokens, in the order of the tokens.
+
+    Parameters
+    ----------
+    image : PIL.Image
+        RGB.
+    config
+        The model's configuration (``image_aspect_ratio``, ``image_grid_pinpoints``, ``mm_patch_merge_type``).
+    tower : CLIPVisionTower
+
+    Returns
+    -------
+    list of View
+        One for a model that pads or squares its images; base view and crops for anyres. Newline tokens belong to no
+        patch.
+    """
+    side = tower.num_patches_per_side
+    base = np.arange(side * side).reshape(side, side)
+    aspect = getattr(config, "image_aspect_ratio", None)
+    if aspect == "pad":
+        return [View("image", expand2square(image, (122, 116, 104)), base)]
+    square = image.resize((tower.config.image_size,) * 2)
+    if aspect != "anyres":
+        return [View("image", square, base)]
+    columns, rows = get_anyres_image_grid_shape(image.size, config.image_grid_pinpoints, tower.config.image_size)
+    grid = torch.zeros(1, rows * side, columns * side)
+    newline = 0
+    if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
+        grid, newline = unpad_image(grid, image.size), 1
+    height, width = grid.shape[1:]
+    crops = side * side + np.arange(height * (width + newline)).reshape(height, width + newline)
+    return [View("base view", square, base), View("crops", image, crops[:, :width])]
+
+
+@torch.no_grad()
+def kept_order(tokens: torch.Tensor, config: PruningConfig, image_key: int) -> list[int]:
+    """Kept tokens of one image (N, D): in greedy order for OTPrune, ascending for the others."""
+    k = kept_count(len(tokens), config.ratio)
+    pruner = config.build_pruner()
+    if config.method == "otprune" and not pruner.compat and k < len(tokens):
+        return greedy_select(ot_kernel(tokens, pruner.gamma), k).tolist()
+    return pruner.indices(VisualTokens(tokens[None], k, image_keys=(image_key,)))[0].tolist()
+
+
+def draw(views: list[View], kept: dict[str, list[int]], order: bool = False):
+    """A figure: a column a method, a row a view, what was dropped dimmed.
+
+    Parameters
+    ----------
+    views : list of View
+    kept : dict of method -> token indices
+    order : bool
+        Write each token's place in the list on its patch.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2 * len(kept), 4.5 * len(views)), layout="constrained")
+    axes = figure.subplots(len(views), len(kept), squeeze=False)
+    for row, view in enumerate(views):
+        for column, (method, indices) in enumerate(kept.items()):
+            axis = axes[row][column]
+            axis.imshow(_dimmed(view, indices), interpolation="nearest")
+            inside = np.isin(view.patches, indices)
+            axis.set_title(f"{method}: {inside.sum()} of {view.patches.size} ({view.name})", fontsize=11)
+            axis.set_axis_off()
+            if order:
+                _number(axis, view, indices)
+    return figure
+
+
+def _dimmed(view: View, indices: list[int]) -> np.ndarray:
+    """The picture with the patches that were dropped faded to grey."""
+    rows, columns = view.patches.shape
+    scale = _scale(view)
+    picture = np.asarray(view.picture.resize((columns * scale, rows * scale)), dtype=np.float32)
+    kept = np.isin(view.patches, indices).repeat(scale, 0).repeat(scale, 1)[..., None]
+    faded = DIMMED * picture + (1 - DIMMED) * 235
+    return np.where(kept, picture, faded).astype(np.uint8)
+
+
+def _number(axis, view: View, indices: list[int]) -> None:
+    scale = _scale(view)
+    place = {int(index): (x, y) for (y, x), index in np.ndenumerate(view.patches)}
+    box = {"boxstyle": "round,pad=0.1", "facecolor": "black", "linewidth": 0, "alpha": 0.6}
+    for rank, index in enumerate(indices, start=1):
+        if index in place:
+            x, y = ((coordinate + 0.5) * scale for coordinate in place[index])
+            axis.text(x, y, rank, fontsize=5, ha="center", va="center", color="white", bbox=box)
+
+
+def _scale(view: View) -> int:
+    """Pixels a patch is drawn with."""
+    return max(1, round(480 / max(view.patches.shape)))
+
+
+def write_csv(path: Path, views: list[View], kept: dict[str, list[int]]) -> None:
+    """One line a kept token: method, place in the list, token index, view, row and column (empty for a newline)."""
+    place = {int(index): (view.name, y, x) for view in views for (y, x), index in np.ndenumerate(view.patches)}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "rank", "token", "view", "row", "column"])
+        for method, indices in kept.items():
+            for rank, index in enumerate(indices, start=1):
+                writer.writerow([method, rank, index, *place.get(index, ("newline", "", ""))])
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.tokens", description=__doc__.splitlines()[0])
+    parser.add_argument("--image", required=True, help="a picture: a local file or an http(s) address")
+    parser.add_argument("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
+    parser.add_argument("--method", default="otprune", help="one method, or several with commas (default: otprune)")
+    parser.add_argument("--ratio", type=float, default=0.098, help="kept ratio, 0 < r <= 1 (default: 0.098)")
+    parser.add_argument("--order", action="store_true", help="number the tokens (OTPrune: in greedy order)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("token_maps"), help="folder (default: token_maps)")
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.configs = {
+            resolve_name(name): PruningConfig(method=name, ratio=arguments.ratio)
+            for name in arguments.method.split(",")
+        }
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Draw the token maps that the command line asks for; returns the PNG's path."""
+    arguments = parse_arguments(argv)
+    from llava.model.builder import load_pretrained_model
+
+    image = load_image(arguments.image)
+    dtype = torch.float32 if arguments.device == "cpu" else torch.float16
+    _, model, processor, _ = load_pretrained_model(
+        arguments.model, None, get_model_name_from_path(arguments.model), device=arguments.device, dtype=dtype
+    )
+    pixels = process_images([image], processor, model.config)[0].to(model.device, dtype)
+    tokens = model.visual_tokens([pixels], [image.size])[0]
+    views = views_of(image, model.config, model.get_vision_tower())
+    kept = {name: kept_order(tokens, config, content_key(pixels)) for name, config in arguments.configs.items()}
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem = arguments.output / f"{Path(arguments.image).stem}_{arguments.ratio:g}"
+    draw(views, kept, arguments.order).savefig(stem.with_name(stem.name + ".png"), dpi=110)
+    write_csv(stem.with_name(stem.name + ".csv"), views, kept)
+    for method, indices in kept.items():
+        print(f"{method}: {len(indices)} of {len(tokens)} visual tokens kept")
+    print(f"written: {stem}.png, {stem}.csv")
+    return stem.with_name(stem.name + ".png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"tokens: {error}")
