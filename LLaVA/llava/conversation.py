@@ -10,10 +10,11 @@ import base64
 from dataclasses import dataclass
 from enum import Enum, auto
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 
 # The mean colour of CLIP's training pictures, which "Pad" fills with.
 PAD_COLOUR = (122, 116, 104)
@@ -268,6 +269,9 @@ def conv_mode_for(model_name: str) -> str:
         A key of ``conv_templates``.
     """
     name = model_name.lower()
+    # The embedded model, trained under the template that evaluation uses by default.
+    if name == "llava-mini":
+        return "vicuna_v1"
     for mark, mode in (
         ("llama-2", "llava_llama_2"),
         ("mistral", "mistral_instruct"),
@@ -278,6 +282,38 @@ def conv_mode_for(model_name: str) -> str:
         if mark in name:
             return mode
     return "llava_v0"
+
+
+def choose_conv_mode(model_name: str, wanted: str | None) -> str:
+    """The template to use: the wanted one, with a printed warning if the checkpoint's name speaks for another.
+
+    Parameters
+    ----------
+    model_name : str
+    wanted : str or None
+        A key of ``conv_templates``; None to go by the name.
+
+    Raises
+    ------
+    ValueError
+        If there is no such template.
+    """
+    inferred = conv_mode_for(model_name)
+    if wanted is None or wanted == inferred:
+        return inferred
+    if wanted not in conv_templates:
+        raise ValueError(f"unknown conversation mode {wanted!r}; allowed: {', '.join(conv_templates)}")
+    print(
+        f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {wanted}, using {wanted}"
+    )
+    return wanted
+
+
+def image_mark(model_config: Any) -> str:
+    """What stands for an image in a prompt: ``<image>``, between two more marks for the first checkpoints."""
+    if getattr(model_config, "mm_use_im_start_end", False):
+        return DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+    return DEFAULT_IMAGE_TOKEN
 
 
 _CHAT_WITH_USER = (
@@ -341,7 +377,8 @@ conv_vicuna_v1 = Conversation(
 
 conv_llama_2 = Conversation(
     system=(
-        "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+        "You are a helpful, respectful and honest assistant. "
+        "Always answer as helpfully as possible, while being safe.  "
         "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
         "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
         "If a question does not make any sense, or is not factually coherent, explain why instead of answering "

@@ -28,8 +28,9 @@ def load_rgb(source: Image.Image | str | os.PathLike | BinaryIO, name: str | Non
     """Read a picture, decode it completely and bring it to 8-bit RGB.
 
     Transparency is dropped, not blended; a palette is looked up; 16-bit grey keeps its high byte (Pillow by itself
-    would clip it to white); of an animation the current frame is taken, which is the first one of a newly opened
-    file. Orientation marks in EXIF data are not followed, as in the original LLaVA.
+    would clip it to white); 32-bit integers count as 16-bit grey unless none is above 255; of an animation the
+    current frame is taken, which is the first one of a newly opened file. Orientation marks in EXIF data are not
+    followed, as in the original LLaVA.
 
     Parameters
     ----------
@@ -90,7 +91,9 @@ def _open_image(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple
         raise ValueError(f"{name} is not a picture in a format that Pillow can read") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error}") from error
-    except (SyntaxError, EOFError, ValueError) as error:
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's own words, with the path: no permission, ...
+            raise
         raise ValueError(f"{name} is truncated or damaged: {error}") from error
 
 
@@ -99,7 +102,9 @@ def _grey_from_integers(image: Image.Image, name: str) -> Image.Image:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise ValueError(f"{name} holds integers from {low} to {high}; allowed: 0 to 65535 (16 bits)")
-    return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode != "I" or high > 255:
+        values >>= 8
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 def load_image(image_file: str) -> Image.Image:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 FILES = [
@@ -176,11 +177,25 @@ def _from_sentencepiece(
         **{key: _token(text) for key, text in LLAMA_TOKENS.items() if key not in options},
         **{"add_bos_token": True, "add_eos_token": False, **options},
     )
+    backend = tokenizer.backend_tokenizer
     # The newer convention puts a dummy space in front itself; the legacy one leaves that to SentencePiece.
-    dummy_space = not legacy or processor.normalize("a").startswith(SPACE)
-    _set_space_convention(tokenizer.backend_tokenizer, legacy, dummy_space)
+    adds_space = processor.normalize("a").startswith(SPACE)
+    _set_space_convention(backend, legacy, dummy_space=adds_space or not legacy)
+    front = "" if adds_space or legacy else SPACE
+
+    def differs(text: str) -> bool:
+        return tokenizer(text, add_special_tokens=False).input_ids != processor.encode(front + text)
+
+    symbols = sorted(filter(differs, _unscored(processor) - set(tokenizer.get_added_vocab())))
+    if symbols:
+        _keep_whole(backend, symbols)
     _check_added(file, tokenizer, added)
-    _check_ids(file, tokenizer, processor, dummy_space)
+    for text in (*PROBES, *symbols):
+        if differs(text):
+            raise ValueError(
+                f"{file} is not a Llama tokenizer (byte-pair encoding, text neither normalised nor stripped): "
+                f"for {text!r}, its own ids and those of the pipeline built from it differ"
+            )
     return tokenizer
 
 
@@ -204,6 +219,21 @@ def _merges(processor: SentencePieceProcessor, vocabulary: dict[str, int]) -> li
             if left in text and right in text:
                 ranked.append((-score, index, text[left], text[right], (left, right)))
     return [merge for *_, merge in sorted(ranked)]
+
+
+def _unscored(processor: SentencePieceProcessor) -> set[str]:
+    """Pieces of text without a score: symbols that SentencePiece never takes apart, and the first merge."""
+    unscored = (index for index in range(processor.get_piece_size()) if processor.get_score(index) == 0)
+    return {processor.id_to_piece(index) for index in unscored if _is_text(processor, index)}
+
+
+def _keep_whole(backend: Tokenizer, symbols: list[str]) -> None:
+    """Cut the text around symbols that no merges lead to, and look each up as a whole."""
+    longest_first = sorted(symbols, key=len, reverse=True)
+    cut = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), behavior="isolated")
+    before = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*before, cut])
+    backend.model.ignore_merges = True
 
 
 def _set_space_convention(backend: Tokenizer, legacy: bool, dummy_space: bool) -> None:
@@ -235,22 +265,6 @@ def _check_added(file: str, tokenizer: PreTrainedTokenizerBase, added: dict[int,
             raise ValueError(
                 f"added token {token.content!r} must have id {index}, but with {file} it gets {found}: "
                 "the two files do not belong together"
-            )
-
-
-def _check_ids(file: str, tokenizer: PreTrainedTokenizerBase, processor: Any, dummy_space: bool) -> None:
-    adds_space = processor.normalize("a").startswith(SPACE)
-    # User-defined symbols, which SentencePiece never takes apart, have no score; a merge list cannot express them.
-    unscored = [index for index in range(processor.get_piece_size()) if processor.get_score(index) == 0]
-    symbols = {processor.id_to_piece(index) for index in unscored if _is_text(processor, index)}
-    for probe in (*PROBES, *sorted(symbols - set(tokenizer.get_added_vocab()))):
-        expected = processor.encode(SPACE + probe if dummy_space and not adds_space else probe)
-        found = tokenizer(probe, add_special_tokens=False).input_ids
-        if found != expected:
-            raise ValueError(
-                f"{file} is not a Llama tokenizer (byte-pair encoding, text neither normalised nor stripped, "
-                "symbols of its own only if added_tokens.json lists them): "
-                f"{probe!r} is {expected} in SentencePiece, but {found} in the pipeline built from the file"
             )
 
 

@@ -1,0 +1,157 @@
+"""Ask a checkpoint one question about one or more images: ``python -m llava.eval.run_llava --help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
+from llava.conversation import choose_conv_mode, conv_templates, image_mark
+from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.utils import disable_torch_init
+
+__all__ = ["eval_model", "image_parser", "load_image", "load_images", "main"]
+
+logger = logging.getLogger(__name__)
+
+
+def image_parser(args: Any) -> list[str]:
+    """The files or addresses in ``args.image_file``, which ``args.sep`` separates."""
+    return args.image_file.split(args.sep)
+
+
+def load_images(image_files: Sequence[str]) -> list[Image.Image]:
+    """Read several images with :func:`llava.mm_utils.load_image`."""
+    return [load_image(image_file) for image_file in image_files]
+
+
+def eval_model(args: Any) -> str:
+    """Load a checkpoint, ask it one question, print the answer.
+
+    Parameters
+    ----------
+    args : object
+        With the attributes ``model_path``, ``model_base``, ``image_file`` (paths or http(s) addresses), ``query``,
+        ``conv_mode`` (None: by the model's name; the choice is stored there), ``sep``, ``temperature`` (0: greedy),
+        ``top_p``, ``num_beams``, ``max_new_tokens``; optionally ``device``. Every ``<image-placeholder>`` in the
+        query stands for one image; without any, the first image goes in front of the query.
+
+    Returns
+    -------
+    str
+        The answer, as printed.
+
+    Raises
+    ------
+    OSError
+        If an image or the checkpoint cannot be read.
+    ValueError
+        If an image is damaged, or ``conv_mode`` is unknown.
+    IndexError
+        If the query has more places for images than there are images.
+    """
+    disable_torch_init()
+    # Everything that can be wrong with the request is found before any weight is loaded.
+    model_name = get_model_name_from_path(args.model_path)
+    args.conv_mode = choose_conv_mode(model_name, args.conv_mode)
+    images = load_images(image_parser(args))
+    _check_places(args.query, len(images))
+
+    device = getattr(args, "device", None)
+    options = {"device": device} if device else {}
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path, args.model_base, model_name, **options
+    )
+
+    conv = conv_templates[args.conv_mode].copy()
+    conv.append_message(conv.roles[0], _with_image_marks(args.query, image_mark(model.config)))
+    conv.append_message(conv.roles[1], None)
+    input_ids = tokenizer_image_token(conv.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+    pixels = process_images(images, image_processor, model.config)
+
+    with torch.inference_mode():
+        output_ids = model.generate(
+            input_ids.unsqueeze(0).to(model.device),
+            images=images_to(pixels, model.device, getattr(model, "dtype", torch.float16)),
+            image_sizes=[image.size for image in images],
+            do_sample=args.temperature > 0,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            num_beams=args.num_beams,
+            max_new_tokens=args.max_new_tokens,
+            use_cache=True,
+        )
+    answer = tokenizer.batch_decode(output_ids, skip_special_tokens=True)[0].strip()
+    print(answer)
+    return answer
+
+
+def _check_places(query: str, images: int) -> None:
+    placeholders = query.count(IMAGE_PLACEHOLDER)
+    places = (placeholders or 1) + query.count(DEFAULT_IMAGE_TOKEN)
+    if places > images:
+        raise IndexError(
+            f"the query has places for {places} images, but {images} given; without {IMAGE_PLACEHOLDER}, which says "
+            "where an image goes, the first one is put in front"
+        )
+    if places < images:
+        logger.warning(
+            "%d images, but the query has a place for %d only: the others are ignored; write %s once for each image",
+            images,
+            places,
+            IMAGE_PLACEHOLDER,
+        )
+
+
+def _with_image_marks(query: str, mark: str) -> str:
+    if IMAGE_PLACEHOLDER in query:
+        return query.replace(IMAGE_PLACEHOLDER, mark)
+    return f"{mark}\n{query}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.run_llava",
+        description="Ask a LLaVA checkpoint one question about one or more images.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model-path", default="facebook/opt-350m", help="folder or Hub id of the checkpoint")
+    parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
+    parser.add_argument("--image-file", required=True, help="paths or http(s) addresses, separated by --sep")
+    parser.add_argument("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} says where an image goes")
+    parser.add_argument("--conv-mode", help="prompt template; chosen by the checkpoint's name if not given")
+    parser.add_argument("--sep", default=",", help="what separates the images")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")
+    parser.add_argument("--top_p", type=float, help="sample from the smallest set of tokens with this probability")
+    parser.add_argument("--num_beams", type=int, default=1, help="beams of the beam search")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="length of the answer at most, in tokens")
+    parser.add_argument("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:1, cpu")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; errors in what was asked for become one sentence on stderr.
+
+    Returns
+    -------
+    int
+        0, or 1 after an error.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        eval_model(args)
+    except (OSError, ValueError, IndexError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

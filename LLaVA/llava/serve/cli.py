@@ -1,0 +1,127 @@
+"""Talk with a checkpoint about one image, answers appearing as they are written.
+
+``python -m llava.serve.cli --help`` lists the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from transformers import TextStreamer
+
+from llava.constants import IMAGE_TOKEN_INDEX
+from llava.conversation import choose_conv_mode, conv_templates, image_mark
+from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.utils import disable_torch_init
+
+
+def main(args: argparse.Namespace) -> None:
+    """Load a checkpoint and an image, then answer questions until an empty line or the end of the input.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        As :func:`parse_args` returns it.
+
+    Raises
+    ------
+    OSError
+        If the image or the checkpoint cannot be read.
+    ValueError
+        If the image is damaged, or ``conv_mode`` is unknown.
+    """
+    disable_torch_init()
+    model_name = get_model_name_from_path(args.model_path)
+    args.conv_mode = choose_conv_mode(model_name, args.conv_mode)
+    image = load_image(args.image_file)
+
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path, args.model_base, model_name, args.load_8bit, args.load_4bit, device=args.device
+    )
+    pixels = process_images([image], image_processor, model.config)
+    pixels = images_to(pixels, model.device, getattr(model, "dtype", torch.float16))
+
+    conv = conv_templates[args.conv_mode].copy()
+    names = ("user", "assistant") if "mpt" in model_name.lower() else conv.roles
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    # The image is named in the first question only, and handed over at every turn.
+    mark = image_mark(model.config)
+    while question := _ask(f"{names[0]}: "):
+        conv.append_message(conv.roles[0], f"{mark}\n{question}" if mark else question)
+        conv.append_message(conv.roles[1], None)
+        mark = None
+        prompt = conv.get_prompt()
+        input_ids = tokenizer_image_token(prompt, tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+
+        print(f"{names[1]}: ", end="", flush=True)
+        with torch.inference_mode():
+            output_ids = model.generate(
+                input_ids.unsqueeze(0).to(model.device),
+                images=pixels,
+                image_sizes=[image.size],
+                do_sample=args.temperature > 0,
+                temperature=args.temperature,
+                max_new_tokens=args.max_new_tokens,
+                streamer=streamer,
+                use_cache=True,
+            )
+        # Without special tokens: the template itself ends the turn, and one </s> too many confuses the next answer.
+        answer = tokenizer.decode(output_ids[0], skip_special_tokens=True).strip()
+        conv.messages[-1][-1] = answer
+        if args.debug:
+            print("\n", {"prompt": prompt, "outputs": answer}, "\n")
+    print("exit...")
+
+
+def _ask(prompt: str) -> str:
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.serve.cli",
+        description="Talk with a LLaVA checkpoint about one image. An empty line ends the conversation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model-path", default="facebook/opt-350m", help="folder or Hub id of the checkpoint")
+    parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
+    parser.add_argument("--image-file", required=True, help="path or http(s) address")
+    parser.add_argument("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:1, cpu")
+    parser.add_argument("--conv-mode", help="prompt template; chosen by the checkpoint's name if not given")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="length of an answer at most, in tokens")
+    parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
+    parser.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
+    parser.add_argument("--debug", action="store_true", help="print every prompt and answer")
+    return parser.parse_args(argv)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; errors in what was asked for become one sentence on stderr.
+
+    Returns
+    -------
+    int
+        0; 1 after an error; 130 after Ctrl-C.
+    """
+    try:
+        main(parse_args(argv))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

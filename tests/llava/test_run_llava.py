@@ -1,0 +1,238 @@
+"""One question about images: what ``eval_model`` hands to the model, and the command line around it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from golden import golden_root
+from llava.eval import run_llava
+from llava.mm_utils import process_images
+from llava.model.tokenizer import load_tokenizer
+
+ROOT = golden_root() / "llava"
+CASE = next(case for case in json.loads((ROOT / "manifest.json").read_text())["cases"] if case["kind"] == "eval_model")
+CALLS = json.loads((ROOT / CASE["file"]).read_text())
+
+
+class Stub:
+    """A loader whose model writes down what it is given."""
+
+    def __init__(self, config: dict, returned_ids, dtype: torch.dtype = torch.float16) -> None:
+        self.config = SimpleNamespace(**config)
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self.returned_ids = returned_ids
+        self.processor = CLIPImageProcessorPil.from_pretrained(ROOT / CASE["processor"])
+        self.loads, self.calls = [], []
+
+    def load(self, *args, **kwargs):
+        self.loads.append([list(args), kwargs])
+        return load_tokenizer(ROOT / "checkpoints" / CASE["tokenizer"]), self, self.processor, 2048
+
+    def generate(self, input_ids, **kwargs):
+        self.calls.append({"input_ids": input_ids, **kwargs})
+        return torch.tensor(self.returned_ids)
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    def install(config=None, returned_ids=((302, 923, 805, 299, 2),), **options):
+        made = Stub(config or {"image_aspect_ratio": "pad"}, returned_ids, **options)
+        monkeypatch.setattr(run_llava, "load_pretrained_model", made.load)
+        monkeypatch.chdir(ROOT)
+        return made
+
+    return install
+
+
+def arguments(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{**CALLS[0]["args"], **changes})
+
+
+@pytest.mark.parametrize("call", [pytest.param(c, id=str(i)) for i, c in enumerate(CALLS) if "raises" not in c])
+def test_calls_of_the_original(call, stub, capsys):
+    made = stub(call["model_config"], call["generate_returned_ids"])
+    args = SimpleNamespace(**call["args"])
+    answer = run_llava.eval_model(args)
+
+    assert made.loads == [call["load_args"]]
+    (given,) = made.calls
+    assert given.pop("input_ids").tolist() == call["input_ids"]
+    images = given.pop("images")
+    assert (list(images.shape), str(images.dtype)) == (call["images_shape"], call["images_dtype"])
+    assert [list(size) for size in given.pop("image_sizes")] == call["image_sizes"]
+    assert given == call["generate_kwargs"]
+    assert args.conv_mode == call["conv_mode_used"]
+    assert capsys.readouterr().out == call["stdout"]
+    assert answer == call["stdout"].splitlines()[-1]
+
+
+@pytest.mark.parametrize("call", [pytest.param(c, id=str(i)) for i, c in enumerate(CALLS) if "raises" in c])
+def test_several_images_with_different_numbers_of_crops(call, stub):
+    assert not call["strict"], "a defect of the original that is mended here"
+    made = stub(call["model_config"])
+    run_llava.eval_model(SimpleNamespace(**call["args"]))
+    (given,) = made.calls
+    files = call["args"]["image_file"].split(call["args"]["sep"])
+    expected = process_images([Image.open(file) for file in files], made.processor, made.config)
+    assert isinstance(given["images"], list)
+    for image, reference in zip(given["images"], expected, strict=True):
+        assert torch.equal(image, reference.half())
+    assert (given["input_ids"] == -200).sum() == len(files)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_images_come_in_the_models_dtype(dtype, stub):
+    made = stub(dtype=dtype)
+    run_llava.eval_model(arguments())
+    assert made.calls[0]["images"].dtype == dtype
+
+
+def test_a_device_is_handed_to_the_loader(stub):
+    made = stub()
+    run_llava.eval_model(arguments(device="cpu"))
+    assert made.loads[0][1] == {"device": "cpu"}
+
+
+def test_the_answer_is_stripped(stub, capsys):
+    line_end, space = 13, 946
+    stub(returned_ids=((space, space, 302, 923, line_end, space, 2),))
+    answer = run_llava.eval_model(arguments())
+    assert answer == answer.strip() != ""
+    assert capsys.readouterr().out == answer + "\n"
+
+
+def test_surplus_images_are_named(stub, caplog):
+    made = stub()
+    run_llava.eval_model(arguments(image_file="images/im2_97x61.png,images/im5_61x250.png"))
+    assert len(made.calls[0]["images"]) == 2
+    assert "2 images, but the query has a place for 1 only" in caplog.text
+
+
+def test_more_places_than_images_are_refused_before_loading(stub):
+    made = stub()
+    with pytest.raises(IndexError, match="places for 2 images, but 1 given"):
+        run_llava.eval_model(arguments(query="<image-placeholder> or <image-placeholder>?"))
+    assert made.loads == []
+
+
+def run(*options: str) -> int:
+    return run_llava.main([*options, "--model-path", "x/llava-v1.5-7b", "--query", "What?"])
+
+
+def write_cut(path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "message"),
+    [
+        ("missing.png", lambda path: None, "missing.png does not exist"),
+        ("cut.png", write_cut, "cut.png is truncated or damaged"),
+        ("note.txt", lambda path: path.write_text("hello"), "note.txt is not a picture"),
+        ("folder", lambda path: path.mkdir(), "folder is a folder"),
+    ],
+)
+def test_a_bad_image_is_one_sentence_and_a_non_zero_exit_before_loading(name, write, message, stub, tmp_path, capsys):
+    made = stub()
+    write(tmp_path / name)
+    assert run("--image-file", str(tmp_path / name)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert made.loads == []
+
+
+def test_an_unknown_template_is_one_sentence(stub, capsys):
+    made = stub()
+    assert run("--image-file", "images/im2_97x61.png", "--conv-mode", "v9") == 1
+    assert "unknown conversation mode 'v9'; allowed: default, v0" in capsys.readouterr().err
+    assert made.loads == []
+
+
+def test_a_checkpoint_that_is_missing_is_one_sentence(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    options = ["--image-file", "images/im2_97x61.png", "--query", "What?", "--model-path", str(tmp_path / "llava-none")]
+    assert run_llava.main(options) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and "llava-none" in captured.err
+
+
+def test_the_defaults_of_the_command_line(stub):
+    made = stub()
+    assert run("--image-file", "images/im2_97x61.png") == 0
+    assert made.loads == [[["x/llava-v1.5-7b", None, "llava-v1.5-7b"], {"device": "cuda"}]]
+    (given,) = made.calls
+    kept = {key: given[key] for key in ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens")}
+    assert kept == {"do_sample": True, "temperature": 0.2, "top_p": None, "num_beams": 1, "max_new_tokens": 512}
+
+
+def test_the_options_of_the_command_line(stub):
+    made = stub()
+    code = run_llava.main(
+        [
+            *("--model-path", "x/llava-v1.6-lora", "--model-base", "x/base", "--sep", ";"),
+            *("--image-file", "images/im2_97x61.png;images/im5_61x250.png"),
+            *("--query", "<image-placeholder><image-placeholder>Which?", "--conv-mode", "vicuna_v1"),
+            *("--temperature", "0", "--top_p", "0.5", "--num_beams", "2", "--max_new_tokens", "9", "--device", "cpu"),
+        ]
+    )
+    assert code == 0
+    assert made.loads == [[["x/llava-v1.6-lora", "x/base", "llava-v1.6-lora"], {"device": "cpu"}]]
+    (given,) = made.calls
+    kept = {key: given[key] for key in ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens")}
+    assert kept == {"do_sample": False, "temperature": 0.0, "top_p": 0.5, "num_beams": 2, "max_new_tokens": 9}
+    assert given["image_sizes"] == [(97, 61), (61, 250)]
+
+
+def test_help_runs_and_lists_every_option(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llava.eval.run_llava", "--help"])
+    monkeypatch.delitem(sys.modules, "llava.eval.run_llava")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("llava.eval.run_llava", run_name="__main__")
+    assert ended.value.code == 0
+    help_text = capsys.readouterr().out
+    for option in (
+        "--model-path", "--model-base", "--image-file", "--query", "--conv-mode", "--sep", "--temperature", "--top_p",
+        "--num_beams", "--max_new_tokens", "--device",
+    ):  # fmt: skip
+        assert option in help_text
+
+
+def test_importing_the_package_or_the_utilities_does_not_import_a_model():
+    script = (
+        "import sys, llava, llava.constants, llava.conversation, llava.utils, llava.mm_utils; "
+        "heavy = ('llava.model', 'transformers.models.llama', 'requests', 'torchvision', 'peft', 'flash_attn'); "
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", ["llava-v1.5-tiny", "llava-v1.6-vicuna-tiny"])
+def test_a_real_checkpoint_answers(name, monkeypatch, capsys):
+    if not (ROOT / "checkpoints" / name / "config.json").exists():
+        pytest.skip(f"the small copy of the golden data has no {name}")
+    monkeypatch.chdir(ROOT)
+    code = run_llava.main(
+        [
+            *("--model-path", f"checkpoints/{name}"),
+            *("--image-file", "images/im0_640x427.png,images/im4_1001x301.png"),
+            *("--query", "<image-placeholder><image-placeholder>\nWhich one is the largest?"),
+            *("--temperature", "0", "--max_new_tokens", "4", "--device", "cpu"),
+        ]
+    )
+    assert code == 0
+    assert capsys.readouterr().out.strip()
