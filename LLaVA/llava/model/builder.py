@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 import llava
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
@@ -103,7 +105,8 @@ def load_pretrained_model(
         )
 
     config_class, model_class = _classes(raw_config, path)
-    config = config_class.from_pretrained(path)
+    with _quiet():
+        config = config_class.from_pretrained(path)
     config.name_or_path = path
     if pruning is not None:
         pruning.check_depth(config.num_hidden_layers)
@@ -179,7 +182,8 @@ def _read_config(path: str) -> dict[str, Any]:
         try:
             file = Path(cached_file(path, "config.json"))
         except OSError as error:
-            raise OSError(f"{path} is neither a folder nor a checkpoint that the hub gives: {error}") from error
+            reason = str(error).splitlines()[0]
+            raise OSError(f"{path} is neither a folder nor a checkpoint that the hub gives: {reason}") from error
     try:
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -213,10 +217,22 @@ def _load_weights(
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model with what the checkpoint holds of it, and the names of the weights it does not hold."""
     try:
-        model, info = model_class.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+        with _quiet():
+            model, info = model_class.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     except (RuntimeError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
         raise OSError(f"Cannot read the weights in {path}: {error}") from error
     return model, set(info["missing_keys"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No transformers warnings inside: what the published checkpoints lack or spell in the old way is handled here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _torch_file(path: str, name: str) -> dict[str, torch.Tensor]:

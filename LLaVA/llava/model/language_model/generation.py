@@ -130,6 +130,11 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         if "max_length" in kwargs and kwargs.get("max_new_tokens") is None:
             kwargs["max_new_tokens"] = max(1, kwargs.pop("max_length") - 1)
 
+        if not kwargs.get("do_sample", self.generation_config.do_sample):
+            # Meaningless without sampling, and warned about at every call; evaluation harnesses pass temperature=0.
+            for name in ("temperature", "top_p", "top_k"):
+                kwargs.pop(name, None)
+
         ids, position_ids, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
             inputs, position_ids, mask, None, None, images, image_sizes
         )
