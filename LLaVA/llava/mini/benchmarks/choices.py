@@ -1,0 +1,190 @@
+"""MMBench, SEED-Bench and ScienceQA."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from llava.mini.benchmarks.table import SOURCE, Letters, Row, Table, balanced_facts, picture, shuffled, table
+from llava.mini.forms import TEXT_FORMS
+from llava.mini.questions import QA, as_choice
+from llava.mini.scenes import Dice
+
+__all__ = ["mmbench_en_dev", "scienceqa_img", "seedbench"]
+
+# MMBench form -> number of questions, category and L2 category.
+MMBENCH_FORMS = {
+    "color": (28, "attribute_recognition", "finegrained_perception (instance-level)"),
+    "shape": (20, "attribute_recognition", "finegrained_perception (instance-level)"),
+    "size": (12, "attribute_recognition", "finegrained_perception (instance-level)"),
+    "place": (28, "object_localization", "finegrained_perception (instance-level)"),
+    "count": (20, "object_localization", "finegrained_perception (instance-level)"),
+    "read": (24, "ocr", "finegrained_perception (instance-level)"),
+    "related": (16, "spatial_relationship", "finegrained_perception (cross-instance)"),
+    "larger": (12, "attribute_comparison", "finegrained_perception (cross-instance)"),
+    "background": (16, "image_scene", "coarse_perception"),
+    "category": (12, "identity_reasoning", "attribute_reasoning"),
+    "feeling": (12, "physical_property_reasoning", "attribute_reasoning"),
+    "compass": (12, "structuralized_imagetext_understanding", "logic_reasoning"),
+}
+
+
+def mmbench_en_dev() -> list[Table]:
+    """MMBench: two to four options; without the real set's rotated copies of each question."""
+    split = "mmbench_en_dev"
+    columns = {
+        "index": "int64",
+        "question": "string",
+        "hint": "string",
+        "answer": "string",
+        "A": "string",
+        "B": "string",
+        "C": "string",
+        "D": "string",
+        "category": "string",
+        "image": "image",
+        "source": "string",
+        "L2-category": "string",
+        "comment": "string",
+        "split": "string",
+    }
+    rows, letters = [], Letters()
+    wanted = {form: n for form, (n, _, _) in MMBENCH_FORMS.items()}
+    for i, (scene, fact, dice) in enumerate(balanced_facts(split, wanted)):
+        qa = letters.dealt(as_choice(fact, dice, "mmbench"))
+        _, category, ability = MMBENCH_FORMS[fact.form]
+        options = dict.fromkeys("ABCD", "nan") | dict(zip("ABCD", qa.choices, strict=False))
+        row = {
+            "index": i,
+            "question": qa.question,
+            "hint": qa.hint or "nan",
+            "answer": qa.answer,
+            **options,
+            "category": category,
+            "image": picture(scene),
+            "source": SOURCE,
+            "L2-category": ability,
+            "comment": "nan",
+            "split": "dev",
+        }
+        rows.append((qa.prompt, row))
+    return [table("en", "dev", columns, shuffled(rows, split))]
+
+
+# SEED-Bench form -> number of questions, and the type that SEED-Bench would number it with.
+SEEDBENCH_FORMS = {
+    "background": (24, 1),
+    "shape": (36, 2),
+    "color": (40, 3),
+    "place": (32, 4),
+    "count": (28, 5),
+    "related": (24, 6),
+    "fruit": (12, 8),
+    "read": (28, 9),
+}
+
+
+def seedbench() -> list[Table]:
+    """SEED-Bench: four options; images only, no videos."""
+    split = "seedbench"
+    columns = {
+        "answer": "string",
+        "choice_a": "string",
+        "choice_b": "string",
+        "choice_c": "string",
+        "choice_d": "string",
+        "data_id": "string",
+        "data_type": "string",
+        "question": "string",
+        "question_id": "string",
+        "question_type_id": "int16",
+        "image": ["image"],
+        "segment": ["int64"],
+    }
+    rows, letters = [], Letters()
+    wanted = {form: n for form, (n, _) in SEEDBENCH_FORMS.items()}
+    for i, (scene, fact, dice) in enumerate(balanced_facts(split, wanted, fits=lambda fact: len(fact.wrong) >= 3)):
+        qa = letters.dealt(as_choice(fact, dice, "seedbench", 4))
+        row = {
+            "answer": qa.answer,
+            **{f"choice_{letter}": choice for letter, choice in zip("abcd", qa.choices, strict=True)},
+            "data_id": f"{scene.seed:06d}",
+            "data_type": "image",
+            "question": qa.question,
+            "question_id": str(i),
+            "question_type_id": SEEDBENCH_FORMS[fact.form][1],
+            "image": [picture(scene)],
+            "segment": [],
+        }
+        rows.append((qa.prompt, row))
+    return [table("default", "test", columns, shuffled(rows, split))]
+
+
+# ScienceQA form -> number of questions, subject, topic and category. Text forms come without an image.
+SCIENCEQA_FORMS = {
+    "compass": (34, "social science", "geography", "Read a map: cardinal directions"),
+    "farthest": (34, "social science", "geography", "Read a map: cardinal directions"),
+    "heavier": (24, "natural science", "physics", "Matter and mass"),
+    "feeling": (36, "natural science", "physics", "Materials"),
+    "living": (20, "natural science", "biology", "Classification"),
+    "category": (20, "natural science", "biology", "Classification"),
+    "polygon": (20, "natural science", "earth-science", "Shapes"),
+    "corners": (16, "natural science", "earth-science", "Shapes"),
+}
+
+SCIENCEQA_TEXT = {
+    "text_sum": (4, "natural science", "physics", "Numbers"),
+    "text_category": (4, "natural science", "biology", "Classification"),
+    "text_corners": (4, "natural science", "earth-science", "Shapes"),
+    "text_fruit": (4, "natural science", "biology", "Plants"),
+    "text_sound": (4, "natural science", "biology", "Animals"),
+}
+
+
+def scienceqa_img() -> list[Table]:
+    """ScienceQA: most rows with a hint, twenty without an image."""
+    split = "scienceqa_img"
+    columns = {
+        "image": "image",
+        "question": "string",
+        "choices": ["string"],
+        "answer": "int8",
+        "hint": "string",
+        "task": "string",
+        "grade": "string",
+        "subject": "string",
+        "topic": "string",
+        "category": "string",
+        "skill": "string",
+        "lecture": "string",
+        "solution": "string",
+    }
+    rows, letters = [], Letters()
+    wanted = {form: n for form, (n, *_) in SCIENCEQA_FORMS.items()}
+    for scene, fact, dice in balanced_facts(split, wanted):
+        qa = letters.dealt(as_choice(fact, dice, "scienceqa"))
+        rows.append((qa.prompt, _scienceqa_row(qa, picture(scene), SCIENCEQA_FORMS[fact.form])))
+    dice = Dice("text", split)
+    for form, (n, *_) in SCIENCEQA_TEXT.items():
+        for _ in range(n):
+            qa = letters.dealt(as_choice(TEXT_FORMS[form](dice), dice, "scienceqa"))
+            rows.append((qa.prompt, _scienceqa_row(qa, None, SCIENCEQA_TEXT[form])))
+    return [table("ScienceQA-IMG", "test", columns, shuffled(rows, split))]
+
+
+def _scienceqa_row(qa: QA, image: Image.Image | None, filed: tuple[int, str, str, str]) -> Row:
+    _, subject, topic, category = filed
+    return {
+        "image": image,
+        "question": qa.question,
+        "choices": list(qa.choices),
+        "answer": ord(qa.answer) - ord("A"),
+        "hint": qa.hint,
+        "task": "closed choice",
+        "grade": "grade1",
+        "subject": subject,
+        "topic": topic,
+        "category": category,
+        "skill": qa.form,
+        "lecture": "",
+        "solution": "",
+    }

@@ -1,0 +1,132 @@
+"""POPE and MME."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from llava.mini.benchmarks.table import SOURCE, Row, Table, picture, scenes_of, shuffled, table
+from llava.mini.captions import an
+from llava.mini.forms import FORMS, Fact
+from llava.mini.forms.looking import absent_kind
+from llava.mini.questions import as_open
+from llava.mini.scenes import COLORS, SHAPES, Dice, Scene
+
+__all__ = ["mme", "pope"]
+
+
+def pope() -> list[Table]:
+    """POPE: is there such an object? Six questions a picture, a yes and a no each way of choosing what is absent.
+
+    ``random``: any kind; ``popular``: one that many other pictures show; ``adversarial``: one whose colour and shape
+    are both in the picture, on different objects.
+    """
+    split = "pope"
+    columns = {
+        "id": "string",
+        "question_id": "string",
+        "question": "string",
+        "answer": "string",
+        "image_source": "string",
+        "image": "image",
+        "category": "string",
+    }
+    scenes: list[Scene] = []
+    for scene in scenes_of(split):
+        # Three kinds of at least two colours and two shapes: else there is nothing tempting to ask for.
+        kinds = _kinds(scene)
+        if len(kinds) >= 3 and absent_kind(scene, Dice("pope", scene.seed), with_color=True, tempting=True):
+            scenes.append(scene)
+        if len(scenes) == 36:
+            break
+    shown_in = Counter(kind for scene in scenes for kind in _kinds(scene))
+    every = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    popular = sorted(every, key=lambda kind: -shown_in[kind])[: len(every) // 3]
+    rows = []
+    for scene in scenes:
+        dice = Dice("rows", split, scene.seed)
+        kinds = _kinds(scene)
+        absent = {"adversarial": absent_kind(scene, dice, with_color=True, tempting=True)}
+        for category, pool in (("popular", popular), ("random", every)):
+            absent[category] = dice.choice([k for k in pool if k not in kinds and k not in absent.values()])
+        for (category, missing), present in zip(absent.items(), dice.sample(kinds, 3), strict=True):
+            for kind, answer in dice.shuffled([(present, "yes"), (missing, "no")]):
+                question = f"Is there {an(kind)} in the image?"
+                row = {
+                    "id": str(len(rows)),
+                    "question_id": str(len(rows) + 1),
+                    "question": question,
+                    "answer": answer,
+                    "image_source": f"{SOURCE} {split} {scene.seed}",
+                    "image": picture(scene),
+                    "category": category,
+                }
+                rows.append((as_open(Fact("exists", question, answer)).prompt, row))
+    return [table("default", "test", columns, shuffled(rows, split))]
+
+
+def _kinds(scene: Scene) -> list[str]:
+    return sorted({f"{o.color} {o.shape}" for o in scene.shapes})
+
+
+# MME category -> (form, number of picture pairs); the category names are the ones that the metric knows.
+MME_FORMS = {
+    "existence": (("exists",), 12),
+    "count": (("is_count",), 12),
+    "position": (("relation",), 12),
+    "color": (("is_color",), 12),
+    "scene": (("is_background",), 12),
+    "OCR": (("is_text",), 12),
+    "commonsense_reasoning": (("is_category",), 9),
+    "numerical_calculation": (("is_sum", "number_size"), 9),
+    "text_translation": (("is_french",), 9),
+    "code_reasoning": (("code",), 9),
+}
+
+
+def mme() -> list[Table]:
+    """MME: two questions a picture, one to be answered with yes and one with no."""
+    split = "mme"
+    columns = {
+        "question_id": "string",
+        "image": "image",
+        "question": "string",
+        "answer": "string",
+        "category": "string",
+    }
+    left = {category: n for category, (_, n) in MME_FORMS.items()}
+    pairs = []
+    for scene in scenes_of(split):
+        dice = Dice("rows", split, scene.seed)
+        for category in sorted(dice.shuffled([c for c in left if left[c]]), key=lambda c: -left[c] / MME_FORMS[c][1]):
+            pair = _yes_and_no(scene, dice, dice.choice(MME_FORMS[category][0]))
+            if pair is None:
+                continue
+            question_id = f"{category}/{MME_FORMS[category][1] - left[category]:04d}.png"
+            left[category] -= 1
+            pairs.append([(as_open(fact).prompt, _mme_row(question_id, scene, fact, category)) for fact in pair])
+            break
+        if not any(left.values()):
+            break
+    return [table("default", "test", columns, [row for pair in Dice("order", split).shuffled(pairs) for row in pair])]
+
+
+def _yes_and_no(scene: Scene, dice: Dice, form: str) -> list[Fact] | None:
+    """A question of the form with the answer yes and one with no, in random order, or None when 40 tries give none."""
+    found: dict[str, Fact] = {}
+    for _ in range(40):
+        fact = FORMS[form](scene, dice)
+        if fact is not None and fact.answer in ("yes", "no"):
+            found.setdefault(fact.answer, fact)
+        if len(found) == 2:
+            return dice.shuffled(tuple(found.values()))
+    return None
+
+
+def _mme_row(question_id: str, scene: Scene, fact: Fact, category: str) -> Row:
+    return {
+        "question_id": question_id,
+        "image": picture(scene),
+        "question": f"{fact.question} Please answer yes or no.",
+        "answer": fact.answer.capitalize(),
+        "category": category,
+    }

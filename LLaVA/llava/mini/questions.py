@@ -1,0 +1,231 @@
+"""Questions about scenes as benchmarks ask them: what `llava-mini` is trained on, and what its suite consists of.
+
+A form (`llava.mini.forms`) states a fact; here it becomes a `QA`, worded and laid out as the eleven benchmarks do, so
+that training and evaluation read the same prompts.
+
+Answers are balanced so that the question alone gives nothing away: yes and no are equally frequent for the same
+words, a right option stands behind each letter equally often, and colours, shapes and places are drawn evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llava.mini.captions import CAPTION_PROMPT, DENSE_PROMPT
+from llava.mini.forms import FORMS, PAIR_FORMS, TEXT_FORMS, Fact
+from llava.mini.scenes import Dice, Scene
+
+__all__ = [
+    "CAPTION_PROMPT",
+    "DENSE_PROMPT",
+    "FORMS",
+    "PAIR_FORMS",
+    "QA",
+    "STYLES",
+    "TEXT_FORMS",
+    "Fact",
+    "as_choice",
+    "as_open",
+    "sample_pair_questions",
+    "sample_questions",
+    "sample_text_questions",
+]
+
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+# Whose layout a question follows; MMMU asks both ways.
+CHOICE_STYLES = ("mmbench", "seedbench", "mmmu", "scienceqa")
+OPEN_STYLES = ("short", "okvqa", "mmmu", "plain")
+STYLES = tuple(dict.fromkeys(CHOICE_STYLES + OPEN_STYLES))
+
+
+@dataclass(frozen=True)
+class QA:
+    """One question as a benchmark asks it.
+
+    Attributes
+    ----------
+    form : str
+        The kind of question: a key of `FORMS`, `PAIR_FORMS` or `TEXT_FORMS`.
+    style : str
+        One of `STYLES`: whose layout `prompt` follows.
+    question : str
+        The bare question.
+    answer : str
+        What a model has to say: a word, a sentence, or the right option's letter when there are `choices`.
+    choices : tuple of str
+        The options A, B, ...; empty for an open question.
+    hint : str
+        Context that comes with the question, or empty.
+    """
+
+    form: str
+    style: str
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    hint: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The whole text that the benchmark gives to a model, without image tokens."""
+        options = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(self.choices))
+        if self.style == "plain":
+            return self.question
+        if self.style == "short":
+            return f"{self.question}\n{SHORT}"
+        if self.style == "okvqa":
+            return f"{self.question}\n{INSUFFICIENT}\n{SHORT}"
+        if self.style == "mmmu":
+            return f"{self.question}\n{options}\n\n{LETTER}" if options else f"{self.question}\n\n{SHORT}"
+        if self.style == "seedbench":
+            return f"{self.question}\n{options}\n{LETTER}"
+        if self.style == "scienceqa":
+            context = f"Context: {self.hint}\n" if self.hint else ""
+            return f"{context}{self.question}\n{options}\n{LETTER}"
+        if self.style == "mmbench":
+            hint = f"{self.hint} " if self.hint else ""
+            return f"{hint}{self.question} There are several options:\n{options}\n\n{LETTER}"
+        raise ValueError(f"style must be one of {', '.join(STYLES)}; got {self.style!r}")
+
+    @property
+    def answer_text(self) -> str:
+        """The answer in words: the option behind the letter, or `answer` itself."""
+        return self.choices[ord(self.answer) - ord("A")] if self.choices else self.answer
+
+
+def as_open(fact: Fact, style: str = "short") -> QA:
+    """Ask a fact openly.
+
+    Parameters
+    ----------
+    fact : Fact
+    style : str
+        ``short`` (GQA, MME, POPE), ``okvqa``, ``mmmu`` or ``plain`` (captions).
+
+    Raises
+    ------
+    ValueError
+        For a style that only offers options.
+    """
+    if style not in OPEN_STYLES:
+        raise ValueError(f"style of an open question must be one of {', '.join(OPEN_STYLES)}; got {style!r}")
+    return QA(fact.form, style, _with_image_token(fact.question, style), fact.answer)
+
+
+def as_choice(fact: Fact, dice: Dice, style: str, n_choices: int | None = None) -> QA | None:
+    """Ask a fact with options in random order.
+
+    Parameters
+    ----------
+    fact : Fact
+    dice : Dice
+        Draws the wrong options and the order.
+    style : str
+        ``mmbench``, ``seedbench`` (always four options), ``mmmu`` or ``scienceqa``.
+    n_choices : int, optional
+        How many options; by default four, or as many as the fact allows.
+
+    Returns
+    -------
+    QA or None
+        None when the fact has too few wrong answers.
+
+    Raises
+    ------
+    ValueError
+        For a style that has no options.
+    """
+    if style not in CHOICE_STYLES:
+        raise ValueError(f"style of a question with options must be one of {', '.join(CHOICE_STYLES)}; got {style!r}")
+    most = 1 + len(fact.wrong)
+    n = min(4, most) if n_choices is None else n_choices
+    if n > most or n < 2 or (style == "seedbench" and n != 4):
+        return None
+    choices = dice.shuffled([fact.answer, *dice.sample(fact.wrong, n - 1)])
+    letter = chr(ord("A") + choices.index(fact.answer))
+    hint = fact.hint if style in ("mmbench", "scienceqa") else ""
+    return QA(fact.form, style, _with_image_token(fact.question, style), letter, tuple(choices), hint)
+
+
+def _with_image_token(question: str, style: str) -> str:
+    return f"<image 1> {question}" if style == "mmmu" and "<image 1>" not in question else question
+
+
+def sample_questions(
+    scene: Scene, rng: Dice, n: int, forms: Iterable[str] | None = None, choice_percent: int = 40
+) -> list[QA]:
+    """Up to `n` different questions about a scene, in the benchmarks' layouts.
+
+    Parameters
+    ----------
+    scene : Scene
+    rng : Dice
+        Where all choices come from.
+    n : int
+        How many questions; fewer come back when the scene gives no more.
+    forms : iterable of str, optional
+        Keys of `FORMS` to draw from; by default all, ``caption`` and ``exists`` more often than the others.
+    choice_percent : int
+        How many of a hundred questions come with options, where that is possible.
+
+    Raises
+    ------
+    ValueError
+        For an unknown form.
+    """
+    names = [*FORMS, "caption", "caption", "exists", "exists"] if forms is None else list(forms)
+    for name in names:
+        if name not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}; got {name!r}")
+    asked: dict[str, QA] = {}
+    for _ in range(6 * n):
+        if len(asked) == n:
+            break
+        fact = FORMS[rng.choice(names)](scene, rng)
+        if fact is not None:
+            qa = _styled(fact, rng, choice_percent)
+            asked.setdefault(qa.question, qa)
+    return list(asked.values())
+
+
+def _styled(fact: Fact, dice: Dice, choice_percent: int) -> QA:
+    if fact.form in ("caption", "dense"):
+        return as_open(fact, "plain")
+    if fact.hint or (fact.wrong and fact.answer not in ("yes", "no") and dice.chance(choice_percent)):
+        # A hint belongs to the question, and only two of the styles print it.
+        style = dice.choice(("mmbench", "scienceqa") if fact.hint else CHOICE_STYLES)
+        most = min(4, 1 + len(fact.wrong))
+        n_choices = 4 if style == "seedbench" else dice.between(min(most, 3), most)
+        qa = as_choice(fact, dice, style, n_choices)
+        if qa is not None:
+            return qa
+    return as_open(fact, dice.weighted({"short": 76, "okvqa": 14, "mmmu": 10}))
+
+
+def sample_pair_questions(first: Scene, second: Scene, rng: Dice, n: int) -> list[QA]:
+    """Up to `n` different questions about two images, with the options "the first image" and "the second image"."""
+    asked: dict[str, QA] = {}
+    for _ in range(6 * n):
+        if len(asked) == n:
+            break
+        fact = PAIR_FORMS[rng.choice(tuple(PAIR_FORMS))](first, second, rng)
+        if fact is not None:
+            asked.setdefault(fact.question, as_choice(fact, rng, "mmmu"))
+    return list(asked.values())
+
+
+def sample_text_questions(rng: Dice, n: int) -> list[QA]:
+    """`n` questions without an image, most with options in ScienceQA's layout, some open."""
+    questions = []
+    for _ in range(n):
+        fact = TEXT_FORMS[rng.choice(tuple(TEXT_FORMS))](rng)
+        # "Which of these ..." makes no sense without options.
+        if "of these" in fact.question or rng.chance(70):
+            questions.append(as_choice(fact, rng, "scienceqa", rng.between(2, 4)))
+        else:
+            questions.append(as_open(fact, "short"))
+    return questions

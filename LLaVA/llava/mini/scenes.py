@@ -1,0 +1,541 @@
+"""The embedded world: small, exactly known pictures, drawn from a seed.
+
+A scene is a description (`Scene`): a textured background, some clutter, and one to eight objects that do not overlap.
+An object is a coloured shape, or a sign: a coloured plate with a printed word or digit. `sample_scene` draws a
+description from a seed, `render` makes its picture and `patch_labels` says what is in each 14 x 14 patch.
+
+Everything is the same on every machine and with every version of Python, NumPy and Pillow: descriptions come from
+`Dice`, whose stream both Python and this module's own arithmetic fix, and pictures are rasterised here in integers,
+so that no library's rules for edges, fonts or anti-aliasing can move a pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from llava.mini.dice import WORLD_VERSION, Dice
+from llava.mini.font import FONT, GLYPH_HEIGHT, GLYPH_WIDTH
+
+__all__ = [
+    "BACKGROUNDS",
+    "CHARACTERS",
+    "COLORS",
+    "GRID",
+    "IMAGE_SIZE",
+    "NUMBERS",
+    "PATCH_SIZE",
+    "PLACES",
+    "SHAPES",
+    "SIGN",
+    "SIZES",
+    "SPLITS",
+    "TEXTS",
+    "TEXTURES",
+    "WORDS",
+    "WORLD_VERSION",
+    "Dice",
+    "Scene",
+    "SceneObject",
+    "Stroke",
+    "patch_labels",
+    "place_of",
+    "render",
+    "sample_scene",
+]
+
+IMAGE_SIZE = 336
+PATCH_SIZE = 14
+GRID = IMAGE_SIZE // PATCH_SIZE
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "heart")
+SIGN = "sign"
+
+COLORS = {
+    "red": (205, 30, 35),
+    "orange": (240, 130, 15),
+    "yellow": (245, 225, 40),
+    "green": (35, 140, 50),
+    "blue": (35, 75, 205),
+    "purple": (120, 40, 160),
+    "black": (22, 22, 22),
+    "white": (246, 246, 246),
+}
+# Middle tones that no object has, so that every colour stands out from every background.
+BACKGROUNDS = {
+    "gray": (150, 150, 150),
+    "pink": (222, 160, 185),
+    "tan": (196, 164, 122),
+    "teal": (110, 176, 172),
+}
+TEXTURES = ("plain", "striped", "checkered", "dotted", "grainy")
+
+# Side of a shape's bounding box in pixels, both ends included. The gaps between the ranges make the names certain.
+SIZES = {"small": (16, 26), "medium": (42, 62), "large": (92, 168)}
+
+WORDS = (
+    "cat",
+    "dog",
+    "fox",
+    "cow",
+    "bird",
+    "fish",
+    "milk",
+    "cake",
+    "apple",
+    "lemon",
+    "bread",
+    "rice",
+    "car",
+    "bus",
+    "boat",
+    "train",
+    "truck",
+    "bike",
+    "sun",
+    "sky",
+    "tree",
+    "leaf",
+    "stone",
+    "cloud",
+)
+NUMBERS = tuple("0123456789")
+TEXTS = WORDS + NUMBERS
+CHARACTERS = tuple("abcdefghijklmnopqrstuvwxyz") + NUMBERS
+
+PLACES = (
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "center",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+)
+
+SPLITS = (
+    "train",
+    "validation",
+    "coco2017_cap_val",
+    "flickr30k_test",
+    "nocaps_val",
+    "gqa",
+    "mmbench_en_dev",
+    "mme",
+    "mmmu_val",
+    "ok_vqa_val2014",
+    "pope",
+    "scienceqa_img",
+    "seedbench",
+)
+
+# A patch belongs to the object that covers most of it, when that is at least this many of its 196 pixels.
+MIN_PATCH_PIXELS = 24
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object: a shape, or a sign with a printed text.
+
+    Attributes
+    ----------
+    shape : str
+        One of `SHAPES`, or `SIGN`.
+    color : str
+        A key of `COLORS`: the shape's fill, or the sign's plate.
+    size : str
+        A key of `SIZES`. Signs are ``small`` when their letters are at most 21 pixels high, else ``medium``.
+    left, top, width, height : int
+        Bounding box in pixels; it lies inside the picture.
+    rgb : tuple of int
+        The exact fill, a slight variation of the named colour.
+    text : str
+        What a sign says (one of `TEXTS`, printed in capitals); empty for a shape.
+    scale : int
+        Pixels a font dot, for a sign: letters are ``7 * scale`` pixels high. 0 for a shape.
+    """
+
+    shape: str
+    color: str
+    size: str
+    left: int
+    top: int
+    width: int
+    height: int
+    rgb: tuple[int, int, int]
+    text: str = ""
+    scale: int = 0
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether the object is a sign."""
+        return self.shape == SIGN
+
+    @property
+    def center(self) -> tuple[int, int]:
+        """The middle of the bounding box, ``(x, y)`` in pixels, rounded down."""
+        return self.left + self.width // 2, self.top + self.height // 2
+
+    @property
+    def place(self) -> str:
+        """Which of the nine `PLACES` holds the centre."""
+        return place_of(*self.center)
+
+
+@dataclass(frozen=True)
+class Stroke:
+    """A thin line or dot that is no object: `length` steps of ``(dx, dy)`` from ``(x, y)``, `width` pixels wide."""
+
+    x: int
+    y: int
+    dx: int
+    dy: int
+    length: int
+    width: int
+    rgb: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything a picture shows.
+
+    Attributes
+    ----------
+    split, seed : str, int
+        What the scene was drawn from.
+    background : str
+        A key of `BACKGROUNDS`.
+    texture : str
+        One of `TEXTURES`.
+    cell : int
+        Period of the texture in pixels.
+    slant : tuple of int
+        Brightness that is gained from left to right and from top to bottom, in levels.
+    objects : tuple of SceneObject
+        One to eight, in reading order (by thirds of the picture from the top, then from the left).
+    clutter : tuple of Stroke
+        Drawn below the objects.
+    """
+
+    split: str
+    seed: int
+    background: str
+    texture: str
+    cell: int
+    slant: tuple[int, int]
+    objects: tuple[SceneObject, ...]
+    clutter: tuple[Stroke, ...]
+
+    @property
+    def shapes(self) -> tuple[SceneObject, ...]:
+        """The objects that are not signs, in reading order."""
+        return tuple(o for o in self.objects if not o.is_sign)
+
+    @property
+    def signs(self) -> tuple[SceneObject, ...]:
+        """The signs, in reading order."""
+        return tuple(o for o in self.objects if o.is_sign)
+
+
+def place_of(x: int, y: int) -> str:
+    """Name of the ninth of the picture that the pixel ``(x, y)`` lies in (one of `PLACES`)."""
+    return PLACES[3 * (y * 3 // IMAGE_SIZE) + x * 3 // IMAGE_SIZE]
+
+
+def sample_scene(seed: int, split: str) -> Scene:
+    """Draw a scene. The same seed and split give the same scene everywhere; no two splits share one.
+
+    Parameters
+    ----------
+    seed : int
+        Any number from 0.
+    split : str
+        One of `SPLITS`: training, validation, or the benchmark that the scene is for.
+
+    Raises
+    ------
+    ValueError
+        For an unknown split or a negative seed.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    dice = Dice("scene", split, seed)
+    texture = dice.choice(TEXTURES)
+    cell = dice.between(3, 4) if texture == "grainy" else dice.between(8, 16)
+    return Scene(
+        split=split,
+        seed=seed,
+        background=dice.choice(tuple(BACKGROUNDS)),
+        texture=texture,
+        cell=cell,
+        slant=(dice.between(-14, 14), dice.between(-14, 14)),
+        objects=_sample_objects(dice),
+        clutter=tuple(_sample_stroke(dice) for _ in range(dice.between(0, 16))),
+    )
+
+
+def _sample_objects(dice: Dice) -> tuple[SceneObject, ...]:
+    total = dice.weighted({1: 6, 2: 12, 3: 16, 4: 18, 5: 16, 6: 14, 7: 10, 8: 8})
+    n_signs = min(total, dice.weighted({0: 35, 1: 42, 2: 23}))
+    signs = [_sample_sign(dice, text) for text in dice.sample(TEXTS, n_signs)]
+    shapes = _sample_shapes(dice, total - n_signs)
+    # The largest first: small ones always find room between them.
+    wanted = sorted(signs + shapes, key=lambda o: -o.width * o.height)
+    placed: list[SceneObject] = []
+    for thing in wanted:
+        spot = _free_spot(dice, thing, placed)
+        if spot is not None:
+            placed.append(replace(thing, left=spot[0], top=spot[1]))
+    return tuple(sorted(placed, key=_reading_order))
+
+
+def _reading_order(thing: SceneObject) -> tuple[int, int, int]:
+    x, y = thing.center
+    return y * 3 // IMAGE_SIZE, x, y
+
+
+def _sample_shapes(dice: Dice, n: int) -> list[SceneObject]:
+    """`n` shapes; in half of the scenes with room for it, two to five of them are of one kind."""
+    shapes: list[SceneObject] = []
+    if n >= 2 and dice.chance(50):
+        shape, color, size = dice.choice(SHAPES), dice.choice(tuple(COLORS)), _sample_size(dice)
+        same_color = dice.chance(60)
+        for _ in range(min(n, dice.between(2, 5))):
+            shapes.append(_sample_shape(dice, shape, color if same_color else dice.choice(tuple(COLORS)), size))
+    while len(shapes) < n:
+        shapes.append(_sample_shape(dice, dice.choice(SHAPES), dice.choice(tuple(COLORS)), _sample_size(dice)))
+    return shapes
+
+
+def _sample_size(dice: Dice) -> str:
+    return dice.weighted({"small": 38, "medium": 40, "large": 22})
+
+
+def _sample_shape(dice: Dice, shape: str, color: str, size: str) -> SceneObject:
+    side = dice.between(*SIZES[size])
+    return SceneObject(shape, color, size, 0, 0, side, side, _tinted(dice, COLORS[color]))
+
+
+def _sample_sign(dice: Dice, text: str) -> SceneObject:
+    scale = dice.weighted({2: 12, 3: 22, 4: 44, 5: 22})
+    margin = scale + 2
+    width = (GLYPH_WIDTH + 1) * scale * len(text) - scale + 2 * margin
+    color = dice.choice(tuple(COLORS))
+    size = "small" if scale <= 3 else "medium"
+    height = GLYPH_HEIGHT * scale + 2 * margin
+    return SceneObject(SIGN, color, size, 0, 0, width, height, _tinted(dice, COLORS[color]), text, scale)
+
+
+def _tinted(dice: Dice, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, level + dice.between(-9, 9))) for level in rgb)
+    return red, green, blue
+
+
+def _free_spot(dice: Dice, thing: SceneObject, placed: list[SceneObject]) -> tuple[int, int] | None:
+    """A left and top corner at least six pixels from every other object, or None when forty tries found none."""
+    gap, rim = 6, 4
+    for _ in range(40):
+        left = dice.between(rim, IMAGE_SIZE - rim - thing.width)
+        top = dice.between(rim, IMAGE_SIZE - rim - thing.height)
+        if all(
+            left >= o.left + o.width + gap
+            or o.left >= left + thing.width + gap
+            or top >= o.top + o.height + gap
+            or o.top >= top + thing.height + gap
+            for o in placed
+        ):
+            return left, top
+    return None
+
+
+def _sample_stroke(dice: Dice) -> Stroke:
+    dx, dy = dice.choice(((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2), (0, 0)))
+    length = 1 if dx == dy == 0 else dice.between(6, 26)
+    width = dice.between(1, 2) if length > 1 else dice.between(2, 4)
+    rgb = _tinted(dice, dice.choice(tuple(COLORS.values())))
+    return Stroke(dice.below(IMAGE_SIZE), dice.below(IMAGE_SIZE), dx, dy, length, width, rgb)
+
+
+def render(scene: Scene) -> Image.Image:
+    """The scene's picture, 336 x 336 RGB; the same pixels on every machine (about 2 ms)."""
+    shade = _shade(scene)  # (336, 336)
+    canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    for channel, level in enumerate(BACKGROUNDS[scene.background]):
+        canvas[..., channel] = shade + level
+    for stroke in scene.clutter:
+        _paint_stroke(canvas, stroke)
+    for thing in scene.objects:
+        window = canvas[thing.top : thing.top + thing.height, thing.left : thing.left + thing.width]
+        if thing.is_sign:
+            window[:] = thing.rgb
+            ink = (10, 10, 10) if sum(COLORS[thing.color]) > 360 else (250, 250, 250)
+            window[_text_mask(thing.text, thing.scale, thing.width, thing.height) > 0] = ink
+        else:
+            window[_shape_mask(thing.shape, thing.width)] = thing.rgb
+    return Image.fromarray(canvas)
+
+
+def _shade(scene: Scene) -> np.ndarray:
+    """Brightness around the background's colour: the texture, a slant, and 28-pixel mottles; int16 (336, 336)."""
+    along = np.arange(IMAGE_SIZE, dtype=np.int16)
+    across, down = scene.slant
+    slant = (along * across // IMAGE_SIZE - across // 2)[None, :] + (along * down // IMAGE_SIZE - down // 2)[:, None]
+    noise = np.random.PCG64(Dice("shade", scene.split, scene.seed).below(2**53))
+    mottles = _draw_levels(noise, IMAGE_SIZE // 28, 9) - 4
+    return slant + _enlarged(mottles, 28) + _texture(scene, noise)
+
+
+def _texture(scene: Scene, noise: np.random.PCG64) -> np.ndarray:
+    cell, depth = scene.cell, 15
+    along = np.arange(IMAGE_SIZE, dtype=np.int16)
+    if scene.texture == "plain":
+        return np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int16)
+    if scene.texture == "striped":
+        stripe = (along // cell % 2) * (2 * depth) - depth
+        stripe = stripe[None, :] if scene.seed % 2 else stripe[:, None]
+        return np.broadcast_to(stripe, (IMAGE_SIZE, IMAGE_SIZE))
+    if scene.texture == "checkered":
+        return ((along // cell)[None, :] + (along // cell)[:, None]) % 2 * (2 * depth) - depth
+    if scene.texture == "dotted":
+        offset = 2 * (along % (2 * cell)) + 1 - 2 * cell
+        radius = cell * 9 // 10
+        return np.where((offset**2)[None, :] + (offset**2)[:, None] <= radius**2, -2 * depth, depth // 3)
+    grains = -(-IMAGE_SIZE // cell)
+    return _enlarged(_draw_levels(noise, grains, 2) * (2 * depth) - depth, cell)[:IMAGE_SIZE, :IMAGE_SIZE]
+
+
+def _draw_levels(noise: np.random.PCG64, side: int, levels: int) -> np.ndarray:
+    """A ``(side, side)`` int16 array of 0 .. levels - 1 from the generator's raw stream, which NumPy keeps fixed."""
+    raw = noise.random_raw(side * side) >> np.uint64(40)
+    return (raw * np.uint64(levels) >> np.uint64(24)).astype(np.int16).reshape(side, side)
+
+
+def _enlarged(levels: np.ndarray, factor: int) -> np.ndarray:
+    return levels.repeat(factor, 0).repeat(factor, 1)
+
+
+def _paint_stroke(canvas: np.ndarray, stroke: Stroke) -> None:
+    for step in range(stroke.length):
+        x, y = stroke.x + step * stroke.dx, stroke.y + step * stroke.dy
+        if 0 <= x < IMAGE_SIZE and 0 <= y < IMAGE_SIZE:
+            canvas[y : y + stroke.width, x : x + stroke.width] = stroke.rgb
+
+
+@lru_cache(maxsize=512)
+def _shape_mask(shape: str, side: int) -> np.ndarray:
+    """Which pixels of the ``(side, side)`` box the shape covers, bool; integer tests at the pixels' centres."""
+    step = 2 * np.arange(side, dtype=np.int64) + 1 - side  # doubled distance from the middle, -side .. side
+    u, v = step[None, :], step[:, None]
+    if shape == "circle":
+        return u**2 + v**2 <= side**2
+    if shape == "square":
+        return np.ones((side, side), bool)
+    if shape == "triangle":
+        return 2 * abs(u) <= v + side
+    if shape == "cross":
+        return (10 * abs(u) <= 3 * side) | (10 * abs(v) <= 3 * side)
+    if shape == "diamond":
+        return abs(u) + abs(v) <= side
+    if shape == "ring":
+        return (u**2 + v**2 <= side**2) & (100 * (u**2 + v**2) >= 30 * side**2)
+    if shape == "heart":
+        lobes = (2 * abs(u) - side) ** 2 + (2 * v + side) ** 2 <= side**2
+        return lobes | ((2 * v >= -side) & (3 * abs(u) <= 2 * (side - v)))
+    if shape == "star":
+        # A pentagram is where at least four of the five lines through its edges have the point on their inner side.
+        normals = ((0, -1000), (951, -309), (588, 809), (-588, 809), (-951, -309))
+        low = v - side // 10  # its lowest tips lie above the box's rim: the shape is moved down by that much
+        inside = sum((nx * u + ny * low <= 340 * side).astype(np.int8) for nx, ny in normals)
+        return (inside >= 4) & np.ones((side, side), bool)
+    raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+
+
+@lru_cache(maxsize=512)
+def _text_mask(text: str, scale: int, width: int, height: int) -> np.ndarray:
+    """The ink of a sign, int8 ``(height, width)``: 0, or 1 + the index in `CHARACTERS` of the letter's ink."""
+    mask = np.zeros((height, width), np.int8)
+    margin = scale + 2
+    for i, character in enumerate(text):
+        rows = np.array(FONT[character])
+        dots = (rows[:, None] >> np.arange(GLYPH_WIDTH - 1, -1, -1)) & 1  # (7, 5)
+        left = margin + i * (GLYPH_WIDTH + 1) * scale
+        glyph = _enlarged(dots, scale) * (1 + CHARACTERS.index(character))
+        mask[margin : margin + GLYPH_HEIGHT * scale, left : left + GLYPH_WIDTH * scale] = glyph
+    return mask
+
+
+def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
+    """What each 14 x 14 patch shows, for dense supervision of a vision tower.
+
+    A patch belongs to the object that covers most of it (at least 24 of its 196 pixels; an object that reaches this
+    nowhere has the patch it covers best).
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        int64 arrays of shape (24, 24), row by row from the top left:
+
+        ``instance``   0, or 1 + index in ``scene.objects``
+        ``shape``      0, or 1 + index in ``SHAPES``; ``1 + len(SHAPES)`` for a sign
+        ``color``      0, or 1 + index in ``COLORS``
+        ``size``       0, or 1 + index in ``SIZES``
+        ``word``       0, or 1 + index in ``TEXTS`` (of the sign that the patch belongs to)
+        ``character``  0, or 1 + index in ``CHARACTERS`` (of the letter with most ink in the patch)
+        ``background`` index in ``BACKGROUNDS``, the same everywhere
+        ``texture``    index in ``TEXTURES``, the same everywhere
+    """
+    owner = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int64)
+    letters = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int64)
+    for number, thing in enumerate(scene.objects, start=1):
+        rows, columns = slice(thing.top, thing.top + thing.height), slice(thing.left, thing.left + thing.width)
+        if thing.is_sign:
+            owner[rows, columns] = number
+            letters[rows, columns] = _text_mask(thing.text, thing.scale, thing.width, thing.height)
+        else:
+            owner[rows, columns][_shape_mask(thing.shape, thing.width)] = number
+
+    cover = _patch_counts(owner, len(scene.objects) + 1)  # (24, 24, objects + 1)
+    cover[..., 0] = 0
+    instance = np.where(cover.max(-1) >= MIN_PATCH_PIXELS, cover.argmax(-1), 0)
+    for number in range(1, len(scene.objects) + 1):
+        if not (instance == number).any():
+            instance.flat[cover[..., number].argmax()] = number
+
+    ink = _patch_counts(letters, len(CHARACTERS) + 1)
+    ink[..., 0] = 0
+    described = [(0, 0, 0, 0)] + [_label_ids(o) for o in scene.objects]
+    shape, color, size, word = np.moveaxis(np.array(described)[instance], -1, 0)
+    everywhere = np.ones((GRID, GRID), np.int64)
+    return {
+        "instance": instance,
+        "shape": shape,
+        "color": color,
+        "size": size,
+        "word": word,
+        "character": ink.argmax(-1),
+        "background": everywhere * tuple(BACKGROUNDS).index(scene.background),
+        "texture": everywhere * TEXTURES.index(scene.texture),
+    }
+
+
+def _label_ids(thing: SceneObject) -> tuple[int, int, int, int]:
+    return (
+        1 + (*SHAPES, SIGN).index(thing.shape),
+        1 + tuple(COLORS).index(thing.color),
+        1 + tuple(SIZES).index(thing.size),
+        1 + TEXTS.index(thing.text) if thing.is_sign else 0,
+    )
+
+
+def _patch_counts(ids: np.ndarray, n: int) -> np.ndarray:
+    """How many pixels of each patch have each id: (336, 336) of 0 .. n - 1 -> (24, 24, n)."""
+    along = np.arange(IMAGE_SIZE) // PATCH_SIZE
+    patch = along[:, None] * GRID + along[None, :]
+    return np.bincount((patch * n + ids).ravel(), minlength=GRID * GRID * n).reshape(GRID, GRID, n)

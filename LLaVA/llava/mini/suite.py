@@ -1,0 +1,267 @@
+"""Eleven small benchmarks in the real ones' columns: built once, in seconds, into the user's cache folder.
+
+Every benchmark is a folder of parquet files that ``datasets.load_dataset(folder, ...)`` reads without a network, and
+that lmms-eval's builtin task of the real benchmark scores unchanged. The folders carry the real data sets' names below
+the suite's root: a process whose working directory is that root finds them in place of the hub's, which also
+serves a task whose code names a data set itself (GQA's second load, of the images).
+
+Building checks every row and pixel against recorded hashes, so a suite is the same on every machine or not there at
+all. Run ``python -m llava.mini.suite --help`` for the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llava.mini.benchmarks import BUILDERS, Table
+from llava.mini.scenes import WORLD_VERSION
+
+__all__ = ["TASKS", "VERSION", "MiniTask", "default_root", "prepare", "table_hash"]
+
+RECORD_FILE = Path(__file__).with_name("suite.json")
+MARKER = "suite.json"
+
+
+@dataclass(frozen=True)
+class MiniTask:
+    """One embedded benchmark.
+
+    Attributes
+    ----------
+    builtin : str
+        The lmms-eval task whose prompts and metrics it goes through.
+    folder : str
+        Below the suite's root; the real data set's name.
+    config, split : str
+        What ``load_dataset(root / folder, config, split=split)`` takes.
+    metric : str
+        The metric that stands in the table.
+    best : float or None
+        That metric's value when every answer is right; None for CIDEr, which has no fixed maximum.
+    """
+
+    builtin: str
+    folder: str
+    config: str
+    split: str
+    metric: str
+    best: float | None
+
+    @property
+    def rows(self) -> int:
+        """Number of questions."""
+        return _recorded()[f"{self.folder}/{self.config}/{self.split}"]["rows"]
+
+
+TASKS: dict[str, MiniTask] = {
+    f"mini_{task.builtin}": task
+    for task in (
+        MiniTask("coco2017_cap_val", "lmms-lab-encoder/COCO-Caption2017", "default", "val", "coco_CIDEr", None),
+        MiniTask("flickr30k_test", "lmms-lab-encoder/flickr30k", "default", "test", "flickr_CIDEr", None),
+        MiniTask("nocaps_val", "lmms-lab-encoder/NoCaps", "default", "validation", "nocaps_CIDEr", None),
+        MiniTask("gqa", "lmms-lab-encoder/GQA", "testdev_balanced_instructions", "testdev", "exact_match", 1.0),
+        MiniTask("mmbench_en_dev", "lmms-lab-encoder/MMBench", "en", "dev", "gpt_eval_score", 100.0),
+        MiniTask("mme", "lmms-lab-encoder/MME", "default", "test", "mme_perception_score", 1200.0),
+        MiniTask("mmmu_val", "lmms-lab-encoder/MMMU", "default", "validation", "mmmu_acc", 1.0),
+        MiniTask("ok_vqa_val2014", "lmms-lab-encoder/OK-VQA", "default", "val2014", "exact_match", 1.0),
+        MiniTask("pope", "lmms-lab-encoder/POPE", "default", "test", "pope_f1_score", 1.0),
+        MiniTask("scienceqa_img", "lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", "test", "exact_match", 1.0),
+        MiniTask("seedbench", "lmms-lab-encoder/SEED-Bench", "default", "test", "seed_image", 1.0),
+    )
+}
+"""Task name -> what it is. MME's second metric, mme_cognition_score, is 800 at best."""
+
+
+def _recorded() -> dict[str, dict[str, Any]]:
+    return json.loads(RECORD_FILE.read_text())
+
+
+def _version() -> str:
+    whole = hashlib.sha256("".join(table["sha256"] for table in _recorded().values()).encode())
+    return f"{WORLD_VERSION}-{whole.hexdigest()[:8]}"
+
+
+VERSION = _version()
+"""The world's version and a digest of the suite's whole content."""
+
+
+def default_root() -> Path:
+    """The suite's folder: ``mini-suite-<VERSION>`` in ``$LLAVA_MINI_CACHE``, or in ``otprune`` in the user's cache."""
+    if os.environ.get("LLAVA_MINI_CACHE"):
+        base = Path(os.environ["LLAVA_MINI_CACHE"])
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otprune"
+    return base.expanduser().absolute() / f"mini-suite-{VERSION}"
+
+
+def prepare(root: str | Path | None = None, force: bool = False) -> Path:
+    """Build the suite unless it is there, and say where.
+
+    The suite appears at once and whole: it is built in a folder beside `root` and then renamed. Of several processes
+    that want it at the same time, one builds and the others wait.
+
+    Parameters
+    ----------
+    root : path, optional
+        The suite's own folder; by default `default_root()`.
+    force : bool
+        Build anew even if it is there.
+
+    Returns
+    -------
+    pathlib.Path
+        `root`, absolute; each of `TASKS` lies in its ``folder`` below it.
+
+    Raises
+    ------
+    FileExistsError
+        If `root` is a file, or a folder that is not empty and holds no suite.
+    RuntimeError
+        If this machine makes other rows or pixels than those on record.
+    """
+    root = default_root() if root is None else Path(root).expanduser().absolute()
+    if _is_suite(root) and not force:
+        return root
+    from filelock import FileLock
+
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{root.name}.lock")):
+        if _is_suite(root) and not force:
+            return root
+        if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARKER).exists())):
+            raise FileExistsError(f"{root} is there and is no mini suite; choose another folder or remove it")
+        building = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+        try:
+            _build(building)
+            if root.exists():
+                outdated = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+                root.rename(outdated)
+                shutil.rmtree(outdated)
+            building.rename(root)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return root
+
+
+def _is_suite(root: Path) -> bool:
+    marker = root / MARKER
+    return marker.exists() and json.loads(marker.read_text())["version"] == VERSION
+
+
+def _build(folder: Path) -> None:
+    from tqdm import tqdm
+
+    recorded = _recorded()
+    for task in tqdm(TASKS.values(), desc=f"building the mini suite {VERSION}", unit="benchmark", disable=None):
+        tables = BUILDERS[task.builtin]()
+        for table in tables:
+            name = f"{task.folder}/{table.config}/{table.split}"
+            found = table_hash(table.rows)
+            if found != recorded[name]["sha256"]:
+                raise RuntimeError(f"{name}: the rows made here have the hash {found}, not {recorded[name]['sha256']}")
+        _write_tables(folder / task.folder, tables)
+    (folder / MARKER).write_text(json.dumps({"version": VERSION}) + "\n")
+
+
+def table_hash(rows: Iterable[dict[str, Any]]) -> str:
+    """SHA-256 of rows in order: of every value, and for an image of its mode, size and pixels."""
+    whole = hashlib.sha256()
+    for row in rows:
+        whole.update(json.dumps(row, sort_keys=True, default=_image_hash, ensure_ascii=False).encode() + b"\n")
+    return whole.hexdigest()
+
+
+def _image_hash(value: object) -> str:
+    if not isinstance(value, Image.Image):
+        raise TypeError(f"a row may hold images, text, numbers, lists and dicts, not {type(value).__name__}")
+    pixels = hashlib.sha256(value.tobytes()).hexdigest()
+    return f"{value.mode} {value.width}x{value.height} {pixels}"
+
+
+def _write_tables(folder: Path, tables: list[Table]) -> None:
+    """One parquet file a table, and a README whose ``configs`` tell ``load_dataset`` which is which."""
+    try:
+        from datasets import Dataset, Features
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("building the mini suite needs the package datasets: pip install 'llava[train]'") from error
+
+    lines = ["---", "configs:"]
+    for table in tables:
+        file = folder / table.config / f"{table.split}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        features = Features({name: _feature(kind) for name, kind in table.columns.items()})
+        pngs: dict[int, bytes] = {}
+        columns = {name: [_stored(row[name], pngs) for row in table.rows] for name in table.columns}
+        parquet.write_table(Dataset.from_dict(columns, features=features).data.table, file)
+        lines += [f"- config_name: {table.config}", "  data_files:"]
+        lines += [f"  - split: {table.split}", f"    path: {table.config}/{table.split}.parquet"]
+    text = (
+        f"Part of the mini suite {VERSION}: drawn pictures and made-up questions in the columns of the real data set "
+        "of this name. It is not that data set, and scores on it are not comparable."
+    )
+    (folder / "README.md").write_text("\n".join([*lines, "---", "", text, ""]))
+
+
+def _feature(kind: Any) -> Any:
+    from datasets import Image as ImageFeature
+    from datasets import Value
+
+    if isinstance(kind, dict):
+        return {name: _feature(inner) for name, inner in kind.items()}
+    if isinstance(kind, list):
+        return [_feature(kind[0])]
+    return ImageFeature() if kind == "image" else Value(kind)
+
+
+def _stored(value: Any, pngs: dict[int, bytes]) -> Any:
+    """The value as parquet holds it: images as PNG bytes, each encoded once however often it occurs."""
+    if isinstance(value, list):
+        return [_stored(item, pngs) for item in value]
+    if not isinstance(value, Image.Image):
+        return value
+    if id(value) not in pngs:
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        pngs[id(value)] = buffer.getvalue()
+    return {"bytes": pngs[id(value)], "path": None}
+
+
+def _record() -> None:
+    """Write the hashes of what the builders make now; for whoever changes the world or a benchmark on purpose."""
+    tables = {
+        f"{task.folder}/{table.config}/{table.split}": {"rows": len(table.rows), "sha256": table_hash(table.rows)}
+        for task in TASKS.values()
+        for table in BUILDERS[task.builtin]()
+    }
+    RECORD_FILE.write_text(json.dumps(tables, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line: build the suite and print where it lies."""
+    parser = argparse.ArgumentParser(prog="python -m llava.mini.suite", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", metavar="DIR", help="the suite's folder (default: in the user's cache folder)")
+    parser.add_argument("--force", action="store_true", help="build anew even if the suite is there")
+    parser.add_argument("--record", action="store_true", help="record new content hashes in the package, build nothing")
+    options = parser.parse_args(arguments)
+    if options.record:
+        _record()
+        print(RECORD_FILE)
+    else:
+        print(prepare(options.output, options.force))
+
+
+if __name__ == "__main__":
+    main()

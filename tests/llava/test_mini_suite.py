@@ -1,0 +1,379 @@
+"""The embedded benchmarks: the same rows everywhere, in the real columns, scored by the real tasks' own code."""
+
+from __future__ import annotations
+
+import json
+import threading
+from ast import literal_eval
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+datasets = pytest.importorskip("datasets")
+
+from llava.mini import suite  # noqa: E402
+from llava.mini.benchmarks import BUILDERS, Table  # noqa: E402
+from llava.mini.captions import CAPTION_PROMPT  # noqa: E402
+
+RECORDED = json.loads(suite.RECORD_FILE.read_text())
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, list[Table]]:
+    """Builtin task name -> its tables, made anew."""
+    return {name: build() for name, build in BUILDERS.items()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory, tables) -> Path:
+    """A suite on disk, built from `tables`."""
+    folder = tmp_path_factory.mktemp("mini") / "suite"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "BUILDERS", {name: lambda made=made: made for name, made in tables.items()})
+        return suite.prepare(folder)
+
+
+@pytest.fixture(scope="module")
+def docs(root, tmp_path_factory) -> dict[str, datasets.Dataset]:
+    """Builtin task name -> its questions, read back."""
+    cache = str(tmp_path_factory.mktemp("arrow"))
+    return {
+        task.builtin: datasets.load_dataset(str(root / task.folder), task.config, split=task.split, cache_dir=cache)
+        for task in suite.TASKS.values()
+    }
+
+
+def test_all_eleven_are_there():
+    assert list(suite.TASKS) == [f"mini_{name}" for name in BUILDERS]
+    assert len(suite.TASKS) == 11
+
+
+@pytest.mark.parametrize("name", suite.TASKS)
+def test_every_benchmark_has_two_hundred_questions(name, docs):
+    task = suite.TASKS[name]
+    assert len(docs[task.builtin]) == task.rows >= 200
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_rows_and_pixels_are_the_same_on_every_machine(name, root, tmp_path):
+    folder, config, split = name.rsplit("/", 2)
+    rows = datasets.load_dataset(str(root / folder), config, split=split, cache_dir=str(tmp_path))
+    assert len(rows) == RECORDED[name]["rows"]
+    assert suite.table_hash(rows) == RECORDED[name]["sha256"]
+
+
+def test_the_version_changes_with_the_content(tmp_path, monkeypatch):
+    changed = {name: dict(table) for name, table in RECORDED.items()}
+    changed[next(iter(changed))]["sha256"] = "0" * 64
+    record = tmp_path / "suite.json"
+    record.write_text(json.dumps(changed))
+    monkeypatch.setattr(suite, "RECORD_FILE", record)
+    assert suite._version() != suite.VERSION
+
+
+def test_a_hash_sees_every_pixel_and_value():
+    image = Image.new("RGB", (4, 4))
+    other = image.copy()
+    other.putpixel((3, 3), (0, 0, 1))
+    row = {"image": image, "nested": [{"text": "a"}], "missing": None}
+    hashes = {suite.table_hash([r]) for r in (row, {**row, "image": other}, {**row, "nested": [{"text": "b"}]})}
+    assert len(hashes) == 3
+
+
+def test_images_have_the_towers_size(docs):
+    for name in ("pope", "mme", "coco2017_cap_val"):
+        assert {(image.mode, image.size) for image in docs[name]["image"]} == {("RGB", (336, 336))}
+
+
+def test_no_question_is_asked_twice_about_a_picture(docs):
+    for name in ("pope", "mme", "mmbench_en_dev", "ok_vqa_val2014"):
+        asked = Counter((row["question"], row["image"].tobytes()) for row in docs[name])
+        assert max(asked.values()) == 1
+
+
+def test_yes_and_no_are_equally_frequent(docs):
+    assert Counter(docs["pope"]["answer"]) == {"yes": 108, "no": 108}
+    assert Counter(docs["mme"]["answer"]) == {"Yes": 108, "No": 108}
+    gqa = Counter(docs["gqa"]["answer"])
+    assert abs(gqa["yes"] - gqa["no"]) <= 2
+
+
+def test_letters_are_equally_frequent(docs):
+    by_number = {4: Counter(), 3: Counter(), 2: Counter()}
+    for row in docs["mmbench_en_dev"]:
+        by_number[sum(row[letter] != "nan" for letter in "ABCD")][row["answer"]] += 1
+    for row in docs["scienceqa_img"].select_columns(["choices", "answer"]):
+        by_number[len(row["choices"])]["ABCD"[row["answer"]]] += 1
+    for row in docs["seedbench"].select_columns(["answer"]):
+        by_number[4][row["answer"]] += 1
+    for row in docs["mmmu_val"].select_columns(["options", "answer"]):
+        if row["options"] != "[]":
+            by_number[len(literal_eval(row["options"]))][row["answer"]] += 1
+    for n, given in by_number.items():
+        # Each of the four sets may be one off.
+        assert len(given) == n and max(given.values()) - min(given.values()) <= 4, (n, given)
+
+
+def test_pope_asks_each_way_equally_often(docs):
+    asked = Counter(zip(docs["pope"]["category"], docs["pope"]["answer"], strict=True))
+    assert set(asked.values()) == {36} and {c for c, _ in asked} == {"random", "popular", "adversarial"}
+
+
+def test_mme_asks_in_pairs_one_after_the_other(docs):
+    ids, answers = docs["mme"]["question_id"][:], docs["mme"]["answer"][:]
+    assert ids[::2] == ids[1::2] and len(set(ids)) == len(ids) // 2
+    assert all({a, b} == {"Yes", "No"} for a, b in zip(answers[::2], answers[1::2], strict=True))
+
+
+def test_some_questions_come_without_an_image_and_some_with_two(docs):
+    assert sum(image is None for image in docs["scienceqa_img"]["image"]) == 20
+    two = [row for row in docs["mmmu_val"] if row["image_2"] is not None]
+    assert len(two) == 36 and all("<image 2>" in row["question"] for row in two)
+
+
+def test_captions_have_several_references(docs):
+    assert {len(set(r)) for r in docs["coco2017_cap_val"]["answer"]} == {5}
+    assert {len(set(r)) for r in docs["flickr30k_test"]["caption"]} == {5}
+    assert min(len(set(r)) for r in docs["nocaps_val"]["annotations_captions"]) >= 8
+
+
+SHORT = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase."}
+LETTER = {"pre_prompt": "", "post_prompt": "\nAnswer with the option's letter from the given choices directly."}
+OK_VQA = {
+    "pre_prompt": "",
+    "post_prompt": "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    + SHORT["post_prompt"],
+}
+MMMU = {
+    "prompt_type": "format",
+    "multiple_choice_prompt": LETTER["post_prompt"].strip(),
+    "open_ended_prompt": SHORT["post_prompt"].strip(),
+}
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    """lmms-eval's own modules."""
+    pytest.importorskip("lmms_eval.tasks")
+    names = ("gqa", "mmbench", "mme", "mmmu", "ok_vqa", "pope", "scienceqa", "seedbench")
+    module = {"mmbench": "en_utils"}
+    return {name: import_module(f"lmms_eval.tasks.{name}.{module.get(name, 'utils')}") for name in names}
+
+
+def test_builtin_prompts_are_those_of_training(builtin, docs, tables):
+    ask = {
+        "gqa": lambda doc: builtin["gqa"].gqa_doc_to_text(doc, SHORT),
+        "mmbench_en_dev": lambda doc: builtin["mmbench"].mmbench_doc_to_text(doc, LETTER),
+        "mme": lambda doc: builtin["mme"].mme_doc_to_text(doc, SHORT),
+        "mmmu_val": lambda doc: builtin["mmmu"].mmmu_doc_to_text(doc, MMMU),
+        "ok_vqa_val2014": lambda doc: builtin["ok_vqa"].ok_vqa_doc_to_text(doc, OK_VQA),
+        "pope": lambda doc: builtin["pope"].pope_doc_to_text(doc, SHORT),
+        "scienceqa_img": lambda doc: builtin["scienceqa"].sqa_doc_to_text(doc, {**LETTER, "format": "default"}),
+        "seedbench": builtin["seedbench"].seed_doc_to_text,
+    }
+    for name, prompt_of in ask.items():
+        assert [prompt_of(doc) for doc in docs[name]] == tables[name][0].prompts, name
+    for name in ("coco2017_cap_val", "flickr30k_test", "nocaps_val"):
+        assert set(tables[name][0].prompts) == {CAPTION_PROMPT}
+
+
+def test_builtin_tasks_find_the_images(builtin, docs):
+    assert {len(builtin["pope"].pope_doc_to_visual(doc)) for doc in docs["pope"]} == {1}
+    assert {len(builtin["mmmu"].mmmu_doc_to_visual(doc)) for doc in docs["mmmu_val"]} == {1, 2}
+    assert {len(builtin["scienceqa"].sqa_doc_to_visual(doc)) for doc in docs["scienceqa_img"]} == {0, 1}
+    assert {len(builtin["seedbench"].seed_doc_to_visual(doc)) for doc in docs["seedbench"]} == {1}
+
+
+def test_a_process_in_the_suite_finds_gqas_images_by_their_hub_name(root, docs, monkeypatch, tmp_path):
+    monkeypatch.chdir(root)
+    images = datasets.load_dataset(
+        "lmms-lab-encoder/GQA", "testdev_balanced_images", split="testdev", cache_dir=str(tmp_path)
+    )
+    assert set(docs["gqa"]["imageId"]) == set(images["id"])
+
+
+RIGHT_AND_WRONG = [pytest.param(True, id="right"), pytest.param(False, id="wrong")]
+OTHER = {"yes": "no", "no": "yes", "A": "B", "B": "A", "C": "A", "D": "A"}
+
+
+def said(answer: str, right: bool) -> str:
+    """What a model says that is always right, or always wrong."""
+    return answer if right else OTHER.get(answer, "nothing of the kind")
+
+
+@pytest.mark.parametrize("right", RIGHT_AND_WRONG)
+def test_pope_scores(builtin, docs, right):
+    pope = builtin["pope"]
+    results = [pope.pope_process_results(doc, [said(doc["answer"], right)]) for doc in docs["pope"]]
+    assert pope.pope_aggregate_f1_score([r["pope_f1_score"] for r in results]) == right
+    assert pope.pope_aggregate_accuracy([r["pope_accuracy"] for r in results]) == right
+
+
+@pytest.mark.parametrize("right", RIGHT_AND_WRONG)
+def test_mme_scores(builtin, docs, right):
+    mme = builtin["mme"]
+    results = [mme.mme_process_results(doc, [said(doc["answer"].lower(), right)]) for doc in docs["mme"]]
+    scores = {
+        key: mme.mme_aggregate_results([r[key] for r in results if key in r])
+        for key in ("mme_perception_score", "mme_cognition_score")
+    }
+    # 200 a category: six of perception, four of cognition.
+    assert scores == {"mme_perception_score": 1200 * right, "mme_cognition_score": 800 * right}
+    assert suite.TASKS["mini_mme"].best == 1200
+
+
+@pytest.mark.parametrize("right", RIGHT_AND_WRONG)
+def test_mmbench_scores(builtin, docs, right):
+    mmbench = builtin["mmbench"]
+    results = [mmbench.mmbench_process_results(doc, [said(doc["answer"], right)]) for doc in docs["mmbench_en_dev"]]
+    overall, _, _ = mmbench.mmbench_evaluator.eval_result([r["gpt_eval_score"] for r in results], eval_method="static")
+    assert overall == right
+
+
+@pytest.mark.parametrize("right", RIGHT_AND_WRONG)
+def test_mmmu_scores(builtin, docs, right):
+    mmmu = builtin["mmmu"]
+    results = [mmmu.mmmu_process_results(doc, [said(doc["answer"], right)]) for doc in docs["mmmu_val"]]
+    assert mmmu.mmmu_aggregate_results([r["mmmu_acc"] for r in results]) == right
+    assert set(docs["mmmu_val"]["question_type"]) == {"multiple-choice", "open"}
+    known = {subject for subjects in mmmu.DOMAIN_CAT2SUB_CAT.values() for subject in subjects}
+    assert {r["mmmu_acc"]["subdomain"] for r in results} <= known
+
+
+@pytest.mark.parametrize("right", RIGHT_AND_WRONG)
+def test_ok_vqa_scores(builtin, docs, right):
+    for doc in docs["ok_vqa_val2014"]:
+        assert len(doc["answers"]) == 10
+        answer = Counter(doc["answers"]).most_common(1)[0][0]
+        assert builtin["ok_vqa"].ok_vqa_process_results(doc, [said(answer, right)])["exact_match"] == right
+
+
+@pytest.mark.parametrize("right", RIGHT_AND_WRONG)
+def test_scienceqa_scores(builtin, docs, right):
+    for doc in docs["scienceqa_img"]:
+        answer = said("ABCD"[doc["answer"]], right)
+        assert builtin["scienceqa"].sqa_process_results(doc, [answer]) == {"exact_match": right}
+
+
+@pytest.mark.parametrize("right", RIGHT_AND_WRONG)
+def test_seedbench_scores(builtin, docs, right):
+    seedbench = builtin["seedbench"]
+    results = [seedbench.seed_process_result(doc, [said(doc["answer"], right)]) for doc in docs["seedbench"]]
+    for key in ("seed_image", "seed_all"):
+        assert seedbench.seed_aggregation_result([r[key] for r in results]) == right
+
+
+def test_a_caption_of_the_picture_beats_a_caption_of_another_one(docs):
+    cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
+    for name, column in (
+        ("coco2017_cap_val", "answer"),
+        ("flickr30k_test", "caption"),
+        ("nocaps_val", "annotations_captions"),
+    ):
+        captions = [[text.lower().strip(".") for text in texts] for texts in docs[name][column]]
+        # Each picture's first reference stands for a model's caption and is scored against the others.
+        references = dict(enumerate(texts[1:] for texts in captions))
+        own, _ = cider.compute_score(references, {i: [texts[0]] for i, texts in enumerate(captions)})
+        next_one = {i: [captions[i - 1][0]] for i in references}
+        others, _ = cider.compute_score(references, next_one)
+        assert own > 1 and own > 5 * others
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Building writes only the marker; returns how often it was asked to."""
+    builds = []
+
+    def build(folder: Path) -> None:
+        builds.append(folder)
+        folder.mkdir()
+        (folder / suite.MARKER).write_text(json.dumps({"version": suite.VERSION}))
+
+    monkeypatch.setattr(suite, "_build", build)
+    return builds
+
+
+def test_a_suite_is_built_once(quick, tmp_path):
+    folder = tmp_path / "some" / "suite"
+    assert suite.prepare(folder) == suite.prepare(str(folder)) == folder
+    assert len(quick) == 1
+
+
+def test_force_builds_anew(quick, tmp_path):
+    suite.prepare(tmp_path / "suite")
+    (tmp_path / "suite" / "stray").touch()
+    suite.prepare(tmp_path / "suite", force=True)
+    assert len(quick) == 2 and not (tmp_path / "suite" / "stray").exists()
+
+
+def test_a_suite_of_another_version_is_replaced(quick, tmp_path):
+    (tmp_path / suite.MARKER).write_text('{"version": "0"}')
+    suite.prepare(tmp_path)
+    assert json.loads((tmp_path / suite.MARKER).read_text())["version"] == suite.VERSION
+
+
+def test_of_many_at_once_one_builds(quick, tmp_path):
+    start, found = threading.Barrier(4), []
+
+    def want() -> None:
+        start.wait()
+        found.append(suite.prepare(tmp_path / "suite"))
+
+    threads = [threading.Thread(target=want) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [tmp_path / "suite"] * 4
+    assert len(quick) == 1
+
+
+def test_a_failed_build_leaves_nothing(monkeypatch, tmp_path):
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").touch()
+        raise OSError("disk full")
+
+    monkeypatch.setattr(suite, "_build", build)
+    with pytest.raises(OSError, match="disk full"):
+        suite.prepare(tmp_path / "suite")
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+def test_a_folder_with_something_else_is_left_alone(quick, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="no mini suite"):
+        suite.prepare(tmp_path, force=True)
+    assert (tmp_path / "thesis.tex").exists() and not quick
+
+
+def test_other_rows_than_those_on_record_are_refused(monkeypatch, tables, tmp_path):
+    coco = tables["coco2017_cap_val"][0]
+    changed = Table(coco.config, coco.split, coco.columns, [{**coco.rows[0], "id": 99}, *coco.rows[1:]], coco.prompts)
+    monkeypatch.setattr(suite, "BUILDERS", {"coco2017_cap_val": lambda: [changed]})
+    with pytest.raises(RuntimeError, match="COCO-Caption2017/default/val"):
+        suite.prepare(tmp_path / "suite")
+
+
+def test_where_the_suite_lies(monkeypatch, tmp_path):
+    name = f"mini-suite-{suite.VERSION}"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.delenv("LLAVA_MINI_CACHE", raising=False)
+    assert suite.default_root() == tmp_path / "xdg" / "otprune" / name
+    monkeypatch.setenv("LLAVA_MINI_CACHE", str(tmp_path / "own"))
+    assert suite.default_root() == tmp_path / "own" / name
+
+
+def test_the_command_line_prints_the_folder(quick, tmp_path, capsys):
+    suite.main(["--output", str(tmp_path / "suite")])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "suite")
+
+
+def test_the_command_line_has_help(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        suite.main(["--help"])
+    assert exit_info.value.code == 0
+    assert "--output DIR" in capsys.readouterr().out
