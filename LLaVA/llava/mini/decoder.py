@@ -1,0 +1,151 @@
+"""Stages two and three: projector and language model learn to talk about what the frozen tower sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mini.attention import register
+from llava.mini.packing import Batch, packed_mask, prefix_stretches
+from llava.mini.tower import pixel_values
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+__all__ = ["ConversationTask", "build_llava", "llava_config"]
+
+TOWER_FOLDER = "vision_tower"
+CONTEXT_LENGTH = 2048
+
+# A prefix that is worked through in so many stretches skips most of what a causal mask would hide.
+STRETCHES = 4
+
+
+def llava_config(config: dict, vocabulary: int) -> LlavaConfig:
+    """The configuration of a LLaVA-1.5 of the recipe's sizes, as its config.json will hold it."""
+    sizes = config["decoder"]
+    return LlavaConfig(
+        vocab_size=vocabulary,
+        hidden_size=sizes["width"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["heads"],
+        num_hidden_layers=sizes["layers"],
+        intermediate_size=sizes["intermediate"],
+        initializer_range=sizes["initializer_range"],
+        max_position_embeddings=CONTEXT_LENGTH,
+        rms_norm_eps=1e-5,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+        use_mm_proj=True,
+        mm_vision_tower=TOWER_FOLDER,
+        mm_hidden_size=config["tower"]["width"],
+        mm_projector_type="mlp2x_gelu",
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        mm_patch_merge_type="flat",
+        mm_use_im_start_end=False,
+        mm_use_im_patch_token=False,
+        image_aspect_ratio="pad",
+        tokenizer_model_max_length=CONTEXT_LENGTH,
+        tokenizer_padding_side="right",
+        max_sequence_length=CONTEXT_LENGTH,
+    )
+
+
+def build_llava(config: dict, vocabulary: int, folder: Path) -> LlavaLlamaForCausalLM:
+    """A new model on the tower in ``folder / "vision_tower"``, which is frozen; attention as training wants it."""
+    settings = llava_config(config, vocabulary)
+    settings.name_or_path = str(folder)
+    settings._attn_implementation = register()
+    model = LlavaLlamaForCausalLM(settings)
+    tower = model.get_vision_tower()
+    tower.load_model()
+    tower.vision_tower.set_attn_implementation(register())
+    return model
+
+
+class ConversationTask(nn.Module):
+    """A LLaVA model, asked many packed questions at once.
+
+    Parameters
+    ----------
+    model : LlavaLlamaForCausalLM
+    """
+
+    def __init__(self, model: LlavaLlamaForCausalLM):
+        super().__init__()
+        self.model = model
+
+    def matrices(self) -> Iterable[nn.Parameter]:
+        """The weight matrices of the decoder's layers and the projector."""
+        inner = self.model.get_model()
+        for module in (inner.layers, inner.mm_projector):
+            yield from (p for p in module.parameters() if p.ndim == 2)
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The loss over the answers' tokens, and under ``accuracy/answer`` the share of wholly right answers.
+
+        A question's loss is divided by the square root of its answer's length: a caption teaches more than a word,
+        but not as much more as it is longer.
+        """
+        logits, labels, segments, rows = self.answer_logits(batch)
+        lengths = torch.zeros(int(rows.max()) + 1, int(segments.max()) + 1, device=labels.device)
+        ones = torch.ones_like(labels, dtype=torch.float32)
+        lengths.index_put_((rows, segments), ones, accumulate=True)
+        weights = lengths[rows, segments].rsqrt()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        wrong = torch.zeros_like(lengths).index_put_(
+            (rows, segments), (logits.argmax(-1) != labels).float(), accumulate=True
+        )
+        asked = lengths > 0
+        short = asked & (lengths <= 4)
+        return {
+            "answer": (losses * weights).sum() / weights.sum(),
+            "accuracy/short": (wrong[short] == 0).float().mean(),
+            "accuracy/token": (logits.argmax(-1) == labels).float().mean(),
+        }
+
+    def answer_logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predictions of all answers' tokens.
+
+        Returns
+        -------
+        logits : Tensor (A, V), float32
+        labels : Tensor (A,), int64
+        segments, rows : Tensor (A,), int64
+            The question and the row that each token belongs to.
+        """
+        device = batch.ids.device
+        valid = batch.segments >= 0
+        if len(batch.pictures):
+            _, _, _, _, embeds, labels = self.model.prepare_inputs_labels_for_multimodal(
+                batch.ids, None, valid, None, batch.labels, pixel_values(batch.pictures)
+            )
+            segments = _widened(batch, self.model.get_vision_tower().num_patches)
+        else:
+            embeds, labels, segments = self.model.get_model().embed_tokens(batch.ids), batch.labels, batch.segments
+        dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else embeds.dtype
+        mask, positions = packed_mask(segments, dtype)
+        # Rows without a picture may share more or less of their texts.
+        prefix = int((segments == 0).sum(1).min())
+        hidden = self.model.get_model()(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            stretches=prefix_stretches(prefix, embeds.shape[1], STRETCHES),
+        ).last_hidden_state
+        rows, places = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        logits = self.model.lm_head(hidden[rows, places]).float()
+        return logits, labels[rows, places + 1], segments[rows, places + 1], rows
+
+
+def _widened(batch: Batch, patches: int) -> torch.Tensor:
+    """The segments after every image mark has become `patches` tokens: (B, T) -> (B, T')."""
+    repeats = torch.where(batch.ids == IMAGE_TOKEN_INDEX, patches, 1)
+    return torch.stack([row.repeat_interleave(times) for row, times in zip(batch.segments, repeats, strict=True)])

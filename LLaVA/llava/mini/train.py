@@ -1,0 +1,198 @@
+"""Train llava-mini from nothing: ``python -m llava.mini.train``.
+
+Three stages: the vision tower learns what is in each patch, then projector and language model learn to talk about it,
+first in captions and plain questions, then in every layout that a benchmark asks in. Stopped at any time, even
+killed, a run goes on with ``--resume`` and ends in the same weights as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch import distributed, nn
+
+from llava.mini.decoder import ConversationTask, build_llava
+from llava.mini.evaluate import evaluate
+from llava.mini.export import export_checkpoint, export_tower
+from llava.mini.loop import Run, Stage, train_stage
+from llava.mini.packing import Mixture, PackedScenes, collate
+from llava.mini.tower import TowerScenes, TowerTask
+from llava.mini.vocabulary import build_tokenizer
+from llava.model.tokenizer import load_tokenizer
+
+__all__ = ["CONFIG", "STAGES", "main", "read_config", "train"]
+
+CONFIG = Path(__file__).with_name("config.yaml")
+STAGES = ("tower", "align", "finetune")
+
+# Pictures of different stages never overlap.
+FIRST_SEEDS = {"tower": 0, "align": 100_000_000, "finetune": 200_000_000}
+
+# Sizes and steps that try the whole recipe out in seconds.
+SMOKE = {
+    "tokenizer": {"pieces": 800, "scenes": 20},
+    "tower": {"width": 24, "heads": 2, "layers": 1, "intermediate": 32},
+    "decoder": {"width": 32, "heads": 2, "layers": 4, "intermediate": 48},
+    "stages": {
+        "tower": {"steps": 4, "batch": 2},
+        "align": {"steps": 3, "batch": 2},
+        "finetune": {"steps": 4, "batch": 2, "mixture": {"questions": 3, "pair_every": 3, "text_every": 4}},
+    },
+}
+
+
+def read_config(file: Path, smoke: bool = False) -> dict:
+    """The recipe in a YAML file; with `smoke`, shrunk to seconds."""
+    config = yaml.safe_load(file.read_text())
+    return _merged(config, SMOKE) if smoke else config
+
+
+def _merged(base: dict, over: dict) -> dict:
+    return base | {k: _merged(base[k], v) if isinstance(v, dict) else v for k, v in over.items()}
+
+
+def parse_stage(name: str, config: dict) -> tuple[Stage, Mixture | None]:
+    """A stage of the recipe, and which questions it asks."""
+    settings = dict(config["stages"][name])
+    mixture = settings.pop("mixture", None)
+    if mixture is not None:
+        weights = mixture["forms"]
+        mixture = Mixture(**mixture | {"forms": tuple(form for form, n in weights.items() for _ in range(n))})
+    return Stage(name, **settings), mixture
+
+
+def train(name: str, config: dict, run: Run) -> bool:
+    """Train one stage in this process; see `llava.mini.loop.train_stage`."""
+    torch.manual_seed(config["seed"])
+    stage, mixture = parse_stage(name, config)
+    length = stage.steps * stage.batch
+    if name == "tower":
+        task = TowerTask(config["tower"]).to(run.device)
+        unused = (task.tower.encoder.layers[-1], task.tower.post_layernorm)
+        for module in unused:
+            module.requires_grad_(False)
+        matrices = [p for p in task.tower.encoder.layers[:-1].parameters() if p.ndim == 2]
+        data = TowerScenes("train", FIRST_SEEDS[name], length, config["tower"]["crowded"])
+        return train_stage(stage, task, matrices, data, run)
+    tokenizer = load_tokenizer(run.folder / "checkpoint")
+    task = conversation_task(config, len(tokenizer), run)
+    if name == "finetune" and not run.state_file(name).exists():
+        _load(task, run.state_file("align"))
+    data = PackedScenes("train", FIRST_SEEDS[name], length, stage.batch, mixture, tokenizer)
+    return train_stage(stage, task, task.matrices(), data, run, collate)
+
+
+def conversation_task(config: dict, vocabulary: int, run: Run) -> ConversationTask:
+    """The model on the exported tower, with new weights."""
+    return ConversationTask(build_llava(config, vocabulary, run.folder / "checkpoint")).to(run.device)
+
+
+def _load(task: nn.Module, file: Path) -> None:
+    task.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"], strict=False)
+
+
+def _prepare(name: str, config: dict, folder: Path) -> None:
+    """Put what a stage builds on into ``checkpoint``: the tower, and the tokenizer."""
+    if name == "tower":
+        return
+    before = "tower" if name == "align" else "align"
+    if not (folder / f"{before}.pt").exists():
+        raise FileNotFoundError(f"stage {name} needs {folder / f'{before}.pt'}: train stage {before} first")
+    if name == "align" and not (folder / "align.pt").exists():
+        task = TowerTask(config["tower"])
+        _load(task, folder / "tower.pt")
+        export_tower(task.tower, folder / "checkpoint")
+        build_tokenizer(folder / "checkpoint", **config["tokenizer"])
+
+
+def _export(config: dict, folder: Path) -> None:
+    run = Run(folder)
+    tokenizer = load_tokenizer(folder / "checkpoint")
+    task = conversation_task(config, len(tokenizer), run)
+    last = next(name for name in reversed(STAGES) if run.state_file(name).exists())
+    _load(task, run.state_file(last))
+    export_checkpoint(task.model, folder, config)
+
+
+def _work(rank: int, name: str, config: dict, arguments: argparse.Namespace, port: int, seconds: float) -> None:
+    torch.set_num_threads(arguments.threads)
+    if arguments.processes > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        distributed.init_process_group("gloo", rank=rank, world_size=arguments.processes)
+    run = Run(
+        Path(arguments.output),
+        deadline=time.monotonic() + seconds,
+        rank=rank,
+        world=arguments.processes,
+        device=arguments.device,
+        bf16=not arguments.fp32,
+    )
+    train(name, config, run)
+    if arguments.processes > 1:
+        distributed.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava.mini.train", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--output", default="llava-mini-run", help="folder of the run; the model lands in its folder checkpoint")
+    add("--config", default=str(CONFIG), help="the recipe (YAML)")
+    add("--stage", choices=(*STAGES, "export", "evaluate", "all"), default="all")
+    add("--resume", action="store_true", help="go on from the last saved state")
+    add("--minutes", type=float, default=math.inf, help="save and stop after this long")
+    add("--processes", type=int, default=1, help="split each batch over so many processes (CPU)")
+    add("--threads", type=int, default=os.cpu_count(), help="threads a process")
+    add("--device", default="cpu", help="cpu, or cuda with one process")
+    add("--fp32", action="store_true", help="no bfloat16 products")
+    add("--scenes", type=int, default=200, help="scenes to evaluate on")
+    add("--smoke", action="store_true", help="tiny sizes, few steps: try everything out in seconds")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the recipe; 0 when everything asked for is complete, 3 when time ran out first."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.output)
+    config = read_config(Path(arguments.config), arguments.smoke)
+    wanted = STAGES if arguments.stage == "all" else [name for name in STAGES if name == arguments.stage]
+    started = [name for name in wanted if (folder / f"{name}.pt").exists()]
+    if started and not arguments.resume:
+        parser.error(f"{folder} holds a run of stage {started[0]}: give --resume, or another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * arguments.minutes
+    for name in wanted:
+        _prepare(name, config, folder)
+        port = _free_port()
+        settings = (name, config, arguments, port, end - time.monotonic())
+        if arguments.processes > 1:
+            torch.multiprocessing.spawn(_work, settings, nprocs=arguments.processes)
+        else:
+            _work(0, *settings)
+        steps = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["step"]
+        if steps < config["stages"][name]["steps"]:
+            print(f"stage {name} stopped after {steps} steps; --resume goes on", file=sys.stderr)
+            return 3
+    if arguments.stage in ("export", "all"):
+        _export(config, folder)
+    if arguments.stage in ("evaluate", "all"):
+        evaluate(folder / "checkpoint", 4 if arguments.smoke else arguments.scenes, folder / "evaluation.json")
+    return 0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

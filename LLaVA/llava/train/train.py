@@ -1,0 +1,292 @@
+"""Train a LLaVA on conversations: ``python -m llava.train.train --stage pretrain|finetune ...``.
+
+``pretrain`` trains the projector alone (on captions, template ``plain``) and writes ``mm_projector.bin`` and
+``config.json``. ``finetune`` trains projector and language model, or with ``--lora-rank`` adapters on it, and writes
+a full checkpoint folder, or ``adapter_model.safetensors`` and ``non_lora_trainables.bin``. `load_pretrained_model`
+reads all three. The vision tower stays frozen. Start it with ``accelerate launch -m llava.train.train ...`` on
+several GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from llava.model.builder import load_pretrained_model
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.tokenizer import FILES as TOKENIZER_FILES
+from llava.model.tokenizer import load_tokenizer
+from llava.pruning.config import PruningConfig
+from llava.train.data import TEMPLATES, Collator, ConversationDataset, read_entries
+
+__all__ = ["learning_rate_factor", "load_trainable", "main"]
+
+STATE = "training_state.pt"
+# The layers of a decoder that get adapters; the tower's projections only share some of these names.
+LORA_TARGETS = r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Share of the learning rate for step `step` (from 0): a linear rise, then half a cosine to zero."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def load_trainable(arguments: argparse.Namespace):
+    """The model in float32 with what the stage trains left trainable, its tokenizer and image processor.
+
+    Raises
+    ------
+    ValueError
+        If token pruning is switched on, or the model has no vision tower and none is given.
+    """
+    if PruningConfig.from_env() is not None:
+        raise ValueError("training sees all visual tokens: unset BASELINE, SUBSET_RATIO and LAYER_INDEX")
+    raw = json.loads((Path(arguments.model) / "config.json").read_text())
+    if "mm_vision_tower" in raw:
+        tokenizer, model, processor, _ = load_pretrained_model(
+            arguments.model, None, "llava", device_map=None, torch_dtype=torch.float32
+        )
+    else:
+        if not arguments.vision_tower:
+            raise ValueError(f"{arguments.model} has no vision tower: name one with --vision-tower")
+        config = LlavaConfig.from_pretrained(arguments.model)
+        model = LlavaLlamaForCausalLM.from_pretrained(arguments.model, config=config, dtype=torch.float32)
+        tokenizer = load_tokenizer(arguments.model)
+        model.get_model().initialize_vision_modules(_vision_settings(arguments))
+        config.mm_use_im_start_end = config.mm_use_im_patch_token = False
+        config.image_aspect_ratio = "pad"
+        processor = model.get_vision_tower().image_processor
+    if arguments.projector:
+        weights = torch.load(arguments.projector, map_location="cpu", weights_only=True)
+        prefix = "mm_projector."
+        own = {name.split(prefix)[1]: value.float() for name, value in weights.items() if prefix in name}
+        model.get_model().mm_projector.load_state_dict(own)
+    model.requires_grad_(False)
+    if arguments.stage == "finetune" and arguments.lora_rank:
+        model = _with_adapters(model, arguments)
+    elif arguments.stage == "finetune":
+        model.requires_grad_(True)
+        model.get_vision_tower().requires_grad_(False)
+    _inner(model).mm_projector.requires_grad_(True)
+    return model, tokenizer, processor
+
+
+def _vision_settings(arguments: argparse.Namespace) -> SimpleNamespace:
+    return SimpleNamespace(
+        vision_tower=arguments.vision_tower,
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        mm_patch_merge_type="flat",
+        mm_projector_type=arguments.projector_type,
+        pretrain_mm_mlp_adapter=None,
+    )
+
+
+def _with_adapters(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("--lora-rank needs the package peft: pip install peft") from error
+    settings = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
+        target_modules=LORA_TARGETS,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The decoder stack with its vision modules, with or without adapters around it."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_model()
+
+
+def _order(entries: int, epochs: float, seed: int) -> list[int]:
+    """Which entry is read when: every epoch a new permutation."""
+    order: list[int] = []
+    for epoch in range(math.ceil(epochs)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order += torch.randperm(entries, generator=generator).tolist()
+    return order[: round(epochs * entries)]
+
+
+def _save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    part = folder / f"{STATE}.part"
+    torch.save({"step": step, "model": trained, "optimizer": optimizer.state_dict()}, part)
+    os.replace(part, folder / STATE)
+
+
+def _load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    unknown = model.load_state_dict(state["model"], strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{folder / STATE} was trained with other settings: it holds {unknown[0]}, the model does not")
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def save_result(model: nn.Module, arguments: argparse.Namespace) -> None:
+    """Write what was trained to ``arguments.output``, in the layout of the stage."""
+    folder, source = Path(arguments.output), Path(arguments.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    projector = {
+        f"model.mm_projector.{k}": v.detach().cpu() for k, v in _inner(model).mm_projector.state_dict().items()
+    }
+    config = base.config
+    config.architectures = [type(base).__name__]
+    if arguments.stage == "pretrain":
+        torch.save(projector, folder / "mm_projector.bin")
+    elif arguments.lora_rank:
+        model.save_pretrained(folder)
+        torch.save({f"base_model.model.{k}": v for k, v in projector.items()}, folder / "non_lora_trainables.bin")
+    else:
+        weights = {k: v.detach().cpu().contiguous() for k, v in base.state_dict().items() if ".vision_tower." not in k}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for name in TOKENIZER_FILES:
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+    config.save_pretrained(folder)
+    tower = source / config.mm_vision_tower
+    if tower.is_dir() and not Path(config.mm_vision_tower).is_absolute() and folder.resolve() != source.resolve():
+        shutil.copytree(tower, folder / config.mm_vision_tower, dirs_exist_ok=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava.train.train", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--stage", choices=("pretrain", "finetune"), required=True)
+    add("--model", required=True, help="checkpoint folder: a LLaVA, or a plain Llama with --vision-tower")
+    add("--data", required=True, help="JSON file of conversations")
+    add("--images", default=".", help="folder of the images")
+    add("--output", required=True)
+    add("--vision-tower", help="CLIP folder or hub id, for a model that has none")
+    add("--projector-type", default="mlp2x_gelu")
+    add("--projector", help="mm_projector.bin of a pretrain stage, to start from")
+    add("--template", choices=tuple(TEMPLATES), help="default: plain for pretrain, v1 for finetune")
+    add("--epochs", type=float, default=1.0)
+    add("--batch-size", type=int, default=16, help="conversations a process and forward pass")
+    add("--accumulate", type=int, default=1, help="forward passes a step")
+    add("--learning-rate", type=float, help="default: 1e-3 for pretrain, 2e-5 for finetune, 2e-4 with adapters")
+    add("--warmup", type=float, default=0.03, help="fraction of the steps")
+    add("--weight-decay", type=float, default=0.0)
+    add("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
+    add("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
+    add("--lora-alpha", type=float, help="default: twice the rank")
+    add("--max-length", type=int, default=2048, help="tokens of text a conversation")
+    add("--bf16", action="store_true", help="bfloat16 arithmetic; weights stay float32")
+    add("--gradient-checkpointing", action="store_true")
+    add("--save-steps", type=int, default=500, help="how often the state for --resume is written")
+    add("--stop-after", type=int, help="leave after this many steps; --resume goes on")
+    add("--resume", action="store_true", help="go on from the state in --output, if there is one")
+    add("--workers", type=int, default=2, help="processes that read images")
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def _fill_defaults(arguments: argparse.Namespace) -> None:
+    pretrain = arguments.stage == "pretrain"
+    if arguments.template is None:
+        arguments.template = "plain" if pretrain else "v1"
+    if arguments.learning_rate is None:
+        arguments.learning_rate = 1e-3 if pretrain else 2e-4 if arguments.lora_rank else 2e-5
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns 0, or 3 when ``--stop-after`` came first."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    _fill_defaults(arguments)
+    folder = Path(arguments.output)
+    if (folder / STATE).exists() and not arguments.resume:
+        parser.error(f"{folder} holds an unfinished run: give --resume, or another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = read_entries(arguments.data)
+    set_seed(arguments.seed)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if arguments.bf16 else "no", gradient_accumulation_steps=arguments.accumulate
+    )
+    model, tokenizer, processor = load_trainable(arguments)
+    inner = _inner(model)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+
+    dataset = ConversationDataset(
+        entries, arguments.images, tokenizer, processor, model.config, arguments.template, arguments.max_length
+    )
+    per_step = arguments.batch_size * arguments.accumulate * accelerator.num_processes
+    order = _order(len(entries), arguments.epochs, arguments.seed)
+    steps = math.ceil(len(order) / per_step)
+    first = _load_state(folder, model, optimizer) if (folder / STATE).exists() else 0
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    loader = DataLoader(
+        Subset(dataset, order[first * per_step :]),
+        batch_size=arguments.batch_size,
+        collate_fn=Collator(pad, inner.get_vision_tower().config.image_size),
+        num_workers=arguments.workers,
+    )
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    step = first
+    bar = tqdm(total=steps, initial=first, desc=arguments.stage, disable=not accelerator.is_main_process)
+    for batch in loader:
+        for group in optimizer.param_groups:
+            group["lr"] = arguments.learning_rate * learning_rate_factor(step, steps, arguments.warmup)
+        with accelerator.accumulate(model):
+            loss = model(**batch, use_cache=False).loss
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained, arguments.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+        stop = step == arguments.stop_after and step < steps
+        if accelerator.is_main_process:
+            _log(folder, step, loss.item(), optimizer.param_groups[0]["lr"])
+            if stop or (step % arguments.save_steps == 0 and step < steps):
+                _save_state(folder, accelerator.unwrap_model(model), optimizer.optimizer, step)
+        if stop:
+            return 3
+    bar.close()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_result(accelerator.unwrap_model(model), arguments)
+        (folder / STATE).unlink(missing_ok=True)
+    return 0
+
+
+def _log(folder: Path, step: int, loss: float, rate: float) -> None:
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, "loss": loss, "learning_rate": rate}) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

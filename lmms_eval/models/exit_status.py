@@ -1,0 +1,44 @@
+"""A failed run of ``python -m lmms_eval`` ends with status 1.
+
+The command catches whatever a run raises, logs it and ends with status 0, so that a script cannot tell failure from
+success. Its own report of the failure is where status 1 is put in; nothing else of it changes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from loguru import logger
+
+FAILURES = ("Error during evaluation", "Could not save")
+TOKEN_HINT = (
+    "The data set is asked for with a Hugging Face login: run `hf auth login`, or evaluate the same benchmarks without "
+    "one: --include_path lmms_eval/tasks --tasks otprune_paper."
+)
+
+
+def started_from_command_line() -> bool:
+    """Whether lmms-eval's own command (not Python code) runs this process."""
+    return "lmms_eval.__main__" in sys.modules
+
+
+def names_our_model() -> bool:
+    """Whether the command line asks for the model id ``llava``."""
+    return any(argument in ("llava", "--model=llava") for argument in sys.argv[1:])
+
+
+def fail_loudly() -> None:
+    """Let lmms-eval's command end with status 1 when its run failed. Does nothing in other programs."""
+    if started_from_command_line():
+        logger.configure(patcher=_stop_on_failure)
+
+
+def _stop_on_failure(record: dict[str, Any]) -> None:
+    message = record["message"]
+    if not message.startswith(FAILURES):
+        return
+    if "LocalTokenNotFoundError" in message:
+        message = f"{message}\n{TOKEN_HINT}"
+    print(message, file=sys.stderr, flush=True)
+    raise SystemExit(1)

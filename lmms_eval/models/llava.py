@@ -1,0 +1,406 @@
+"""The lmms-eval model ``llava``: our LLaVA, with the pruning that the environment asks for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval_otprune import cache_key, java
+from lmms_eval_otprune.answers import Answer, AnswerLog, Question
+from lmms_eval_otprune.exit_status import fail_loudly, started_from_command_line
+from lmms_eval_otprune.fingerprint import model_fingerprint
+from lmms_eval_otprune.progress import Progress
+from lmms_eval_otprune.prompts import Row, conversation, make_row, pad_left, text_tokens
+from lmms_eval_otprune.settings import GenerationSettings, read_batch_size, read_dtype
+from loguru import logger
+from PIL import Image
+
+from llava.conversation import conv_templates
+from llava.mm_utils import get_model_name_from_path, process_images
+from llava.model.builder import load_pretrained_model, resolve_model_path
+from llava.pruning import PruningConfig
+
+UNPRUNED = "none"
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A request that still needs an answer."""
+
+    position: int
+    question: Question
+    images_of: Callable[[Any], list[Image.Image] | None]
+
+
+class Llava(lmms):
+    """LLaVA for lmms-eval, one process a device.
+
+    The pruning switch (``BASELINE``, ``SUBSET_RATIO``, ``LAYER_INDEX``) is read from the environment and checked before
+    any weight is loaded. Answers do not depend on the batch size or on the number of processes.
+
+    Parameters
+    ----------
+    pretrained : str
+        A checkpoint folder, a Hub id, or "llava-mini".
+    model_base : str, optional
+        What a projector-only or LoRA checkpoint goes onto.
+    model_name : str, optional
+        Decides how the checkpoint is read; default: the last part of ``pretrained``.
+    batch_size : int or str
+        Prompts that are generated together.
+    device : str, optional
+        Default: what accelerate gives this process.
+    device_map : str, optional
+        "auto" spreads one process's model over several GPUs; anything else means the same as ``device``.
+    dtype : str
+        "auto" (float32 on a CPU, float16 on a GPU), float32, float16 or bfloat16; the pictures get the same.
+    attn_implementation : str
+        sdpa, eager or flash_attention_2.
+    conv_template : str
+        A name of `llava.conversation.conv_templates`.
+    use_cache : bool
+        Keep keys and values while generating.
+    resume_dir : str, optional
+        Folder for answers: each is on the disk before the next batch starts, and is not asked for again.
+
+    Raises
+    ------
+    ValueError
+        For an unknown argument or a wrong value, the switch's included.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "liuhaotian/llava-v1.5-7b",
+        model_base: str | None = None,
+        model_name: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str = "sdpa",
+        conv_template: str = "vicuna_v1",
+        use_cache: bool = True,
+        resume_dir: str | None = None,
+        **unknown: Any,
+    ):
+        super().__init__()
+        fail_loudly()
+        if unknown:
+            names = "pretrained, model_base, model_name, batch_size, device, device_map, dtype, attn_implementation"
+            raise ValueError(
+                f"unknown model argument {', '.join(sorted(unknown))}; allowed: {names}, conv_template, use_cache, "
+                "resume_dir"
+            )
+        # The loader reads the switch as well, but only after this process has joined the others.
+        PruningConfig.from_env()
+        if conv_template not in conv_templates:
+            raise ValueError(f"conv_template={conv_template}: allowed are {', '.join(conv_templates)}")
+        self._batch_size = read_batch_size(batch_size)
+        self._conv_template = conv_template
+        self._use_cache = use_cache
+
+        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))])
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
+        self._device = self._choose_device(device, device_map)
+        self.dtype = read_dtype(dtype, self._device)
+
+        name = model_name or get_model_name_from_path(pretrained)
+        # Held in a tuple: lmms-eval deletes every module that is an attribute of the wrapper when a run ends.
+        self._loaded = load_pretrained_model(
+            pretrained,
+            model_base,
+            name,
+            device_map="auto" if device_map == "auto" else str(self._device),
+            device="cuda" if device_map == "auto" else str(self._device),
+            attn_implementation=attn_implementation,
+            dtype=self.dtype,
+            multimodal=True,
+        )
+        self.tokenizer.padding_side = "left"
+        self.config.tokenizer_padding_side = "left"
+
+        self.model_fingerprint = model_fingerprint(
+            resolve_model_path(pretrained),
+            model_base and resolve_model_path(model_base),
+            str(self.dtype).removeprefix("torch."),
+            attn_implementation,
+            conv_template,
+        )
+        pruning = self.model.pruning
+        self.pruning_fingerprint = UNPRUNED if pruning is None else pruning.fingerprint()
+        cache_key.extend_with(f"{self.model_fingerprint}|{self.pruning_fingerprint}")
+        folder = None if resume_dir is None else Path(resume_dir)
+        self._answers = AnswerLog(folder, self._rank, self.model_fingerprint, self.pruning_fingerprint)
+
+        self.keep_model = False
+        self.label = "LLaVA"
+        self.terminal: TextIO = sys.stderr
+        self.visual_tokens: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self._ignored_settings: set[str] = set()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Llava:
+        """Build from ``--model_args``; on lmms-eval's command line a wrong value ends the run with one sentence."""
+        try:
+            return super().create_from_arg_string(arg_string, additional_config)
+        except (ValueError, OSError, ImportError) as error:
+            if started_from_command_line():
+                raise SystemExit(f"llava: {error}") from error
+            raise
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._loaded[1]
+
+    @property
+    def tokenizer(self):
+        return self._loaded[0]
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def max_length(self) -> int:
+        return self._loaded[3]
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def clean(self) -> None:
+        """Give the memory back after a run, unless ``keep_model`` says that another run follows."""
+        if self.keep_model:
+            return
+        self._loaded = ()
+        super().clean()
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult | str]:
+        """Answer every request, greedily unless its settings say otherwise.
+
+        Requests that only fill up a process's share are answered with an empty text.
+
+        Raises
+        ------
+        RuntimeError
+            Before anything is generated, if a task of the run could not be scored afterwards.
+        ValueError
+            If a prompt has more ``<image>`` marks than its document has images.
+        """
+        results: list[GenerationResult | str] = [""] * len(requests)
+        pending: list[_Pending] = []
+        asked: Counter[str] = Counter()
+        tasks: Counter[str] = Counter()
+        for position, request in enumerate(requests):
+            if request.metadata.get("__padding_only__"):
+                continue
+            question, images_of = self._question(request, asked)
+            tasks[question.task] += 1
+            answer = self._answers.get(question)
+            if answer is None:
+                pending.append(_Pending(position, question, images_of))
+            else:
+                results[position] = self._deliver(question, answer)
+        self._check_scorable(tasks)
+
+        started = time.perf_counter()
+        fresh: list[Answer] = []
+        with self._progress(tasks.total(), tasks.total() - len(pending)) as progress:
+            for batch in self._batches(pending):
+                answers = self._answer(batch)
+                self._answers.append((item.question, answer) for item, answer in zip(batch, answers, strict=True))
+                for item, answer in zip(batch, answers, strict=True):
+                    results[item.position] = self._deliver(item.question, answer)
+                fresh += answers
+                progress.advance(len(batch), [pair for answer in answers for pair in answer.visual_tokens])
+        self._report_speed(fresh, time.perf_counter() - started)
+        return results
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Mean negative log-likelihood of each continuation, and whether greedy decoding would give it.
+
+        lmms-eval's multiple choice takes the smallest value, so this is a loss, as in the builtin wrapper. The answer
+        is scored at the end of the sequence, which is right whatever number of visual tokens stands before it.
+        """
+        results = []
+        with self._progress(len(requests), 0) as progress:
+            for request in requests:
+                results.append((0.0, False) if request.metadata.get("__padding_only__") else self._score(request))
+                progress.advance(1, list(self.model.visual_token_counts))
+        return results
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError(
+            "llava answers one round a document: tasks with output_type generate_until_multi_round are not supported"
+        )
+
+    def _choose_device(self, device: str | None, device_map: str | None) -> torch.device:
+        if device_map == "auto" and self.accelerator.num_processes > 1:
+            raise ValueError("device_map=auto spreads one model over all GPUs: it works with one process only")
+        wanted = device or (None if device_map == "auto" else device_map)
+        if wanted is not None and self.accelerator.num_processes == 1:
+            try:
+                return torch.device(wanted)
+            except RuntimeError:
+                raise ValueError(f"device={wanted}: allowed are cpu, cuda, cuda:0, mps and the like") from None
+        ours = self.accelerator.device
+        # Two processes on a CPU are told cpu:0 and cpu:1, which torch does not take everywhere.
+        return torch.device("cpu") if ours.type == "cpu" else ours
+
+    def _progress(self, total: int, done: int) -> Progress:
+        return Progress(self.label, total, done, self.terminal if self._rank == 0 else None)
+
+    def _question(self, request: Instance, asked: Counter[str]) -> tuple[Question, Callable]:
+        context, gen_kwargs, images_of, doc_id, task, split = request.args
+        settings = GenerationSettings.read(gen_kwargs)
+        for name in sorted(settings.ignored - self._ignored_settings):
+            logger.warning(f"llava ignores the generation setting {name} of {task}")
+            self._ignored_settings.add(name)
+        first = Question(task, split, doc_id, 0, context, settings.to_dict())
+        identity = repr(first.fields())
+        asked[identity] += 1
+        return Question(task, split, doc_id, asked[identity] - 1, context, settings.to_dict()), images_of
+
+    def _deliver(self, question: Question, answer: Answer) -> GenerationResult:
+        self.visual_tokens[question.task].extend(answer.visual_tokens)
+        counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+        return GenerationResult(answer.text, counts)
+
+    def _check_scorable(self, tasks: Counter[str]) -> None:
+        """Refuse before generating what would fail when it is scored, and take all other tasks' answers with it."""
+        for task, count in tasks.items():
+            if java.needs_java(task) and not java.java_works():
+                raise RuntimeError(
+                    f"{task} is scored with Java, which is not installed: install it ({java.PACKAGE} on Debian and "
+                    "Ubuntu), or leave the task out"
+                )
+            # With a response cache or several processes only a share of the questions arrives here.
+            if task.removeprefix("mini_") == "mme" and count % 2 and self._world_size == 1 and not cache_key.in_use():
+                raise RuntimeError(f"{task} is scored in pairs of questions: --limit must be even, not {count}")
+
+    def _batches(self, pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
+        """Requests of one task and the same settings, the longest prompts first."""
+        groups: dict[str, list[_Pending]] = defaultdict(list)
+        for item in pending:
+            question = item.question
+            groups[repr((question.task, question.split, question.settings))].append(item)
+        for group in groups.values():
+            group.sort(key=lambda item: -len(item.question.prompt))
+            for start in range(0, len(group), self._batch_size):
+                yield group[start : start + self._batch_size]
+
+    def _answer(self, batch: Sequence[_Pending]) -> list[Answer]:
+        settings = GenerationSettings(**batch[0].question.settings)
+        rows = []
+        with settings.applied_to(self.config):
+            for item in batch:
+                document = self.task_dict[item.question.task][item.question.split][item.question.doc_id]
+                rows.append(self._row(item.question, item.images_of(document)))
+            answers: list[Answer | None] = [None] * len(rows)
+            # Rows with and without pictures go separately: a row of text takes no picture from its neighbours then.
+            for has_images in (True, False):
+                chosen = [index for index, row in enumerate(rows) if bool(row.images) == has_images]
+                if chosen:
+                    for index, answer in zip(chosen, self._generate([rows[i] for i in chosen], settings), strict=True):
+                        answers[index] = answer
+        return answers
+
+    def _row(self, question: Question, visuals: Sequence[Image.Image] | None) -> Row:
+        images = [image for image in visuals or () if image is not None]
+        prompt = conversation(self._conv_template, question.prompt, len(images))
+        try:
+            return make_row(self.tokenizer, prompt, images)
+        except ValueError as error:
+            raise ValueError(f"{question.task}, document {question.doc_id}: {error}") from None
+
+    def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor | list[torch.Tensor] | None:
+        if not images:
+            return None
+        pixels = process_images(list(images), self._loaded[2], self.config)
+        if isinstance(pixels, list):
+            return [image.to(self.device, self.dtype) for image in pixels]
+        return pixels.to(self.device, self.dtype)
+
+    @torch.inference_mode()
+    def _generate(self, rows: Sequence[Row], settings: GenerationSettings) -> list[Answer]:
+        input_ids, mask = pad_left(rows, self._pad_token_id())
+        images = [image for row in rows for image in row.images]
+        generated = self.model.generate(
+            input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            pad_token_id=self._pad_token_id(),
+            images=self._pixels(images),
+            image_sizes=[image.size for image in images],
+            use_cache=self._use_cache,
+            **settings.arguments(),
+        )
+        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        counts = iter(self.model.visual_token_counts if images else ())
+        answers = []
+        for row, ids, text in zip(rows, generated.tolist(), texts, strict=True):
+            visual_tokens = tuple((int(total), int(kept)) for total, kept in (next(counts) for _ in row.images))
+            entered = text_tokens(row) + sum(kept for _, kept in visual_tokens)
+            answers.append(Answer(text, entered, self._generated_tokens(ids), visual_tokens))
+        return answers
+
+    @torch.inference_mode()
+    def _score(self, request: Instance) -> tuple[float, bool]:
+        context, target, images_of, doc_id, task, split = request.args
+        document = self.task_dict[task][split][doc_id]
+        answer = target if isinstance(target, str) else target(document)
+        context = context[0] if isinstance(context, list) else context
+        row = self._row(Question(task, split, doc_id, 0, context, {}), images_of(document))
+        whole = conversation(self._conv_template, context, len(row.images), answer)
+        input_ids = make_row(self.tokenizer, whole, row.images).input_ids
+        continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)
+        logits = self.model(
+            input_ids=input_ids[None].to(self.device),
+            images=self._pixels(row.images),
+            image_sizes=[image.size for image in row.images],
+        ).logits[0, -len(continuation) - 1 : -1]  # (n, vocabulary)
+        loss = torch.nn.functional.cross_entropy(logits.float(), continuation)
+        return float(loss), bool((logits.argmax(-1) == continuation).all())
+
+    def _pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _generated_tokens(self, ids: Sequence[int]) -> int:
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id} | set(ends if isinstance(ends, list) else [ends])
+        return next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
+
+    def _report_speed(self, fresh: Sequence[Answer], seconds: float) -> None:
+        """Speed and token counts of what was generated now; answers from an earlier run count in neither."""
+        if not fresh:
+            return
+        generated = sum(answer.output_tokens for answer in fresh)
+        visual = [pair for answer in fresh for pair in answer.visual_tokens]
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=generated,
+            avg_speed=generated / seconds,
+            additional_metrics={
+                "total_requests": len(fresh),
+                "samples_per_second": len(fresh) / seconds,
+                "visual_tokens": sum(total for total, _ in visual),
+                "kept_visual_tokens": sum(kept for _, kept in visual),
+            },
+        )

@@ -1,0 +1,103 @@
+"""Reading what lmms-eval hands over as text or loose dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def read_batch_size(value: int | str) -> int:
+    """A whole number >= 1; lmms-eval passes the command line's text.
+
+    Raises
+    ------
+    ValueError
+    """
+    if str(value).isascii() and str(value).isdigit() and int(value) >= 1:
+        return int(value)
+    raise ValueError(f"batch_size={value}: must be a whole number >= 1")
+
+
+def read_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The floating type of weights and pictures; "auto" is float32 on a CPU and float16, as published, on a GPU.
+
+    Raises
+    ------
+    ValueError
+    """
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={name}: allowed are auto, {', '.join(_DTYPES)}")
+    return getattr(torch, name)
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to generate. The values left out by a task are those of lmms-eval's builtin wrapper.
+
+    Attributes
+    ----------
+    max_new_tokens : int
+    temperature : float
+        0 is greedy.
+    top_p : float, or None
+        Only meaningful with a temperature.
+    num_beams : int
+    image_aspect_ratio : str, or None
+        Used for checkpoints whose configuration says nothing about it.
+    ignored : frozenset of str
+        Settings of the task that have no effect here.
+    """
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    image_aspect_ratio: str | None = None
+    ignored: frozenset[str] = field(default=frozenset(), compare=False)
+
+    @classmethod
+    def read(cls, gen_kwargs: Mapping[str, Any]) -> GenerationSettings:
+        """From a task's ``generation_kwargs``, which stay as they are.
+
+        ``until`` is not applied, as in the builtin wrapper: LLaVA stops at its end-of-sequence token. ``do_sample``
+        follows from the temperature.
+        """
+        known = set(cls.__dataclass_fields__) - {"ignored"}
+        values = {name: value for name, value in gen_kwargs.items() if name in known}
+        if values.get("temperature", 0.0) in (None, 0):
+            values["temperature"] = 0.0
+            values.pop("top_p", None)
+        return cls(**values, ignored=frozenset(gen_kwargs) - known - {"until", "do_sample"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What determines an answer, JSON-serialisable; ``GenerationSettings(**it)`` is equal to this one."""
+        values = asdict(self)
+        del values["ignored"]
+        return values
+
+    def arguments(self) -> dict[str, Any]:
+        """For ``generate``."""
+        arguments = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": False}
+        if self.temperature > 0:
+            arguments |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        return arguments
+
+    @contextmanager
+    def applied_to(self, config: Any) -> Iterator[None]:
+        """Use ``image_aspect_ratio`` inside the block, if the model's configuration has none of its own."""
+        if self.image_aspect_ratio is None or "image_aspect_ratio" in config.__dict__:
+            yield
+            return
+        config.image_aspect_ratio = self.image_aspect_ratio
+        try:
+            yield
+        finally:
+            del config.image_aspect_ratio

@@ -1,0 +1,94 @@
+"""``python -m lmms_eval_otprune_runner``: the table, from one command."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .options import Options, read
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what the command line asks for; 0 when every task has its result."""
+    options = read(arguments)
+    # The imports take seconds: --help and a wrong value should not.
+    from .plan import make_plan
+
+    try:
+        plan = make_plan(options)
+    except ValueError as error:
+        print(f"run_OTPrune.sh: {error}", file=sys.stderr)
+        return 2
+    _announce(plan, options)
+    if options.dry_run:
+        return 0
+    try:
+        return _run(plan, options, arguments)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command continues here.", file=sys.stderr)
+        return 130
+
+
+def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
+    from .launch import run_job
+    from .report import collect, write_report
+    from .tasks import task_identities
+
+    for job in plan.jobs:
+        identities = task_identities(job, plan, options)
+        print(f"\n{job.label}", flush=True)
+        run_job(job, plan, options, identities)
+        if options.machine_rank == 0:
+            collect(job, plan, options, identities)
+            table = write_report(plan, arguments)
+    if options.machine_rank > 0:
+        print("The results are on the machine of rank 0.")
+        return 0
+    print(f"\n{table}\nEverything is in {plan.output}")
+    return _failures(plan)
+
+
+def _failures(plan: Any) -> int:
+    from . import records
+
+    failed: dict[tuple[str, str], list[str]] = {}
+    for job in plan.jobs:
+        for task in plan.tasks:
+            if reason := records.failure(job.folder, task):
+                failed.setdefault((job.label, reason), []).append(task)
+    for (label, reason), tasks in failed.items():
+        print(f"FAILED {label}, {', '.join(tasks)}: {reason}", file=sys.stderr)
+    if failed:
+        print("What was printed meanwhile: worker.log in the folder of each run.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _announce(plan: Any, options: Options) -> None:
+    from lmms_eval_otprune.java import PACKAGE
+
+    if plan.left_out:
+        print(
+            f"Java is missing, so {len(plan.left_out)} caption tasks ({', '.join(plan.left_out)}) are left out; "
+            f"they need the package {PACKAGE} (Debian, Ubuntu)."
+        )
+    print(
+        f"{plan.suite.name} suite, {len(plan.jobs)} runs of {len(plan.tasks)} tasks"
+        f"{f', {options.limit} documents each' if options.limit else ''}, on {plan.num_processes} x {plan.device}, "
+        f"{plan.dtype}, batch {plan.batch_size}; results go to {plan.output}"
+    )
+    if not options.dry_run:
+        return
+    from .launch import describe_launch
+
+    for job in plan.jobs:
+        launch = describe_launch(job, plan, options)
+        switch = " ".join(f"{name}={shlex.quote(value)}" for name, value in job.switch.items())
+        print(f"  {job.model}: {job.pruning.describe() if job.pruning else 'unpruned'}")
+        print(f"    {switch} {shlex.join(launch.command)} ...".replace("     ", "    "))
+    print(f"  tasks: {', '.join(plan.tasks)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

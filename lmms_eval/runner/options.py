@@ -1,0 +1,208 @@
+"""The command line: what can be chosen, checked at once. Imports nothing beyond the standard library."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from .suites import SUITES
+
+DEFAULT_RATIO = "0.098"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method as the command line names it: ``name`` or ``name:option=value:option=value``."""
+
+    name: str
+    options: tuple[tuple[str, str], ...] = ()
+
+    def environment(self) -> dict[str, str]:
+        """The switch's variables for the method and its options."""
+        method = "otprune" if self.name == "ours" else self.name
+        return {"BASELINE": self.name.upper()} | {f"{method}_{option}".upper(): value for option, value in self.options}
+
+
+@dataclass(frozen=True)
+class Options:
+    """A checked command line; None where the machine decides (see `plan`)."""
+
+    suite: str | None
+    models: tuple[str, ...]
+    methods: tuple[Method, ...]
+    ratios: tuple[str, ...]
+    layer: str
+    tasks: tuple[str, ...]
+    unpruned: bool
+    limit: int | None
+    batch_size: int | None
+    num_processes: int | None
+    num_machines: int
+    machine_rank: int
+    main_process_ip: str
+    main_process_port: int
+    seed: int
+    dtype: str
+    device: str
+    output: Path | None
+    dry_run: bool
+
+
+def read(arguments: Sequence[str]) -> Options:
+    """Parse and check the command line; ends the program with one sentence and status 2 when a value is wrong."""
+    parser = _parser()
+    found = parser.parse_args(arguments)
+    try:
+        return _check(found)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _check(found: argparse.Namespace) -> Options:
+    methods = tuple(_method(text) for text in _split(found.method) if text.lower() not in ("none", "orig"))
+    ratios = tuple(_split(found.ratio))
+    for ratio in ratios:
+        if not 0 < _number(float, ratio, "--ratio") <= 1:
+            raise ValueError(f"--ratio {ratio}: must be a number with 0 < r <= 1")
+    if _number(int, found.layer, "--layer") < 0:
+        raise ValueError(f"--layer {found.layer}: must be a whole number >= 0")
+    tasks = tuple(_split(found.tasks))
+    for task in tasks:
+        SUITES[found.suite or ("mini" if task.startswith("mini_") else "paper")].task(task)
+    for name in ("limit", "batch_size", "num_processes", "num_machines"):
+        value = getattr(found, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if not 0 <= found.machine_rank < found.num_machines:
+        raise ValueError(
+            f"--machine-rank {found.machine_rank}: with --num-machines {found.num_machines} it must be "
+            f"0 to {found.num_machines - 1}"
+        )
+    if found.num_machines > 1 and found.main_process_ip is None:
+        raise ValueError("--num-machines needs --main-process-ip, the address of the machine of rank 0")
+    if not methods and found.no_unpruned:
+        raise ValueError("--method none with --no-unpruned leaves nothing to run")
+    return Options(
+        suite=found.suite,
+        models=tuple(model for text in found.model or () for model in _split(text)),
+        methods=methods,
+        ratios=ratios,
+        layer=found.layer,
+        tasks=tasks,
+        unpruned=not found.no_unpruned,
+        limit=found.limit,
+        batch_size=found.batch_size,
+        num_processes=found.num_processes,
+        num_machines=found.num_machines,
+        machine_rank=found.machine_rank,
+        main_process_ip=found.main_process_ip or "127.0.0.1",
+        main_process_port=found.main_process_port,
+        seed=found.seed,
+        dtype=found.dtype,
+        device=found.device,
+        output=found.output,
+        dry_run=found.dry_run,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    switch = os.environ
+    parser = _Parser(
+        prog="run_OTPrune.sh",
+        description="Evaluate LLaVA with and without visual token pruning on eleven benchmarks, and write the table. "
+        "The same command continues an interrupted run.",
+        epilog="Without a suite: paper where there is a CUDA GPU, mini elsewhere.",
+    )
+    parser.add_argument(
+        "suite",
+        nargs="?",
+        choices=tuple(SUITES),
+        help="mini: the embedded model and data sets, minutes on a CPU; paper: published checkpoints and benchmarks",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        metavar="PATH",
+        help="checkpoint folder, Hub id or llava-mini; may be given several times (default: the suite's)",
+    )
+    parser.add_argument(
+        "--method",
+        default=switch.get("BASELINE") or "otprune",
+        metavar="NAME[,NAME]",
+        help="pruning methods, with options as random:seed=1; none: unpruned only (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ratio",
+        default=switch.get("SUBSET_RATIO") or DEFAULT_RATIO,
+        metavar="R[,R]",
+        help="fractions of the visual tokens kept, 0 < r <= 1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layer",
+        default=switch.get("LAYER_INDEX") or "0",
+        metavar="L",
+        help="prune at the input of decoder layer L; 0: before the decoder (default: %(default)s)",
+    )
+    parser.add_argument("--no-unpruned", action="store_true", help="leave the unpruned run out")
+    parser.add_argument(
+        "--tasks", default="", metavar="TASK[,TASK]", help="a choice of the suite's tasks (default: all)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="prompts generated together (default: the device's)"
+    )
+    parser.add_argument(
+        "--num-processes", type=int, metavar="N", help="on this machine (default: one a GPU; mini on a CPU: one a core)"
+    )
+    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="start the command on each of them")
+    parser.add_argument("--machine-rank", type=int, default=0, metavar="N", help="this machine, counted from 0")
+    parser.add_argument("--main-process-ip", metavar="ADDRESS", help="address of the machine of rank 0")
+    parser.add_argument("--main-process-port", type=int, default=29511, metavar="PORT", help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=1234, metavar="N", help="of Python, NumPy and torch (default: 1234)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
+    parser.add_argument(
+        "--device", choices=DEVICES, default="auto", help="default: CUDA where there is one, else the CPU"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="result folder (default: results/SUITE)")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
+    return parser
+
+
+def _method(text: str) -> Method:
+    name, *settings = text.split(":")
+    options = []
+    for setting in settings:
+        option, equals, value = setting.partition("=")
+        if not (option and equals):
+            raise ValueError(f"--method {text}: an option reads name=value, not {setting!r}")
+        options.append((option.lower(), value))
+    return Method(name.lower(), tuple(options))
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(kind: type, text: str, option: str) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{option} {text}: must be a {'whole ' if kind is int else ''}number") from None
+
+
+if __name__ == "__main__":
+    read(sys.argv[1:])

@@ -1,0 +1,77 @@
+"""What a run leaves on the disk, file by file, and when a task counts as done."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULT, FAILURE = "result.json", "failure.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, or None when there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def task_folder(job_folder: Path, task: str) -> Path:
+    return job_folder / "tasks" / task
+
+
+def finished(job_folder: Path, task: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A task's result, if it is there and was made with the same settings."""
+    result = read_json(task_folder(job_folder, task) / RESULT)
+    return result if isinstance(result, dict) and result.get("identity") == identity else None
+
+
+def failure(job_folder: Path, task: str) -> str | None:
+    """Why a task failed, or None."""
+    record = read_json(task_folder(job_folder, task) / FAILURE)
+    return record["error"] if isinstance(record, dict) else None
+
+
+def record_failure(job_folder: Path, task: str, error: str) -> None:
+    write_json(task_folder(job_folder, task) / FAILURE, {"task": task, "error": error})
+
+
+def forget_failure(job_folder: Path, task: str) -> None:
+    (task_folder(job_folder, task) / FAILURE).unlink(missing_ok=True)
+
+
+def summary(pairs: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
+    """Minimum, mean and maximum of (total, kept) visual tokens, one pair an image; None without images."""
+    if not pairs:
+        return None
+    columns = {"total": [total for total, _ in pairs], "kept": [kept for _, kept in pairs]}
+    return {"images": len(pairs)} | {
+        name: {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
+        for name, values in columns.items()
+    }
+
+
+def merged_summary(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """One `summary` of several."""
+    images = sum(part["images"] for part in summaries)
+    if not images:
+        return None
+    return {"images": images} | {
+        name: {
+            "min": min(part[name]["min"] for part in summaries),
+            "mean": sum(part[name]["mean"] * part["images"] for part in summaries) / images,
+            "max": max(part[name]["max"] for part in summaries),
+        }
+        for name in ("total", "kept")
+    }

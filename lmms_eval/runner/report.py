@@ -1,0 +1,76 @@
+"""The files that people read: results.json and manifest.json of each job, and the table over all of them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from llava.eval.table import build_table, load_runs
+
+from . import records
+from .manifest import git_commit
+from .options import Options
+from .plan import Job, Plan
+
+
+def collect(job: Job, plan: Plan, options: Options, identities: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put a job's task results together: ``results.json`` and ``manifest.json`` in its folder."""
+    results = {task: records.finished(job.folder, task, identities[task]) for task in plan.tasks}
+    done = {task: result for task, result in results.items() if result}
+    machine = records.read_json(job.folder / "machine.json") or {}
+    pruning = None if job.pruning is None else {**job.pruning.to_dict(), "set_options": sorted(job.pruning.options)}
+    visual_tokens = [result["visual_tokens"] for result in done.values() if result["visual_tokens"]]
+    common = {
+        "suite": plan.suite.name,
+        "model": job.model,
+        "trained": machine.get("trained", True),
+        "pruning": pruning,
+        "limit": options.limit,
+        "visual_tokens": records.merged_summary(visual_tokens),
+    }
+    records.write_json(
+        job.folder / "results.json",
+        {
+            **common,
+            "tasks": {
+                task: {name: value for name, value in result.items() if name not in ("identity", "task")}
+                for task, result in done.items()
+            },
+            "failed": {task: reason for task in plan.tasks if (reason := records.failure(job.folder, task))},
+            "left_out": list(plan.left_out),
+        },
+    )
+    records.write_json(
+        job.folder / "manifest.json",
+        {
+            **common,
+            "switch": dict(job.switch),
+            "seeds": dict.fromkeys(("python", "numpy", "torch", "fewshot"), options.seed),
+            **machine,
+        },
+    )
+
+
+def write_report(plan: Plan, arguments: Sequence[str]) -> str:
+    """Write the table in every format and the manifest of the whole run; returns the table in Markdown."""
+    runs = [records.read_json(job.folder / "results.json") for job in plan.jobs]
+    records.write_json(plan.output / "results.json", {"runs": [run for run in runs if run]})
+    table = build_table(load_runs([plan.output]))
+    for name in ("markdown", "csv", "json"):
+        suffix = "md" if name == "markdown" else name
+        (plan.output / f"table.{suffix}").write_text(table.render(name), encoding="utf-8")
+    records.write_json(
+        plan.output / "manifest.json",
+        {
+            "command": shlex.join(["run_OTPrune.sh", *arguments]),
+            "suite": plan.suite.name,
+            "tasks": list(plan.tasks),
+            "left_out": list(plan.left_out),
+            "jobs": [str(job.folder.relative_to(plan.output)) for job in plan.jobs],
+            "git_commit": git_commit(),
+            "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
+    )
+    return table.render("markdown")

@@ -1,0 +1,41 @@
+"""What a task's result depends on: a result is only taken for done when all of it is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmms_eval_otprune.fingerprint import model_fingerprint
+
+from .options import Options
+from .plan import Job, Plan
+from .suites import SUITES, Suite
+
+
+def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[str, Any]]:
+    """Task -> everything that its result depends on, JSON-serialisable."""
+    common = {
+        "model": model_fingerprint(_checkpoint(job.model), None, plan.dtype, "sdpa", "vicuna_v1"),
+        "pruning": None if job.pruning is None else job.pruning.to_dict(),
+        "limit": options.limit,
+        "seed": options.seed,
+        "data": data_version(plan.suite),
+    }
+    return {task: {"task": task, **common} for task in plan.tasks}
+
+
+def data_version(suite: Suite) -> str:
+    """Of the embedded data sets; the published ones stay what they are."""
+    if suite.name != "mini":
+        return "published"
+    from llava.mini.suite import VERSION
+
+    return VERSION
+
+
+def _checkpoint(model: str) -> str:
+    if model not in SUITES["mini"].models:
+        return model
+    # Imported here: it takes seconds, and the other models need no look-up.
+    from llava.model.builder import resolve_model_path
+
+    return resolve_model_path(model)

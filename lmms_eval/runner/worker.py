@@ -1,0 +1,205 @@
+"""One process of a worker group: loads the model once and evaluates task after task.
+
+Started by `launch` with the path of a specification; several processes find each other as torchrun tells them to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, TextIO
+
+import datasets
+import lmms_eval_otprune_tasks
+import torch.distributed
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.loggers import EvaluationTracker
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import get_datetime_str, load_yaml_config
+from lmms_eval_otprune.llava import Llava
+from lmms_eval_otprune_tasks.builtin import definition_file
+from loguru import logger
+from tenacity import RetryError
+
+from . import records
+from .manifest import describe_machine
+from .suites import PAPER_TASKS
+
+TASKS = Path(lmms_eval_otprune_tasks.__file__).parent
+
+
+def main(specification: str) -> None:
+    """Evaluate what the specification lists; status 0 when every task was tried."""
+    spec = json.loads(Path(specification).read_text(encoding="utf-8"))
+    folder = Path(spec["folder"])
+    terminal = _quiet(folder / "worker.log")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        lm = _load(spec, terminal)
+    except Exception as error:
+        traceback.print_exc()
+        _note(spec, {"cannot_start": _sentence(error)})
+        raise SystemExit(1) from error
+    tasks = _agree_on(spec["tasks"])
+    if lm.rank == 0:
+        records.write_json(folder / "machine.json", describe_machine(lm, spec["model"]))
+    manager = _task_manager(tasks)
+    for number, task in enumerate(tasks, start=1):
+        _note(spec, {"task": task})
+        lm.label = f"{spec['label']} [{number}/{len(tasks)}] {task}"
+        try:
+            _evaluate(lm, task, spec, manager)
+        except Exception as error:
+            traceback.print_exc()
+            # The first to fail knows why; the others only see that it is gone.
+            if records.failure(folder, task) is None:
+                records.record_failure(folder, task, _sentence(error))
+            if lm.world_size > 1:
+                # The other processes wait for this one in a collective operation: the group must be started again.
+                raise SystemExit(1) from error
+
+
+def _load(spec: dict[str, Any], terminal: TextIO) -> Llava:
+    lm = Llava(
+        pretrained=spec["model"],
+        batch_size=spec["batch_size"],
+        device=spec["device"],
+        dtype=spec["dtype"],
+        resume_dir=spec["answers"],
+    )
+    lm.keep_model = True
+    lm.terminal = terminal
+    return lm
+
+
+def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) -> None:
+    folder = records.task_folder(Path(spec["folder"]), task)
+    started = time.perf_counter()
+    lm.visual_tokens.clear()
+    limit = spec["limit"]
+    if limit is not None and task.removeprefix("mini_") == "mme":
+        # Scored in pairs of questions, which stand side by side.
+        limit += limit % 2
+    stamp = get_datetime_str()
+    results = simple_evaluate(
+        model=lm,
+        model_args=f"pretrained={spec['model']}",
+        tasks=[_task(task)],
+        task_manager=manager,
+        batch_size=spec["batch_size"],
+        limit=limit,
+        log_samples=True,
+        cli_args=Namespace(output_path=str(folder), process_with_media=False),
+        random_seed=spec["seed"],
+        numpy_random_seed=spec["seed"],
+        torch_random_seed=spec["seed"],
+        fewshot_random_seed=spec["seed"],
+        datetime_str=stamp,
+        process_docs_parallel=1,
+    )
+    pairs = _gather(lm.visual_tokens[task], lm)
+    if results is None:
+        return
+    samples = results.pop("samples")
+    tracker = EvaluationTracker(output_path=str(folder))
+    tracker.general_config_tracker.log_experiment_args("llava", f"pretrained={spec['model']}", None, None, False)
+    tracker.save_results_aggregated(results=results, samples=samples, datetime_str=stamp)
+    tracker.save_results_samples(task_name=task, samples=samples[task])
+    records.forget_failure(Path(spec["folder"]), task)
+    records.write_json(
+        folder / records.RESULT,
+        {
+            "task": task,
+            "identity": spec["identities"][task],
+            "metrics": _metrics(results["results"][task]),
+            "samples": len(samples[task]),
+            "visual_tokens": records.summary(pairs),
+            "throughput": results.get("throughput"),
+            "seconds": round(time.perf_counter() - started, 1),
+            "date": stamp,
+        },
+    )
+
+
+def _task(name: str) -> str | dict[str, Any]:
+    """How lmms-eval is asked for a task: an embedded one by name, a published one with our group's changes."""
+    if name not in PAPER_TASKS:
+        return name
+    group = load_yaml_config(yaml_path=str(TASKS / "otprune_paper.yaml"), mode="full")
+    return next(dict(entry) for entry in group["task"] if entry["task"] == name)
+
+
+def _task_manager(tasks: list[str]) -> TaskManager:
+    """Indexes the folders that are needed; all of lmms-eval's take four seconds."""
+    builtin = {str(definition_file(task).parent) for task in tasks if task in PAPER_TASKS}
+    return TaskManager(include_defaults=False, include_path=[str(TASKS), *sorted(builtin)], model_name="llava")
+
+
+def _metrics(results: dict[str, Any]) -> dict[str, float]:
+    """The numbers, without lmms-eval's mark for "no filter"."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in results.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+def _gather(values: list, lm: Llava) -> list:
+    if lm.world_size == 1:
+        return list(values)
+    gathered: list[Any] | None = [None] * lm.world_size if lm.rank == 0 else None
+    torch.distributed.gather_object(list(values), gathered)
+    return [value for part in gathered or () for value in part]
+
+
+def _agree_on(tasks: list[str]) -> list[str]:
+    """Rank 0's list: other machines may not see its result folder."""
+    if not torch.distributed.is_initialized():
+        return tasks
+    agreed = [tasks]
+    torch.distributed.broadcast_object_list(agreed)
+    return agreed[0]
+
+
+def _note(spec: dict[str, Any], content: dict[str, Any]) -> None:
+    """Tell `launch`, on this machine, how far the group has come."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        records.write_json(Path(spec["state"]), content)
+
+
+def _quiet(log: Path) -> TextIO:
+    """Send everything that is printed to a log, and return a stream to the terminal for the progress bar."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    logger.remove()
+    logger.add(sys.stderr, level="INFO")
+    datasets.disable_progress_bars()
+    return terminal
+
+
+def _end_with_parent() -> None:
+    """Standard input is a pipe from the launching process: it ends when that one does, however it ends."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, RetryError) and error.__cause__ is not None:
+        error = error.__cause__
+    message = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

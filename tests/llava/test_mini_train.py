@@ -1,0 +1,238 @@
+"""The recipe of llava-mini: exact attention, exact packing, resumable training, a checkpoint that loads."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mini import scenes, tower
+from llava.mini.attention import stretched_attention
+from llava.mini.decoder import ConversationTask
+from llava.mini.loop import Stage, learning_rate_factor
+from llava.mini.packing import Mixture, PackedScenes, collate, encode_prompts, packed_mask, prefix_stretches
+from llava.mini.questions import FORMS, sample_questions
+from llava.mini.train import CONFIG, STAGES, main, parse_stage, read_config
+from llava.mini.vocabulary import build_tokenizer, conversation_texts
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.model.tokenizer import load_tokenizer
+
+SMOKE = ("--smoke", "--fp32", "--threads", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """The folder of a whole run of the recipe at its smallest."""
+    folder = tmp_path_factory.mktemp("mini") / "run"
+    assert main([*SMOKE, "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(run):
+    return load_tokenizer(run / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def loaded(run):
+    return load_pretrained_model(
+        str(run / "checkpoint"), None, "llava-mini", device="cpu", torch_dtype=torch.float32, attn_implementation="sdpa"
+    )
+
+
+def test_attention_in_stretches_equals_the_fused_one():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 20, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask, _ = packed_mask(torch.tensor([[0] * 11 + [1] * 4 + [2] * 5, [0] * 11 + [1] * 6 + [-1] * 3]), torch.float64)
+    out_gradient = torch.randn(2, 3, 20, 8, dtype=torch.float64)
+
+    results = []
+    for attend in (
+        lambda: stretched_attention(query, key, value, mask, prefix_stretches(11, 20, 3)),
+        lambda: F.scaled_dot_product_attention(query, key, value, attn_mask=mask),
+    ):
+        out = attend()
+        results.append((out, *torch.autograd.grad(out, (query, key, value), out_gradient)))
+
+    for ours, fused in zip(*results, strict=True):
+        torch.testing.assert_close(ours, fused, rtol=1e-10, atol=1e-10)
+
+
+def test_stretches_have_to_cover_the_sequence():
+    query = torch.zeros(1, 1, 6, 2)
+    with pytest.raises(ValueError, match=r"0 \.\. 6"):
+        stretched_attention(query, query, query, torch.zeros(1, 1, 6, 6), [(0, 2), (3, 6)])
+
+
+def test_packed_tokens_see_the_prefix_and_their_own_question():
+    mask, positions = packed_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]), torch.float32)
+
+    assert (mask[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1],
+    ]
+    assert positions[0, :5].tolist() == [0, 1, 2, 3, 2]
+
+
+def test_many_prompts_are_encoded_as_each_one_is(tokenizer):
+    asked = sample_questions(scenes.sample_scene(5, "train"), scenes.Dice("test"), 8)
+    texts = [text for images in (0, 1, 2) for qa in asked for text in conversation_texts(qa, images)]
+
+    assert encode_prompts(texts, tokenizer) == [tokenizer_image_token(text, tokenizer) for text in texts]
+
+
+def test_fixed_phrases_and_the_words_of_the_world_are_single_pieces(tmp_path):
+    build_tokenizer(tmp_path, **read_config(CONFIG)["tokenizer"])
+    tokenizer = load_tokenizer(tmp_path)
+
+    for text in (*scenes.COLORS, *scenes.SHAPES, *scenes.WORDS, "yes", "no"):
+        assert len(tokenizer(text, add_special_tokens=False).input_ids) == 1, text
+    _, whole = conversation_texts(
+        sample_questions(scenes.sample_scene(5, "train"), scenes.Dice("x"), 1, ("exists",), 0)[0]
+    )
+    assert len(tokenizer_image_token(whole, tokenizer)) < 24
+
+
+def test_a_packed_question_is_answered_as_if_it_were_asked_alone(loaded, tokenizer):
+    _, model, image_processor, _ = loaded
+    example = PackedScenes("validation", 3, 1, 1, Mixture(questions=5), tokenizer)[0]
+    (batch,) = collate([example])
+    with torch.inference_mode():
+        logits, labels, segments, _ = ConversationTask(model).answer_logits(batch)
+
+    images = process_images([Image.fromarray(example.pictures[0])], image_processor, model.config)
+    for number, (question, wanted) in enumerate(zip(example.questions, example.labels, strict=True), start=1):
+        ids = torch.tensor([example.prefix + question])
+        with torch.inference_mode():
+            alone = model(ids, images=images).logits[0]
+        places = [i for i, label in enumerate(wanted) if label != IGNORE_INDEX]
+        start = len(example.prefix) + 575
+        expected = alone[[start + place - 1 for place in places]]
+        assert labels[segments == number].tolist() == [wanted[place] for place in places]
+        torch.testing.assert_close(logits[segments == number], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_end_where_the_answer_begins(tokenizer):
+    example = PackedScenes("train", 0, 1, 1, Mixture(questions=6, choice_percent=50), tokenizer)[0]
+
+    assert example.prefix[-1] == IMAGE_TOKEN_INDEX and example.prefix.count(IMAGE_TOKEN_INDEX) == 1
+    for question, labels in zip(example.questions, example.labels, strict=True):
+        first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+        assert tokenizer.decode(question[:first]).endswith("ASSISTANT:")
+        assert labels[first:] == question[first:] and labels[-1] == tokenizer.eos_token_id
+
+
+def test_examples_come_by_number_and_batches_are_of_one_sort(tokenizer):
+    data = PackedScenes("train", 0, 12, 2, Mixture(questions=4, pair_every=3, text_every=3), tokenizer)
+
+    first, again = data[3], data[3]
+    assert first.questions == again.questions and np.array_equal(first.pictures, again.pictures)
+    assert [len(data[number].pictures) for number in range(6)] == [1, 1, 2, 2, 0, 0]
+
+
+def test_pixels_are_those_of_the_image_processor(loaded):
+    image = scenes.render(scenes.sample_scene(1, "validation"))
+    processed = loaded[2](image, return_tensors="pt")["pixel_values"][0]
+
+    levels = torch.from_numpy(np.array(image))[None]
+    torch.testing.assert_close(tower.pixel_values(levels)[0], processed, rtol=0, atol=1e-5)
+
+
+def test_every_object_has_one_middle_patch_and_knows_its_box():
+    scene = scenes.sample_scene(7, "train")
+    targets = tower.scene_targets(scene)
+
+    assert targets["middle"].sum() == len(scene.objects)
+    boxes = targets["box"][targets["middle"] == 1] * scenes.IMAGE_SIZE
+    assert {(round(float(x)), round(float(y))) for x, y in boxes[:, 2:4]} == {
+        (o.width, o.height) for o in scene.objects
+    }
+    assert targets["kinds"].sum() == len({(o.shape, o.color) for o in scene.objects})
+
+
+def test_nothing_overlaps_in_a_crowded_scene():
+    scene = tower.crowded_scene("train", range(6))
+
+    assert len(scene.objects) > len(scenes.sample_scene(0, "train").objects)
+    taken = np.zeros((336, 336), int)
+    for thing in scene.objects:
+        taken[thing.top : thing.top + thing.height, thing.left : thing.left + thing.width] += 1
+    assert taken.max() == 1
+
+
+def test_learning_rate_is_a_trapezoid():
+    stage = Stage("x", steps=100, batch=1, learning_rate=1, matrix_learning_rate=1, warmup=0.1, decay=0.2)
+    factors = [learning_rate_factor(step, stage) for step in range(101)]
+
+    assert factors[9:81] == [1.0] * 72 and factors[100] == 0
+    assert math.isclose(factors[90], 0.5)
+
+
+def test_the_recipe_asks_forms_that_exist_and_benchmarks_stay_unseen():
+    config = read_config(CONFIG)
+    for name in STAGES[1:]:
+        _, mixture = parse_stage(name, config)
+        assert set(mixture.forms) <= set(FORMS)
+
+
+def test_the_run_leaves_a_checkpoint_of_the_published_layout(run):
+    names = {path.name for path in (run / "checkpoint").iterdir()}
+
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "training.json",
+        "vision_tower",
+    }
+    config = json.loads((run / "checkpoint" / "config.json").read_text())
+    assert config["model_type"] == "llava_llama" and config["mm_vision_tower"] == "vision_tower"
+    record = json.loads((run / "checkpoint" / "training.json").read_text())
+    assert record["world"] == scenes.WORLD_VERSION and set(record["stages"]) == set(STAGES)
+
+
+def test_the_checkpoint_generates(loaded):
+    tokenizer, model, image_processor, _ = loaded
+    images = process_images([scenes.render(scenes.sample_scene(0, "validation"))], image_processor, model.config)
+    ids = tokenizer_image_token("USER: <image>\nIs there a star? ASSISTANT:", tokenizer, return_tensors="pt")[None]
+
+    out = model.generate(ids, images=images, do_sample=False, max_new_tokens=3)
+
+    assert model.get_vision_tower().num_patches == 576
+    assert 1 <= out.shape[1] <= 3
+
+
+def test_a_killed_run_resumes_to_the_same_weights(run, tmp_path, monkeypatch):
+    """The run is stopped after every step; each time the process ends as if it had been killed."""
+    output = tmp_path / "again"
+    arguments = [*SMOKE, "--output", str(output), "--minutes", "0"]
+    codes = [main(arguments)]
+    while codes[-1] == 3:
+        codes.append(main([*arguments, "--resume"]))
+
+    assert codes.count(3) > 5
+    for name in STAGES:
+        whole, pieces = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (run, output))
+        assert whole["step"] == pieces["step"]
+        assert all(torch.equal(whole["model"][key], pieces["model"][key]) for key in whole["model"])
+
+
+def test_a_run_is_not_overwritten(run, capsys):
+    with pytest.raises(SystemExit):
+        main([*SMOKE, "--output", str(run)])
+    assert "--resume" in capsys.readouterr().err

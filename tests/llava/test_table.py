@@ -1,0 +1,169 @@
+"""The table that is read from result folders."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from llava.eval import table
+from llava.eval.table import COLUMNS, Row, build_table, load_runs, published_rows
+
+TOKENS = {
+    "images": 9,
+    "total": {"min": 576, "mean": 576.0, "max": 576},
+    "kept": {"min": 56, "mean": 56.0, "max": 56},
+}
+
+
+def run(model: str = "me/llava-mini", method: str | None = None, **changes) -> dict:
+    pruning = None
+    if method:
+        pruning = {"method": method, "ratio": 0.098, "layer": 0, "options": {"seed": 1}, "set_options": []}
+    return {
+        "suite": "mini",
+        "model": model,
+        "trained": True,
+        "pruning": pruning,
+        "limit": None,
+        "visual_tokens": TOKENS,
+        "tasks": {"mini_pope": {"metrics": {"pope_f1_score": 0.8 if method is None else 0.6}}},
+        "failed": {},
+        **changes,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(*runs: dict) -> Path:
+        (tmp_path / "results.json").write_text(json.dumps({"runs": list(runs)}))
+        return tmp_path
+
+    return write
+
+
+def lines(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_a_row_stands_for_each_configuration_and_a_column_for_each_benchmark(folder):
+    header, _, unpruned, pruned = lines(
+        build_table(load_runs([folder(run(), run(method="otprune"))])).render("markdown")
+    )
+    assert header[3:-1] == [column.key for column in COLUMNS]
+    assert len(COLUMNS) == 11
+    assert unpruned[:3] == ["llava-mini", "unpruned", "56 / 576 (9.7 %)"]
+    assert pruned[1] == "otprune 0.098"
+    assert unpruned[header.index("POPE")] == "80.00"
+    assert pruned[header.index("POPE")] == "60.00"
+    assert unpruned[header.index("GQA")] == "\N{EN DASH}"
+
+
+def test_the_mean_is_taken_over_shares_of_the_unpruned_scores(folder):
+    full = run(tasks={"mini_pope": {"metrics": {"pope_f1_score": 0.8}}, "mini_gqa": {"metrics": {"exact_match": 0.5}}})
+    half = run(
+        method="otprune",
+        tasks={"mini_pope": {"metrics": {"pope_f1_score": 0.6}}, "mini_gqa": {"metrics": {"exact_match": 0.25}}},
+    )
+    rows = build_table(load_runs([folder(full, half)])).rows
+    assert rows[0].relative == pytest.approx(100.0)
+    assert rows[1].relative == pytest.approx(100 * (0.75 + 0.5) / 2)
+
+
+def test_no_mean_without_an_unpruned_row(folder):
+    assert build_table(load_runs([folder(run(method="otprune"))])).rows[0].relative is None
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "value", "shown"),
+    [
+        ("mme", "mme_perception_score", 1368.4, "1368"),
+        ("mini_mmbench_en_dev", "gpt_eval_score", 60.4, "60.40"),
+        ("mmbench_en_dev_static", "gpt_eval_score", 60.4, "60.40"),
+        ("coco2017_cap_val", "coco_CIDEr", 0.96, "0.96"),
+        ("ok_vqa_val2014", "exact_match", 0.4698, "46.98"),
+        ("seedbench", "seed_image", 0.5947, "59.47"),
+    ],
+)
+def test_scores_are_shown_on_the_papers_scale(folder, task, metric, value, shown):
+    text = build_table(load_runs([folder(run(tasks={task: {"metrics": {metric: value}}}))])).render("markdown")
+    assert shown in lines(text)[2]
+
+
+def test_what_a_reader_must_know_is_said(folder):
+    text = build_table(load_runs([folder(run(trained=False, limit=8, failed={"mini_gqa": "ValueError: x"}))])).render(
+        "markdown"
+    )
+    assert "Mini suite: " in text
+    assert "llava-mini (untrained)" in text
+    assert "llava-mini (untrained): mini_gqa failed." in text
+    assert "Limited: first 8 documents a task." in text
+
+
+class TestPublished:
+    def test_figures_stand_beside_the_real_checkpoint_s_rows_and_are_marked(self, folder):
+        real = run(model="liuhaotian/llava-v1.5-7b", suite="paper")
+        made = build_table(load_runs([folder(real)]))
+        assert made.rows[0].source == "measured"
+        assert all(row.published for row in made.rows[1:])
+        text = made.render("markdown")
+        assert "otprune 0.098 *(published)*" in text
+        assert "Published: OTPrune (arXiv 2602.20205)" in text
+
+    def test_means_compare_a_source_with_itself(self, folder):
+        rows = build_table(load_runs([folder(run(model="liuhaotian/llava-v1.5-7b", suite="paper"))])).rows
+        [otprune] = [row for row in rows if row.published and row.method == "otprune"]
+        shares = [56.62 / 61.96, 60.40 / 64.09, 1368 / 1506, 79.59 / 85.84, 68.42 / 69.41]
+        assert otprune.relative == pytest.approx(100 * sum(shares) / 5)
+
+    def test_figures_never_stand_beside_the_mini_suite(self, folder):
+        assert len(build_table(load_runs([folder(run(model="me/llava-v1.5-7b"))])).rows) == 1
+
+    def test_figures_are_of_known_columns(self):
+        keys = {column.key for column in COLUMNS}
+        rows = published_rows("liuhaotian/llava-v1.5-7b")
+        assert rows
+        assert all(set(row.scores) <= keys for row in rows)
+        assert published_rows("me/other") == []
+
+
+def test_options_that_were_set_tell_rows_apart(folder):
+    pruning = {"method": "random", "ratio": 0.1, "layer": 2, "options": {"seed": 7}, "set_options": ["seed"]}
+    [row] = load_runs([folder(run(pruning=pruning))])
+    assert row.label == "random (seed 7) 0.1, layer 2"
+
+
+def test_csv_and_json_hold_the_same_numbers_unrounded(folder):
+    made = build_table(load_runs([folder(run(), run(method="otprune"))]))
+    rows = list(csv.DictReader(io.StringIO(made.render("csv"))))
+    data = json.loads(made.render("json"))
+    assert [float(row["POPE"]) for row in rows] == [row["scores"]["POPE"] for row in data["rows"]]
+    assert rows[1]["kept_tokens_mean"] == "56.0"
+    assert data["remarks"] == list(made.remarks)
+
+
+def test_an_unknown_format_is_refused():
+    with pytest.raises(ValueError, match="no table format 'xls'; there are markdown, csv, json"):
+        build_table([Row("m", "unpruned", 1.0, {})]).render("xls")
+
+
+class TestCommand:
+    def test_writes_to_standard_output_or_a_file(self, folder, tmp_path, capsys):
+        path = str(folder(run()))
+        assert table.main([path]) == 0
+        printed = capsys.readouterr().out
+        assert table.main([path, "--format", "csv", "--output", str(tmp_path / "t.csv")]) == 0
+        assert printed.startswith("| Model |")
+        assert (tmp_path / "t.csv").read_text().startswith("model,")
+
+    @pytest.mark.parametrize("content", [None, "{"], ids=["missing", "torn"])
+    def test_says_in_one_sentence_that_a_folder_holds_no_results(self, tmp_path, capsys, content):
+        if content:
+            (tmp_path / "results.json").write_text(content)
+        assert table.main([str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert str(tmp_path) in error
+        assert len(error.splitlines()) == 1

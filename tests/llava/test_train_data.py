@@ -1,0 +1,225 @@
+"""LLaVA-format conversations become tokens and labels, and a projector, a model or adapters are trained on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.mm_utils import tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.model.tokenizer import load_tokenizer
+from llava.train import train
+from llava.train.data import Collator, read_entries, tokenize_conversation
+
+TURNS = [
+    {"from": "human", "value": "What is this?\n<image>"},
+    {"from": "gpt", "value": "A red star."},
+    {"from": "human", "value": "And its color?"},
+    {"from": "gpt", "value": "red"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden_llava):
+    return load_tokenizer(golden_llava / "checkpoints" / "llava-v1.5-tiny")
+
+
+def labelled_text(input_ids, labels, tokenizer):
+    return tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+
+
+def test_v1_tokens_are_those_of_the_prompt_that_inference_builds(tokenizer):
+    input_ids, _ = tokenize_conversation(TURNS, tokenizer, "v1")
+
+    conversation = conv_templates["vicuna_v1"].copy()
+    for role, text in zip("0101", ("<image>\nWhat is this?", "A red star.", "And its color?", "red"), strict=True):
+        conversation.append_message(conversation.roles[int(role)], text)
+    assert input_ids == tokenizer_image_token(conversation.get_prompt(), tokenizer)
+    assert input_ids.count(IMAGE_TOKEN_INDEX) == 1
+
+
+def test_v1_labels_are_the_answers_with_their_ends(tokenizer):
+    input_ids, labels = tokenize_conversation(TURNS, tokenizer, "v1")
+
+    assert labelled_text(input_ids, labels, tokenizer).split() == ["A", "red", "star.</s>", "red</s>"]
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(input_ids, labels, strict=True))
+
+
+def test_plain_is_the_image_and_its_caption(tokenizer):
+    turns = [{"from": "human", "value": "Describe it.\n<image>"}, {"from": "gpt", "value": "A red star."}]
+
+    input_ids, labels = tokenize_conversation(turns, tokenizer, "plain")
+
+    assert input_ids[:2] == [tokenizer.bos_token_id, IMAGE_TOKEN_INDEX]
+    assert labels[:2] == [IGNORE_INDEX, IGNORE_INDEX]
+    assert labels[2:] == input_ids[2:]
+    assert tokenizer.decode(input_ids[2:]).strip() == "A red star."
+
+
+@pytest.mark.parametrize(
+    ("entry", "complaint"),
+    [
+        ({"conversations": TURNS}, "1 <image> marks, but 0 images"),
+        ({"image": ["a.png", "b.png"], "conversations": TURNS}, "1 <image> marks, but 2 images"),
+        ({"image": "a.png", "conversations": TURNS[:3]}, "last turn must be an answer"),
+        ({"image": "a.png", "conversations": TURNS[1:3]}, "turn 0 must be"),
+        ({"image": "a.png", "conversations": []}, "at least two turns"),
+        ("text", "at least two turns"),
+    ],
+)
+def test_a_wrong_entry_is_named(tmp_path, entry, complaint):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"image": "a.png", "conversations": TURNS}, entry]))
+
+    with pytest.raises(ValueError, match="entry 1") as error:
+        read_entries(file)
+    assert complaint in str(error.value)
+
+
+def test_rows_are_padded_and_every_row_brings_an_image():
+    picture = torch.ones(3, 4, 4)
+    rows = [
+        {"input_ids": torch.tensor([1, 5, 6]), "labels": torch.tensor([-100, 5, 6]), "images": [], "sizes": []},
+        {
+            "input_ids": torch.tensor([1, -200]),
+            "labels": torch.tensor([-100, -100]),
+            "images": [picture],
+            "sizes": [(9, 7)],
+        },
+    ]
+
+    batch = Collator(pad_token_id=0, image_size=4)(rows)
+
+    assert batch["input_ids"].tolist() == [[1, 5, 6], [1, -200, 0]]
+    assert batch["labels"].tolist() == [[-100, 5, 6], [-100, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[True] * 3, [True, True, False]]
+    assert batch["images"].sum(dim=(1, 2, 3)).tolist() == [0, 48]
+    assert batch["image_sizes"] == [(4, 4), (9, 7)]
+
+
+def test_learning_rate_rises_and_falls_to_zero():
+    factors = [train.learning_rate_factor(step, 100, 0.1) for step in range(101)]
+
+    assert factors[9] == 1 and factors[100] == 0
+    assert factors[:10] == sorted(factors[:10]) and factors[9:] == sorted(factors[9:], reverse=True)
+
+
+@pytest.fixture
+def data(tmp_path):
+    entries = []
+    for number in range(6):
+        Image.new("RGB", (30, 20), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")
+        turns = [
+            {"from": "human", "value": "<image>\nHow red is it?"},
+            {"from": "gpt", "value": f"about {number}"},
+        ]
+        entries.append({"id": str(number), "image": f"{number}.png", "conversations": turns})
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(entries))
+    return file
+
+
+@pytest.fixture
+def run(golden_llava, data, tmp_path, monkeypatch):
+    """Call the trainer with golden checkpoints, whose towers are named relative to the golden folder."""
+    monkeypatch.chdir(golden_llava)
+    common = ["--data", str(data), "--images", str(tmp_path), "--batch-size", "2", "--workers", "0"]
+    return lambda *arguments: train.main([*map(str, arguments), *common])
+
+
+@pytest.fixture
+def plain_llama(golden_llava, tmp_path):
+    """A random language model without vision, with a LLaVA's tokenizer."""
+    folder = tmp_path / "vicuna-base"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).save_pretrained(folder)
+    for file in (golden_llava / "checkpoints" / "llava-v1.5-tiny").glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_pretrain_writes_a_projector_that_loads_on_its_base(run, golden_llava, plain_llama, tmp_path):
+    base, tower = plain_llama, next((golden_llava / "openai").glob("*-56"))
+
+    run("--stage", "pretrain", "--model", base, "--vision-tower", tower, "--output", tmp_path / "llava-out")
+
+    assert {path.name for path in (tmp_path / "llava-out").iterdir()} == {
+        "mm_projector.bin",
+        "config.json",
+        "log.jsonl",
+    }
+    _, model, _, _ = load_pretrained_model(str(tmp_path / "llava-out"), str(base), "llava-out", device="cpu")
+    trained = torch.load(tmp_path / "llava-out" / "mm_projector.bin", weights_only=True)
+    loaded = model.get_model().mm_projector.state_dict()
+    assert torch.equal(loaded["0.weight"], trained["model.mm_projector.0.weight"].half())
+
+
+def test_finetune_changes_the_decoder_and_not_the_tower(run, golden_llava, tmp_path):
+    source = golden_llava / "checkpoints" / "llava-v1.5-tiny"
+
+    run("--stage", "finetune", "--model", source, "--output", tmp_path / "llava-out", "--learning-rate", "1e-2")
+
+    before, after = (
+        load_pretrained_model(str(path), None, "llava", device="cpu", torch_dtype=torch.float32)[1].state_dict()
+        for path in (source, tmp_path / "llava-out")
+    )
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.layers.0.self_attn.q_proj.weight" in moved and "model.mm_projector.0.weight" in moved
+    assert not any(".vision_tower." in name for name in moved)
+
+
+def test_adapters_load_on_their_base(run, golden_llava, tmp_path):
+    pytest.importorskip("peft")
+    source = golden_llava / "checkpoints" / "llava-v1.5-tiny"
+    out = tmp_path / "llava-lora"
+
+    run("--stage", "finetune", "--model", source, "--output", out, "--lora-rank", "2", "--learning-rate", "1e-2")
+
+    _, model, _, _ = load_pretrained_model(str(out), str(source), "llava-lora", device="cpu", torch_dtype=torch.float32)
+    before = load_pretrained_model(str(source), None, "llava", device="cpu", torch_dtype=torch.float32)[1].state_dict()
+    after = model.state_dict()
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, golden_llava, tmp_path):
+    source = golden_llava / "checkpoints" / "llava-v1.5-tiny"
+    arguments = ["--stage", "finetune", "--model", source, "--learning-rate", "1e-3", "--epochs", "2"]
+
+    assert run(*arguments, "--output", tmp_path / "a") == 0
+    assert run(*arguments, "--output", tmp_path / "b", "--stop-after", "4") == 3
+    assert run(*arguments, "--output", tmp_path / "b", "--resume") == 0
+
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_an_unfinished_run_is_not_overwritten(run, golden_llava, tmp_path, capsys):
+    source = golden_llava / "checkpoints" / "llava-v1.5-tiny"
+    run("--stage", "finetune", "--model", source, "--output", tmp_path / "a", "--stop-after", "1")
+
+    with pytest.raises(SystemExit):
+        run("--stage", "finetune", "--model", source, "--output", tmp_path / "a")
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_training_refuses_a_pruning_switch(run, golden_llava, tmp_path, monkeypatch):
+    for name, value in {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.5"}.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(ValueError, match="BASELINE"):
+        run(
+            "--stage",
+            "finetune",
+            "--model",
+            golden_llava / "checkpoints" / "llava-v1.5-tiny",
+            "--output",
+            tmp_path / "a",
+        )

@@ -1,0 +1,66 @@
+"""How the distribution sits beside the released lmms-eval, and the command lines that users of OTPrune know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lmms_eval.models import get_model
+from lmms_eval_otprune import manifests
+from lmms_eval_otprune.llava import Llava
+
+ROOT = Path(__file__).parents[2]
+
+
+class TestPackages:
+    def test_the_folder_lmms_eval_is_no_package(self):
+        assert not (ROOT / "lmms_eval" / "__init__.py").exists()
+
+    def test_the_released_framework_is_found_from_the_repository_s_root(self, run):
+        status, printed = run(ROOT, ["lmms_eval", "--help"])
+        assert status == 0, printed
+        assert "Run model evaluation" in printed
+
+    def test_the_model_id_llava_is_ours(self):
+        [manifest] = manifests()
+        assert manifest.model_id == "llava"
+        assert get_model("llava") is Llava
+
+
+class TestCommand:
+    """``python -m lmms_eval --model llava``, started as OTPrune's users start it."""
+
+    @pytest.fixture
+    def arguments(self, tiny_checkpoint) -> Callable[..., list[str]]:
+        def build(tasks: str, *more: str) -> list[str]:
+            model = ["--model", "llava", "--model_args", f"pretrained={tiny_checkpoint()}"]
+            return ["lmms_eval", *model, "--tasks", tasks, "--batch_size", "1", *more]
+
+        return build
+
+    def test_evaluates_the_builtin_task_with_our_model(self, workplace, run, arguments):
+        switch = {"BASELINE": "OURS", "LAYER_INDEX": "0", "SUBSET_RATIO": "0.5"}
+        launch = ["accelerate.commands.launch", "--num_processes=1", "-m"]
+        output = ["--log_samples", "--output_path", "logs"]
+        status, printed = run(workplace, [*launch, *arguments("pope", *output)], **switch)
+        assert status == 0, printed
+        [path] = (workplace / "logs").glob("*/*_results.json")
+        results = json.loads(path.read_text())
+        assert results["config"]["model_backend"] == "lmms_eval_otprune.llava.Llava (simple)"
+        assert "pope_f1_score,none" in results["results"]["pope"]
+        assert results["throughput"]["avg_kept_visual_tokens"] == 8 * 8
+        assert results["throughput"]["avg_visual_tokens"] == 8 * 16
+        assert printed.count("otprune keeps 50 %") == 1
+
+    def test_ends_with_status_1_when_a_task_does_not_exist(self, workplace, run, arguments):
+        status, printed = run(workplace, arguments("popo"))
+        assert status == 1
+        assert "popo" in printed.splitlines()[-1]
+
+    def test_ends_with_one_sentence_when_the_switch_is_wrong(self, workplace, run, arguments):
+        status, printed = run(workplace, arguments("pope"), BASELINE="OURS", SUBSET_RATIO="1.5")
+        assert status == 1
+        assert printed.splitlines()[-1] == "llava: SUBSET_RATIO=1.5: must be a number with 0 < r <= 1"
+        assert "Traceback" not in printed

@@ -1,0 +1,310 @@
+"""``python -m lmms_eval_otprune_runner``: what it plans, what it leaves behind, and what it survives."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lmms_eval_otprune import java
+from lmms_eval_otprune_runner import options, plan, records
+from lmms_eval_otprune_runner.__main__ import main
+
+RUNNER = "lmms_eval_otprune_runner"
+PRUNED = "otprune-0.5"
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def command(tiny_checkpoint) -> Callable[..., list[str]]:
+    """A run of the tiny checkpoint on the published benchmarks that the working folder has."""
+
+    def build(output: str, tasks: str = "gqa,mme,pope", *more: str) -> list[str]:
+        chosen = ["--tasks", tasks, "--ratio", "0.5", "--device", "cpu", "--output", output, *more]
+        return [RUNNER, "paper", "--model", tiny_checkpoint(), *chosen]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def reference(workplace, run, command) -> Path:
+    """One process, unpruned and OTPrune: the run that the others are compared with."""
+    status, printed = run(workplace, command("reference"))
+    assert status == 0, printed
+    return workplace / "reference"
+
+
+def job(output: Path, name: str = PRUNED) -> Path:
+    return output / "llava-v1.5-tiny" / name
+
+
+def answers(output: Path, task: str) -> dict[int, str]:
+    """Document -> answer, from lmms-eval's own log of samples."""
+    [log] = (job(output) / "tasks" / task).glob(f"*/*_samples_{task}.jsonl")
+    samples = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(samples) == len({sample["doc_id"] for sample in samples})
+    return {sample["doc_id"]: sample["filtered_resps"] for sample in samples}
+
+
+def results(output: Path, name: str = PRUNED) -> dict:
+    return json.loads((job(output, name) / "results.json").read_text())
+
+
+def metrics(output: Path) -> dict[str, dict[str, float]]:
+    return {task: result["metrics"] for task, result in results(output)["tasks"].items()}
+
+
+class TestResults:
+    def test_hold_every_task_with_its_metrics_and_kept_tokens(self, reference):
+        found = results(reference)
+        assert list(found["tasks"]) == ["gqa", "mme", "pope"]
+        assert (found["pruning"]["method"], found["pruning"]["ratio"], found["pruning"]["layer"]) == ("otprune", 0.5, 0)
+        assert "exact_match" in found["tasks"]["gqa"]["metrics"]
+        assert "mme_perception_score" in found["tasks"]["mme"]["metrics"]
+        assert all(result["samples"] == ROWS for result in found["tasks"].values())
+        assert found["visual_tokens"] == {
+            "images": 3 * ROWS,
+            "total": {"min": 16, "mean": 16.0, "max": 16},
+            "kept": {"min": 8, "mean": 8.0, "max": 8},
+        }
+        assert results(reference, "unpruned")["visual_tokens"]["kept"]["min"] == 16
+        assert len(answers(reference, "gqa")) == ROWS
+
+    def test_say_what_they_were_made_with(self, reference):
+        manifest = json.loads((job(reference) / "manifest.json").read_text())
+        assert manifest["switch"] == {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.5", "LAYER_INDEX": "0"}
+        assert manifest["suite"] == "paper"
+        assert (manifest["device_type"], manifest["dtype"], manifest["processes"]) == ("cpu", "float32", 1)
+        assert manifest["seeds"]["torch"] == 1234
+        assert manifest["versions"].keys() >= {"python", "torch", "transformers", "lmms-eval", "llava"}
+        assert manifest["visual_tokens"]["kept"] == {"min": 8, "mean": 8.0, "max": 8}
+        assert "git_commit" in manifest
+        whole = json.loads((reference / "manifest.json").read_text())
+        assert whole["command"].startswith("run_OTPrune.sh paper --model")
+
+    def test_are_a_table_in_three_formats(self, reference):
+        markdown = (reference / "table.md").read_text()
+        assert "| llava-v1.5-tiny | unpruned | 16 / 16 (100.0 %) |" in markdown
+        assert "| llava-v1.5-tiny | otprune 0.5 | 8 / 16 (50.0 %) |" in markdown
+        rows = list(csv.DictReader((reference / "table.csv").open()))
+        assert [row["method"] for row in rows] == ["unpruned", "otprune"]
+        assert [row["method"] for row in json.loads((reference / "table.json").read_text())["rows"]] == [
+            "unpruned",
+            "otprune",
+        ]
+
+    def test_of_a_finished_run_are_not_made_again(self, workplace, reference, run, command):
+        log = job(reference) / "worker.log"
+        before = log.read_text(), (reference / "table.md").read_text()
+        status, printed = run(workplace, command("reference"))
+        assert status == 0
+        assert (log.read_text(), (reference / "table.md").read_text()) == before
+        assert before[1] in printed
+
+
+class TestSameAnswers:
+    def test_of_two_processes(self, workplace, reference, run, command):
+        status, printed = run(workplace, command("two", "gqa,mme,pope", "--num-processes", "2", "--no-unpruned"))
+        assert status == 0, printed
+        output = workplace / "two"
+        assert json.loads((job(output) / "manifest.json").read_text())["processes"] == 2
+        assert len(list((job(output) / "answers-published").glob("answers_rank*.jsonl"))) == 2
+        assert answers(output, "gqa") == answers(reference, "gqa")
+        assert answers(output, "mme") == answers(reference, "mme")
+        assert metrics(output) == metrics(reference)
+        assert results(output)["visual_tokens"] == results(reference)["visual_tokens"]
+
+    def test_of_two_machines(self, workplace, reference, start, command):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        meeting = ["--num-machines", "2", "--main-process-ip", "127.0.0.1", "--main-process-port", port]
+        machines = [
+            start(
+                workplace,
+                command(f"machine{rank}", "gqa,mme,pope", "--no-unpruned", *meeting, "--machine-rank", str(rank)),
+            )
+            for rank in (0, 1)
+        ]
+        printed = [machine.communicate(timeout=300)[0] for machine in machines]
+        assert [machine.returncode for machine in machines] == [0, 0], printed
+        output = workplace / "machine0"
+        assert answers(output, "gqa") == answers(reference, "gqa")
+        assert metrics(output) == metrics(reference)
+        assert not (job(workplace / "machine1") / "tasks" / "gqa" / "result.json").exists()
+
+    def test_of_a_run_that_was_killed_and_started_again(self, workplace, reference, run, start, command):
+        output = workplace / "killed"
+        arguments = command("killed", "pope", "--batch-size", "1", "--no-unpruned")
+        log = job(output) / "answers-published" / "answers_rank0.jsonl"
+        process = start(workplace, arguments)
+        while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        process.kill()
+        # The pipe that the worker prints into closes when it is gone as well.
+        process.communicate(timeout=60)
+        answered = log.read_text().splitlines()
+        assert len(answered) < ROWS
+        assert not (job(output) / "tasks" / "pope" / "result.json").exists()
+
+        status, printed = run(workplace, arguments)
+        assert status == 0, printed
+        assert log.read_text().splitlines()[: len(answered)] == answered
+        assert len(log.read_text().splitlines()) == ROWS
+        assert answers(output, "pope") == answers(reference, "pope")
+        assert metrics(output)["pope"] == metrics(reference)["pope"]
+        assert results(output)["tasks"]["pope"]["visual_tokens"] == results(reference)["tasks"]["pope"]["visual_tokens"]
+
+
+class TestFailures:
+    def test_of_one_task_cost_that_task_alone(self, tmp_path, write_benchmarks, run, command):
+        # The cache of the datasets library does not notice that a local folder was written anew.
+        caches = [{"HF_HOME": str(tmp_path / name)} for name in ("before", "after")]
+        write_benchmarks(tmp_path, mme_answer="perhaps")
+        status, printed = run(
+            tmp_path, command("out", "gqa,mme,pope", "--num-processes", "2", "--no-unpruned"), **caches[0]
+        )
+        assert status == 1
+        assert f"FAILED llava-v1.5-tiny, {PRUNED}, mme: AssertionError" in printed
+        assert list(results(tmp_path / "out")["tasks"]) == ["gqa", "pope"]
+        assert list(results(tmp_path / "out")["failed"]) == ["mme"]
+        assert "mme failed" in (tmp_path / "out" / "table.md").read_text()
+
+        shutil.rmtree(tmp_path / "lmms-lab-encoder")
+        write_benchmarks(tmp_path)
+        status, printed = run(tmp_path, command("out", "gqa,mme,pope", "--no-unpruned"), **caches[1])
+        assert status == 0, printed
+        assert list(results(tmp_path / "out")["tasks"]) == ["gqa", "mme", "pope"]
+
+    def test_of_the_checkpoint_are_told_in_one_sentence(self, tmp_path, workplace, run, command, tiny_checkpoint):
+        broken = tmp_path / "llava-broken"
+        shutil.copytree(tiny_checkpoint(), broken)
+        for weights in broken.glob("*.bin"):
+            weights.write_bytes(weights.read_bytes()[:1000])
+        arguments = command(str(tmp_path / "out"), "gqa", "--no-unpruned")
+        arguments[arguments.index("--model") + 1] = str(broken)
+        status, printed = run(workplace, arguments)
+        assert status == 1
+        [line] = [line for line in printed.splitlines() if line.startswith("FAILED")]
+        assert "gqa: " in line
+        assert "Traceback" not in printed
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["--ratio", "0"], "--ratio 0: must be a number with 0 < r <= 1"),
+            (["--ratio", "0.1,1.5"], "--ratio 1.5: must be"),
+            (["--ratio", "abc"], "--ratio abc: must be a number"),
+            (["--ratio", "nan"], "--ratio nan: must be"),
+            (["--layer", "-1"], "--layer -1: must be a whole number >= 0"),
+            (["--layer", "x"], "--layer x: must be a whole number"),
+            (["--tasks", "popo"], "has no task 'popo'; its tasks: "),
+            (["mini", "--tasks", "pope,vqav2"], "the mini suite has no task 'vqav2'"),
+            (["--limit", "0"], "--limit 0: must be at least 1"),
+            (["--num-processes", "-2"], "--num-processes -2: must be at least 1"),
+            (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank 2"),
+            (["--num-machines", "2"], "--main-process-ip"),
+            (["--method", "otprune:gamma"], "an option reads name=value"),
+            (["--method", "none", "--no-unpruned"], "leaves nothing to run"),
+            (["large"], "invalid choice: 'large'"),
+            (["--dtype", "int8"], "invalid choice: 'int8'"),
+            (["--method", "nosuch", "--device", "cpu"], "unknown method 'NOSUCH'"),
+            (["--method", "otprune:gama=1", "--device", "cpu"], "OTPRUNE_GAMA=1"),
+            (["--method", "otprune:gamma=x", "--device", "cpu"], "OTPRUNE_GAMMA=x"),
+            (["--model", "/no/such/folder", "--device", "cpu"], "--model /no/such/folder: neither a folder"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_wrong_values_fail_at_once_with_one_sentence(self, arguments, sentence, capsys):
+        try:
+            status = main(arguments)
+        except SystemExit as end:
+            status = end.code
+        error = capsys.readouterr().err
+        assert status == 2
+        assert sentence in error
+        assert len(error.splitlines()) == 1
+
+    def test_help_names_every_choice(self, capsys):
+        with pytest.raises(SystemExit):
+            options.read(["--help"])
+        text = capsys.readouterr().out
+        assert all(f"--{name}" in text for name in ("model", "ratio", "method", "tasks", "limit", "num-processes"))
+
+    def test_a_dry_run_says_what_it_would_do_and_does_nothing(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.chdir(tmp_path)
+        arguments = ["mini", "--method", "otprune,random:seed=1", "--ratio", "0.05,0.2", "--device", "cpu", "--dry-run"]
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert "mini suite, 5 runs" in text
+        assert "BASELINE=RANDOM RANDOM_SEED=1 SUBSET_RATIO=0.2" in text
+        assert "random keeps 5 % of the visual tokens" in text
+        assert not list(tmp_path.iterdir())
+
+    def test_the_switch_of_the_environment_is_the_default(self, monkeypatch):
+        monkeypatch.setenv("BASELINE", "RANDOM")
+        monkeypatch.setenv("SUBSET_RATIO", "0.25")
+        found = options.read([])
+        assert ([method.name for method in found.methods], found.ratios, found.layer) == (["random"], ("0.25",), "0")
+        assert [method.name for method in options.read(["--method", "otprune"]).methods] == ["otprune"]
+
+
+class TestPlan:
+    def test_without_a_suite_follows_the_machine(self, monkeypatch):
+        monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
+        mini = plan.make_plan(options.read([]))
+        assert (mini.suite.name, mini.dtype, mini.device) == ("mini", "float32", "cpu")
+        assert [job.folder.as_posix() for job in mini.jobs] == [
+            "results/mini/llava-mini/unpruned",
+            "results/mini/llava-mini/otprune-0.098",
+        ]
+        monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 4)
+        paper = plan.make_plan(options.read([]))
+        assert (paper.suite.name, paper.dtype, paper.num_processes, paper.batch_size) == ("paper", "float16", 4, 1)
+        assert [job.model for job in paper.jobs[::2]] == [
+            "liuhaotian/llava-v1.5-7b",
+            "liuhaotian/llava-v1.6-vicuna-7b",
+            "liuhaotian/llava-v1.5-13b",
+        ]
+
+    def test_without_java_leaves_the_captions_out_and_says_so_in_one_line(self, monkeypatch, capsys):
+        java.java_works.cache_clear()
+        monkeypatch.setattr(java.shutil, "which", lambda _: None)
+        assert main(["mini", "--device", "cpu", "--dry-run"]) == 0
+        java.java_works.cache_clear()
+        first = capsys.readouterr().out.splitlines()[0]
+        assert "mini_coco2017_cap_val, mini_flickr30k_test, mini_nocaps_val" in first
+        assert "default-jre-headless" in first
+
+    def test_a_worker_gets_the_switch_of_its_own_job_only(self, monkeypatch):
+        from lmms_eval_otprune_runner.launch import describe_launch
+
+        monkeypatch.setenv("SUBSET_RATIO", "0.3")
+        chosen = options.read(["mini", "--device", "cpu", "--num-processes", "2"])
+        made = plan.make_plan(chosen)
+        unpruned, pruned = (describe_launch(job, made, chosen) for job in made.jobs)
+        assert not {"BASELINE", "SUBSET_RATIO"} & unpruned.environment.keys()
+        assert pruned.environment["SUBSET_RATIO"] == "0.3"
+        assert pruned.environment["ACCELERATE_USE_CPU"] == "true"
+        assert "--nproc_per_node=2" in pruned.command
+
+
+class TestRecords:
+    def test_a_result_counts_for_the_settings_it_was_made_with(self, tmp_path):
+        records.write_json(tmp_path / "tasks" / "gqa" / "result.json", {"identity": {"limit": 8}})
+        assert records.finished(tmp_path, "gqa", {"limit": 8})
+        assert records.finished(tmp_path, "gqa", {"limit": 9}) is None
+
+    def test_token_counts_of_several_tasks_are_put_together_by_images(self):
+        one, two = records.summary([(16, 4), (16, 6)]), records.summary([(32, 8)])
+        assert records.merged_summary([one, two]) == records.summary([(16, 4), (16, 6), (32, 8)])
+        assert records.merged_summary([]) is None

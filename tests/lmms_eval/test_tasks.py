@@ -1,0 +1,96 @@
+"""The benchmarks: the builtin definitions, over embedded data or with the changes that the table needs."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import lmms_eval_otprune_tasks
+import pytest
+from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_eval.tasks.mmmu import utils as builtin_mmmu
+from lmms_eval.utils import load_yaml_config
+from lmms_eval_otprune_runner.suites import PAPER_TASKS, SUITES
+from lmms_eval_otprune_tasks import mmmu
+from lmms_eval_otprune_tasks.builtin import definition
+
+from llava.mini import suite
+
+FOLDER = Path(lmms_eval_otprune_tasks.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager(include_defaults=False, include_path=str(FOLDER), model_name="llava")
+
+
+def load(manager: TaskManager, name: str):
+    return get_task_dict([name], manager, "simple")[name]
+
+
+@pytest.mark.parametrize("name", SUITES["mini"].tasks)
+class TestEmbedded:
+    def test_is_the_builtin_task_over_other_data(self, manager, name):
+        task = load(manager, name)
+        builtin = definition(suite.TASKS[name].builtin)
+        document = task.eval_docs[0]
+        assert len(task.eval_docs) >= 200
+        assert suite.TASKS[name].metric in task.aggregation()
+        assert set(task.aggregation()) <= {metric["metric"] for metric in builtin["metric_list"]}
+        assert task.config.generation_kwargs.items() >= (builtin.get("generation_kwargs") or {}).items()
+        assert isinstance(task.doc_to_text(document), str)
+        assert all(image.mode == "RGB" for image in task.doc_to_visual(document))
+
+    def test_is_scored_without_opening_pictures(self, manager, name):
+        features = load(manager, name).eval_docs_no_media.features
+        assert not [column for column, feature in features.items() if "Image(" in repr(feature)]
+
+
+def test_every_embedded_task_has_a_published_counterpart():
+    assert set(suite.TASKS) == set(SUITES["mini"].tasks)
+    group = load_yaml_config(yaml_path=str(FOLDER / "otprune_mini.yaml"), mode="full")
+    assert sorted(group["task"]) == sorted(SUITES["mini"].tasks)
+
+
+def test_the_published_group_needs_no_login():
+    group = load_yaml_config(yaml_path=str(FOLDER / "otprune_paper.yaml"), mode="full")
+    assert [entry["task"] for entry in group["task"]] == list(PAPER_TASKS)
+    for entry in group["task"]:
+        assert not ({**definition(entry["task"]), **entry}.get("dataset_kwargs") or {}).get("token")
+
+
+def test_gqa_opens_the_picture_of_the_question(manager):
+    task = load(manager, "mini_gqa")
+    images = task._table("testdev_balanced_images", "testdev")
+    by_name = {row["id"]: row["image"] for row in images}
+    document = task.eval_docs[7]
+    [picture] = task.doc_to_visual(document)
+    assert picture.tobytes() == by_name[document["imageId"]].convert("RGB").tobytes()
+
+
+DOCUMENT = {
+    "id": "validation_Math_1",
+    "question_type": "multiple-choice",
+    "options": "['one', 'two', 'three', 'four']",
+    "answer": "A",
+}
+
+
+class TestMmmu:
+    def test_guesses_depend_on_the_question_alone(self):
+        guesses = []
+        for seed in range(5):
+            random.seed(seed)
+            guesses.append(mmmu.process_results(DOCUMENT, ["~"])["mmmu_acc"]["parsed_pred"])
+        assert guesses == guesses[:1] * 5
+
+    def test_leaves_the_process_s_random_state_alone(self):
+        random.seed(3)
+        mmmu.process_results(DOCUMENT, ["~"])
+        after = random.random()
+        random.seed(3)
+        assert after == random.random()
+
+    def test_scores_readable_answers_as_the_builtin_task(self):
+        ours = mmmu.process_results(DOCUMENT, ["B"])
+        assert ours == builtin_mmmu.mmmu_process_results(DOCUMENT, ["B"])

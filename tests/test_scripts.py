@@ -1,0 +1,150 @@
+"""run_OTPrune.sh and the set-up that it shares with tests/run.sh, in a copy of the repository whose path has spaces."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NEEDED = ("run_OTPrune.sh", "LLaVA/scripts", "LLaVA/pyproject.toml", "LLaVA/constraints.txt", "lmms_eval")
+SCRIPTS = ("run_OTPrune.sh", "tests/run.sh", ".ci/run", "LLaVA/scripts/setup.sh")
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    folder = tmp_path / "a clone with spaces"
+    for name in NEEDED:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        else:
+            shutil.copy(ROOT / name, target)
+    return folder
+
+
+def bash(clone: Path, *command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", *command],
+        cwd=cwd or clone,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def set_up(clone: Path, **environment: str) -> subprocess.CompletedProcess:
+    script = 'set -euo pipefail; source LLaVA/scripts/setup.sh; set_up; echo "ready: $python"'
+    return bash(clone, "-c", script, **environment)
+
+
+@pytest.fixture
+def prepared(clone) -> Path:
+    """A clone whose .venv holds an interpreter that only notes what pip is asked for."""
+    python = clone / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        f'#!/bin/bash\n[ "$1 $2" = "-m pip" ] || exec "{sys.executable}" "$@"\n'
+        f'printf "%s\\n" "$*" >>"{clone}/pip.log"\nexit "${{PIP_STATUS:-0}}"\n'
+    )
+    python.chmod(0o755)
+    return clone
+
+
+def pip_calls(clone: Path) -> list[str]:
+    log = clone / "pip.log"
+    return log.read_text().splitlines() if log.exists() else []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_valid_bash(name):
+    assert subprocess.run(["bash", "-n", str(ROOT / name)], check=False).returncode == 0
+
+
+class TestBeforeSetUp:
+    def test_help_is_there_at_once_from_any_folder(self, clone, tmp_path):
+        done = bash(clone, str(clone / "run_OTPrune.sh"), "--help", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "usage: run_OTPrune.sh" in done.stdout
+        assert not (clone / ".venv").exists()
+
+    def test_a_wrong_value_fails_at_once(self, clone):
+        done = bash(clone, "run_OTPrune.sh", "--ratio", "1.5")
+        assert done.returncode == 2
+        assert done.stderr == "run_OTPrune.sh: --ratio 1.5: must be a number with 0 < r <= 1\n"
+        assert not (clone / ".venv").exists()
+
+
+class TestPython:
+    def test_that_is_too_old_is_refused(self, clone, tmp_path):
+        old = tmp_path / "python-old"
+        old.write_text("#!/bin/sh\nexit 1\n")
+        old.chmod(0o755)
+        done = set_up(clone, PYTHON=str(old))
+        assert done.returncode == 1
+        assert f"PYTHON={old} is not a Python >= 3.10." in done.stderr
+
+    def test_that_is_missing_is_named_with_its_package(self, clone, tmp_path):
+        tools = tmp_path / "bin"
+        tools.mkdir()
+        for name in ("bash", "dirname", "basename", "cat", "printf"):
+            (tools / name).symlink_to(shutil.which(name))
+        done = set_up(clone, PYTHON="", PATH=str(tools))
+        assert done.returncode == 1
+        assert "Python >= 3.10 is needed and none was found" in done.stderr
+        assert "apt install python3 python3-venv" in done.stderr
+
+    def test_without_venv_is_named_with_its_package(self, clone, tmp_path):
+        bare = tmp_path / "python-bare"
+        bare.write_text(f'#!/bin/bash\n[[ "$2" == *ensurepip* ]] && exit 1\nexec "{sys.executable}" "$@"\n')
+        bare.chmod(0o755)
+        done = set_up(clone, PYTHON=str(bare))
+        assert done.returncode == 1
+        assert "apt install python3-venv" in done.stderr
+
+
+class TestSetUp:
+    def test_installs_both_packages_with_the_tested_versions_once(self, prepared):
+        done = set_up(prepared)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"ready: {prepared}/.venv/bin/python\n"
+        calls = pip_calls(prepared)
+        assert all(f"-c {prepared}/LLaVA/constraints.txt" in call for call in calls)
+        assert f"-e {prepared}/LLaVA[train,figures,dev] -e {prepared}/lmms_eval" in calls[-1]
+        assert set_up(prepared).returncode == 0
+        assert pip_calls(prepared) == calls
+
+    @pytest.mark.parametrize("name", ["LLaVA/pyproject.toml", "lmms_eval/pyproject.toml", "LLaVA/constraints.txt"])
+    def test_is_done_again_when_what_it_installs_has_changed(self, prepared, name):
+        set_up(prepared)
+        calls = len(pip_calls(prepared))
+        with (prepared / name).open("a") as file:
+            file.write("# changed\n")
+        assert set_up(prepared).returncode == 0
+        assert len(pip_calls(prepared)) == 2 * calls
+
+    def test_that_failed_says_so_and_is_done_again(self, prepared):
+        done = set_up(prepared, PIP_STATUS="1")
+        assert done.returncode == 1
+        assert "could not be installed" in done.stderr
+        calls = len(pip_calls(prepared))
+        assert set_up(prepared).returncode == 0
+        assert len(pip_calls(prepared)) > calls
+
+
+def test_constraints_pin_exact_versions_and_name_no_place_to_get_them():
+    lines = (ROOT / "LLaVA" / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(pin.count("==") >= 1 and "://" not in pin and not pin.startswith("-") for pin in pins)
+    names = {pin.split("==")[0] for pin in pins}
+    assert {"torch", "transformers", "lmms-eval", "peft", "pytest", "ruff"} <= names
+    assert not any(name.startswith(("nvidia-", "cuda-", "triton")) for name in names)
