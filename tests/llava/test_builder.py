@@ -91,6 +91,12 @@ def test_a_wrong_dtype_is_named(checkpoint, dtype):
         load(checkpoint, dtype=dtype)
 
 
+@pytest.mark.parametrize(("device", "said"), [("bogus", "not 'bogus'"), ("cuda:77", "'cuda:77' is not there")])
+def test_a_wrong_device_is_named(checkpoint, device, said):
+    with pytest.raises(ValueError, match=said):
+        load_pretrained_model(str(checkpoint), None, NAME, device=device)
+
+
 def test_8_and_4_bit_exclude_each_other(checkpoint):
     with pytest.raises(ValueError, match="exclude each other"):
         load(checkpoint, load_8bit=True, load_4bit=True)

@@ -138,12 +138,15 @@ def resolve_model_path(path: str) -> str:
 
 def _placement(device_map, device) -> dict[str, Any]:
     """The ``device_map`` that ``from_pretrained`` gets."""
-    name = str(device)
-    if name != "cuda":
-        return {"device_map": {"": name}}
-    if device_map == "auto" and not torch.cuda.is_available():
-        return {"device_map": {"": "cpu"}}
-    return {"device_map": device_map}
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu, cuda, cuda:0, mps or the like, not {device!r}") from None
+    if str(device) == "cuda":
+        return {"device_map": {"": "cpu"} if device_map == "auto" and not torch.cuda.is_available() else device_map}
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices")
+    return {"device_map": {"": str(device)}}
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
