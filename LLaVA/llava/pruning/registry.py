@@ -14,6 +14,8 @@ ENTRY_POINT_GROUP = "llava.pruning"
 
 _TARGETS: dict[str, str] = {
     "otprune": "llava.model.llava_arch:OTPrune",
+    "divprune": "llava.pruning.methods.divprune:DivPrune",
+    "dpp": "llava.pruning.methods.dpp:DPP",
     "random": "llava.pruning.methods.random:Random",
     "uniform": "llava.pruning.methods.uniform:Uniform",
     "first_k": "llava.pruning.methods.first_k:FirstK",

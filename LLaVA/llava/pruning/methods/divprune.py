@@ -1,0 +1,63 @@
+"""DivPrune: the subset whose closest pair is as far apart as possible."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llava.pruning.base import Pruner, VisualTokens
+
+
+def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
+    """Cosine of every pair of tokens: (B, N, D) -> (B, N, N), float32; 0 beside a token of zeros."""
+    with torch.autocast(features.device.type, enabled=False):
+        unit = torch.nn.functional.normalize(features.float(), dim=-1)
+        return unit @ unit.mT
+
+
+def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
+    """Greedy max-min diversity: every step takes the token that is farthest from those already taken.
+
+    The first one is the token whose nearest neighbour is farthest. O(k N) after the distances, with a running minimum
+    and no host synchronisation.
+
+    Parameters
+    ----------
+    distance : Tensor (B, N, N), floating
+        Symmetric; the diagonal is not read.
+    k : int
+        1 <= k <= N.
+
+    Returns
+    -------
+    Tensor (B, k), int64
+        In the order of selection; ties go to the lowest index.
+
+    Source: DivPrune, CVPR 2025.
+    """
+    batch, n, _ = distance.shape
+    rows = torch.arange(batch, device=distance.device)
+    others = distance.clone()
+    others.diagonal(dim1=-2, dim2=-1).fill_(math.inf)
+    chosen = others.amin(dim=-1).argmax(dim=-1)  # (B,)
+    nearest = distance.new_full((batch, n), math.inf)  # distance to the closest token taken so far
+    order = [chosen]
+    for _ in range(k - 1):
+        nearest = torch.minimum(nearest, distance[rows, chosen])
+        nearest[rows, chosen] = -math.inf
+        chosen = nearest.argmax(dim=-1)
+        order.append(chosen)
+    return torch.stack(order, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivPrune(Pruner):
+    """Max-min diversity under the cosine distance ``1 - cos``."""
+
+    source: ClassVar[str] = "DivPrune (CVPR 2025)"
+
+    def select(self, tokens: VisualTokens) -> torch.Tensor:
+        return max_min_select(1 - cosine_similarity(tokens.features), tokens.k)
