@@ -6,13 +6,14 @@ import ast
 import base64
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -35,7 +36,9 @@ def load_rgb(source: Image.Image | str | os.PathLike | BinaryIO, name: str | Non
     Parameters
     ----------
     source : PIL.Image.Image, path or binary file
-        An RGB image that is already decoded is returned as it is.
+        An RGB image that is already decoded is returned as it is. A file is refused when it is cut off; an image
+        that somebody else opened follows the process's Pillow setting for that (lmms-eval accepts cut-off pictures,
+        because published data sets hold some).
     name : str, optional
         What error messages call the picture; the path or the image's format and size by default.
 
@@ -54,13 +57,15 @@ def load_rgb(source: Image.Image | str | os.PathLike | BinaryIO, name: str | Non
     TypeError
         If ``source`` is none of the above.
     """
-    if isinstance(source, Image.Image):
+    opened_here = not isinstance(source, Image.Image)
+    if opened_here:
+        image, name = _open_image(source, name)
+    else:
         image = source
         name = name or f"the {image.width}x{image.height} {image.format or image.mode} image"
-    else:
-        image, name = _open_image(source, name)
     try:
-        image.load()
+        with _strict_decoding() if opened_here else nullcontext():
+            image.load()
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         raise ValueError(f"{name} is truncated or damaged: {error}") from error
     if image.mode.startswith("I"):
@@ -75,6 +80,16 @@ def load_rgb(source: Image.Image | str | os.PathLike | BinaryIO, name: str | Non
         return image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"{name} has mode {image.mode!r}, which cannot be converted to RGB: {error}") from error
+
+
+@contextmanager
+def _strict_decoding() -> Iterator[None]:
+    """Have Pillow refuse cut-off files inside the block, whatever another package told it for the whole process."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _open_image(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[Image.Image, str]:

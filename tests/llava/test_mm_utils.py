@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import requests
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import CLIPImageProcessorPil
 
 from golden import golden_root
@@ -268,7 +268,18 @@ def test_a_truncated_file_gives_one_clear_error(kind, kept, tmp_path):
         load_image(str(file))
 
 
-def test_a_truncated_image_object_is_refused_where_it_is_processed():
+def test_a_truncated_file_is_refused_whatever_the_process_accepts(monkeypatch, tmp_path):
+    """lmms-eval tells Pillow to accept cut-off pictures."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encoded(noise(64, 48), "PNG")
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cut\.png is truncated"):
+        load_image(str(tmp_path / "cut.png"))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_a_truncated_image_object_is_refused_where_it_is_processed(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
     data = encoded(noise(64, 48), "PNG")
     with pytest.raises(ValueError, match="the 64x48 PNG image is truncated"):
         process_images([Image.open(io.BytesIO(data[: len(data) // 2]))], processor(), config("pad"))

@@ -31,10 +31,10 @@ from llava.model.tokenizer import load_tokenizer
 __all__ = ["CONFIG", "STAGES", "main", "read_config", "train"]
 
 CONFIG = Path(__file__).with_name("config.yaml")
-STAGES = ("tower", "align", "finetune")
+STAGES = ("tower", "align", "basics", "finetune")
 
 # Pictures of different stages never overlap.
-FIRST_SEEDS = {"tower": 0, "align": 100_000_000, "finetune": 200_000_000}
+FIRST_SEEDS = {"tower": 0, "align": 100_000_000, "basics": 150_000_000, "finetune": 200_000_000}
 
 # Sizes and steps that try the whole recipe out in seconds.
 SMOKE = {
@@ -44,6 +44,7 @@ SMOKE = {
     "stages": {
         "tower": {"steps": 4, "batch": 2},
         "align": {"steps": 3, "batch": 2},
+        "basics": {"steps": 2, "batch": 2, "mixture": {"questions": 3, "text_every": 2}},
         "finetune": {"steps": 4, "batch": 2, "mixture": {"questions": 3, "pair_every": 3, "text_every": 4}},
     },
 }
@@ -84,8 +85,8 @@ def train(name: str, config: dict, run: Run) -> bool:
         return train_stage(stage, task, matrices, data, run)
     tokenizer = load_tokenizer(run.folder / "checkpoint")
     task = conversation_task(config, len(tokenizer), run)
-    if name == "finetune" and not run.state_file(name).exists():
-        _load(task, run.state_file("align"))
+    if name != "align" and not run.state_file(name).exists():
+        _load(task, run.state_file(_before(name)))
     data = PackedScenes("train", FIRST_SEEDS[name], length, stage.batch, mixture, tokenizer)
     return train_stage(stage, task, task.matrices(), data, run, collate)
 
@@ -99,13 +100,17 @@ def _load(task: nn.Module, file: Path) -> None:
     task.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"], strict=False)
 
 
+def _before(name: str) -> str:
+    return STAGES[STAGES.index(name) - 1]
+
+
 def _prepare(name: str, config: dict, folder: Path) -> None:
     """Put what a stage builds on into ``checkpoint``: the tower, and the tokenizer."""
     if name == "tower":
         return
-    before = "tower" if name == "align" else "align"
-    if not (folder / f"{before}.pt").exists():
-        raise FileNotFoundError(f"stage {name} needs {folder / f'{before}.pt'}: train stage {before} first")
+    before = folder / f"{_before(name)}.pt"
+    if not before.exists():
+        raise FileNotFoundError(f"stage {name} needs {before}: train stage {_before(name)} first")
     if name == "align" and not (folder / "align.pt").exists():
         task = TowerTask(config["tower"])
         _load(task, folder / "tower.pt")
