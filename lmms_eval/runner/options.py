@@ -71,7 +71,7 @@ def _check(found: argparse.Namespace) -> Options:
     for ratio in ratios:
         if not 0 < _number(float, ratio, "--ratio") <= 1:
             raise ValueError(f"--ratio {ratio}: must be a number with 0 < r <= 1")
-    if _number(int, found.layer, "--layer") < 0:
+    if found.layer and _number(int, found.layer, "--layer") < 0:
         raise ValueError(f"--layer {found.layer}: must be a whole number >= 0")
     tasks = tuple(_split(found.tasks))
     for task in tasks:
@@ -151,9 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--layer",
-        default=switch.get("LAYER_INDEX") or "0",
+        default=switch.get("LAYER_INDEX", ""),
         metavar="L",
-        help="prune at the input of decoder layer L; 0: before the decoder (default: %(default)s)",
+        help="prune at the input of decoder layer L; 0: before the decoder (default: the method's own, 0 for most)",
     )
     parser.add_argument("--no-unpruned", action="store_true", help="leave the unpruned run out")
     parser.add_argument(

@@ -116,7 +116,9 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
     prunings = [(None, {})] if options.unpruned else []
     for method in options.methods:
         for ratio in options.ratios:
-            switch = {**method.environment(), "SUBSET_RATIO": ratio, "LAYER_INDEX": options.layer}
+            switch = {**method.environment(), "SUBSET_RATIO": ratio}
+            if options.layer:
+                switch["LAYER_INDEX"] = options.layer
             rest = {name: value for name, value in environ.items() if name not in SWITCH}
             prunings.append((PruningConfig.from_env({**rest, **switch}), switch))
     folders: set[Path] = set()

@@ -6,15 +6,17 @@ from typing import Any
 
 from lmms_eval_otprune.fingerprint import model_fingerprint
 
+from llava.model.builder import resolve_model_path
+
 from .options import Options
 from .plan import Job, Plan
-from .suites import SUITES, Suite
+from .suites import Suite
 
 
 def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[str, Any]]:
     """Task -> everything that its result depends on, JSON-serialisable."""
     common = {
-        "model": model_fingerprint(_checkpoint(job.model), None, plan.dtype, "sdpa", "vicuna_v1"),
+        "model": model_fingerprint(resolve_model_path(job.model), None, plan.dtype, "sdpa", "vicuna_v1"),
         "pruning": None if job.pruning is None else job.pruning.to_dict(),
         "limit": options.limit,
         "seed": options.seed,
@@ -30,12 +32,3 @@ def data_version(suite: Suite) -> str:
     from llava.mini.suite import VERSION
 
     return VERSION
-
-
-def _checkpoint(model: str) -> str:
-    if model not in SUITES["mini"].models:
-        return model
-    # Imported here: it takes seconds, and the other models need no look-up.
-    from llava.model.builder import resolve_model_path
-
-    return resolve_model_path(model)

@@ -16,6 +16,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini import scenes, tower
 from llava.mini.attention import stretched_attention
 from llava.mini.decoder import ConversationTask
+from llava.mini.drills import sample_drills
 from llava.mini.loop import Stage, learning_rate_factor
 from llava.mini.packing import Mixture, PackedScenes, collate, encode_prompts, packed_mask, prefix_stretches
 from llava.mini.questions import FORMS, sample_questions
@@ -84,6 +85,12 @@ def test_packed_tokens_see_the_prefix_and_their_own_question():
         [1, 1, 0, 0, 0, 1],
     ]
     assert positions[0, :5].tolist() == [0, 1, 2, 3, 2]
+
+
+def test_a_drill_names_the_option_whose_letter_is_the_answer():
+    for qa in sample_drills(scenes.Dice("drills"), 40):
+        assert qa.answer_text in qa.question
+        assert len(set(qa.choices)) == len(qa.choices) >= 2
 
 
 def test_many_prompts_are_encoded_as_each_one_is(tokenizer):

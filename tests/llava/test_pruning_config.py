@@ -27,6 +27,11 @@ def test_ours_is_otprune_in_any_case(name):
     assert (config.method, config.ratio, config.layer) == ("otprune", 0.098, 0)
 
 
+def test_a_method_inside_the_decoder_has_a_layer_of_its_own():
+    assert PruningConfig.from_env({"BASELINE": "FASTV", "SUBSET_RATIO": "0.5"}).layer == 2
+    assert PruningConfig.from_env({"BASELINE": "FASTV", "SUBSET_RATIO": "0.5", "LAYER_INDEX": "3"}).layer == 3
+
+
 def test_layer_and_options_are_read():
     config = PruningConfig.from_env(ON | {"LAYER_INDEX": "3", "OTPRUNE_GAMMA": "0.5", "OTPRUNE_COMPAT": "1"})
     assert config.layer == 3 and dict(config.options) == {"gamma": 0.5, "compat": True}
@@ -53,6 +58,7 @@ def test_layer_and_options_are_read():
         (ON | {"OTPRUNE_GAMMA": "-1"}, r"gamma must be a finite number > 0, not -1"),
         (ON | {"OTPRUNE_COMPAT": "perhaps"}, r"OTPRUNE_COMPAT=perhaps: must be 1 or 0"),
         ({"BASELINE": "RANDOM", "SUBSET_RATIO": "0.1", "RANDOM_SEED": "0.5"}, r"RANDOM_SEED=0.5: .*whole number"),
+        ({"BASELINE": "FASTV", "SUBSET_RATIO": "0.1", "LAYER_INDEX": "0"}, r"fastv works inside.*at least 1.*not 0"),
         ({"BASELINE": "FIRST_K", "SUBSET_RATIO": "0.1", "FIRST_K_X": "1"}, r"FIRST_K_X=1: .*knows none"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),

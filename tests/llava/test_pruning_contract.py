@@ -7,7 +7,8 @@ import torch
 
 from llava.pruning import Pruner, VisualTokens, available_methods, select
 
-METHODS = sorted(available_methods())
+ALL = available_methods()
+METHODS = sorted(name for name, info in ALL.items() if info.needs <= {"image_keys"})
 N, D = 36, 24
 
 
@@ -80,6 +81,12 @@ def test_wrong_arguments_are_named(arguments, said):
 def test_wrong_shapes_are_named(shape):
     with pytest.raises(ValueError, match=r"\(B, N, D\)"):
         select(torch.ones(shape), ratio=0.5)
+
+
+@pytest.mark.parametrize("method", sorted(set(ALL) - set(METHODS)))
+def test_a_method_that_needs_a_model_says_so(method):
+    with pytest.raises(ValueError, match=r"needs .* which only a model gives"):
+        select(torch.ones(4, 2), k=2, method=method)
 
 
 def test_integers_are_refused():

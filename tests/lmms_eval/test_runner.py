@@ -253,7 +253,7 @@ class TestOptions:
         monkeypatch.setenv("BASELINE", "RANDOM")
         monkeypatch.setenv("SUBSET_RATIO", "0.25")
         found = options.read([])
-        assert ([method.name for method in found.methods], found.ratios, found.layer) == (["random"], ("0.25",), "0")
+        assert ([method.name for method in found.methods], found.ratios, found.layer) == (["random"], ("0.25",), "")
         assert [method.name for method in options.read(["--method", "otprune"]).methods] == ["otprune"]
 
 

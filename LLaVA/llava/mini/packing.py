@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.mini.drills import sample_drills
 from llava.mini.questions import QA, sample_pair_questions, sample_questions, sample_text_questions
 from llava.mini.scenes import Dice, render, sample_scene
 from llava.mini.vocabulary import conversation_texts
@@ -107,6 +108,8 @@ class Mixture:
         How many pictures come with a dense caption as well.
     pair_every, text_every : int
         One batch in so many asks about two pictures, or about none; 0 for never.
+    drills : int
+        How many exercises (`llava.mini.drills`) are added where there is no picture.
     """
 
     questions: int = 14
@@ -115,6 +118,7 @@ class Mixture:
     dense_percent: int = 50
     pair_every: int = 0
     text_every: int = 0
+    drills: int = 0
 
 
 class PackedScenes(Dataset):
@@ -142,7 +146,9 @@ class PackedScenes(Dataset):
         dice = Dice("questions", self.split, seed)
         sort = self._sort(number // self.batch)
         if sort == "text":
-            return pack(sample_text_questions(dice, 2 * self.mixture.questions), _pictures([]), self.tokenizer)
+            n = self.mixture.questions
+            asked = sample_text_questions(dice, n) + sample_drills(dice, self.mixture.drills)
+            return pack(asked, _pictures([]), self.tokenizer)
         scene = sample_scene(seed, self.split)
         if sort == "pair":
             other = sample_scene(self.first_seed + self.length + number, self.split)

@@ -1,8 +1,9 @@
 """Train llava-mini from nothing: ``python -m llava.mini.train``.
 
-Three stages: the vision tower learns what is in each patch, then projector and language model learn to talk about it,
-first in captions and plain questions, then in every layout that a benchmark asks in. Stopped at any time, even
-killed, a run goes on with ``--resume`` and ends in the same weights as one that was never stopped.
+Four stages. ``tower``: the vision tower learns what is in each patch. ``align``: projector and language model learn
+words for it, in captions and plain questions. ``basics``: which thing has which attribute, and how to answer with a
+letter. ``finetune``: every kind of question in every layout that a benchmark uses. Stopped at any time, even killed, a
+run goes on with ``--resume`` and ends in the same weights as one that was never stopped.
 """
 
 from __future__ import annotations

@@ -36,11 +36,14 @@ class VisualTokens:
         Budget: number of tokens to keep of each image.
     image_keys : tuple of int, or None
         One content digest an image, for methods that draw at random.
+    last_attention : Tensor (B, H, N), float32, or None
+        Attention, in the decoder layer before the drop, of the last prompt token to each visual token, a head each.
     """
 
     features: torch.Tensor
     k: int
     image_keys: tuple[int, ...] | None = None
+    last_attention: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,15 @@ class Pruner(ABC):
         Fields of `VisualTokens`, beyond the features and the budget, that `select` reads.
     source : str
         Paper or definition.
+    first_layer, default_layer : int
+        The lowest decoder layer whose input the method can prune, and the one it prunes when none is named.
     """
 
     stage: ClassVar[str] = "before the decoder"
     needs: ClassVar[frozenset[str]] = frozenset()
     source: ClassVar[str] = ""
+    first_layer: ClassVar[int] = 0
+    default_layer: ClassVar[int] = 0
 
     @abstractmethod
     def select(self, tokens: VisualTokens) -> torch.Tensor:
@@ -119,6 +126,12 @@ class Pruner(ABC):
             raise ValueError(f"At least one visual token must be kept, not k = {tokens.k}")
         if not torch.isfinite(features).all():
             raise ValueError("Visual tokens contain NaN or infinite values")
+        missing = sorted(name for name in self.needs if getattr(tokens, name) is None)
+        if missing:
+            raise ValueError(
+                f"{type(self).__name__} needs {', '.join(missing)} beside the visual tokens, which only a model gives: "
+                "use BASELINE or pruning(model, ...)"
+            )
 
         batch, n, _ = features.shape
         if tokens.k >= n:

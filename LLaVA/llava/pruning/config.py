@@ -29,8 +29,8 @@ class PruningConfig:
         A registered name or alias, any case; stored as the registered name.
     ratio : float
         Kept ratio, 0 < ratio <= 1.
-    layer : int
-        0: before the first decoder layer. L: at the input of decoder layer L.
+    layer : int or None
+        0: before the first decoder layer. L: at the input of decoder layer L. None: the method's own default.
     options : mapping
         The method's own options; what is left out takes its default.
 
@@ -42,16 +42,23 @@ class PruningConfig:
 
     method: str
     ratio: float
-    layer: int = 0
+    layer: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         method = resolve_name(self.method)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
             raise ValueError(f"the kept ratio must be a number with 0 < r <= 1, not {self.ratio!r}")
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ValueError(f"the layer must be a whole number >= 0, not {self.layer!r}")
-        types_by_option = option_types(method_class(method))
+        cls = method_class(method)
+        layer = cls.default_layer if self.layer is None else self.layer
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"the layer must be a whole number >= 0, not {layer!r}")
+        if layer < cls.first_layer:
+            raise ValueError(
+                f"{method} works inside the decoder: LAYER_INDEX must be at least {cls.first_layer} "
+                f"(default {cls.default_layer}), not {layer}"
+            )
+        types_by_option = option_types(cls)
         for name, value in self.options.items():
             if name not in types_by_option:
                 raise ValueError(
@@ -60,6 +67,7 @@ class PruningConfig:
             _check_type(f"option {name!r} of {method}", value, types_by_option[name])
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "ratio", float(self.ratio))
+        object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
         self.build_pruner()
 
@@ -150,8 +158,10 @@ def _ratio(environ: Mapping[str, str], baseline: str) -> float:
     return ratio
 
 
-def _layer(environ: Mapping[str, str]) -> int:
-    text = environ.get("LAYER_INDEX") or "0"
+def _layer(environ: Mapping[str, str]) -> int | None:
+    text = environ.get("LAYER_INDEX")
+    if not text:
+        return None
     try:
         layer = int(text)
     except ValueError:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llava.pruning.base import VisualTokens, kept_count
+from llava.pruning.base import VisualTokens, content_key, kept_count
 from llava.pruning.config import PruningConfig
 
 
@@ -57,12 +57,14 @@ def select(
     config = PruningConfig(method=method, ratio=ratio, options=options)
     batch = features if features.ndim == 3 else features.unsqueeze(0)
     budget = kept_count(batch.shape[1], config.ratio) if k is None else k
-    indices = config.build_pruner().indices(VisualTokens(batch, budget))
+    pruner = config.build_pruner()
+    keys = tuple(content_key(row) for row in batch) if "image_keys" in pruner.needs else None
+    indices = pruner.indices(VisualTokens(batch, budget, image_keys=keys))
     return indices if features.ndim == 3 else indices[0]
 
 
 @contextmanager
-def pruning(model: Any, method: str, ratio: float, layer: int = 0, **options: Any) -> Iterator[Any]:
+def pruning(model: Any, method: str, ratio: float, layer: int | None = None, **options: Any) -> Iterator[Any]:
     """Prune with a method inside a ``with`` block, and restore what the model did before.
 
     Parameters

@@ -16,6 +16,7 @@ _TARGETS: dict[str, str] = {
     "otprune": "llava.model.llava_arch:OTPrune",
     "divprune": "llava.pruning.methods.divprune:DivPrune",
     "dpp": "llava.pruning.methods.dpp:DPP",
+    "fastv": "llava.pruning.methods.fastv:FastV",
     "random": "llava.pruning.methods.random:Random",
     "uniform": "llava.pruning.methods.uniform:Uniform",
     "first_k": "llava.pruning.methods.first_k:FirstK",

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.pruning.base import Pruner, VisualTokens, kept_count
 
@@ -56,6 +57,7 @@ def drop_visual_tokens(
     image_keys: tuple[int, ...] | None,
     valid: torch.Tensor,
     drop: LayerDrop,
+    last_attention: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, KeptPrefix]:
     """Apply a pruner to every image of every row, and close the gaps.
 
@@ -69,6 +71,8 @@ def drop_visual_tokens(
     valid : Tensor (B, T), bool
         False at padding.
     drop : LayerDrop
+    last_attention : Tensor (B, H, T), optional
+        From `last_token_attention`, for methods that ask for it.
 
     Returns
     -------
@@ -85,6 +89,7 @@ def drop_visual_tokens(
             features=hidden[rows[:, None], places],
             k=kept_count(n, drop.ratio),
             image_keys=image_keys and tuple(image_keys[image] for _, image, _ in members),
+            last_attention=None if last_attention is None else _at_places(last_attention, rows, places),
         )
         kept = drop.pruner.reduce(tokens)
         kept_places = places.gather(1, kept.indices)
@@ -95,6 +100,50 @@ def drop_visual_tokens(
     positions = keep.int().argsort(dim=1, stable=True)[:, -longest:]
     gathered = merged.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
     return gathered, KeptPrefix(positions, keep.gather(1, positions))
+
+
+def _at_places(attention: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(B, H, T) read at ``places`` (M, n) of ``rows`` (M,): (M, H, n)."""
+    picked = attention[rows]
+    return picked.gather(2, places.unsqueeze(1).expand(-1, picked.shape[1], -1))
+
+
+def last_token_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of each row's last token to all positions in one decoder layer, computed for that token alone.
+
+    Parameters
+    ----------
+    layer : decoder layer of Llama or Mistral
+    hidden : Tensor (B, T, D)
+        The layer's input.
+    rotary : (cos, sin), each (1 or B, T, head width)
+    valid : Tensor (B, T), bool
+        False at padding.
+
+    Returns
+    -------
+    Tensor (B, H, T), float32
+        Rows of the softmax; 0 at padding.
+    """
+    attention = layer.self_attn
+    batch, length, _ = hidden.shape
+    rows = torch.arange(batch, device=hidden.device)
+    last = length - 1 - valid.flip(1).int().argmax(dim=1)  # (B,)
+    normed = layer.input_layernorm(hidden)
+    keys = attention.k_proj(normed).view(batch, length, -1, attention.head_dim).transpose(1, 2)
+    query = attention.q_proj(normed[rows, last]).view(batch, 1, -1, attention.head_dim).transpose(1, 2)
+    cos, sin = (part.expand(batch, -1, -1) for part in rotary)
+    # Both arguments are rotated by the same angles: the query's position first, then the keys'.
+    query, _ = apply_rotary_pos_emb(query, query, cos[rows, last].unsqueeze(1), sin[rows, last].unsqueeze(1))
+    keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)  # (B, H, T, head width)
+    logits = (query @ keys.mT).squeeze(2).float() * attention.scaling
+    return logits.masked_fill(~valid.unsqueeze(1), -torch.inf).softmax(dim=-1)
 
 
 def _spans_by_length(index: torch.Tensor) -> dict[int, list[tuple[int, int, torch.Tensor]]]:
@@ -180,7 +229,12 @@ class DroppingDecoder:
                         if attention_mask is None
                         else attention_mask.bool()
                     )
-                    hidden, prefix = drop_visual_tokens(hidden, visual_index, image_keys, valid, self.layer_drop)
+                    attention = None
+                    if "last_attention" in self.layer_drop.pruner.needs:
+                        attention = last_token_attention(self.layers[depth - 1], states[-1], rotary, valid)
+                    hidden, prefix = drop_visual_tokens(
+                        hidden, visual_index, image_keys, valid, self.layer_drop, attention
+                    )
                     position_ids = position_ids.gather(1, prefix.positions)
                     rotary = self.rotary_emb(hidden, position_ids=position_ids)
                 mask = self._mask_after_drop(hidden, prefix, position_ids, past_key_values)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens, content_key
+from llava.pruning.base import Pruner, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,7 @@ class Random(Pruner):
     seed: int = 0
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
-        keys = tokens.image_keys or tuple(content_key(row) for row in tokens.features)
-        drawn = [self._draw(key, tokens.features.shape[1], tokens.k) for key in keys]
+        drawn = [self._draw(key, tokens.features.shape[1], tokens.k) for key in tokens.image_keys]
         return torch.stack(drawn).to(tokens.features.device)
 
     def _draw(self, image_key: int, n: int, k: int) -> torch.Tensor:

@@ -1,0 +1,30 @@
+"""Exercises without a picture: reading a list of options and naming a letter, nothing else.
+
+To answer with a letter a model has to find an answer, find it again among the options, and look up the letter in front.
+Learnt all at once, that takes a small model very long; the last two steps alone take minutes, and the rest follows.
+"""
+
+from __future__ import annotations
+
+from llava.mini.forms import Fact
+from llava.mini.questions import CHOICE_STYLES, QA, as_choice
+from llava.mini.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, SHAPES, WORDS, Dice
+
+__all__ = ["sample_drills"]
+
+POOLS = (tuple(COLORS), SHAPES, WORDS, NUMBERS, PLACES, tuple(BACKGROUNDS))
+WORDINGS = ("Which letter stands for {}?", "Which option is {}?", "Find {}.")
+
+
+def sample_drills(rng: Dice, n: int) -> list[QA]:
+    """`n` questions that name the right option themselves, in the layouts of the benchmarks."""
+    drills = []
+    for _ in range(n):
+        pool = rng.choice(POOLS)
+        answer = rng.choice(pool)
+        wrong = tuple(word for word in pool if word != answer)
+        style = rng.choice(CHOICE_STYLES)
+        n_choices = 4 if style == "seedbench" else rng.between(2, 4)
+        fact = Fact("drill", rng.choice(WORDINGS).format(answer), answer, wrong)
+        drills.append(as_choice(fact, rng, style, n_choices))
+    return drills
