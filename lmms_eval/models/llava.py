@@ -32,6 +32,7 @@ from llava.model.builder import load_pretrained_model, resolve_model_path
 from llava.pruning import PruningConfig
 
 UNPRUNED = "none"
+GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class Llava(lmms):
         Keep keys and values while generating.
     resume_dir : str, optional
         Folder for answers: each is on the disk before the next batch starts, and is not asked for again.
+    grey_pictures : bool
+        Show a grey picture of the same size in every picture's place: what can be answered without seeing.
 
     Raises
     ------
@@ -93,6 +96,7 @@ class Llava(lmms):
         conv_template: str = "vicuna_v1",
         use_cache: bool = True,
         resume_dir: str | None = None,
+        grey_pictures: bool = False,
         **unknown: Any,
     ):
         super().__init__()
@@ -101,7 +105,7 @@ class Llava(lmms):
             names = "pretrained, model_base, model_name, batch_size, device, device_map, dtype, attn_implementation"
             raise ValueError(
                 f"unknown model argument {', '.join(sorted(unknown))}; allowed: {names}, conv_template, use_cache, "
-                "resume_dir"
+                "resume_dir, grey_pictures"
             )
         # The loader reads the switch as well, but only after this process has joined the others.
         PruningConfig.from_env()
@@ -110,6 +114,7 @@ class Llava(lmms):
         self._batch_size = read_batch_size(batch_size)
         self._conv_template = conv_template
         self._use_cache = use_cache
+        self._grey_pictures = grey_pictures
 
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))])
         self._rank = self.accelerator.process_index
@@ -139,6 +144,8 @@ class Llava(lmms):
             attn_implementation,
             conv_template,
         )
+        if grey_pictures:
+            self.model_fingerprint += "/grey"
         pruning = self.model.pruning
         self.pruning_fingerprint = UNPRUNED if pruning is None else pruning.fingerprint()
         cache_key.extend_with(f"{self.model_fingerprint}|{self.pruning_fingerprint}")
@@ -324,6 +331,8 @@ class Llava(lmms):
 
     def _row(self, question: Question, visuals: Sequence[Image.Image] | None) -> Row:
         images = [image for image in visuals or () if image is not None]
+        if self._grey_pictures:
+            images = [Image.new("RGB", image.size, GREY) for image in images]
         prompt = conversation(self._conv_template, question.prompt, len(images))
         try:
             return make_row(self.tokenizer, prompt, images)

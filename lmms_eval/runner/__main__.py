@@ -85,7 +85,8 @@ def _announce(plan: Any, options: Options) -> None:
     for job in plan.jobs:
         launch = describe_launch(job, plan, options)
         switch = " ".join(f"{name}={shlex.quote(value)}" for name, value in job.switch.items())
-        print(f"  {job.model}: {job.pruning.describe() if job.pruning else 'unpruned'}")
+        what = "unpruned, grey pictures" if job.grey else "unpruned"
+        print(f"  {job.model}: {job.pruning.describe() if job.pruning else what}")
         print(f"    {switch} {shlex.join(launch.command)} ...".replace("     ", "    "))
     print(f"  tasks: {', '.join(plan.tasks)}")
 

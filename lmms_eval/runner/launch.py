@@ -77,6 +77,7 @@ def run_job(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
         "dtype": plan.dtype,
         "batch_size": plan.batch_size,
         "limit": options.limit,
+        "grey": job.grey,
         "seed": options.seed,
         "identities": identities,
     }

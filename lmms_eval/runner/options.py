@@ -41,6 +41,7 @@ class Options:
     layer: str
     tasks: tuple[str, ...]
     unpruned: bool
+    grey: bool
     limit: int | None
     batch_size: int | None
     num_processes: int | None
@@ -97,6 +98,7 @@ def _check(found: argparse.Namespace) -> Options:
         layer=found.layer,
         tasks=tasks,
         unpruned=not found.no_unpruned,
+        grey=found.grey,
         limit=found.limit,
         batch_size=found.batch_size,
         num_processes=found.num_processes,
@@ -156,6 +158,9 @@ def _parser() -> argparse.ArgumentParser:
         help="prune at the input of decoder layer L; 0: before the decoder (default: the method's own, 0 for most)",
     )
     parser.add_argument("--no-unpruned", action="store_true", help="leave the unpruned run out")
+    parser.add_argument(
+        "--grey", action="store_true", help="also run the unpruned model on grey pictures: what it knows without seeing"
+    )
     parser.add_argument(
         "--tasks", default="", metavar="TASK[,TASK]", help="a choice of the suite's tasks (default: all)"
     )

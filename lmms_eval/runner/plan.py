@@ -36,12 +36,15 @@ class Job:
         Environment variables that say the same to a worker.
     folder : Path
         Where its results go.
+    grey : bool
+        Every picture is replaced by a grey one.
     """
 
     model: str
     pruning: PruningConfig | None
     switch: Mapping[str, str]
     folder: Path
+    grey: bool = False
 
     @property
     def label(self) -> str:
@@ -124,6 +127,8 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
     folders: set[Path] = set()
     for model in options.models or suite.models:
         _check_model(model)
+        if options.grey:
+            yield Job(model, None, {}, output / _slug(model.rstrip("/").rpartition("/")[2]) / "grey", grey=True)
         for pruning, switch in prunings:
             folder = output / _slug(model.rstrip("/").rpartition("/")[2]) / _pruning_slug(pruning)
             if folder in folders:

@@ -27,6 +27,7 @@ def collect(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
         "model": job.model,
         "trained": machine.get("trained", True),
         "pruning": pruning,
+        "grey": job.grey,
         "limit": options.limit,
         "visual_tokens": records.merged_summary(visual_tokens),
     }

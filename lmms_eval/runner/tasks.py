@@ -18,6 +18,7 @@ def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[st
     common = {
         "model": model_fingerprint(resolve_model_path(job.model), None, plan.dtype, "sdpa", "vicuna_v1"),
         "pruning": None if job.pruning is None else job.pruning.to_dict(),
+        "grey": job.grey,
         "limit": options.limit,
         "seed": options.seed,
         "data": data_version(plan.suite),

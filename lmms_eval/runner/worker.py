@@ -72,6 +72,7 @@ def _load(spec: dict[str, Any], terminal: TextIO) -> Llava:
         device=spec["device"],
         dtype=spec["dtype"],
         resume_dir=spec["answers"],
+        grey_pictures=spec["grey"],
     )
     lm.keep_model = True
     lm.terminal = terminal

@@ -62,6 +62,13 @@ def test_a_row_stands_for_each_configuration_and_a_column_for_each_benchmark(fol
     assert unpruned[header.index("GQA")] == "\N{EN DASH}"
 
 
+def test_a_model_that_was_shown_grey_pictures_is_no_unpruned_one(folder):
+    blind = run(grey=True, tasks={"mini_pope": {"metrics": {"pope_f1_score": 0.4}}})
+    grey, unpruned = lines(build_table(load_runs([folder(blind, run())])).render("markdown"))[2:]
+    assert (grey[1], grey[-1]) == ("grey picture", "50.0 %")
+    assert (unpruned[1], unpruned[-1]) == ("unpruned", "100.0 %")
+
+
 def test_the_mean_is_taken_over_shares_of_the_unpruned_scores(folder):
     full = run(tasks={"mini_pope": {"metrics": {"pope_f1_score": 0.8}}, "mini_gqa": {"metrics": {"exact_match": 0.5}}})
     half = run(

@@ -91,6 +91,13 @@ class TestAnswers:
         assert texts(together) == texts(lm.generate_until(requests())) + texts(lm.generate_until(alone))
         assert together[-1].token_counts.output_tokens <= 3
 
+    def test_to_grey_pictures_do_not_depend_on_the_pictures(self, load):
+        lm = load(grey_pictures=True)
+        lm.task_dict["looks"] = {"test": [{**DOCUMENTS[0], "images": [picture(number)]} for number in (0, 40, 80)]}
+        blind = texts(lm.generate_until(requests(documents=lm.task_dict["looks"]["test"])))
+        assert len(set(blind)) == 1
+        assert lm.model_fingerprint != load().model_fingerprint
+
     def test_report_text_and_kept_visual_tokens(self, load, pruned):
         lm = load()
         results = lm.generate_until(requests())

@@ -70,7 +70,7 @@ class Row:
     ----------
     model : str
     method : str
-        "unpruned", or the method with the options that were set.
+        "unpruned", "grey picture" (unpruned, and shown nothing), or the method with the options that were set.
     ratio : float
         Asked-for kept ratio; 1 for unpruned.
     layer : int
@@ -103,8 +103,8 @@ class Row:
     @property
     def label(self) -> str:
         """Method, ratio and place, for a person."""
-        if self.ratio >= 1 and self.method == "unpruned":
-            return "unpruned"
+        if self.ratio >= 1 and self.method in ("unpruned", "grey picture"):
+            return self.method
         return f"{self.method} {self.ratio:g}" + (f", layer {self.layer}" if self.layer else "")
 
 
@@ -177,13 +177,19 @@ def _row(run: Mapping[str, Any]) -> Row:
     notes += [f"{task} failed" for task in run["failed"]]
     return Row(
         model=_short(run["model"]),
-        method="unpruned" if pruning is None else pruning["method"] + _options(pruning),
+        method=_method(run),
         ratio=1.0 if pruning is None else pruning["ratio"],
         layer=0 if pruning is None else pruning["layer"],
         scores=_scores(run["tasks"]),
         notes=tuple(notes),
         visual_tokens=run["visual_tokens"],
     )
+
+
+def _method(run: Mapping[str, Any]) -> str:
+    if run.get("grey"):
+        return "grey picture"
+    return "unpruned" if run["pruning"] is None else run["pruning"]["method"] + _options(run["pruning"])
 
 
 def _options(pruning: Mapping[str, Any]) -> str:
