@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -104,9 +105,10 @@ def build_tokenizer(folder: Path, pieces: int, scenes: int) -> None:
         How many scenes' questions to learn from.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # a file name would be written into the model
     SentencePieceTrainer.train(
         sentence_iterator=corpus(scenes),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         model_type="bpe",
         vocab_size=pieces,
         character_coverage=1.0,
@@ -125,7 +127,7 @@ def build_tokenizer(folder: Path, pieces: int, scenes: int) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     _write(folder / "special_tokens_map.json", special)
     settings = {
