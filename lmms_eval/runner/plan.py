@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from lmms_eval_otprune import java
 
+from llava.model.builder import read_config, resolve_model_path
 from llava.pruning import PruningConfig
 
 from .options import Options
@@ -130,6 +131,8 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
         if options.grey:
             yield Job(model, None, {}, output / _slug(model.rstrip("/").rpartition("/")[2]) / "grey", grey=True)
         for pruning, switch in prunings:
+            if pruning is not None and pruning.layer:
+                _check_depth(model, pruning)
             folder = output / _slug(model.rstrip("/").rpartition("/")[2]) / _pruning_slug(pruning)
             if folder in folders:
                 raise ValueError(
@@ -143,6 +146,16 @@ def _check_model(model: str) -> None:
     if model in SUITES["mini"].models or Path(model).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return
     raise ValueError(f"--model {model}: neither a folder, nor a Hub id (owner/name), nor llava-mini")
+
+
+def _check_depth(model: str, pruning: PruningConfig) -> None:
+    """Find a layer beyond the decoder now, not after the unpruned run; a checkpoint that is not here yet waits."""
+    try:
+        config = read_config(resolve_model_path(model))
+    except OSError:
+        return
+    if "num_hidden_layers" in config:
+        pruning.check_depth(config["num_hidden_layers"])
 
 
 def _pruning_slug(pruning: PruningConfig | None) -> str:

@@ -206,6 +206,7 @@ class TestOptions:
             (["--ratio", "nan"], "--ratio nan: must be"),
             (["--layer", "-1"], "--layer -1: must be a whole number >= 0"),
             (["--layer", "x"], "--layer x: must be a whole number"),
+            (["mini", "--layer", "99", "--device", "cpu"], "LAYER_INDEX=99 is outside the decoder: it has 5 layers"),
             (["--tasks", "popo"], "has no task 'popo'; its tasks: "),
             (["mini", "--tasks", "pope,vqav2"], "the mini suite has no task 'vqav2'"),
             (["--limit", "0"], "--limit 0: must be at least 1"),

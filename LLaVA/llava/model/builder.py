@@ -95,7 +95,7 @@ def load_pretrained_model(
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = _quantization(load_8bit, load_4bit)
 
-    raw_config = _read_config(path)
+    raw_config = read_config(path)
     is_lora = "lora" in model_name.lower()
     if "llava" not in model_name.lower() and not _is_llava(raw_config):
         return _load_plain(path, model_base, kwargs)
@@ -173,8 +173,16 @@ def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig:
     )
 
 
-def _read_config(path: str) -> dict[str, Any]:
-    """config.json as it stands: AutoConfig takes model_type "llava" for an unrelated architecture."""
+def read_config(path: str) -> dict[str, Any]:
+    """A checkpoint's config.json as it stands; AutoConfig takes model_type "llava" for an unrelated architecture.
+
+    Raises
+    ------
+    OSError
+        If the folder, or the file on the hub, is not there.
+    ValueError
+        If the file is no JSON object.
+    """
     if Path(path).is_dir():
         file = Path(path) / "config.json"
         if not file.is_file():
