@@ -124,7 +124,8 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
             if options.layer:
                 switch["LAYER_INDEX"] = options.layer
             rest = {name: value for name, value in environ.items() if name not in SWITCH}
-            prunings.append((PruningConfig.from_env({**rest, **switch}), switch))
+            pruning = PruningConfig.from_env({**rest, **switch})
+            prunings.append((pruning, {**switch, "LAYER_INDEX": str(pruning.layer)}))
     folders: set[Path] = set()
     for model in options.models or suite.models:
         _check_model(model)
