@@ -65,6 +65,16 @@ def main(specification: str) -> None:
                 raise SystemExit(1) from error
 
 
+def _leave() -> None:
+    """End together, and at once: tearing the interpreter down under gloo's threads can hang or abort a process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def _load(spec: dict[str, Any], terminal: TextIO) -> Llava:
     lm = Llava(
         pretrained=spec["model"],
@@ -204,3 +214,4 @@ def _sentence(error: BaseException) -> str:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    _leave()
