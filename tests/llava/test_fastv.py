@@ -43,8 +43,8 @@ def test_the_ranking_is_the_published_one(case):
     row, visual = published_row(case)
     expected = data[f"{case['key']}/keep_indexes"]
     expected = [i - visual.start for i in expected if visual.start <= i < visual.stop]
-    attention = row[None, :, visual]
-    tokens = VisualTokens(torch.zeros(1, attention.shape[2], 1), len(expected), last_attention=attention)
+    attention = row[None, :, visual].transpose(1, 2)
+    tokens = VisualTokens(torch.zeros(1, attention.shape[1], 1), len(expected), last_attention=attention)
     chosen = FastV().indices(tokens)
     assert chosen[0].tolist() == expected
 
@@ -69,7 +69,7 @@ def test_the_attention_is_that_of_the_layer_itself(tower, family):
             rotary = model.model.rotary_emb(hidden, position_ids=positions)
             found = last_token_attention(model.model.layers[1], hidden, rotary, mask)
         last = [int(row.nonzero().max()) for row in mask]
-        expected = torch.stack([out.attentions[1][row, :, last[row]] for row in range(2)])
+        expected = torch.stack([out.attentions[1][row, :, last[row]].T for row in range(2)])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

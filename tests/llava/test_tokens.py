@@ -67,7 +67,7 @@ def test_dropped_patches_are_faded_and_kept_ones_are_not():
 def test_otprune_is_listed_in_greedy_order():
     features = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 3, 40)[:, None]
     config = tokens.PruningConfig(method="otprune", ratio=0.25)
-    order = tokens.kept_order(features, config, 0)
+    order = tokens.listed(tokens.ImageTokens(features), tokens.PromptFacts(), config)
     assert order[0] == int(tokens.ot_kernel(features).diagonal().argmax()) and order != sorted(order)
 
 

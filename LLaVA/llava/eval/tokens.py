@@ -24,8 +24,9 @@ from llava.mm_utils import (
     load_image,
     process_images,
 )
-from llava.model.llava_arch import greedy_select, ot_kernel, unpad_image
-from llava.pruning import PruningConfig, VisualTokens, kept_count
+from llava.model.llava_arch import greedy_select, ot_kernel
+from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images, unpad_image
+from llava.pruning import PruningConfig, kept_count
 from llava.pruning.base import content_key
 from llava.pruning.registry import resolve_name
 
@@ -87,13 +88,31 @@ def views_of(image: Image.Image, config, tower) -> list[View]:
 
 
 @torch.no_grad()
-def kept_order(tokens: torch.Tensor, config: PruningConfig, image_key: int) -> list[int]:
-    """Kept tokens of one image (N, D): in greedy order for OTPrune, ascending for the others."""
-    k = kept_count(len(tokens), config.ratio)
+def kept_order(model, pixels: torch.Tensor, size: tuple[int, int], config: PruningConfig) -> list[int]:
+    """Tokens that a method keeps of one image: in greedy order for OTPrune, as they go on for the others.
+
+    Raises
+    ------
+    ValueError
+        For a method that needs more than the picture: a question, or attention inside the decoder.
+    """
+    before = model.pruning
+    model.set_pruning(config)
+    try:
+        image = model.image_tokens([pixels], [size])[0]
+    finally:
+        model.set_pruning(before)
+    return listed(image, PromptFacts(key=content_key(pixels)), config)
+
+
+def listed(image: ImageTokens, facts: PromptFacts, config: PruningConfig) -> list[int]:
+    """`kept_order` of an image's tokens, given what the method needs beside them."""
     pruner = config.build_pruner()
-    if config.method == "otprune" and not pruner.compat and k < len(tokens):
-        return greedy_select(ot_kernel(tokens, pruner.gamma), k).tolist()
-    return pruner.indices(VisualTokens(tokens[None], k, image_keys=(image_key,)))[0].tolist()
+    if config.method == "otprune" and not pruner.compat and not pruner.per_crop:
+        return greedy_select(
+            ot_kernel(image.features, pruner.gamma), kept_count(len(image.features), config.ratio)
+        ).tolist()
+    return reduce_images(pruner, [image], [facts], config.ratio)[0].indices.tolist()
 
 
 def draw(views: list[View], kept: dict[str, list[int]], order: bool = False):
@@ -193,16 +212,16 @@ def main(argv: list[str] | None = None) -> Path:
         arguments.model, None, get_model_name_from_path(arguments.model), device=arguments.device, dtype=dtype
     )
     pixels = process_images([image], processor, model.config)[0].to(model.device, dtype)
-    tokens = model.visual_tokens([pixels], [image.size])[0]
     views = views_of(image, model.config, model.get_vision_tower())
-    kept = {name: kept_order(tokens, config, content_key(pixels)) for name, config in arguments.configs.items()}
+    kept = {name: kept_order(model, pixels, image.size, config) for name, config in arguments.configs.items()}
+    total = len(model.visual_tokens([pixels], [image.size])[0])
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = arguments.output / f"{Path(arguments.image).stem}_{arguments.ratio:g}"
     draw(views, kept, arguments.order).savefig(stem.with_name(stem.name + ".png"), dpi=110)
     write_csv(stem.with_name(stem.name + ".csv"), views, kept)
     for method, indices in kept.items():
-        print(f"{method}: {len(indices)} of {len(tokens)} visual tokens kept")
+        print(f"{method}: {len(indices)} of {total} visual tokens kept")
     print(f"written: {stem}.png, {stem}.csv")
     return stem.with_name(stem.name + ".png")
 

@@ -122,6 +122,7 @@ def load_pretrained_model(
     _check_filled(model, missing, path)
 
     _add_image_tokens(model, tokenizer)
+    model.prompt_tokenizer = tokenizer
     image_processor = _finish_vision_tower(model, tower_missing=any(".vision_tower." in key for key in missing))
     _tidy_generation_config(model)
     model.eval()

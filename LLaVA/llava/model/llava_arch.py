@@ -17,12 +17,21 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.language_model.decoder import TEXT
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.pruning.base import Pruner, VisualTokens, content_key, kept_count
+from llava.model.visual_sequence import (
+    ImageTokens,
+    PromptFacts,
+    crop_grid,
+    layout_of,
+    merge_crops,
+    reduce_images,
+)
+from llava.model.visual_sequence import unpad_image as unpad_image
+from llava.pruning.base import ENCODER_NEEDS, INSIDE, Pruner, VisualTokens, content_key
 from llava.pruning.config import PruningConfig
+from llava.pruning.schedule import kept_per_layer
 
 GAMMA = 0.01
 
@@ -180,19 +189,6 @@ def _published_greedy(kernel: torch.Tensor, k: int, rows_dtype: torch.dtype) -> 
     return order
 
 
-def unpad_image(tensor: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
-    """Cut the bars off a feature map (C, h, w) that stands for an image of ``original_size`` (width, height)."""
-    width, height = original_size
-    map_height, map_width = tensor.shape[1:]
-    if width / height > map_width / map_height:
-        content = int(height * (map_width / width))
-        bar = (map_height - content) // 2
-        return tensor[:, bar : map_height - bar, :]
-    content = int(width * (map_height / height))
-    bar = (map_width - content) // 2
-    return tensor[:, :, bar : map_width - bar]
-
-
 class LlavaMetaModel:
     """Adds vision tower, projector and the anyres newline to a decoder-only language model."""
 
@@ -250,19 +246,28 @@ class LlavaMetaForCausalLM:
 
     Attributes
     ----------
+    prompt_tokenizer
+        Turns a prompt's ids back into text, for methods that read the question with another model; None if unknown.
     visual_token_counts : sequence of (total, kept)
-        For each image that stood in a prompt of the latest call, in the order of the rows.
+        For each image that stood in a prompt of the latest call, in the order of the rows; kept is what is left at the
+        end of the decoder.
+    visual_tokens_per_layer : sequence of tuple of int
+        For the same images, the tokens present in each decoder layer.
     visual_index : Tensor (B, T), int64
         The image that each position of the latest embedded prompts belongs to, -1 for text and padding.
-    image_keys : tuple of int, or None
-        Content digests of those images where the pruner asks for them.
+    visual_facts : tuple of (ImageTokens, PromptFacts)
+        What is known of those images, where the decoder drops tokens.
     """
 
+    prompt_tokenizer = None
+    visual_token_counts: Sequence[tuple[int, int]] = ()
+    visual_tokens_per_layer: Sequence[tuple[int, ...]] = ()
+    visual_index: torch.Tensor | None = None
+    visual_facts: tuple[tuple[ImageTokens, PromptFacts], ...] = ()
     _pruning: PruningConfig | None = None
     _pruner: Pruner | None = None
-    visual_token_counts: Sequence[tuple[int, int]] = ()
-    visual_index: torch.Tensor | None = None
-    image_keys: tuple[int, ...] | None = None
+    _stages: tuple[tuple[int, float], ...] = ()
+    _clip_text = None
 
     @property
     def pruning(self) -> PruningConfig | None:
@@ -275,27 +280,46 @@ class LlavaMetaForCausalLM:
         Raises
         ------
         ValueError
-            If its layer is not one of this model's.
+            If its layer is not one of this model's, or its budget cannot be met by a decoder of this depth.
         """
-        if config is not None:
-            config.check_depth(self.config.num_hidden_layers)
+        self._stages = () if config is None else config.stages(self.config.num_hidden_layers)
         self._pruning = config
         self._pruner = None if config is None else config.build_pruner()
+
+    @property
+    def prunes_before_decoder(self) -> bool:
+        """Whether tokens are dropped before the splice; else the decoder drops them, or nobody."""
+        return bool(self._stages) and self._stages[0][0] == 0 and self._pruner.stage != INSIDE
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) -> projected visual tokens (B, N, D), in the projector's dtype."""
-        model = self.get_model()
-        weight = next(model.mm_projector.parameters(), None)
-        features = model.get_vision_tower()(images)
-        if weight is not None:
-            features = features.to(device=weight.device, dtype=weight.dtype)
-        return model.mm_projector(features)
+        return self._project(self.get_model().get_vision_tower()(images))
+
+    def _project(self, features: torch.Tensor) -> torch.Tensor:
+        projector = self.get_model().mm_projector
+        weight = next(projector.parameters(), None)
+        return projector(features if weight is None else features.to(device=weight.device, dtype=weight.dtype))
+
+    def _encode_and_observe(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`encode_images`, and what the active pruner asks of the vision encoder: (B, N, D), {name: (B, N, ...)}."""
+        needs = self._pruner.needs if self._pruner is not None else frozenset()
+        wanted = needs & ENCODER_NEEDS
+        if "text_similarity" in needs:
+            wanted |= {"encoder_features"}
+        if not wanted:
+            return self.encode_images(images), {}
+        features, notes = self.get_vision_tower().observe(images, wanted, self._pruner.encoder_layers)
+        return self._project(features), notes
 
     def visual_tokens(self, images, image_sizes=None) -> list[torch.Tensor]:
-        """Every image's visual tokens (N_i, D), as an unpruned model would see them.
+        """Every image's visual tokens (N_i, D), as an unpruned model would see them; see `image_tokens`."""
+        return [image.features for image in self.image_tokens(images, image_sizes)]
+
+    def image_tokens(self, images, image_sizes=None) -> list[ImageTokens]:
+        """Every image's visual tokens, with layout and what the active pruner asks of the vision encoder.
 
         Parameters
         ----------
@@ -312,68 +336,46 @@ class LlavaMetaForCausalLM:
             For several crops of an image without anyres.
         """
         if isinstance(images, torch.Tensor) and images.ndim == 4:
-            return list(self.encode_images(images))
+            features, notes = self._encode_and_observe(images)
+            layout = layout_of(1, features.shape[1], None, None, spatial=False, newline=False)
+            return [
+                ImageTokens(row, layout, {name: note[i] for name, note in notes.items()})
+                for i, row in enumerate(features)
+            ]
         crops = [image.unsqueeze(0) if image.ndim == 3 else image for image in images]  # (T_i, 3, H, W) each
-        encoded = self.encode_images(torch.cat(crops)).split([len(image) for image in crops])
+        features, notes = self._encode_and_observe(torch.cat(crops))
+        counts = [len(image) for image in crops]
+        split = {name: note.split(counts) for name, note in notes.items()}
+        sizes = image_sizes if image_sizes is not None else [None] * len(crops)
+        return [
+            self._merged(row, {name: notes[i] for name, notes in split.items()}, size)
+            for i, (row, size) in enumerate(zip(features.split(counts), sizes, strict=False))
+        ]
+
+    def _merged(
+        self, features: torch.Tensor, notes: dict[str, torch.Tensor], size: tuple[int, int] | None
+    ) -> ImageTokens:
+        """(T, P, D) crops of one image, and notes (T, P, ...) -> one sequence."""
+        crops, patches, _ = features.shape
         merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
         if merge_type == "flat":
-            return [features.flatten(0, 1) for features in encoded]
+            flat = {name: note.flatten(0, 1) for name, note in notes.items()}
+            return ImageTokens(features.flatten(0, 1), layout_of(crops, patches, None, None, False, False), flat)
         if not merge_type.startswith("spatial"):
             raise ValueError(f"Unexpected mm_patch_merge_type: {merge_type}")
-        sizes = image_sizes if image_sizes is not None else [None] * len(crops)
-        unpad = "unpad" in merge_type
-        return [self._merge_crops(features, size, unpad) for features, size in zip(encoded, sizes, strict=False)]
+        newline = self.get_model().image_newline.to(features) if "unpad" in merge_type else None
+        grid = None if crops == 1 else crop_grid(crops, size, self.config, self.get_vision_tower())
 
-    def _merge_crops(self, features: torch.Tensor, size: tuple[int, int] | None, unpad: bool) -> torch.Tensor:
-        """(T, P, D) crops of one image -> base view, then the map of the other crops row by row: (N, D)."""
-        newline = self.get_model().image_newline.to(features) if unpad else None
-        if len(features) == 1:
-            return torch.cat([features[0], newline[None]]) if unpad else features[0]
-        if getattr(self.config, "image_aspect_ratio", None) != "anyres":
-            raise NotImplementedError(
-                f"{len(features)} crops of an image need image_aspect_ratio 'anyres', "
-                f"not {getattr(self.config, 'image_aspect_ratio', None)!r}"
-            )
-        if size is None:
-            raise ValueError("image_sizes is needed to merge the crops of an anyres image")
-        tower = self.get_vision_tower()
-        side = tower.num_patches_per_side
-        columns, rows = get_anyres_image_grid_shape(size, self.config.image_grid_pinpoints, tower.config.image_size)
-        grid = features[1:].view(rows, columns, side, side, -1)
-        if not unpad:
-            return torch.cat([features[0], grid.permute(0, 2, 1, 3, 4).flatten(0, 3)])
-        grid = grid.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (D, rows * side, columns * side)
-        grid = unpad_image(grid, size)
-        ends = newline[:, None, None].expand(*grid.shape[:-1], 1)
-        grid = torch.cat([grid, ends], dim=-1).flatten(1).T
-        return torch.cat([features[0], grid])
+        def merged_note(note: torch.Tensor) -> torch.Tensor:
+            values = note if note.ndim == 3 else note.unsqueeze(-1)  # (T, P, C)
+            merged = merge_crops(values, size, grid, None if newline is None else values.new_zeros(values.shape[-1]))
+            return merged if note.ndim == 3 else merged.squeeze(-1)
 
-    def prune_visual_tokens(
-        self, features: Sequence[torch.Tensor], image_keys: Sequence[int] | None = None
-    ) -> list[torch.Tensor]:
-        """Drop visual tokens of each image before the decoder: (N_i, D) -> (k_i, D).
-
-        Images with the same number of tokens are selected in one batch; each image's choice is its own.
-
-        Parameters
-        ----------
-        features : sequence of Tensor (N_i, D)
-        image_keys : sequence of int, optional
-            A content digest an image, where the pruner asks for it.
-        """
-        kept: list[torch.Tensor] = list(features)
-        by_length: dict[int, list[int]] = {}
-        for index, tokens in enumerate(features):
-            by_length.setdefault(len(tokens), []).append(index)
-        for n, members in by_length.items():
-            tokens = VisualTokens(
-                features=torch.stack([features[index] for index in members]),
-                k=kept_count(n, self._pruning.ratio),
-                image_keys=None if image_keys is None else tuple(image_keys[index] for index in members),
-            )
-            for index, left in zip(members, self._pruner.reduce(tokens).features, strict=True):
-                kept[index] = left
-        return kept
+        return ImageTokens(
+            merge_crops(features, size, grid, newline),
+            layout_of(crops, patches, size, grid, spatial=True, newline=newline is not None),
+            {name: merged_note(note) for name, note in notes.items()},
+        )
 
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
@@ -389,14 +391,15 @@ class LlavaMetaForCausalLM:
         past_key_values
             Handed through.
         images, image_sizes
-            See `visual_tokens`.
+            See `image_tokens`.
 
         Returns
         -------
         tuple
             (None, position_ids, attention_mask, past_key_values, inputs_embeds (B, T', D), labels), each None where
-            None came in; the arguments unchanged, with inputs_embeds None, when there is nothing to splice (no tower,
-            no images, or a decoding step).
+            None came in (but position_ids and attention_mask where pruning leaves gaps in the positions); the
+            arguments unchanged, with inputs_embeds None, when there is nothing to splice (no tower, no images, or a
+            decoding step).
 
         Raises
         ------
@@ -416,71 +419,121 @@ class LlavaMetaForCausalLM:
             label_rows = [row[mask] for row, mask in zip(labels, valid, strict=True)]
 
         images_of_rows = _assign_images([int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in ids_rows], len(images))
-        used = [image for row in images_of_rows for image in row]
-        features = self.visual_tokens(images, image_sizes)
-        visual = [features[image] for image in used]
-        self.visual_token_counts = [(len(tokens), self._count_kept(len(tokens))) for tokens in visual]
-        asked = self._pruner is not None and "image_keys" in self._pruner.needs
-        self.image_keys = tuple(content_key(images[image]) for image in used) if asked else None
-        if self._pruner is not None and self._pruning.layer == 0:
-            visual = self.prune_visual_tokens(visual, self.image_keys)
+        encoded = self.image_tokens(images, image_sizes)
+        rows_of_images = [(row, image) for row, own in enumerate(images_of_rows) for image in own]
+        visual = [encoded[image] for _, image in rows_of_images]
+        facts = [
+            self._prompt_facts(encoded[image], images[image], ids_rows[row], label_rows[row])
+            for row, image in rows_of_images
+        ]
+        inside = bool(self._stages) and not self.prunes_before_decoder
+        self.visual_facts = tuple(zip(visual, facts, strict=True)) if inside else ()
+        spans = [_Span.whole(image.features) for image in visual]
+        if self.prunes_before_decoder:
+            kept = reduce_images(self._pruner, visual, facts, self._stages[0][1])
+            spans = [
+                _Span(left.features, left.indices, len(image.features))
+                for left, image in zip(kept, visual, strict=True)
+            ]
+        self._count(spans)
 
         limit = getattr(self.config, "tokenizer_model_max_length", None)
-        embeds, new_labels, image_index, taken = [], [], [], 0
+        embeds, new_labels, image_index, positions, taken = [], [], [], [], 0
         for ids, row_labels, row_images in zip(ids_rows, label_rows, images_of_rows, strict=True):
-            numbered = list(enumerate(visual))[taken : taken + len(row_images)]
+            numbered = list(enumerate(spans))[taken : taken + len(row_images)]
             taken += len(row_images)
             row = self._splice(ids, row_labels, numbered)
-            for column, values in zip((embeds, new_labels, image_index), row, strict=True):
+            for column, values in zip((embeds, new_labels, image_index, positions), row, strict=True):
                 column.append(values[:limit])
 
         left = getattr(self.config, "tokenizer_padding_side", "right") == "left"
-        new_embeds = _pad(embeds, 0.0, left)
         new_mask = _pad([torch.ones_like(row, dtype=torch.bool) for row in new_labels], False, left)
         self.visual_index = _pad(image_index, TEXT, left)
-        new_positions = _pad([torch.arange(len(row), device=row.device) for row in new_labels], 0, left)
+        gaps = self.prunes_before_decoder and self._pruner.position_ids == "original"
+        if not gaps:
+            positions = [torch.arange(len(row), device=row.device) for row in new_labels]
         return (
             None,
-            None if position_ids is None else new_positions,
-            None if attention_mask is None else new_mask.to(attention_mask.dtype),
+            None if position_ids is None and not gaps else _pad(positions, 0, left),
+            # Without a mask, gaps in the positions would be read as borders between packed sequences.
+            (new_mask if gaps else None) if attention_mask is None else new_mask.to(attention_mask.dtype),
             past_key_values,
-            new_embeds,
+            _pad(embeds, 0.0, left),
             None if labels is None else _pad(new_labels, IGNORE_INDEX, left),
         )
 
-    def _count_kept(self, n: int) -> int:
-        return n if self._pruning is None else kept_count(n, self._pruning.ratio)
+    def _prompt_facts(self, image: ImageTokens, pixels, ids: torch.Tensor, labels: torch.Tensor) -> PromptFacts:
+        """What the active pruner asks of an image's content and of the question about it."""
+        needs = self._pruner.needs if self._pruner is not None else frozenset()
+        behind = (ids == IMAGE_TOKEN_INDEX).cumsum(0) > 0
+        # What is to be predicted is no part of the question.
+        asked = ids[behind & (ids != IMAGE_TOKEN_INDEX) & (labels == IGNORE_INDEX)]
+        return PromptFacts(
+            key=content_key(pixels) if "image_keys" in needs else None,
+            question=self.get_model().embed_tokens(asked) if "question" in needs else None,
+            similarity=self._text_similarity(image, asked) if "text_similarity" in needs else None,
+        )
+
+    def _text_similarity(self, image: ImageTokens, asked: torch.Tensor) -> torch.Tensor:
+        """Each token's similarity to the question (T,) in CLIP's common space: (N,); newlines get the mean."""
+        from llava.model.multimodal_encoder.clip_text import ClipText, question_text
+
+        if self._clip_text is None:
+            self._clip_text = ClipText(self.get_vision_tower().vision_tower_name)
+        if self.prompt_tokenizer is None:
+            raise ValueError("the model has no prompt_tokenizer to read the question with: use load_pretrained_model")
+        question = question_text(self.prompt_tokenizer.decode(asked, skip_special_tokens=True))
+        similarity = self._clip_text.similarity(image.notes["encoder_features"][None], question)[0]
+        if image.layout is not None:
+            newlines = torch.cat([part.is_newline() for part in image.layout]).to(similarity.device)
+            similarity = similarity.masked_fill(newlines, similarity[~newlines].mean())
+        return similarity
+
+    def _count(self, spans: Sequence[_Span]) -> None:
+        """Note how many tokens of each image every decoder layer sees."""
+        depth = self.config.num_hidden_layers
+        if self.prunes_before_decoder:
+            self.visual_tokens_per_layer = [(len(span.features),) * depth for span in spans]
+        else:
+            self.visual_tokens_per_layer = [tuple(kept_per_layer(self._stages, span.total, depth)) for span in spans]
+        self.visual_token_counts = [
+            (span.total, layers[-1]) for span, layers in zip(spans, self.visual_tokens_per_layer, strict=True)
+        ]
 
     def _splice(
-        self, ids: torch.Tensor, labels: torch.Tensor, visual: list[tuple[int, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, ids: torch.Tensor, labels: torch.Tensor, visual: list[tuple[int, _Span]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Put images in the place of one row's marks.
 
         Parameters
         ----------
         ids, labels : Tensor (T,), int64
             Text with image marks, and what is to be predicted.
-        visual : list of (number, Tensor (k, D))
+        visual : list of (number, span)
             The images that the marks stand for.
 
         Returns
         -------
-        embeddings (T', D), labels (T',), and the number of the image at each position, `TEXT` elsewhere (T',)
+        embeddings (T', D), labels (T',), the number of the image at each position, `TEXT` elsewhere (T',), and where
+        each position would stand if nothing had been dropped (T',)
         """
         is_text = ids != IMAGE_TOKEN_INDEX
         text = self.get_model().embed_tokens(ids[is_text])
         marks = (~is_text).nonzero().flatten().tolist()
-        embeds, new_labels, index, begin, taken = [], [], [], 0, 0
-        for mark, (number, tokens) in zip(marks, visual, strict=True):
-            length = mark - begin
-            embeds += [text[taken : taken + length], tokens.to(text)]
-            new_labels += [labels[begin:mark], labels.new_full((len(tokens),), IGNORE_INDEX)]
-            index += [ids.new_full((length,), TEXT), ids.new_full((len(tokens),), number)]
-            begin, taken = mark + 1, taken + length
+        embeds, new_labels, index, positions, begin, taken, place = [], [], [], [], 0, 0, 0
+        for mark, (number, span) in zip(marks, visual, strict=True):
+            length, kept = mark - begin, len(span.features)
+            embeds += [text[taken : taken + length], span.features.to(text)]
+            new_labels += [labels[begin:mark], labels.new_full((kept,), IGNORE_INDEX)]
+            index += [ids.new_full((length,), TEXT), ids.new_full((kept,), number)]
+            positions += [place + torch.arange(length, device=ids.device), place + length + span.indices.to(ids.device)]
+            begin, taken, place = mark + 1, taken + length, place + length + span.total
+        rest = len(ids) - begin
         return (
             torch.cat([*embeds, text[taken:]]),
             torch.cat([*new_labels, labels[begin:]]),
-            torch.cat([*index, ids.new_full((len(ids) - begin,), TEXT)]),
+            torch.cat([*index, ids.new_full((rest,), TEXT)]),
+            torch.cat([*positions, place + torch.arange(rest, device=ids.device)]),
         )
 
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
@@ -510,6 +563,19 @@ class LlavaMetaForCausalLM:
             weights = torch.load(model_args.pretrain_mm_mlp_adapter, map_location="cpu", weights_only=True)
             trained = weights["model.embed_tokens.weight"]
             self.get_input_embeddings().weight.data[-added:] = trained[-added:]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """What stands in an image's place: features (k, D), their places (k,) among the image's ``total`` tokens."""
+
+    features: torch.Tensor
+    indices: torch.Tensor
+    total: int
+
+    @classmethod
+    def whole(cls, features: torch.Tensor) -> _Span:
+        return cls(features, torch.arange(len(features), device=features.device), len(features))
 
 
 def left_padding_order(mask: torch.Tensor) -> torch.Tensor | None:

@@ -1,10 +1,11 @@
-"""``python -m llava.pruning``: the methods that are installed, with stage, needs, options and source."""
+"""``python -m llava.pruning``: the methods that are installed, with stage, needs, options, source and licence."""
 
 from __future__ import annotations
 
 import argparse
 
 from llava.pruning import available_methods
+from llava.pruning.registry import common_options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -14,7 +15,11 @@ def main(argv: list[str] | None = None) -> None:
         options = ", ".join(f"{name.upper()}_{option.upper()}={value}" for option, value in info.options.items())
         print(f"{name}\n    {info.source}")
         print(f"    stage: {info.stage}; needs: {', '.join(sorted(info.needs)) or 'the visual tokens only'}")
-        print(f"    options: {options or 'none'}")
+        print(f"    options: {options or 'none of its own'}")
+        if info.licence:
+            print(f"    published code: {info.licence}")
+    common = ", ".join(f"<METHOD>_{option.upper()}={value}" for option, value in common_options().items())
+    print(f"\nevery method: {common}")
 
 
 if __name__ == "__main__":

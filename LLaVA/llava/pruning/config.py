@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.pruning.base import Pruner
-from llava.pruning.registry import method_class, resolve_name
+from llava.pruning.registry import method_class, method_names, resolve_name
 
 OFF = "orig"
 
@@ -27,36 +27,40 @@ class PruningConfig:
     ----------
     method : str
         A registered name or alias, any case; stored as the registered name.
-    ratio : float
-        Kept ratio, 0 < ratio <= 1.
+    ratio : float or None
+        Kept ratio, 0 < ratio <= 1: of the tokens where the method drops once, of the mean over the decoder layers
+        where it drops at several. None only for a method whose options say how much it keeps.
     layer : int or None
-        0: before the first decoder layer. L: at the input of decoder layer L. None: the method's own default.
+        0: before the first decoder layer. L: at the input of decoder layer L. None: the method's own default; it stays
+        None for a method that drops at several layers.
     options : mapping
         The method's own options; what is left out takes its default.
 
     Raises
     ------
     ValueError
-        For an unknown method, a ratio or layer out of range, an unknown option, or an option's value of the wrong type.
+        For an unknown method, a ratio or layer out of range or at odds with the method, an unknown option, or an
+        option's value of the wrong type.
     """
 
     method: str
-    ratio: float
+    ratio: float | None = None
     layer: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         method = resolve_name(self.method)
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0 < self.ratio <= 1:
-            raise ValueError(f"the kept ratio must be a number with 0 < r <= 1, not {self.ratio!r}")
+        ratio, layer = self.ratio, self.layer
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1):
+            raise ValueError(f"the kept ratio must be a number with 0 < r <= 1, not {ratio!r}")
         cls = method_class(method)
-        layer = cls.default_layer if self.layer is None else self.layer
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
             raise ValueError(f"the layer must be a whole number >= 0, not {layer!r}")
-        if layer < cls.first_layer:
+        if layer is not None and layer < cls.first_layer:
+            default = "" if cls.default_layer is None else f" (default {cls.default_layer})"
             raise ValueError(
-                f"{method} works inside the decoder: LAYER_INDEX must be at least {cls.first_layer} "
-                f"(default {cls.default_layer}), not {layer}"
+                f"{method} works inside the decoder: LAYER_INDEX must be at least {cls.first_layer}{default}, "
+                f"not {layer}"
             )
         types_by_option = option_types(cls)
         for name, value in self.options.items():
@@ -66,10 +70,13 @@ class PruningConfig:
                 )
             _check_type(f"option {name!r} of {method}", value, types_by_option[name])
         object.__setattr__(self, "method", method)
-        object.__setattr__(self, "ratio", float(self.ratio))
-        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "ratio", None if ratio is None else float(ratio))
+        object.__setattr__(self, "layer", cls.default_layer if layer is None else layer)
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
-        self.build_pruner()
+        try:
+            self.build_pruner().check_budget(self.ratio, layer)
+        except ValueError as error:
+            raise ValueError(f"{method}: {error}") from None
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> PruningConfig | None:
@@ -101,29 +108,39 @@ class PruningConfig:
             method = resolve_name(baseline)
         except ValueError as error:
             raise ValueError(f"BASELINE={baseline}: {error}, or ORIG for no pruning") from None
-        return cls(
-            method=method,
-            ratio=_ratio(environ, baseline),
-            layer=_layer(environ),
-            options=_options(environ, method),
-        )
+        settings = {"ratio": _ratio(environ), "layer": _layer(environ), "options": _options(environ, method)}
+        try:
+            return cls(method=method, **settings)
+        except ValueError as error:
+            raise ValueError(f"BASELINE={baseline}: {error}") from None
 
     def build_pruner(self) -> Pruner:
         """The method with these options."""
         return method_class(self.method)(**self.options)
 
-    def check_depth(self, num_hidden_layers: int) -> None:
-        """Raise a ValueError when the layer is not one of a decoder of ``num_hidden_layers`` layers."""
-        if self.layer >= num_hidden_layers:
+    def stages(self, num_hidden_layers: int) -> tuple[tuple[int, float], ...]:
+        """Where tokens are dropped and what fraction is there from then on: see `Pruner.stages`.
+
+        Raises
+        ------
+        ValueError
+            When the layer is not one of a decoder of ``num_hidden_layers`` layers, or it cannot meet the budget.
+        """
+        if self.layer is not None and self.layer >= num_hidden_layers:
             raise ValueError(
                 f"LAYER_INDEX={self.layer} is outside the decoder: it has {num_hidden_layers} layers, "
                 f"so 0 to {num_hidden_layers - 1} are allowed"
             )
+        return self.build_pruner().stages(self.ratio, self.layer, num_hidden_layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that determines the selection, defaults spelled out; JSON-serialisable."""
-        options = {name: getattr(self.build_pruner(), name) for name in option_types(method_class(self.method))}
-        return {"method": self.method, "ratio": self.ratio, "layer": self.layer, "options": options}
+        """Everything that determines the selection, the method's defaults spelled out; JSON-serialisable."""
+        pruner = self.build_pruner()
+        usual = {field.name: field.default for field in dataclasses.fields(Pruner)}
+        options = {name: getattr(pruner, name) for name in option_types(type(pruner))}
+        # Options that every method has are told only where they were chosen.
+        told = {name: value for name, value in options.items() if name not in usual or value != usual[name]}
+        return {"method": self.method, "ratio": self.ratio, "layer": self.layer, "options": told}
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that differ whenever `to_dict` differs."""
@@ -134,21 +151,26 @@ class PruningConfig:
         """One line for a person."""
         options = ", ".join(f"{name}={value}" for name, value in self.to_dict()["options"].items())
         place = "before the decoder" if self.layer == 0 else f"at decoder layer {self.layer}"
-        return f"{self.method} keeps {100 * self.ratio:.4g} % of the visual tokens {place}" + (
-            f" ({options})" if options else ""
-        )
+        if self.layer is None:
+            place = "in the mean over the decoder layers"
+        what = "prunes" if self.ratio is None else f"keeps {100 * self.ratio:.4g} % of the visual tokens"
+        if self.ratio is None and self.layer is None:
+            place = "on a schedule of its own"
+        return f"{self.method} {what} {place}" + (f" ({options})" if options else "")
 
 
 def option_types(cls: type[Pruner]) -> dict[str, Any]:
-    """Option name -> type of a method, in the order of its fields."""
+    """Option name -> type of a method: its own in the order of its fields, then those that all methods have."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    common = [field.name for field in dataclasses.fields(Pruner)]
+    own = [field.name for field in dataclasses.fields(cls) if field.name not in common]
+    return {name: hints[name] for name in own + common}
 
 
-def _ratio(environ: Mapping[str, str], baseline: str) -> float:
+def _ratio(environ: Mapping[str, str]) -> float | None:
     text = environ.get("SUBSET_RATIO", "")
     if not text:
-        raise ValueError(f"BASELINE={baseline} needs SUBSET_RATIO, the fraction of visual tokens kept: 0 < r <= 1")
+        return None
     try:
         ratio = float(text)
     except ValueError:
@@ -175,8 +197,10 @@ def _options(environ: Mapping[str, str], method: str) -> dict[str, Any]:
     prefix = f"{method.upper()}_"
     known = option_types(method_class(method))
     variables = {name.lower(): f"{prefix}{name.upper()}" for name in known}
+    # Of two methods one name may begin with the other, as prumerge_plus does with prumerge.
+    others = tuple(f"{name.upper()}_" for name in method_names() if name.startswith(f"{method}_"))
     options = {}
-    for variable in sorted(name for name in environ if name.startswith(prefix)):
+    for variable in sorted(name for name in environ if name.startswith(prefix) and not name.startswith(others)):
         option = variable[len(prefix) :].lower()
         if option not in known:
             raise ValueError(

@@ -64,7 +64,9 @@ def select(
 
 
 @contextmanager
-def pruning(model: Any, method: str, ratio: float, layer: int | None = None, **options: Any) -> Iterator[Any]:
+def pruning(
+    model: Any, method: str, ratio: float | None = None, layer: int | None = None, **options: Any
+) -> Iterator[Any]:
     """Prune with a method inside a ``with`` block, and restore what the model did before.
 
     Parameters

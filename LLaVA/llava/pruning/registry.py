@@ -14,15 +14,25 @@ ENTRY_POINT_GROUP = "llava.pruning"
 
 _TARGETS: dict[str, str] = {
     "otprune": "llava.model.llava_arch:OTPrune",
+    "cdpruner": "llava.pruning.methods.cdpruner:CDPruner",
     "divprune": "llava.pruning.methods.divprune:DivPrune",
+    "downsample": "llava.pruning.methods.downsample:Downsample",
     "dpp": "llava.pruning.methods.dpp:DPP",
     "fastv": "llava.pruning.methods.fastv:FastV",
-    "random": "llava.pruning.methods.random:Random",
-    "uniform": "llava.pruning.methods.uniform:Uniform",
     "first_k": "llava.pruning.methods.first_k:FirstK",
+    "hiprune": "llava.pruning.methods.hiprune:HiPrune",
     "last_k": "llava.pruning.methods.last_k:LastK",
+    "prumerge": "llava.pruning.methods.prumerge:PruMerge",
+    "prumerge_plus": "llava.pruning.methods.prumerge:PruMergePlus",
+    "pyramiddrop": "llava.pruning.methods.pyramiddrop:PyramidDrop",
+    "random": "llava.pruning.methods.random:Random",
+    "sparsevlm": "llava.pruning.methods.sparsevlm:SparseVLM",
+    "uniform": "llava.pruning.methods.uniform:Uniform",
+    "vispruner": "llava.pruning.methods.vispruner:VisPruner",
+    "visionzip": "llava.pruning.methods.visionzip:VisionZip",
+    "vtw": "llava.pruning.methods.vtw:VTW",
 }
-_ALIASES = {"ours": "otprune"}
+_ALIASES = {"ours": "otprune", "prumerge+": "prumerge_plus"}
 
 
 @dataclass(frozen=True)
@@ -36,15 +46,18 @@ class MethodInfo:
     needs : frozenset of str
         What it asks of the model beyond the visual tokens.
     options : dict
-        Option name -> default.
+        Option name -> default; `common_options` come on top of these.
     source : str
         Paper or definition.
+    licence : str
+        A note on the licence of the published code; empty where there is none to note.
     """
 
     stage: str
     needs: frozenset[str]
     options: dict[str, Any]
     source: str
+    licence: str = ""
 
 
 def register(name: str, target: str) -> None:
@@ -81,8 +94,13 @@ def resolve_name(name: str) -> str:
     lowered = name.strip().lower()
     lowered = _ALIASES.get(lowered, lowered)
     if lowered not in _targets():
-        raise ValueError(f"unknown method {name!r}; available: {', '.join(sorted(_targets()))}")
+        raise ValueError(f"unknown method {name!r}; available: {', '.join(method_names())}")
     return lowered
+
+
+def method_names() -> list[str]:
+    """Every registered name, sorted; imports no method."""
+    return sorted(_targets())
 
 
 def method_class(name: str) -> type[Pruner]:
@@ -105,12 +123,21 @@ def method_class(name: str) -> type[Pruner]:
 
 def available_methods() -> dict[str, MethodInfo]:
     """Every registered method: name -> stage, needs, options with their defaults, source."""
-    return {name: _info(method_class(name)) for name in sorted(_targets())}
+    return {name: _info(method_class(name)) for name in method_names()}
+
+
+def common_options() -> dict[str, Any]:
+    """The options that every method has: name -> default."""
+    return {field.name: field.default for field in dataclasses.fields(Pruner)}
 
 
 def _info(cls: type[Pruner]) -> MethodInfo:
-    defaults = {field.name: getattr(cls(), field.name) for field in dataclasses.fields(cls)}
-    return MethodInfo(cls.stage, cls.needs, defaults, cls.source)
+    pruner = cls()
+    common = common_options()
+    defaults = {
+        field.name: getattr(pruner, field.name) for field in dataclasses.fields(cls) if field.name not in common
+    }
+    return MethodInfo(cls.stage, pruner.needs, defaults, cls.source, cls.licence)
 
 
 def _targets() -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -10,7 +11,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.pruning.base import Pruner, VisualTokens, kept_count
+from llava.model.visual_sequence import ImageTokens, PromptFacts, as_visual_tokens
+from llava.pruning.base import Pruner, gather_tokens, kept_count
 
 TEXT = -1
 """What `visual_index` holds where no image stands."""
@@ -18,31 +20,34 @@ TEXT = -1
 
 @dataclass(frozen=True)
 class LayerDrop:
-    """Drop visual tokens at the input of decoder layer ``layer``.
+    """Drop visual tokens at the inputs of decoder layers.
 
     Attributes
     ----------
     pruner : Pruner
-        Sees the hidden states of each image's visual tokens at that layer.
-    ratio : float
-        Kept ratio.
-    layer : int
-        0-based; layers below it see every token.
+        Sees the hidden states of each image's visual tokens at the layer.
+    stages : tuple of (layer, fraction)
+        Ascending 0-based layers, and how much of an image's tokens is there from the layer on.
     """
 
     pruner: Pruner
-    ratio: float
-    layer: int
+    stages: tuple[tuple[int, float], ...]
+
+    @property
+    def compact(self) -> bool:
+        """Whether what is kept gets new rotary positions without gaps."""
+        return self.pruner.position_ids == "compact"
 
 
 @dataclass(frozen=True)
 class KeptPrefix:
-    """What a prefill left of the prompts from the dropping layer on; later decoding steps need it.
+    """What a prefill left of the prompts from a dropping layer on; later decoding steps need it.
 
     Attributes
     ----------
     positions : Tensor (B, T'), int64
-        Index into the embedded prompt of every kept token, ascending in each row, padding first.
+        Index into the embedded prompt of every kept token, ascending in each row (but for methods that reorder an
+        image's tokens), padding first.
     mask : Tensor (B, T'), bool
         False where a row is padded because another one kept more.
     """
@@ -50,71 +55,128 @@ class KeptPrefix:
     positions: torch.Tensor
     mask: torch.Tensor
 
+    def compact_positions(self) -> torch.Tensor:
+        """Rotary positions (B, T') that count the kept tokens of each row."""
+        return (self.mask.long().cumsum(dim=1) - 1).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A batch of rows on their way through the decoder, before or after drops.
+
+    Attributes
+    ----------
+    hidden : Tensor (B, T, D)
+    valid : Tensor (B, T), bool
+        False at padding.
+    index : Tensor (B, T), int64
+        Number of the image a position belongs to, `TEXT` for text and padding.
+    ordinal : Tensor (B, T), int64
+        Which of its image's visual tokens a position holds, counted before any drop; `TEXT` for text and padding.
+    origin : Tensor (B, T), int64
+        Index into the embedded prompt.
+    prompt : Tensor (B, T), bool
+        False at padding and at what is to be predicted.
+    """
+
+    hidden: torch.Tensor
+    valid: torch.Tensor
+    index: torch.Tensor
+    ordinal: torch.Tensor
+    origin: torch.Tensor
+    prompt: torch.Tensor
+
+    @classmethod
+    def start(
+        cls, hidden: torch.Tensor, valid: torch.Tensor, index: torch.Tensor, prompt: torch.Tensor | None
+    ) -> Sequences:
+        """The embedded prompts (B, T, D), nothing dropped yet."""
+        origin = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+        ordinal = torch.full_like(index, TEXT)
+        for row, images in enumerate(index):
+            for image in images.unique().tolist():
+                if image != TEXT:
+                    places = (images == image).nonzero().flatten()
+                    ordinal[row, places] = torch.arange(len(places), device=index.device)
+        prompt = valid if prompt is None else prompt.bool() & valid
+        return cls(hidden, valid, index, ordinal, origin, prompt)
+
 
 def drop_visual_tokens(
-    hidden: torch.Tensor,
-    visual_index: torch.Tensor,
-    image_keys: tuple[int, ...] | None,
-    valid: torch.Tensor,
-    drop: LayerDrop,
-    last_attention: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, KeptPrefix]:
+    rows: Sequences,
+    facts: Sequence[tuple[ImageTokens, PromptFacts]],
+    pruner: Pruner,
+    fraction: float,
+    seen: Mapping[str, torch.Tensor],
+) -> Sequences:
     """Apply a pruner to every image of every row, and close the gaps.
 
     Parameters
     ----------
-    hidden : Tensor (B, T, D)
-    visual_index : Tensor (B, T), int64
-        Number of the image a position belongs to, `TEXT` for text and padding.
-    image_keys : tuple of int, or None
-        A content digest an image, for methods that ask for it.
-    valid : Tensor (B, T), bool
-        False at padding.
-    drop : LayerDrop
-    last_attention : Tensor (B, H, T), optional
-        From `last_token_attention`, for methods that ask for it.
+    rows : Sequences
+    facts : sequence
+        What is known of each image, by its number.
+    pruner : Pruner
+    fraction : float
+        Of an image's tokens before any drop, what is to be left; 0 drops them all.
+    seen : mapping of str to Tensor (B, T, ...)
+        Attention that the pruner asked for, by its field of `VisualTokens`.
 
     Returns
     -------
-    hidden : Tensor (B, T', D)
-        Rows are padded on the left.
-    prefix : KeptPrefix
+    Sequences
+        Padded on the left.
     """
-    keep = valid.clone()
-    merged = hidden.clone()
-    for n, members in _spans_by_length(visual_index).items():
-        rows = torch.tensor([row for row, _, _ in members], device=hidden.device)
+    hidden = rows.hidden
+    keep = rows.valid.clone()
+    # What each kept place will hold: usually its own token, another one where a method reorders.
+    source = torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden), 1)
+    merged = hidden.clone() if pruner.merges else hidden
+    for members in _spans(rows.index, facts, alone=pruner.varies):
+        row = torch.tensor([row for row, _, _ in members], device=hidden.device)[:, None]
         places = torch.stack([place for _, _, place in members])  # (M, n)
-        tokens = VisualTokens(
-            features=hidden[rows[:, None], places],
-            k=kept_count(n, drop.ratio),
-            image_keys=image_keys and tuple(image_keys[image] for _, image, _ in members),
-            last_attention=None if last_attention is None else _at_places(last_attention, rows, places),
+        keep[row, places] = False
+        if fraction == 0:
+            continue
+        images = [image for _, image, _ in members]
+        total = len(facts[images[0]][0].features)
+        tokens = as_visual_tokens(
+            hidden[row, places],
+            # Rounded as before the decoder: a fraction of what the image had, at most what is left of it.
+            min(places.shape[1], kept_count(total, fraction)),
+            [facts[image][0] for image in images],
+            [facts[image][1] for image in images],
+            alive=rows.ordinal[row, places] if total != places.shape[1] else None,
+            **{name: attention[row, places] for name, attention in seen.items()},
         )
-        kept = drop.pruner.reduce(tokens)
-        kept_places = places.gather(1, kept.indices)
-        keep[rows[:, None], places] = False
-        keep[rows[:, None], kept_places] = True
-        merged[rows[:, None], kept_places] = kept.features
+        kept = pruner.reduce(tokens)
+        slots = places.gather(1, kept.indices.sort(dim=-1).values)
+        keep[row, slots] = True
+        source[row, slots] = places.gather(1, kept.indices)
+        if pruner.merges:
+            merged[row, slots] = kept.features
     longest = int(keep.sum(dim=1).max())
-    positions = keep.int().argsort(dim=1, stable=True)[:, -longest:]
-    gathered = merged.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-    return gathered, KeptPrefix(positions, keep.gather(1, positions))
+    order = keep.int().argsort(dim=1, stable=True)[:, -longest:]
+    source = source.gather(1, order)
+    taken = order if pruner.merges else source
+    return Sequences(
+        hidden=merged.gather(1, taken.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])),
+        valid=keep.gather(1, order),
+        index=rows.index.gather(1, source),
+        ordinal=rows.ordinal.gather(1, source),
+        origin=rows.origin.gather(1, source),
+        prompt=rows.prompt.gather(1, source) & keep.gather(1, order),
+    )
 
 
-def _at_places(attention: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(B, H, T) read at ``places`` (M, n) of ``rows`` (M,): (M, H, n)."""
-    picked = attention[rows]
-    return picked.gather(2, places.unsqueeze(1).expand(-1, picked.shape[1], -1))
-
-
-def last_token_attention(
+def query_attention(
     layer: torch.nn.Module,
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     valid: torch.Tensor,
+    queries: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of each row's last token to all positions in one decoder layer, computed for that token alone.
+    """Attention of a few tokens to all positions in one decoder layer, computed for those tokens alone.
 
     Parameters
     ----------
@@ -124,45 +186,111 @@ def last_token_attention(
     rotary : (cos, sin), each (1 or B, T, head width)
     valid : Tensor (B, T), bool
         False at padding.
+    queries : Tensor (B, Q), int64
+        Where the tokens stand that ask.
 
     Returns
     -------
-    Tensor (B, H, T), float32
-        Rows of the softmax; 0 at padding.
+    Tensor (B, H, Q, T), float32
+        Rows of the causal softmax; 0 at padding.
     """
     attention = layer.self_attn
     batch, length, _ = hidden.shape
-    rows = torch.arange(batch, device=hidden.device)
-    last = length - 1 - valid.flip(1).int().argmax(dim=1)  # (B,)
     normed = layer.input_layernorm(hidden)
+    asking = gather_tokens(normed, queries)
     keys = attention.k_proj(normed).view(batch, length, -1, attention.head_dim).transpose(1, 2)
-    query = attention.q_proj(normed[rows, last]).view(batch, 1, -1, attention.head_dim).transpose(1, 2)
+    query = attention.q_proj(asking).view(batch, queries.shape[1], -1, attention.head_dim).transpose(1, 2)
     cos, sin = (part.expand(batch, -1, -1) for part in rotary)
-    # Both arguments are rotated by the same angles: the query's position first, then the keys'.
-    query, _ = apply_rotary_pos_emb(query, query, cos[rows, last].unsqueeze(1), sin[rows, last].unsqueeze(1))
+    # Both arguments are rotated by the same angles: the queries' positions first, then the keys'.
+    query, _ = apply_rotary_pos_emb(query, query, gather_tokens(cos, queries), gather_tokens(sin, queries))
     keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)  # (B, H, T, head width)
-    logits = (query @ keys.mT).squeeze(2).float() * attention.scaling
-    return logits.masked_fill(~valid.unsqueeze(1), -torch.inf).softmax(dim=-1)
+    logits = (query @ keys.mT).float() * attention.scaling  # (B, H, Q, T)
+    earlier = torch.arange(length, device=hidden.device) <= queries[:, :, None]  # (B, Q, T)
+    return logits.masked_fill(~(earlier & valid[:, None, :]).unsqueeze(1), -torch.inf).softmax(dim=-1)
 
 
-def _spans_by_length(index: torch.Tensor) -> dict[int, list[tuple[int, int, torch.Tensor]]]:
-    """Length -> (row, image, places) of the images of that length."""
-    spans: dict[int, list[tuple[int, int, torch.Tensor]]] = {}
+def last_token_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    prompt: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`query_attention` of each row's last prompt token (by default its last token): (B, T, H), float32."""
+    asking = valid if prompt is None else prompt
+    last = asking.shape[1] - 1 - asking.flip(1).int().argmax(dim=1)  # (B,)
+    return query_attention(layer, hidden, rotary, valid, last[:, None])[:, :, 0].transpose(1, 2)
+
+
+def rater_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    raters: torch.Tensor,
+) -> torch.Tensor:
+    """`query_attention` of chosen tokens, averaged over heads and over each row's raters: (B, T), float32.
+
+    Parameters
+    ----------
+    raters : Tensor (B, T), bool
+        Rows without one get zeros.
+    """
+    rows = []
+    for row in range(len(hidden)):
+        asking = raters[row].nonzero().flatten()[None]
+        if asking.shape[1] == 0:
+            rows.append(torch.zeros(hidden.shape[1], device=hidden.device))
+            continue
+        own = slice(row, row + 1)
+        turned = tuple(part[own] if len(part) > 1 else part for part in rotary)
+        rows.append(query_attention(layer, hidden[own], turned, valid[own], asking)[0].mean(dim=(0, 1)))
+    return torch.stack(rows)
+
+
+def choose_raters(rows: Sequences, pruner: Pruner) -> torch.Tensor:
+    """The text tokens behind each row's first image that the pruner takes as raters, as places in the prompt.
+
+    Returns
+    -------
+    Tensor (B, T), bool
+        Over the embedded prompts, before any drop.
+    """
+    chosen = torch.zeros_like(rows.valid)
+    for row, images in enumerate(rows.index):
+        visual = images != TEXT
+        text = (~visual & rows.prompt[row] & (visual.cumsum(0) > 0)).nonzero().flatten()
+        if len(text) and bool(visual.any()):
+            chosen[row, text] = pruner.raters(rows.hidden[row, visual], rows.hidden[row, text])
+    return chosen
+
+
+def _spans(
+    index: torch.Tensor, facts: Sequence[tuple[ImageTokens, PromptFacts]], alone: bool
+) -> list[list[tuple[int, int, torch.Tensor]]]:
+    """Groups of (row, image, places) of the same size and layout, then and now; `alone`: every image by itself."""
+    groups: dict[object, list[tuple[int, int, torch.Tensor]]] = {}
     for row, images in enumerate(index):
         for image in images.unique().tolist():
             if image != TEXT:
                 places = (images == image).nonzero().flatten()
-                spans.setdefault(len(places), []).append((row, image, places))
-    return spans
+                then = facts[image][0]
+                kind = (row, image) if alone else (len(then.features), then.layout, len(places))
+                groups.setdefault(kind, []).append((row, image, places))
+    return list(groups.values())
 
 
 class DroppingDecoder:
-    """Mixed in before a decoder stack: with ``layer_drop`` set, layers from ``layer_drop.layer`` on see fewer tokens.
+    """Mixed in before a decoder stack: with ``layer_drop`` set, layers from its stages on see fewer tokens.
 
-    In prefill and in every decoding step, layers below see the whole sequence and layers from there on the kept one,
-    each with its own mask and its own length of the KV cache; rotary positions of what is kept stay what they were.
-    Without ``layer_drop`` the stack's own forward runs, untouched.
+    In prefill and in every decoding step each layer sees what the stages up to it left, with its own mask and its own
+    length of the KV cache. Without ``layer_drop`` the stack's own forward runs, untouched.
+
+    Attributes
+    ----------
+    kept_prefix : KeptPrefix or None
+        What the latest prefill left behind its last stage.
     """
 
     layer_drop: LayerDrop | None = None
@@ -177,10 +305,20 @@ class DroppingDecoder:
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         visual_index: torch.LongTensor | None = None,
-        image_keys: tuple[int, ...] | None = None,
+        visual_facts: Sequence[tuple[ImageTokens, PromptFacts]] = (),
+        prompt_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """Run the decoder; ``visual_index`` and ``image_keys`` are those of `drop_visual_tokens`.
+        """Run the decoder.
+
+        Parameters
+        ----------
+        visual_index : Tensor (B, T), int64, optional
+            Number of the image that each embedded position belongs to, `TEXT` for text and padding.
+        visual_facts : sequence
+            What is known of each image, by its number.
+        prompt_mask : Tensor (B, T), optional
+            False at what is to be predicted, which must not choose tokens.
 
         Raises
         ------
@@ -189,8 +327,8 @@ class DroppingDecoder:
             inside the decoder.
         """
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        prefix = getattr(past_key_values, "kept_prefix", None) if cached else None
-        if self.layer_drop is None or (visual_index is None and prefix is None):
+        prefixes = getattr(past_key_values, "kept_prefixes", None) if cached else None
+        if self.layer_drop is None or (visual_index is None and prefixes is None):
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -210,7 +348,6 @@ class DroppingDecoder:
         if position_ids is None:
             position_ids = torch.arange(cached, cached + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -218,26 +355,35 @@ class DroppingDecoder:
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        rows = raters = None
+        if prefixes is None:
+            valid = attention_mask.bool() if attention_mask is not None else visual_index.new_ones((), dtype=torch.bool)
+            rows = Sequences.start(inputs_embeds, valid.expand(visual_index.shape), visual_index, prompt_mask)
+            if "rater_attention" in self.layer_drop.pruner.needs:
+                raters = choose_raters(rows, self.layer_drop.pruner)
+
         hidden = inputs_embeds
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
+        stages, left = dict(self.layer_drop.stages), {}
         states = []
         for depth, layer in enumerate(self.layers):
-            if depth == self.layer_drop.layer:
-                if prefix is None:
-                    valid = (
-                        torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-                        if attention_mask is None
-                        else attention_mask.bool()
-                    )
-                    attention = None
-                    if "last_attention" in self.layer_drop.pruner.needs:
-                        attention = last_token_attention(self.layers[depth - 1], states[-1], rotary, valid)
-                    hidden, prefix = drop_visual_tokens(
-                        hidden, visual_index, image_keys, valid, self.layer_drop, attention
-                    )
-                    position_ids = position_ids.gather(1, prefix.positions)
-                    rotary = self.rotary_emb(hidden, position_ids=position_ids)
-                mask = self._mask_after_drop(hidden, prefix, position_ids, past_key_values)
+            if depth in stages:
+                if rows is not None:
+                    rows = replace(rows, hidden=hidden)
+                    before = None if depth == 0 else (self.layers[depth - 1], states[-1])
+                    seen = self._observe(rows, before, layer, rotary, raters)
+                    first = rows.origin
+                    rows = drop_visual_tokens(rows, visual_facts, self.layer_drop.pruner, stages[depth], seen)
+                    hidden = rows.hidden
+                    position_ids = _positions_of(rows.origin, first, position_ids)
+                    prefix = KeptPrefix(rows.origin, rows.valid)
+                else:
+                    prefix = prefixes[depth]
+                left[depth] = prefix
+                if self.layer_drop.compact:
+                    position_ids = self._compact_positions(prefix, hidden, depth, past_key_values)
+                rotary = self.rotary_emb(hidden, position_ids=position_ids)
+                mask = self._mask_after_drop(hidden, prefix, position_ids, past_key_values, depth)
             states.append(hidden)
             hidden = layer(
                 hidden,
@@ -248,9 +394,9 @@ class DroppingDecoder:
                 use_cache=use_cache,
                 **kwargs,
             )
-        self.kept_prefix = prefix
+        self.kept_prefix = left[max(left)]
         if past_key_values is not None:
-            past_key_values.kept_prefix = prefix
+            past_key_values.kept_prefixes = left
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
@@ -258,16 +404,37 @@ class DroppingDecoder:
             hidden_states=(*states, hidden) if collect else None,
         )
 
-    def _mask_after_drop(self, hidden, prefix: KeptPrefix, position_ids, past_key_values: Cache | None):
-        """The attention mask of the layers from the drop on: kept prompt, then everything generated since."""
-        layer = self.layer_drop.layer
-        cached = past_key_values.get_seq_length(layer) if past_key_values is not None else 0
+    def _observe(self, rows: Sequences, before, layer, rotary, raters) -> dict[str, torch.Tensor]:
+        """The attention that the pruner asks for, at the rows' present places: name -> (B, T, ...)."""
+        needs, seen = self.layer_drop.pruner.needs, {}
+        if "next_attention" in needs:
+            seen["next_attention"] = last_token_attention(layer, rows.hidden, rotary, rows.valid, rows.prompt)
+        if before is None:
+            return seen
+        if "last_attention" in needs:
+            seen["last_attention"] = last_token_attention(*before, rotary, rows.valid, rows.prompt)
+        if "rater_attention" in needs:
+            present = raters.gather(1, rows.origin) & rows.valid
+            seen["rater_attention"] = rater_attention(*before, rotary, rows.valid, present)
+        return seen
+
+    def _compact_positions(self, prefix: KeptPrefix, hidden, depth: int, cache: Cache | None) -> torch.Tensor:
+        """Rotary positions without gaps: of the kept prompt, or of what is generated behind it."""
+        cached = cache.get_seq_length(depth) if cache is not None else 0
+        if not cached:
+            return prefix.compact_positions()
+        generated = cached - prefix.mask.shape[1] + torch.arange(hidden.shape[1], device=hidden.device)
+        return prefix.mask.sum(dim=1, keepdim=True) + generated
+
+    def _mask_after_drop(self, hidden, prefix: KeptPrefix, position_ids, cache: Cache | None, depth: int):
+        """The attention mask of the layers from a stage on: kept prompt, then everything generated since."""
+        cached = cache.get_seq_length(depth) if cache is not None else 0
         generated = cached + hidden.shape[1] - prefix.mask.shape[1]
         return create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=torch.cat([prefix.mask, prefix.mask.new_ones(len(prefix.mask), generated)], dim=1),
-            past_key_values=None if past_key_values is None else _LengthOfLayer(past_key_values, layer),
+            past_key_values=None if cache is None else _LengthOfLayer(cache, depth),
             position_ids=position_ids,
         )
 
@@ -278,6 +445,13 @@ class DroppingDecoder:
             raise NotImplementedError("LAYER_INDEX > 0 does not work with sliding-window attention")
         if visual_index is not None and cached:
             raise NotImplementedError("LAYER_INDEX > 0 does not take images after a filled KV cache")
+
+
+def _positions_of(origin: torch.Tensor, before: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (B, T') of the prompt's tokens `origin` (B, T'), given those (B, T) of the tokens `before`."""
+    by_origin = position_ids.new_zeros(len(before), int(before.max()) + 1)
+    by_origin.scatter_(1, before, position_ids)
+    return by_origin.gather(1, origin)
 
 
 class _LengthOfLayer:

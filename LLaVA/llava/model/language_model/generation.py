@@ -32,7 +32,7 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         logits_to_keep: int | torch.Tensor = 0,
         cache_position=None,
         visual_index: torch.LongTensor | None = None,
-        image_keys: tuple[int, ...] | None = None,
+        visual_facts: tuple = (),
         **kwargs,
     ):
         """The language model's forward pass over text and images.
@@ -49,8 +49,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             How many of the last positions get logits; 0 means all.
         cache_position
             Accepted for older callers and ignored.
-        visual_index, image_keys
-            Which image each embedded position belongs to; `generate` hands them on when a decoder layer drops tokens.
+        visual_index, visual_facts
+            See `DroppingDecoder.forward`; `generate` hands them on when a decoder layer drops tokens.
         **kwargs
             What the language model's forward takes.
 
@@ -66,10 +66,13 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             )
             # A decoding step has no images of its own, though generate goes on handing over the prompt's.
             spliced = inputs_embeds is not None
-            visual_index, image_keys = (self.visual_index, self.image_keys) if spliced else (None, None)
+            visual_index, visual_facts = (self.visual_index, self.visual_facts) if spliced else (None, ())
         drops_inside = self.get_model().layer_drop is not None and visual_index is not None
         if drops_inside:
-            kwargs |= {"visual_index": visual_index, "image_keys": image_keys}
+            kwargs |= {"visual_index": visual_index, "visual_facts": visual_facts}
+            if labels is not None:
+                # The first answer and all that follows it must not choose what is kept.
+                kwargs["prompt_mask"] = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -141,12 +144,16 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         if embeds is None:
             embeds = self.get_model().embed_tokens(ids)
         elif self.get_model().layer_drop is not None:
-            kwargs |= {"visual_index": self.visual_index, "image_keys": self.image_keys}
+            kwargs |= {"visual_index": self.visual_index, "visual_facts": self.visual_facts}
         order = left_padding_order(mask)
         if order is not None:
             embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
             if "visual_index" in kwargs:
                 kwargs["visual_index"] = kwargs["visual_index"].gather(1, order)
+            if position_ids is not None:
+                position_ids = position_ids.gather(1, order)
+        if position_ids is not None:
+            kwargs["position_ids"] = position_ids
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
     def get_model(self):
@@ -155,8 +162,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
 
     def set_pruning(self, config: PruningConfig | None) -> None:
         super().set_pruning(config)
-        inside = config is not None and config.layer > 0
-        self.get_model().layer_drop = LayerDrop(self._pruner, config.ratio, config.layer) if inside else None
+        inside = config is not None and not self.prunes_before_decoder
+        self.get_model().layer_drop = LayerDrop(self._pruner, self._stages) if inside else None
 
 
 def _mask_of_padding(ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from llava.model.multimodal_encoder.observations import EncoderObserver
 
 
 class CLIPVisionTower(nn.Module):
@@ -73,8 +76,8 @@ class CLIPVisionTower(nn.Module):
         self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name)
         self.is_loaded = True
 
-    def hidden_state(self, images: torch.Tensor) -> torch.Tensor:
-        """The hidden state ``select_layer`` (B, 1 + N, D), running no layer beyond it.
+    def hidden_state(self, images: torch.Tensor, observer: EncoderObserver | None = None) -> torch.Tensor:
+        """The hidden state ``select_layer`` (B, 1 + N, D), running no layer beyond it; an observer sees every layer.
 
         The layers are called one by one: the output-capturing hooks of transformers 5 run twice on a model nested in
         another one, and ``hidden_states[-2]`` would then be another layer's.
@@ -84,9 +87,15 @@ class CLIPVisionTower(nn.Module):
         depth = self.select_layer if self.select_layer >= 0 else len(layers) + 1 + self.select_layer
         if not 0 <= depth <= len(layers):
             raise ValueError(f"mm_vision_select_layer {self.select_layer} is outside the tower's {len(layers)} layers")
+        if observer is not None:
+            observer.check(depth)
         hidden = model.pre_layrnorm(model.embeddings(images))
-        for layer in layers[:depth]:
+        for number, layer in enumerate(layers[:depth]):
+            if observer is not None:
+                observer.before_layer(number, depth, layer, hidden)
             hidden = layer(hidden, None)
+        if observer is not None:
+            observer.finish(depth, layers[min(depth, len(layers) - 1)], hidden)
         return hidden
 
     def feature_select(self, image_forward_outs) -> torch.Tensor:
@@ -119,6 +128,32 @@ class CLIPVisionTower(nn.Module):
             return [self(image.unsqueeze(0)) for image in images]
         features = self.hidden_state(images.to(device=self.device, dtype=self.dtype))
         return self.select_tokens(features).to(images.dtype)
+
+    @torch.no_grad()
+    def observe(
+        self, images: torch.Tensor, needs: frozenset[str], layers: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Encode pixels (B, 3, H, W), and note down what a pruning method needs.
+
+        Parameters
+        ----------
+        images : Tensor (B, 3, H, W)
+        needs, layers
+            See `EncoderObserver`.
+
+        Returns
+        -------
+        features : Tensor (B, N, D)
+            As from `forward`.
+        notes : dict of str to Tensor (B, N, ...)
+            Zeros at [CLS] where ``select_feature`` is "cls_patch".
+        """
+        observer = EncoderObserver(needs, layers)
+        hidden = self.hidden_state(images.to(device=self.device, dtype=self.dtype), observer)
+        notes = observer.notes
+        if self.select_feature == "cls_patch":
+            notes = {name: torch.cat([torch.zeros_like(note[:, :1]), note], dim=1) for name, note in notes.items()}
+        return self.select_tokens(hidden).to(images.dtype), notes
 
     @property
     def dummy_feature(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens
+from llava.pruning.base import INSIDE, Pruner, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +18,12 @@ class FastV(Pruner):
     ranks its own tokens, and the last token is the last one that is not padding.
     """
 
-    stage: ClassVar[str] = "inside the decoder"
+    stage: ClassVar[str] = INSIDE
     needs: ClassVar[frozenset[str]] = frozenset({"last_attention"})
     source: ClassVar[str] = "FastV (ECCV 2024), K = 2"
     first_layer: ClassVar[int] = 1
     default_layer: ClassVar[int] = 2
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
-        scores = tokens.last_attention.mean(dim=1)  # (B, N)
+        scores = tokens.last_attention.mean(dim=-1)  # (B, N)
         return scores.argsort(dim=-1, descending=True, stable=True)[:, : tokens.k]

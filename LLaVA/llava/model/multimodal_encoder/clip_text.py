@@ -1,0 +1,137 @@
+"""CLIP's text tower: how much each patch of an image resembles a question."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+_BEGINS_USER = re.compile(r"\b(?:USER|Human):|\[INST\]|<\|im_start\|>user\b")
+_BEGINS_ASSISTANT = re.compile(r"\b(?:ASSISTANT|Assistant):|\[/INST\]|<\|im_start\|>assistant\b|assistant\n\Z")
+_SEPARATOR = re.compile(r"###|</s>|<\|im_end\|>")
+
+
+def text_similarity(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """Cosine between every patch and a text, averaged over the text's pieces.
+
+    Parameters
+    ----------
+    image_embeds : Tensor (..., N, C), floating
+        Patches in a space that they share with the text.
+    text_embeds : Tensor (M, C), floating
+        Pieces of the text: segments, or tokens.
+
+    Returns
+    -------
+    Tensor (..., N), float32
+        0 for a text without pieces.
+    """
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        patches = torch.nn.functional.normalize(image_embeds.float(), dim=-1)
+        pieces = torch.nn.functional.normalize(text_embeds.float(), dim=-1)
+        return patches @ (pieces.sum(dim=0) / max(1, len(pieces)))
+
+
+def question_text(prompt: str) -> str:
+    """The user's last words in the text behind an image.
+
+    Parameters
+    ----------
+    prompt : str
+        In any of the conversation templates, with or without their special tokens; without any role marks it is the
+        question itself.
+    """
+    last_turn = _BEGINS_USER.split(prompt)[-1]
+    return _SEPARATOR.sub("", _BEGINS_ASSISTANT.split(last_turn)[0]).strip()
+
+
+class ClipText:
+    """The half of a CLIP checkpoint that a vision tower leaves out, for scoring its patches against a text.
+
+    It works in float32, and on the device of the features that it is given.
+
+    Parameters
+    ----------
+    tower : str
+        A local folder or a hub id that holds the whole CLIP model with its tokenizer.
+
+    Raises
+    ------
+    ValueError
+        If there is no text tower, or no tokenizer; the message names the tower.
+    """
+
+    def __init__(self, tower: str):
+        from transformers import AutoConfig, CLIPModel, CLIPTokenizer
+
+        try:
+            kind = AutoConfig.from_pretrained(tower).model_type
+        except (OSError, ValueError) as error:
+            raise _no_text_tower(tower, str(error)) from error
+        if kind != "clip":
+            raise _no_text_tower(tower, f"its configuration is that of a {kind}, not of a clip")
+        try:
+            model, report = CLIPModel.from_pretrained(tower, dtype=torch.float32, output_loading_info=True)
+            tokenizer = CLIPTokenizer.from_pretrained(tower)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _no_text_tower(tower, str(error)) from error
+        if report["missing_keys"]:
+            raise _no_text_tower(tower, f"its weights lack {min(report['missing_keys'])}")
+        # Without its files a tokenizer is built all the same, of special tokens alone.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise _no_text_tower(tower, "it has no tokenizer")
+        self.tokenizer = tokenizer
+        self.segment_length = model.config.text_config.max_position_embeddings - 2
+        self._text = torch.nn.ModuleList([model.text_model, model.text_projection]).eval().requires_grad_(False)
+        # Of the vision half only what stands behind its layers: the tower itself is there already.
+        self._image = torch.nn.Sequential(model.vision_model.post_layernorm, model.visual_projection)
+        self._image.eval().requires_grad_(False)
+
+    def segments(self, text: str) -> list[list[int]]:
+        """A text's token ids in as many segments as it takes, each with a beginning and an end of its own.
+
+        The published code cuts the marked sequence itself, so that of a long text only the first segment begins and
+        only the last one ends with a mark, where CLIP reads the text's embedding.
+        """
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        starts = range(0, max(1, len(ids)), self.segment_length)
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return [[first, *ids[start : start + self.segment_length], last] for start in starts]
+
+    @torch.no_grad()
+    def embed_text(self, text: str) -> torch.Tensor:
+        """A text in CLIP's common space: (M, C), float32, one row a segment."""
+        encoder, projection = self._text
+        segments = [torch.tensor(ids, device=projection.weight.device) for ids in self.segments(text)]
+        with torch.autocast(projection.weight.device.type, enabled=False):
+            pooled = [encoder(input_ids=ids[None]).pooler_output for ids in segments]
+            return projection(torch.cat(pooled))
+
+    @torch.no_grad()
+    def embed_patches(self, encoder_hidden: torch.Tensor) -> torch.Tensor:
+        """Patches of the vision encoder (B, N, C) in CLIP's common space, where CLIP itself puts [CLS] only."""
+        with torch.autocast(encoder_hidden.device.type, enabled=False):
+            return self._image(encoder_hidden.float())
+
+    def similarity(self, encoder_hidden: torch.Tensor, text: str) -> torch.Tensor:
+        """Cosine between patches and a text, averaged over the text's segments.
+
+        Parameters
+        ----------
+        encoder_hidden : Tensor (B, N, C), floating
+            Patches as the vision tower hands them to the projector.
+        text : str
+
+        Returns
+        -------
+        Tensor (B, N), float32
+        """
+        self._text.to(encoder_hidden.device)
+        self._image.to(encoder_hidden.device)
+        return text_similarity(self.embed_patches(encoder_hidden), self.embed_text(text))
+
+
+def _no_text_tower(tower: str, reason: str) -> ValueError:
+    return ValueError(
+        f"The vision tower {tower!r} comes without CLIP's text tower ({reason}): set CDPRUNER_RELEVANCE=embeddings"
+    )

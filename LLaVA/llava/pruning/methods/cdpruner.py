@@ -1,0 +1,86 @@
+"""CDPruner: tokens that are diverse given the question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from llava.model.llava_arch import greedy_select
+from llava.model.multimodal_encoder.clip_text import text_similarity
+from llava.pruning.base import Pruner, VisualTokens
+from llava.pruning.methods.divprune import cosine_similarity
+
+
+def min_max(scores: torch.Tensor) -> torch.Tensor:
+    """Every image's scores (B, N) scaled to (0, 1], float32; all 1 where they do not differ."""
+    scores = scores.float()
+    lowest, highest = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
+    # The published 1e-6 leaves the least relevant token a gain above zero.
+    return (scores - lowest + 1e-6) / (highest - lowest).clamp_min(1e-6)
+
+
+def conditional_kernel(similarity: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
+    """``K_ij = r_i L_ij r_j``.
+
+    Parameters
+    ----------
+    similarity : Tensor (B, N, N), floating
+        L: cosines between tokens.
+    relevance : Tensor (B, N), floating
+        r: relevance of each token to the question, > 0.
+
+    Returns
+    -------
+    Tensor (B, N, N)
+        Symmetric and positive semi-definite as L is.
+
+    Source: CDPruner, NeurIPS 2025, arXiv 2506.10967.
+    """
+    return relevance.unsqueeze(2) * similarity * relevance.unsqueeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(Pruner):
+    """Greedy maximisation of the determinant of a similarity kernel that is conditioned on the question.
+
+    The kernel has rank at most D: beyond it, and among duplicates, gains are rounding errors, and the rest of the
+    budget is filled by them.
+
+    Attributes
+    ----------
+    relevance : str
+        Where a token's relevance to the question comes from. "clip": *minus* the cosine between patch and question in
+        CLIP's common space, as published: in that space CLIP's patches are the farther from a text, the more they show
+        of it. It needs a vision tower that comes with its text tower. "embeddings": the mean cosine between the
+        projected token and the question's embedded text tokens, for a tower that has none; its sign is not turned
+        round, since the authors saw that only in CLIP.
+    """
+
+    source: ClassVar[str] = "CDPruner, arXiv 2506.10967 (NeurIPS 2025)"
+    licence: ClassVar[str] = "Apache-2.0"
+
+    relevance: Literal["clip", "embeddings"] = "clip"
+
+    def __post_init__(self):
+        if self.relevance not in ("clip", "embeddings"):
+            raise ValueError(f"CDPruner's relevance must be 'clip' or 'embeddings', not {self.relevance!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The question, as the chosen relevance reads it."""
+        return frozenset({"text_similarity" if self.relevance == "clip" else "question"})
+
+    def select(self, tokens: VisualTokens) -> torch.Tensor:
+        similarity = cosine_similarity(tokens.features)
+        diagonal = similarity.diagonal(dim1=-2, dim2=-1)
+        # A token's cosine with itself is 1, not 1 and a rounding error that would decide between equal relevances.
+        diagonal.copy_((diagonal > 0.5).to(similarity.dtype))
+        return greedy_select(conditional_kernel(similarity, min_max(self._relevance(tokens))), tokens.k)
+
+    def _relevance(self, tokens: VisualTokens) -> torch.Tensor:
+        if self.relevance == "clip":
+            return -tokens.text_similarity
+        pairs = zip(tokens.features, tokens.question, strict=True)
+        return torch.stack([text_similarity(features, question) for features, question in pairs])

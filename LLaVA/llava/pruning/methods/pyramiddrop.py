@@ -1,0 +1,66 @@
+"""PyramidDrop: drop in stages, the deeper the more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from llava.pruning.base import INSIDE, Pruner, VisualTokens
+from llava.pruning.schedule import Stages, at_relative_depth, check_scheduled_budget, scaled
+
+PUBLISHED: Stages = ((8, 0.5), (16, 0.25), (24, 0.125))
+"""The paper's stages: lambda = 0.5 at a quarter, half and three quarters of 32 layers; 0.46875 on average."""
+
+
+def rank(attention: torch.Tensor) -> torch.Tensor:
+    """Tokens by the attention that the last prompt token pays them, averaged over the heads.
+
+    Parameters
+    ----------
+    attention : Tensor (B, N, H), floating
+
+    Returns
+    -------
+    Tensor (B, N), int64
+        Most attended first; ties go to the lowest index.
+    """
+    return attention.float().mean(dim=-1).argsort(dim=-1, descending=True, stable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidDrop(Pruner):
+    """At the input of several layers, the visual tokens that the last prompt token attends to most in that layer.
+
+    The layer's own query and key projections are applied to its input for this one query, so the ranking needs nothing
+    of the layer before, and a drop at layer 0 is possible.
+
+    Attributes
+    ----------
+    schedule : str
+        "published": half of the tokens from a quarter of the decoder on, a quarter from half, an eighth from three
+        quarters; a budget of its own. "scaled": the same, scaled to SUBSET_RATIO by `llava.pruning.schedule.scaled`.
+    """
+
+    stage: ClassVar[str] = INSIDE
+    needs: ClassVar[frozenset[str]] = frozenset({"next_attention"})
+    source: ClassVar[str] = "PyramidDrop (CVPR 2025, arXiv 2410.17247)"
+    default_layer: ClassVar[int | None] = None
+
+    schedule: Literal["scaled", "published"] = "scaled"
+
+    def __post_init__(self):
+        if self.schedule not in ("scaled", "published"):
+            raise ValueError(f"schedule must be scaled or published, not {self.schedule!r}")
+
+    def check_budget(self, ratio: float | None, layer: int | None) -> None:
+        check_scheduled_budget("PYRAMIDDROP_SCHEDULE", self.schedule, ratio, layer)
+
+    def stages(self, ratio: float | None, layer: int | None, num_layers: int) -> Stages:
+        if self.schedule == "published":
+            return at_relative_depth(PUBLISHED, num_layers, self.first_layer)
+        return scaled(PUBLISHED, ratio, num_layers, self.first_layer)
+
+    def select(self, tokens: VisualTokens) -> torch.Tensor:
+        return rank(tokens.next_attention)[:, : tokens.k]

@@ -1,0 +1,119 @@
+"""VisionZip: keep the patches that [CLS] attends to, and merge the others into a few contextual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llava.pruning.base import KeptTokens, Pruner, VisualTokens, gather_tokens
+
+
+def attention_order(cls_attention: torch.Tensor) -> torch.Tensor:
+    """Tokens by the attention of [CLS], summed over its heads.
+
+    Parameters
+    ----------
+    cls_attention : Tensor (B, N, H), floating, >= 0
+
+    Returns
+    -------
+    Tensor (B, N), int64
+        Descending attention; ties go to the lowest index. Newlines, which no encoder ever saw, come last.
+    """
+    return cls_attention.float().sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
+
+
+def patch_counts(cls_attention: torch.Tensor) -> list[int]:
+    """How many of each image's tokens (B, N, H) are patches: those with any attention, since a softmax gives all some.
+
+    The layout would tell as well, but it is not known of a crop alone, nor inside the decoder.
+    """
+    return (cls_attention > 0).any(dim=-1).sum(dim=-1).tolist()
+
+
+def contextual_tokens(
+    hidden: torch.Tensor, metric: torch.Tensor, rest: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge what is not dominant in an image into evenly spaced targets.
+
+    Targets are ``count`` evenly spaced places of ``rest``. Every other one joins the target whose metric has the
+    largest cosine with its own. A contextual token is the target *plus* the mean of those that joined it, as in the
+    published code: about twice as long as the tokens around it, where anything joined.
+
+    Parameters
+    ----------
+    hidden : Tensor (N, D), floating
+        What is merged.
+    metric : Tensor (N, c), floating
+        What likeness is measured on.
+    rest : Tensor (R,), int64
+        Ascending places of the tokens that are not dominant.
+    count : int
+        1 <= count <= R.
+
+    Returns
+    -------
+    tokens : Tensor (count, D), in the dtype of ``hidden``
+    targets : Tensor (count,), int64
+        Places of the targets, ascending.
+
+    Source: VisionZip, CVPR 2025.
+    """
+    step = len(rest) // count
+    targets = rest[::step][:count]
+    with torch.autocast(hidden.device.type, enabled=False):
+        unit = torch.nn.functional.normalize(metric[rest].float(), dim=-1)
+        cosine = unit @ unit[::step][:count].T  # (R, count)
+        joins = cosine.argmax(dim=-1, keepdim=True) == torch.arange(count, device=rest.device)
+        # A target stays where it is, also where another one is its duplicate.
+        joins[: count * step : step] = False
+        sums = joins.T.float() @ hidden[rest].float()
+    means = sums / joins.sum(dim=0).clamp_min(1).unsqueeze(-1)
+    return (hidden[targets].float() + means).to(hidden.dtype), targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Pruner):
+    """Dominant tokens by [CLS] attention, and contextual tokens merged from the rest by the likeness of their keys.
+
+    The published code merges the encoder's features, before the projector, and keeps [CLS] among the dominant tokens.
+    Here the projected tokens are merged, with the same assignment, because a pruner hands on projected tokens; and
+    [CLS] is left out, because the projector never saw one in training. Its place in the budget goes to one more patch.
+    Newline tokens are neither dominant nor merged; they go on only where the budget exceeds the patches.
+
+    The dominant tokens go on first, in raster order, then the contextual ones, each at the place of its target.
+
+    Attributes
+    ----------
+    contextual_share : float
+        Part of the budget that contextual tokens take, 0 to 1: 10 of 64, 20 of 128 and 30 of 192 in the paper.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"cls_attention", "encoder_keys"})
+    source: ClassVar[str] = "VisionZip, arXiv 2412.04467 (CVPR 2025)"
+    licence: ClassVar[str] = "Apache-2.0"
+
+    contextual_share: float = 10 / 64
+
+    def __post_init__(self):
+        if not 0 <= self.contextual_share <= 1:
+            raise ValueError(f"VisionZip's contextual_share must be a number from 0 to 1, not {self.contextual_share}")
+
+    def merge(self, tokens: VisualTokens) -> KeptTokens:
+        contextual = round(self.contextual_share * tokens.k)
+        dominant = tokens.k - contextual
+        order = attention_order(tokens.cls_attention)
+        kept = order[:, :dominant].sort(dim=-1).values
+        features = gather_tokens(tokens.features, kept)
+        if contextual == 0:
+            return KeptTokens(features, kept)
+        parts, places = [], []
+        patches = patch_counts(tokens.cls_attention)
+        for image, ranked in enumerate(order):
+            rest = ranked[dominant : max(patches[image], tokens.k)].sort().values
+            merged, targets = contextual_tokens(tokens.features[image], tokens.encoder_keys[image], rest, contextual)
+            parts.append(torch.cat([features[image], merged]))
+            places.append(torch.cat([kept[image], targets]))
+        return KeptTokens(torch.stack(parts), torch.stack(places))

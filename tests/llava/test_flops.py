@@ -1,0 +1,366 @@
+"""FLOPs: the literature's figures to the last printed digit, and the exact count against PyTorch's own counter."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig
+
+from golden import golden_root
+from llava.eval import flops
+from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, exact_flops, literature_flops
+from llava.model import LlavaConfig, LlavaMistralConfig
+from llava.pruning import kept_count, pruning
+from tiny_llava import build, pixels, prompt, save_tower
+
+FILE = golden_root() / "pruning" / "flops_and_log_parser.json"
+GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {"find_flop": [], "find_tflop_ratio": [], "report": {}}
+VIDEO_TOKENS = [(text, 8 * 144) for text in (28, 63, 21, 38, 196)]
+
+PUBLISHED = {
+    "1.5-7b": ("3.2280", "0.5122", "15.63"),
+    "1.5-13b": ("6.2813", "1.0020", "15.71"),
+    "1.6-7b": ("11.8489", "1.2659", "10.80"),
+}
+"""TFLOP unpruned, TFLOP pruned and ratio in per cent at a kept ratio of 0.098 (DivPrune, OTPrune)."""
+
+
+def plain(hidden, intermediate, layers):
+    """A decoder without grouped heads."""
+    return DecoderShape(hidden, intermediate, layers, query_width=hidden, key_width=hidden, vocabulary=32000)
+
+
+def averages(shape, cases, ratio, layer=0):
+    """Mean unpruned and pruned count and mean ratio over (text, visual) pairs."""
+    full, left, ratios = [], [], []
+    for text, visual in cases:
+        counts = [visual] * layer + [kept_count(visual, ratio)] * (shape.layers - layer)
+        tokens = flops.tokens_per_layer(text, counts)
+        full.append(literature_flops(shape, [text + visual] * shape.layers))
+        left.append(literature_flops(shape, tokens))
+        ratios.append(flops.literature_ratio(shape, tokens, text + visual))
+    return [sum(values) / len(cases) for values in (full, left, ratios)]
+
+
+@pytest.mark.parametrize("case", GOLDEN["find_flop"])
+def test_the_formula_gives_the_published_codes_values(case):
+    shape = plain(case["hidden"], case["ffn"], case["layers"])
+    assert literature_flops(shape, [case["seq_len"]] * case["layers"]) == case["flop"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["find_tflop_ratio"])
+def test_a_drop_at_a_layer_gives_the_published_codes_ratio(case):
+    text = case["sequence_len"] - case["total_visual"]
+    shape = plain(4096, 11008, case["total_layers"])
+    full, left, ratio = averages(shape, [(text, case["total_visual"])], case["subset_ratio"], case["layer"])
+    assert [left / 1e12, 100 * ratio, full] == pytest.approx(case["result"], rel=1e-12)
+
+
+@pytest.mark.parametrize("setting", GOLDEN["report"])
+def test_the_averages_are_those_that_the_published_script_prints(setting):
+    family, size, kind = setting.split("|")
+    cases = list(flops.BENCHMARK_TOKENS.values())
+    if family == "llava_1.5":
+        cases = [(text, 576) for text, _ in cases]
+    if kind == "video":
+        cases = VIDEO_TOKENS
+    shape = SHAPES[f"{family.removeprefix('llava_')}-{size}"].decoder
+    full, left, ratio = averages(shape, cases, 0.1 if kind == "video" else 0.098)
+    assert [
+        f"avg full TFLOPs: {full / 1e12:.4f}",
+        f"avg pruned TFLOPs: {left / 1e12:.4f}",
+        f"avg ratio TFLOPs: {100 * ratio:.4f}",
+    ] == GOLDEN["report"][setting]
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_command_line_prints_the_papers_averages(model, capsys):
+    assert flops.main(["--model", model, "--benchmarks", "--method", "otprune", "--ratio", "0.098"]) == 0
+    average = next(line.split() for line in capsys.readouterr().out.splitlines() if "average" in line)
+    assert tuple(average[1:4]) == PUBLISHED[model]
+
+
+def test_withdrawing_every_visual_token_at_layer_4_costs_what_is_published_of_vtw():
+    cases = [(text, 576) for text, _ in flops.BENCHMARK_TOKENS.values()]
+    _, left, _ = averages(SHAPES["1.5-7b"].decoder, cases, ratio=0, layer=4)
+    assert f"{left / 1e12:.3f}" == "0.603"
+
+
+def test_a_decoder_layer_is_that_of_fitprunes_budget():
+    """4 N d^2 + 2 N^2 d + 3 N d m multiply-accumulates, 576 visual tokens in 32 layers (FitPrune's origin_flops)."""
+    assert exact_flops(SHAPES["1.5-7b"], [576] * 32).decoder == 2 * 3817152184320
+
+
+def counted(work, *arguments, **options):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        work(*arguments, **options)
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    return save_tower(tmp_path_factory.mktemp("tower"))
+
+
+@pytest.fixture(scope="module")
+def model(tower):
+    return build(tower)
+
+
+@pytest.fixture(scope="module")
+def anyres(tower):
+    return build(
+        tower,
+        image_aspect_ratio="anyres",
+        mm_patch_merge_type="spatial_unpad",
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+    )
+
+
+def shape_of(model):
+    return ModelShape.of(model.config, model.get_vision_tower().config)
+
+
+IDS = prompt(5, 7)[None]
+TEXT, N = 13, 16
+
+# FlopCounterMode counts matrix products and convolutions, as the formula does; the margin is for what a version of
+# transformers may add beside them (rotary angles as a product), and far below one token more or less.
+MARGIN = 1e-3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("layer", [None, 0, 1, 3])
+def test_the_exact_count_is_that_of_torch(tower, family, attention, layer):
+    """Unpruned (None), pruned before the decoder and at a layer; four query heads on two key heads."""
+    model = build(tower, family)
+    model.set_attn_implementation(attention)
+    visual = [N] * 4 if layer is None else [N] * layer + [4] * (4 - layer)
+    tokens = flops.tokens_per_layer(TEXT, visual)
+    expected = exact_flops(shape_of(model), tokens, logits=tokens[-1])
+    if layer is None:
+        measured = counted(model, input_ids=IDS, images=pixels(1))
+    else:
+        with pruning(model, "uniform", ratio=0.25, layer=layer):
+            measured = counted(model, input_ids=IDS, images=pixels(1))
+    assert expected.total == pytest.approx(measured, rel=MARGIN)
+
+
+def test_tower_and_projector_are_counted_apart(model):
+    expected = exact_flops(shape_of(model), [TEXT + N] * 4)
+    tower = model.get_vision_tower()
+    assert expected.vision_tower == counted(tower, pixels(1))
+    assert expected.projector == counted(model.get_model().mm_projector, tower(pixels(1)))
+
+
+@pytest.mark.parametrize("kind", ["linear", "identity", "mlp3x_gelu"])
+def test_every_projector_is_counted(tower, kind):
+    model = build(tower, mm_projector_type=kind, mm_hidden_size=32, hidden_size=32, num_attention_heads=4)
+    projector = model.get_model().mm_projector
+    assert exact_flops(shape_of(model), [1] * 4).projector == counted(projector, torch.zeros(1, N, 32))
+
+
+def test_a_cls_feature_is_one_more_vector_for_the_projector(tower):
+    model = build(tower, mm_vision_select_feature="cls_patch")
+    measured = counted(model, input_ids=IDS, images=pixels(1))
+    tokens = [TEXT + N + 1] * 4
+    assert exact_flops(shape_of(model), tokens, logits=tokens[-1]).total == pytest.approx(measured, rel=MARGIN)
+
+
+def test_a_head_width_of_its_own_is_heeded(tower):
+    """As in some Mistrals: heads times head width is not the hidden size."""
+    model = build(tower, "mistral", head_dim=20)
+    measured = counted(model, input_ids=IDS, images=pixels(1))
+    tokens = [TEXT + N] * 4
+    assert exact_flops(shape_of(model), tokens, logits=tokens[-1]).total == pytest.approx(measured, rel=MARGIN)
+
+
+def test_every_crop_of_an_anyres_image_goes_through_the_tower(anyres):
+    shape, images, sizes = shape_of(anyres), [pixels(5)], [(112, 112)]
+    visual = len(anyres.visual_tokens(images, sizes)[0])
+    tokens = [TEXT + visual] * 4
+    measured = counted(anyres, input_ids=IDS, images=images, image_sizes=sizes)
+    assert shape.crops == 5
+    assert exact_flops(shape, tokens, logits=tokens[-1]).total == pytest.approx(measured, rel=MARGIN)
+
+
+def test_a_text_only_prompt_has_no_crops(model):
+    measured = counted(model, input_ids=prompt(8)[None])
+    assert exact_flops(shape_of(model), [9] * 4, crops=0, logits=9).total == pytest.approx(measured, rel=MARGIN)
+
+
+def test_generation_reads_the_logits_of_one_position(model):
+    measured = counted(model, input_ids=IDS, images=pixels(1), logits_to_keep=1)
+    assert exact_flops(shape_of(model), [TEXT + N] * 4).total == pytest.approx(measured, rel=MARGIN)
+
+
+def test_the_ratio_is_one_where_nothing_is_dropped():
+    assert flops.literature_ratio(plain(64, 128, 3), [20, 20, 20], 20) == 1
+
+
+LARGE_TOWER = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+LLAVA = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "vocab_size": 32000}
+SIZES = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
+}
+ANYRES = {
+    "image_aspect_ratio": "anyres",
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_named_shapes_are_those_of_the_published_configurations(name):
+    generation, size = name.split("-")
+    config = LlavaConfig(**SIZES[size], **LLAVA, **(ANYRES if generation == "1.6" else {}))
+    assert ModelShape.of(config, LARGE_TOWER) == SHAPES[name]
+    assert SHAPES[name].visual_tokens == (2880 if generation == "1.6" else 576)
+
+
+def test_the_published_tower_runs_23_of_its_24_layers():
+    assert TowerShape.of(LARGE_TOWER).layers == 23
+    assert TowerShape.of(LARGE_TOWER, select_layer=24).layers == 24
+
+
+def test_grouped_heads_share_keys_and_values():
+    shape = DecoderShape.of(LlavaMistralConfig(**SIZES["7b"], num_key_value_heads=8))
+    assert (shape.query_width, shape.key_width) == (4096, 1024)
+
+
+@pytest.mark.parametrize(
+    "count", [literature_flops, lambda shape, tokens: exact_flops(ModelShape(shape, None, 0), tokens)]
+)
+def test_a_number_of_tokens_is_needed_for_every_layer(count):
+    with pytest.raises(ValueError, match=r"32 layers.*not 31"):
+        count(SHAPES["1.5-7b"].decoder, [611] * 31)
+    with pytest.raises(ValueError, match="at least 0 tokens, not -1"):
+        count(SHAPES["1.5-7b"].decoder, [611] * 31 + [-1])
+
+
+def test_a_configuration_without_a_size_is_refused():
+    with pytest.raises(ValueError, match=r"must say intermediate_size.*not None"):
+        DecoderShape.of(SimpleNamespace(hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=100))
+
+
+def test_an_unknown_projector_is_refused():
+    with pytest.raises(ValueError, match="Unknown projector type: resampler"):
+        ModelShape.of(LlavaConfig(mm_projector_type="resampler"), LARGE_TOWER)
+
+
+def written(tmp_path, *arguments):
+    file = tmp_path / "flops.json"
+    flops.main([*arguments, "--json", str(file)])
+    return json.loads(file.read_text())
+
+
+def test_the_file_holds_tokens_and_both_counts(tmp_path):
+    report = written(tmp_path, "--text", "60", "--method", "uniform", "--ratio", "0.5", "--layer", "2")
+    shape, tokens = SHAPES["1.5-7b"], [636] * 2 + [348] * 30
+    assert report["tokens_per_layer"] == {"unpruned": [636] * 32, "pruned": tokens}
+    assert report["mean_visual_tokens"] == {"unpruned": 576, "pruned": (2 * 576 + 30 * 288) / 32}
+    assert report["literature"]["decoder"]["pruned"] == literature_flops(shape.decoder, tokens)
+    assert report["literature"]["decoder"]["ratio"] == flops.literature_ratio(shape.decoder, tokens, 636)
+    for kind, counts in report["tokens_per_layer"].items():
+        parts = {part: cost[kind] for part, cost in report["exact"].items()}
+        assert parts == exact_flops(shape, counts).to_dict()
+    assert report["exact"]["vision_tower"]["ratio"] == 1 > report["exact"]["total"]["ratio"]
+    assert report["pruning"]["method"] == "uniform" and report["pruning"]["layer"] == 2
+
+
+def test_the_table_names_layers_mean_and_conventions(capsys):
+    flops.main(["--model", "1.6-7b", "--text", "60", "--method", "uniform", "--ratio", "0.5", "--layer", "2"])
+    shown = capsys.readouterr().out
+    assert "60 text and 2880 visual tokens, 5 crops" in shown
+    assert "0-31: 2940" in shown and "0-1: 2940, 2-31: 1500" in shown
+    assert "1530 of 2880 (53.12 %)" in shown
+    assert "literature, TMACs" in shown and "exact, TFLOPs" in shown
+
+
+@pytest.mark.parametrize("convention", ["literature", "exact"])
+def test_one_convention_can_be_asked_for(convention, tmp_path):
+    report = written(tmp_path, "--convention", convention)
+    assert {"literature", "exact"} & set(report) == {convention}
+
+
+def test_without_a_method_there_is_the_unpruned_model_only(tmp_path):
+    report = written(tmp_path, "--visual", "100", "--text", "20")
+    assert report["pruning"] is None and report["tokens_per_layer"] == {"unpruned": [120] * 32}
+    assert report["literature"] == {"decoder": {"unpruned": literature_flops(SHAPES["1.5-7b"].decoder, [120] * 32)}}
+
+
+def test_a_method_that_drops_at_several_layers_is_counted_layer_by_layer(tmp_path):
+    """PyramidDrop's published schedule halves the tokens at a quarter, a half and three quarters of the depth."""
+    report = written(tmp_path, "--text", "0", "--method", "pyramiddrop", "--option", "schedule=published")
+    assert report["tokens_per_layer"]["pruned"] == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
+
+
+def test_options_reach_the_method(tmp_path):
+    report = written(tmp_path, "--method", "OURS", "--ratio", "0.1", "--option", "gamma=0.5", "--option", "compat=1")
+    assert report["pruning"]["method"] == "otprune"
+    assert report["pruning"]["options"] | {"gamma": 0.5, "compat": True} == report["pruning"]["options"]
+
+
+def test_the_shell_has_no_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("BASELINE", "uniform")
+    monkeypatch.setenv("SUBSET_RATIO", "0.5")
+    assert written(tmp_path)["pruning"] is None
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_checkpoint_folder_is_read_for_its_configuration(tower, tmp_path, family):
+    model = build(tower, family)
+    model.config.save_pretrained(tmp_path)
+    assert flops.load_shape(str(tmp_path)) == shape_of(model)
+
+
+def test_the_embedded_model_has_a_shape():
+    shape = flops.load_shape("llava-mini")
+    assert shape.visual_tokens == 576 and shape.crops == 1
+
+
+def test_a_folder_without_images_in_its_configuration_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    with pytest.raises(ValueError, match="names no vision tower"):
+        flops.load_shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "nope", "--ratio", "0.1"], "unknown method 'nope'"),
+        (["--method", "uniform"], "a kept ratio is needed"),
+        (["--method", "uniform", "--ratio", "1.5"], "1.5: must be a number with 0 < r <= 1"),
+        (["--method", "uniform", "--ratio", "abc"], "invalid float value: 'abc'"),
+        (["--method", "uniform", "--ratio", "0.1", "--layer", "32"], "32 layers, so 0 to 31 are allowed"),
+        (["--method", "uniform", "--ratio", "0.1", "--layer", "-1"], "0 <= L"),
+        (["--method", "otprune", "--ratio", "0.1", "--option", "gama=3"], "no such option"),
+        (["--method", "otprune", "--ratio", "0.1", "--option", "gamma"], "must read NAME=VALUE, not 'gamma'"),
+        (["--method", "otprune", "--ratio", "0.1", "--option", "gamma=x"], "must be a number"),
+        (["--method", "prumerge", "--option", "adaptive=1"], "depends on the image"),
+        (["--ratio", "0.1"], "need a --method"),
+        (["--text", "-1"], "--text must be at least 0, not -1"),
+        (["--visual", "0"], "--visual must be at least 1, not 0"),
+        (["--crops", "0"], "--crops must be at least 1, not 0"),
+        (["--benchmarks", "--text", "9"], "leave out --text"),
+        (["--benchmarks", "--convention", "exact"], "literature's convention, not exact"),
+        (["--model", "/nowhere"], "no checkpoint folder /nowhere"),
+        (["--convention", "published"], "invalid choice: 'published'"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        flops.main(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
