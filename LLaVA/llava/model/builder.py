@@ -109,7 +109,7 @@ def load_pretrained_model(
         config = config_class.from_pretrained(path)
     config.name_or_path = path
     if pruning is not None:
-        pruning.check_depth(config.num_hidden_layers)
+        pruning.stages(config.num_hidden_layers)
 
     weights_path = resolve_model_path(model_base) if model_base else path
     tokenizer = load_tokenizer(weights_path)
