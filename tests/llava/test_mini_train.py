@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,13 @@ from torch.nn import functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini import scenes, tower
-from llava.mini.attention import stretched_attention
+from llava.mini.attention import attention_for, stretched_attention
 from llava.mini.decoder import ConversationTask
 from llava.mini.drills import sample_drills
-from llava.mini.loop import Stage, learning_rate_factor
+from llava.mini.loop import Run, Stage, _moved, learning_rate_factor
 from llava.mini.packing import Mixture, PackedScenes, collate, encode_prompts, packed_mask, prefix_stretches
 from llava.mini.questions import FORMS, sample_questions
-from llava.mini.train import CONFIG, STAGES, main, parse_stage, read_config
+from llava.mini.train import CONFIG, STAGES, conversation_task, grow, main, parse_stage, read_config
 from llava.mini.vocabulary import build_tokenizer, conversation_texts
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -237,6 +238,49 @@ def test_a_killed_run_resumes_to_the_same_weights(run, tmp_path, monkeypatch):
         whole, pieces = (torch.load(folder / f"{name}.pt", weights_only=True) for folder in (run, output))
         assert whole["step"] == pieces["step"]
         assert all(torch.equal(whole["model"][key], pieces["model"][key]) for key in whole["model"])
+
+
+def test_a_deeper_model_begins_as_the_shallow_one(run, tokenizer):
+    config = read_config(CONFIG, smoke=True)
+    shallow = conversation_task("finetune", config, len(tokenizer), Run(run))
+    state = torch.load(run / "finetune.pt", weights_only=True)["model"]
+    grow(shallow, state)
+    deep = conversation_task("deepen", config, len(tokenizer), Run(run))
+    grow(deep, state)
+    assert len(deep.model.get_model().layers) == 2 * len(shallow.model.get_model().layers)
+    (batch,) = collate([PackedScenes("validation", 0, 4, 2, Mixture(questions=3), tokenizer)[i] for i in range(2)])
+    with torch.no_grad():
+        torch.testing.assert_close(deep.answer_logits(batch)[0], shallow.answer_logits(batch)[0])
+    with pytest.raises(ValueError, match="a model of 2 layers cannot continue one of 4"):
+        grow(shallow, torch.load(run / "deepen.pt", weights_only=True)["model"])
+
+
+def test_a_gpu_would_compute_the_same_loss(run, tokenizer):
+    """Away from a CPU PyTorch's own attention is used: the same packed batch, the same loss."""
+    config = read_config(CONFIG, smoke=True)
+    (batch,) = collate([PackedScenes("validation", 0, 4, 2, Mixture(questions=3), tokenizer)[i] for i in range(2)])
+    task = conversation_task("deepen", config, len(tokenizer), Run(run))
+    with torch.no_grad():
+        ours = task(batch)["answer"]
+        task.model.set_attn_implementation(attention_for("cuda"))
+        task.model.get_vision_tower().vision_tower.set_attn_implementation(attention_for("cuda"))
+        torch.testing.assert_close(task(batch)["answer"], ours, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_moved_whole(tokenizer):
+    batch = collate([PackedScenes("validation", 0, 4, 2, Mixture(questions=3), tokenizer)[0]])
+    (moved,) = _moved(batch, "meta")
+    assert {moved.pictures.device.type, moved.ids.device.type, moved.labels.device.type} == {"meta"}
+    assert moved.forms == batch[0].forms
+
+
+def test_helpers_that_draw_pictures_change_nothing(run, tmp_path):
+    config = tmp_path / "run"
+    shutil.copytree(run, config)
+    (config / "deepen.pt").unlink()
+    assert main([*SMOKE, "--output", str(config), "--resume", "--stage", "deepen", "--workers", "2"]) == 0
+    ours, theirs = (torch.load(folder / "deepen.pt", weights_only=True)["model"] for folder in (config, run))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_a_run_is_not_overwritten(run, capsys):

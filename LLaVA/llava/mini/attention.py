@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-__all__ = ["ATTENTION_NAME", "register", "stretched_attention"]
+__all__ = ["ATTENTION_NAME", "attention_for", "register", "stretched_attention"]
 
 ATTENTION_NAME = "llava_mini_stretched"
 
@@ -118,3 +118,8 @@ def register() -> str:
     """Make the attention known to transformers; returns the name to set as ``attn_implementation``."""
     AttentionInterface.register(ATTENTION_NAME, _attention)
     return ATTENTION_NAME
+
+
+def attention_for(device: str) -> str:
+    """The ``attn_implementation`` to train with: this module's on a CPU, PyTorch's own on anything else."""
+    return register() if torch.device(device).type == "cpu" else "sdpa"

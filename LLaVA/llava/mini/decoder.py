@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mini.attention import register
+from llava.mini.attention import attention_for
 from llava.mini.packing import Batch, packed_mask, prefix_stretches
 from llava.mini.tower import pixel_values
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -57,16 +57,16 @@ def llava_config(config: dict, vocabulary: int) -> LlavaConfig:
     )
 
 
-def build_llava(config: dict, vocabulary: int, folder: Path) -> LlavaLlamaForCausalLM:
+def build_llava(config: dict, vocabulary: int, folder: Path, device: str = "cpu") -> LlavaLlamaForCausalLM:
     """A new model on the tower in ``folder / "vision_tower"``, which is frozen; attention as training wants it."""
     settings = llava_config(config, vocabulary)
     settings.name_or_path = str(folder)
-    settings._attn_implementation = register()
+    settings._attn_implementation = attention_for(device)
     model = LlavaLlamaForCausalLM(settings)
     tower = model.get_vision_tower()
     tower.load_model()
-    tower.vision_tower.set_attn_implementation(register())
-    return model
+    tower.vision_tower.set_attn_implementation(attention_for(device))
+    return model.to(device)
 
 
 class ConversationTask(nn.Module):

@@ -12,12 +12,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import distributed, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 __all__ = ["Run", "Stage", "learning_rate_factor", "train_stage"]
@@ -76,6 +76,8 @@ class Run:
         Matrix products in bfloat16 (the weights stay float32).
     quiet : bool
         No progress bar.
+    workers : int
+        Processes that make the examples of later steps meanwhile; 0 makes them in this one.
     parent : int
         The process that started this one; when it is gone, one of several processes leaves.
     """
@@ -89,6 +91,7 @@ class Run:
     log_steps: int = 50
     bf16: bool = True
     quiet: bool = False
+    workers: int = 0
     parent: int = field(default_factory=os.getppid)
 
     def state_file(self, stage: str) -> Path:
@@ -176,15 +179,22 @@ def train_stage(
     saved = time.monotonic()
     task.train()
     bar = tqdm(total=stage.steps, initial=first, desc=stage.name, disable=run.quiet or run.rank > 0, mininterval=5)
-    for step in range(first, stage.steps):
+    starts = [step * stage.batch + run.rank * share for step in range(first, stage.steps)]
+    batches = DataLoader(
+        data,
+        batch_sampler=[range(start, start + share) for start in starts],
+        collate_fn=collate,
+        num_workers=run.workers,
+        generator=torch.Generator(),  # or it would draw from the one whose state is saved
+    )
+    for step, batch in enumerate(batches, start=first):
         if run.world > 1 and os.getppid() != run.parent:
             raise SystemExit("the process that started this one is gone")
         factor = learning_rate_factor(step, stage)
         for optimizer, bases in zip(optimizers, rates, strict=True):
             for group, base in zip(optimizer.param_groups, bases, strict=True):
                 group["lr"] = base * factor
-        start = step * stage.batch + run.rank * share
-        batch = _moved(collate([data[number] for number in range(start, start + share)]), run.device)
+        batch = _moved(batch, run.device)
         with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.bf16):
             report = task(*batch)
         loss = sum(value for name, value in report.items() if "/" not in name)
@@ -217,7 +227,9 @@ def _moved(batch, device: str):
     if isinstance(batch, dict):
         return {name: _moved(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return tuple(_moved(value, device) for value in batch)
+        return type(batch)(_moved(value, device) for value in batch)
+    if is_dataclass(batch):
+        return replace(batch, **{part.name: _moved(getattr(batch, part.name), device) for part in fields(batch)})
     return batch
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.mini import scenes
-from llava.mini.attention import register
+from llava.mini.attention import attention_for
 
 __all__ = ["TowerScenes", "TowerTask", "build_tower", "crowded_scene", "pixel_values", "scene_targets"]
 
@@ -60,7 +60,7 @@ BOX_WEIGHT = 20.0
 PICTURE_WEIGHT = 2.0
 
 
-def build_tower(config: dict) -> CLIPVisionModel:
+def build_tower(config: dict, attention: str) -> CLIPVisionModel:
     """A new tower of the configuration's sizes, with one layer more than is used (LLaVA reads layer -2)."""
     tower = CLIPVisionModel(
         CLIPVisionConfig(
@@ -72,7 +72,7 @@ def build_tower(config: dict) -> CLIPVisionModel:
             patch_size=scenes.PATCH_SIZE,
             projection_dim=config["width"],
             hidden_act="gelu",
-            attn_implementation=register(),
+            attn_implementation=attention,
         )
     )
     with torch.no_grad():
@@ -202,9 +202,9 @@ class TowerScenes(torch.utils.data.Dataset):
 class TowerTask(nn.Module):
     """The tower with its heads: pictures and targets in, losses out."""
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, attention: str | None = None):
         super().__init__()
-        self.tower = build_tower(config)
+        self.tower = build_tower(config, attention or attention_for("cpu"))
         width = config["width"]
         self.heads = nn.ModuleDict({name: nn.Linear(width, head.classes) for name, head in PATCH_HEADS.items()})
         self.box = nn.Linear(width, BOX_WIDTH)

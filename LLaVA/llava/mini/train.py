@@ -1,8 +1,9 @@
 """Train llava-mini from nothing: ``python -m llava.mini.train``.
 
-Four stages. ``tower``: the vision tower learns what is in each patch. ``align``: projector and language model learn
+Five stages. ``tower``: the vision tower learns what is in each patch. ``align``: projector and language model learn
 words for it, in captions and plain questions. ``basics``: which thing has which attribute, and how to answer with a
-letter. ``finetune``: every kind of question in every layout that a benchmark uses. Stopped at any time, even killed, a
+letter. ``finetune``: every kind of question in every layout that a benchmark uses. ``deepen``: more of it, with layers
+added that begin as if they were not there. Stopped at any time, even killed, a
 run goes on with ``--resume`` and ends in the same weights as one that was never stopped.
 """
 
@@ -20,6 +21,7 @@ import torch
 import yaml
 from torch import distributed, nn
 
+from llava.mini.attention import attention_for
 from llava.mini.decoder import ConversationTask, build_llava
 from llava.mini.evaluate import evaluate
 from llava.mini.export import export_checkpoint, export_tower
@@ -32,21 +34,29 @@ from llava.model.tokenizer import load_tokenizer
 __all__ = ["CONFIG", "STAGES", "main", "read_config", "train"]
 
 CONFIG = Path(__file__).with_name("config.yaml")
-STAGES = ("tower", "align", "basics", "finetune")
+STAGES = ("tower", "align", "basics", "finetune", "deepen")
 
 # Pictures of different stages never overlap.
-FIRST_SEEDS = {"tower": 0, "align": 100_000_000, "basics": 150_000_000, "finetune": 200_000_000}
+FIRST_SEEDS = {"tower": 0, "align": 100_000_000, "basics": 150_000_000, "finetune": 200_000_000, "deepen": 300_000_000}
+
+LAYERS = "model.model.layers."
 
 # Sizes and steps that try the whole recipe out in seconds.
 SMOKE = {
     "tokenizer": {"pieces": 800, "scenes": 20},
     "tower": {"width": 24, "heads": 2, "layers": 1, "intermediate": 32},
-    "decoder": {"width": 32, "heads": 2, "layers": 4, "intermediate": 48},
+    "decoder": {"width": 32, "heads": 2, "intermediate": 48},
     "stages": {
         "tower": {"steps": 4, "batch": 2},
-        "align": {"steps": 3, "batch": 2},
-        "basics": {"steps": 2, "batch": 2, "mixture": {"questions": 3, "text_every": 2}},
-        "finetune": {"steps": 4, "batch": 2, "mixture": {"questions": 3, "pair_every": 3, "text_every": 4}},
+        "align": {"steps": 3, "batch": 2, "layers": 2},
+        "basics": {"steps": 2, "batch": 2, "layers": 2, "mixture": {"questions": 3, "text_every": 2}},
+        "finetune": {
+            "steps": 4,
+            "batch": 2,
+            "layers": 2,
+            "mixture": {"questions": 3, "pair_every": 3, "text_every": 4},
+        },
+        "deepen": {"steps": 2, "batch": 2, "layers": 4, "mixture": {"questions": 3, "pair_every": 2}},
     },
 }
 
@@ -63,7 +73,7 @@ def _merged(base: dict, over: dict) -> dict:
 
 def parse_stage(name: str, config: dict) -> tuple[Stage, Mixture | None]:
     """A stage of the recipe, and which questions it asks."""
-    settings = dict(config["stages"][name])
+    settings = {key: value for key, value in config["stages"][name].items() if key != "layers"}
     mixture = settings.pop("mixture", None)
     if mixture is not None:
         weights = mixture["forms"]
@@ -77,7 +87,7 @@ def train(name: str, config: dict, run: Run) -> bool:
     stage, mixture = parse_stage(name, config)
     length = stage.steps * stage.batch
     if name == "tower":
-        task = TowerTask(config["tower"]).to(run.device)
+        task = TowerTask(config["tower"], attention_for(run.device)).to(run.device)
         unused = (task.tower.encoder.layers[-1], task.tower.post_layernorm)
         for module in unused:
             module.requires_grad_(False)
@@ -85,16 +95,50 @@ def train(name: str, config: dict, run: Run) -> bool:
         data = TowerScenes("train", FIRST_SEEDS[name], length, config["tower"]["crowded"])
         return train_stage(stage, task, matrices, data, run)
     tokenizer = load_tokenizer(run.folder / "checkpoint")
-    task = conversation_task(config, len(tokenizer), run)
+    task = conversation_task(name, config, len(tokenizer), run)
     if name != "align" and not run.state_file(name).exists():
-        _load(task, run.state_file(_before(name)))
+        grow(task, torch.load(run.state_file(_before(name)), map_location="cpu", weights_only=True)["model"])
     data = PackedScenes("train", FIRST_SEEDS[name], length, stage.batch, mixture, tokenizer)
     return train_stage(stage, task, task.matrices(), data, run, collate)
 
 
-def conversation_task(config: dict, vocabulary: int, run: Run) -> ConversationTask:
-    """The model on the exported tower, with new weights."""
-    return ConversationTask(build_llava(config, vocabulary, run.folder / "checkpoint")).to(run.device)
+def conversation_task(stage: str, config: dict, vocabulary: int, run: Run) -> ConversationTask:
+    """The model on the exported tower, with new weights and as many decoder layers as the stage has."""
+    layers = config["stages"][stage]["layers"]
+    deep = config | {"decoder": config["decoder"] | {"layers": layers}}
+    return ConversationTask(build_llava(deep, vocabulary, run.folder / "checkpoint", run.device))
+
+
+def grow(task: ConversationTask, state: dict[str, torch.Tensor]) -> None:
+    """Load the weights of an equal or shallower model, spread over the layers; a layer in between does nothing yet.
+
+    Parameters
+    ----------
+    task : ConversationTask
+    state : dict
+        Of a task with at most as many decoder layers.
+
+    Raises
+    ------
+    ValueError
+        If the state has more layers.
+    """
+    layers = task.model.get_model().layers
+    old = 1 + max(int(name.split(".")[3]) for name in state if name.startswith(LAYERS))
+    if old > len(layers):
+        raise ValueError(f"a model of {len(layers)} layers cannot continue one of {old}")
+    places = [number * len(layers) // old for number in range(old)]
+    moved = {}
+    for name, value in state.items():
+        if name.startswith(LAYERS):
+            number, _, rest = name.removeprefix(LAYERS).partition(".")
+            name = f"{LAYERS}{places[int(number)]}.{rest}"
+        moved[name] = value
+    task.load_state_dict(moved, strict=False)
+    with torch.no_grad():
+        for number in set(range(len(layers))) - set(places):
+            layers[number].self_attn.o_proj.weight.zero_()
+            layers[number].mlp.down_proj.weight.zero_()
 
 
 def _load(task: nn.Module, file: Path) -> None:
@@ -122,8 +166,8 @@ def _prepare(name: str, config: dict, folder: Path) -> None:
 def _export(config: dict, folder: Path) -> None:
     run = Run(folder)
     tokenizer = load_tokenizer(folder / "checkpoint")
-    task = conversation_task(config, len(tokenizer), run)
     last = next(name for name in reversed(STAGES) if run.state_file(name).exists())
+    task = conversation_task(last, config, len(tokenizer), run)
     _load(task, run.state_file(last))
     export_checkpoint(task.model, folder, config)
 
@@ -140,6 +184,7 @@ def _work(rank: int, name: str, config: dict, arguments: argparse.Namespace, por
         world=arguments.processes,
         device=arguments.device,
         bf16=not arguments.fp32,
+        workers=arguments.workers,
     )
     train(name, config, run)
     if arguments.processes > 1:
@@ -157,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=int, default=1, help="split each batch over so many processes (CPU)")
     add("--threads", type=int, default=os.cpu_count(), help="threads a process")
     add("--device", default="cpu", help="cpu, or cuda with one process")
+    add("--workers", type=int, default=0, help="processes that draw the pictures of later steps; for a GPU, one a core")
     add("--fp32", action="store_true", help="no bfloat16 products")
     add("--scenes", type=int, default=200, help="scenes to evaluate on")
     add("--smoke", action="store_true", help="tiny sizes, few steps: try everything out in seconds")
