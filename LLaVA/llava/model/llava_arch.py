@@ -20,6 +20,7 @@ from llava.constants import (
 from llava.model.language_model.decoder import TEXT
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.visual_cache import Span, VisualCache
 from llava.model.visual_sequence import (
     ImageTokens,
     PromptFacts,
@@ -248,6 +249,9 @@ class LlavaMetaForCausalLM:
     ----------
     prompt_tokenizer
         Turns a prompt's ids back into text, for methods that read the question with another model; None if unknown.
+    visual_cache : VisualCache or None
+        With one, the kept tokens of an image are computed once and remembered, wherever the pruner looks at nothing but
+        the image and no gradient is wanted. None, the default: every image is encoded whenever it comes.
     visual_token_counts : sequence of (total, kept)
         For each image that stood in a prompt of the latest call, in the order of the rows; kept is what is left at the
         end of the decoder.
@@ -260,6 +264,7 @@ class LlavaMetaForCausalLM:
     """
 
     prompt_tokenizer = None
+    visual_cache: VisualCache | None = None
     visual_token_counts: Sequence[tuple[int, int]] = ()
     visual_tokens_per_layer: Sequence[tuple[int, ...]] = ()
     visual_index: torch.Tensor | None = None
@@ -285,6 +290,10 @@ class LlavaMetaForCausalLM:
         self._stages = () if config is None else config.stages(self.config.num_hidden_layers)
         self._pruning = config
         self._pruner = None if config is None else config.build_pruner()
+
+    @property
+    def _drops_inside(self) -> bool:
+        return bool(self._stages) and not self.prunes_before_decoder
 
     @property
     def prunes_before_decoder(self) -> bool:
@@ -419,22 +428,9 @@ class LlavaMetaForCausalLM:
             label_rows = [row[mask] for row, mask in zip(labels, valid, strict=True)]
 
         images_of_rows = _assign_images([int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in ids_rows], len(images))
-        encoded = self.image_tokens(images, image_sizes)
-        rows_of_images = [(row, image) for row, own in enumerate(images_of_rows) for image in own]
-        visual = [encoded[image] for _, image in rows_of_images]
-        facts = [
-            self._prompt_facts(encoded[image], images[image], ids_rows[row], label_rows[row])
-            for row, image in rows_of_images
-        ]
-        inside = bool(self._stages) and not self.prunes_before_decoder
-        self.visual_facts = tuple(zip(visual, facts, strict=True)) if inside else ()
-        spans = [_Span.whole(image.features) for image in visual]
-        if self.prunes_before_decoder:
-            kept = reduce_images(self._pruner, visual, facts, self._stages[0][1])
-            spans = [
-                _Span(left.features, left.indices, len(image.features))
-                for left, image in zip(kept, visual, strict=True)
-            ]
+        # A row that takes an image and has no mark for it does not use it.
+        asked = [(image, ids_rows[row], label_rows[row]) for row, own in enumerate(images_of_rows) for image in own]
+        spans = self._cached_spans(asked, images, image_sizes)
         self._count(spans)
 
         limit = getattr(self.config, "tokenizer_model_max_length", None)
@@ -461,6 +457,54 @@ class LlavaMetaForCausalLM:
             _pad(embeds, 0.0, left),
             None if labels is None else _pad(new_labels, IGNORE_INDEX, left),
         )
+
+    def _cached_spans(self, asked: Sequence[tuple[int, torch.Tensor, torch.Tensor]], images, image_sizes) -> list[Span]:
+        """`_spans`, with what `visual_cache` remembers of the images."""
+        needs = self._pruner.needs if self._pruner is not None else frozenset()
+        by_image_alone = not self._drops_inside and not needs & {"question", "text_similarity"}
+        if self.visual_cache is None or torch.is_grad_enabled() or not by_image_alone:
+            return self._spans(asked, images, image_sizes)
+        switch = None if self._pruning is None else self._pruning.fingerprint()
+        sizes = image_sizes if image_sizes is not None else [None] * len(images)
+        keys = [(content_key(images[image]), tuple(images[image].shape), sizes[image], switch) for image, _, _ in asked]
+        spans: dict[object, Span | None] = {}
+        for key in keys:
+            if key in spans:
+                self.visual_cache.hits += 1  # asked twice in one batch
+            else:
+                spans[key] = self.visual_cache.get(key)
+        missing = {key: one for key, one in zip(keys, asked, strict=True) if spans[key] is None}
+        if missing:
+            for key, span in zip(missing, self._spans(list(missing.values()), images, image_sizes), strict=True):
+                spans[key] = span
+                self.visual_cache.put(key, span)
+        self.visual_facts = ()
+        return [spans[key] for key in keys]
+
+    def _spans(self, asked: Sequence[tuple[int, torch.Tensor, torch.Tensor]], images, image_sizes) -> list[Span]:
+        """What stands in each image's place, encoded and pruned now.
+
+        Parameters
+        ----------
+        asked : sequence of (image, ids (T,), labels (T,))
+            Which of ``images``, and the row that asks about it.
+        """
+        numbers = list(dict.fromkeys(image for image, _, _ in asked))
+        if len(numbers) == len(images):
+            encoded = dict(enumerate(self.image_tokens(images, image_sizes)))
+        else:
+            chosen = images[numbers] if isinstance(images, torch.Tensor) else [images[image] for image in numbers]
+            sizes = None if image_sizes is None else [image_sizes[image] for image in numbers]
+            encoded = dict(zip(numbers, self.image_tokens(chosen, sizes), strict=True)) if numbers else {}
+        visual = [encoded[image] for image, _, _ in asked]
+        facts = [self._prompt_facts(encoded[image], images[image], ids, labels) for image, ids, labels in asked]
+        self.visual_facts = tuple(zip(visual, facts, strict=True)) if self._drops_inside else ()
+        if not self.prunes_before_decoder:
+            return [Span.whole(image.features) for image in visual]
+        kept = reduce_images(self._pruner, visual, facts, self._stages[0][1])
+        return [
+            Span(left.features, left.indices, len(image.features)) for left, image in zip(kept, visual, strict=True)
+        ]
 
     def _prompt_facts(self, image: ImageTokens, pixels, ids: torch.Tensor, labels: torch.Tensor) -> PromptFacts:
         """What the active pruner asks of an image's content and of the question about it."""
@@ -489,7 +533,7 @@ class LlavaMetaForCausalLM:
             similarity = similarity.masked_fill(newlines, similarity[~newlines].mean())
         return similarity
 
-    def _count(self, spans: Sequence[_Span]) -> None:
+    def _count(self, spans: Sequence[Span]) -> None:
         """Note how many tokens of each image every decoder layer sees."""
         depth = self.config.num_hidden_layers
         if self.prunes_before_decoder:
@@ -501,7 +545,7 @@ class LlavaMetaForCausalLM:
         ]
 
     def _splice(
-        self, ids: torch.Tensor, labels: torch.Tensor, visual: list[tuple[int, _Span]]
+        self, ids: torch.Tensor, labels: torch.Tensor, visual: list[tuple[int, Span]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Put images in the place of one row's marks.
 
@@ -563,19 +607,6 @@ class LlavaMetaForCausalLM:
             weights = torch.load(model_args.pretrain_mm_mlp_adapter, map_location="cpu", weights_only=True)
             trained = weights["model.embed_tokens.weight"]
             self.get_input_embeddings().weight.data[-added:] = trained[-added:]
-
-
-@dataclass(frozen=True)
-class _Span:
-    """What stands in an image's place: features (k, D), their places (k,) among the image's ``total`` tokens."""
-
-    features: torch.Tensor
-    indices: torch.Tensor
-    total: int
-
-    @classmethod
-    def whole(cls, features: torch.Tensor) -> _Span:
-        return cls(features, torch.arange(len(features), device=features.device), len(features))
 
 
 def left_padding_order(mask: torch.Tensor) -> torch.Tensor | None:
