@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lmms_eval_otprune.token_counts import ImageCount, PromptCount
+
 
 @dataclass(frozen=True)
 class Question:
@@ -48,23 +50,30 @@ class Answer:
     ----------
     text : str
     input_tokens : int
-        Tokens that entered the language model: text and kept visual tokens.
+        Tokens that entered the language model: text, and the visual tokens of the first decoder layer.
     output_tokens : int
         Generated tokens, the end-of-sequence token included.
-    visual_tokens : tuple of (total, kept)
-        One pair for each image of the prompt.
+    visual_tokens : tuple of ImageCount
+        One for each image of the prompt.
     """
 
     text: str
     input_tokens: int
     output_tokens: int
-    visual_tokens: tuple[tuple[int, int], ...]
+    visual_tokens: tuple[ImageCount, ...]
+
+    @property
+    def prompt(self) -> PromptCount:
+        """What was answered, as the decoder saw it."""
+        text = self.input_tokens - sum(image.entering for image in self.visual_tokens)
+        return PromptCount(text, self.visual_tokens)
 
 
 class AnswerLog:
     """Answers of one model under one pruning configuration, kept in ``folder/answers_rank<N>.jsonl``.
 
     Every rank appends to its own file and reads all of them: a run may continue with another number of processes.
+    Lines that do not say what each decoder layer saw, as older versions wrote them, are passed over.
 
     Parameters
     ----------
@@ -117,12 +126,16 @@ class AnswerLog:
                     record.pop("text"),
                     record.pop("input_tokens"),
                     record.pop("output_tokens"),
-                    tuple((total, kept) for total, kept in record.pop("visual_tokens")),
+                    tuple(_image_count(**image) for image in record.pop("visual_tokens")),
                 )
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
             if {name: record.get(name) for name in self._identity} == self._identity:
                 yield self._key(record), answer
+
+
+def _image_count(total: int, runs: list[list[int]], crops: int) -> ImageCount:
+    return ImageCount(total, tuple((layers, tokens) for layers, tokens in runs), crops)
 
 
 def _end_with_newline(path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -23,6 +23,7 @@ from lmms_eval_otprune.fingerprint import model_fingerprint
 from lmms_eval_otprune.progress import Progress
 from lmms_eval_otprune.prompts import Row, conversation, make_row, pad_left, text_tokens
 from lmms_eval_otprune.settings import GenerationSettings, read_batch_size, read_dtype
+from lmms_eval_otprune.token_counts import ImageCount, PromptCount, describe, layer_runs, summary
 from loguru import logger
 from PIL import Image
 
@@ -30,6 +31,9 @@ from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model, resolve_model_path
 from llava.pruning import PruningConfig
+
+if TYPE_CHECKING:
+    from llava.eval.flops import ModelShape
 
 UNPRUNED = "none"
 GREY = (128, 128, 128)
@@ -76,6 +80,11 @@ class Llava(lmms):
         Folder for answers: each is on the disk before the next batch starts, and is not asked for again.
     grey_pictures : bool
         Show a grey picture of the same size in every picture's place: what can be answered without seeing.
+
+    Attributes
+    ----------
+    visual_tokens : dict
+        Task -> how often each `PromptCount` was answered, answers of an earlier run included.
 
     Raises
     ------
@@ -155,7 +164,7 @@ class Llava(lmms):
         self.keep_model = False
         self.label = "LLaVA"
         self.terminal: TextIO = sys.stderr
-        self.visual_tokens: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.visual_tokens: dict[str, Counter[PromptCount]] = defaultdict(Counter)
         self._ignored_settings: set[str] = set()
 
     @classmethod
@@ -192,6 +201,15 @@ class Llava(lmms):
     def device(self) -> torch.device:
         return self._device
 
+    def model_shape(self) -> ModelShape | None:
+        """The sizes that the cost of a prefill depends on; None for a model whose cost cannot be counted."""
+        from llava.eval.flops import ModelShape
+
+        try:
+            return ModelShape.of(self.config, self.model.get_vision_tower().config)
+        except ValueError:
+            return None
+
     def clean(self) -> None:
         """Give the memory back after a run, unless ``keep_model`` says that another run follows."""
         if self.keep_model:
@@ -215,6 +233,7 @@ class Llava(lmms):
         pending: list[_Pending] = []
         asked: Counter[str] = Counter()
         tasks: Counter[str] = Counter()
+        prompts: Counter[PromptCount] = Counter()
         for position, request in enumerate(requests):
             if request.metadata.get("__padding_only__"):
                 continue
@@ -225,6 +244,7 @@ class Llava(lmms):
                 pending.append(_Pending(position, question, images_of))
             else:
                 results[position] = self._deliver(question, answer)
+                prompts[answer.prompt] += 1
         self._check_scorable(tasks)
 
         started = time.perf_counter()
@@ -236,8 +256,11 @@ class Llava(lmms):
                 for item, answer in zip(batch, answers, strict=True):
                     results[item.position] = self._deliver(item.question, answer)
                 fresh += answers
-                progress.advance(len(batch), [pair for answer in answers for pair in answer.visual_tokens])
+                progress.advance(len(batch), [image for answer in answers for image in answer.visual_tokens])
         self._report_speed(fresh, time.perf_counter() - started)
+        prompts.update(answer.prompt for answer in fresh)
+        if self._rank == 0 and (counts := summary(prompts, self.model_shape())):
+            logger.info(f"{self.label}: {describe(counts)}")
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -249,8 +272,10 @@ class Llava(lmms):
         results = []
         with self._progress(len(requests), 0) as progress:
             for request in requests:
-                results.append((0.0, False) if request.metadata.get("__padding_only__") else self._score(request))
-                progress.advance(1, list(self.model.visual_token_counts))
+                padding = request.metadata.get("__padding_only__")
+                result, images = ((0.0, False), []) if padding else self._score(request)
+                results.append(result)
+                progress.advance(1, images)
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -286,7 +311,7 @@ class Llava(lmms):
         return Question(task, split, doc_id, asked[identity] - 1, context, settings.to_dict()), images_of
 
     def _deliver(self, question: Question, answer: Answer) -> GenerationResult:
-        self.visual_tokens[question.task].extend(answer.visual_tokens)
+        self.visual_tokens[question.task][answer.prompt] += 1
         counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
         return GenerationResult(answer.text, counts)
 
@@ -351,26 +376,35 @@ class Llava(lmms):
     def _generate(self, rows: Sequence[Row], settings: GenerationSettings) -> list[Answer]:
         input_ids, mask = pad_left(rows, self._pad_token_id())
         images = [image for row in rows for image in row.images]
+        pixels = self._pixels(images)
         generated = self.model.generate(
             input_ids.to(self.device),
             attention_mask=mask.to(self.device),
             pad_token_id=self._pad_token_id(),
-            images=self._pixels(images),
+            images=pixels,
             image_sizes=[image.size for image in images],
             use_cache=self._use_cache,
             **settings.arguments(),
         )
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
-        counts = iter(self.model.visual_token_counts if images else ())
+        counts = iter(self._image_counts(pixels))
         answers = []
         for row, ids, text in zip(rows, generated.tolist(), texts, strict=True):
-            visual_tokens = tuple((int(total), int(kept)) for total, kept in (next(counts) for _ in row.images))
-            entered = text_tokens(row) + sum(kept for _, kept in visual_tokens)
+            visual_tokens = tuple(next(counts) for _ in row.images)
+            entered = text_tokens(row) + sum(image.entering for image in visual_tokens)
             answers.append(Answer(text, entered, self._generated_tokens(ids), visual_tokens))
         return answers
 
+    def _image_counts(self, pixels: torch.Tensor | Sequence[torch.Tensor] | None) -> list[ImageCount]:
+        """What the decoder's layers saw of the images of the latest call."""
+        if pixels is None:
+            return []
+        totals = [total for total, _ in self.model.visual_token_counts]
+        crops = [1 if image.ndim == 3 else len(image) for image in pixels]
+        return [ImageCount.of(*image) for image in zip(totals, self.model.visual_tokens_per_layer, crops, strict=True)]
+
     @torch.inference_mode()
-    def _score(self, request: Instance) -> tuple[float, bool]:
+    def _score(self, request: Instance) -> tuple[tuple[float, bool], list[ImageCount]]:
         context, target, images_of, doc_id, task, split = request.args
         document = self.task_dict[task][split][doc_id]
         answer = target if isinstance(target, str) else target(document)
@@ -379,13 +413,14 @@ class Llava(lmms):
         whole = conversation(self._conv_template, context, len(row.images), answer)
         input_ids = make_row(self.tokenizer, whole, row.images).input_ids
         continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)
+        pixels = self._pixels(row.images)
         logits = self.model(
             input_ids=input_ids[None].to(self.device),
-            images=self._pixels(row.images),
+            images=pixels,
             image_sizes=[image.size for image in row.images],
         ).logits[0, -len(continuation) - 1 : -1]  # (n, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits.float(), continuation)
-        return float(loss), bool((logits.argmax(-1) == continuation).all())
+        return (float(loss), bool((logits.argmax(-1) == continuation).all())), self._image_counts(pixels)
 
     def _pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
@@ -401,7 +436,7 @@ class Llava(lmms):
         if not fresh:
             return
         generated = sum(answer.output_tokens for answer in fresh)
-        visual = [pair for answer in fresh for pair in answer.visual_tokens]
+        images = [image for answer in fresh for image in answer.visual_tokens]
         log_metrics(
             total_elapsed_time=seconds,
             total_gen_tokens=generated,
@@ -409,7 +444,16 @@ class Llava(lmms):
             additional_metrics={
                 "total_requests": len(fresh),
                 "samples_per_second": len(fresh) / seconds,
-                "visual_tokens": sum(total for total, _ in visual),
-                "kept_visual_tokens": sum(kept for _, kept in visual),
+                "visual_tokens": sum(image.total for image in images),
+                "kept_visual_tokens": sum(image.kept for image in images),
+                **self._budget_metrics(fresh),
             },
         )
+
+    def _budget_metrics(self, fresh: Sequence[Answer]) -> dict[str, float]:
+        """Tokens by layer and relative cost as single numbers, which is all that lmms-eval records."""
+        counts = summary(Counter(answer.prompt for answer in fresh), self.model_shape())
+        if counts is None:
+            return {}
+        layers = {f"visual_tokens_from_layer_{first}": tokens for first, _, tokens in layer_runs(counts["per_layer"])}
+        return layers | {f"flops_ratio_{name}": ratio for name, ratio in (counts["flops_ratio"] or {}).items()}

@@ -1,4 +1,4 @@
-"""One progress bar: samples, time left, samples a second, and the share of visual tokens kept."""
+"""One progress bar: samples, time left, samples a second, and the visual tokens kept in the mean over the layers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TextIO
 
+from lmms_eval_otprune.token_counts import ImageCount
 from tqdm import tqdm
 
 # Where nobody watches, a line now and then is enough.
@@ -27,8 +28,9 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, done: int, file: TextIO | None):
+        self._images = 0
         self._total_tokens = 0
-        self._kept_tokens = 0
+        self._kept_tokens = 0.0
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -47,10 +49,12 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def advance(self, samples: int, visual_tokens: Sequence[tuple[int, int]]) -> None:
-        """Count finished samples and the (total, kept) visual tokens of their images."""
-        self._total_tokens += sum(total for total, _ in visual_tokens)
-        self._kept_tokens += sum(kept for _, kept in visual_tokens)
-        if self._total_tokens:
-            self._bar.set_postfix_str(f"visual tokens {self._kept_tokens}/{self._total_tokens}", refresh=False)
+    def advance(self, samples: int, images: Sequence[ImageCount]) -> None:
+        """Count finished samples and their images; tokens are shown as means over the images."""
+        self._images += len(images)
+        self._total_tokens += sum(image.total for image in images)
+        self._kept_tokens += sum(image.kept for image in images)
+        if self._images:
+            kept, total = self._kept_tokens / self._images, self._total_tokens / self._images
+            self._bar.set_postfix_str(f"visual tokens {kept:.4g}/{total:.4g}", refresh=False)
         self._bar.update(samples)

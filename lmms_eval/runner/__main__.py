@@ -32,6 +32,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
+    from lmms_eval_otprune.token_counts import describe
+
     from .launch import run_job
     from .report import collect, write_report
     from .tasks import task_identities
@@ -41,7 +43,9 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
         print(f"\n{job.label}", flush=True)
         run_job(job, plan, options, identities)
         if options.machine_rank == 0:
-            collect(job, plan, options, identities)
+            visual_tokens = collect(job, plan, options, identities)
+            if visual_tokens:
+                print(f"{job.label}: {describe(visual_tokens)}", flush=True)
             table = write_report(plan, arguments)
     if options.machine_rank > 0:
         print("The results are on the machine of rank 0.")

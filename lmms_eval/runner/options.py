@@ -19,15 +19,20 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Method:
-    """A pruning method as the command line names it: ``name`` or ``name:option=value:option=value``."""
+    """A pruning method as the command line names it: ``name`` or ``name:option=value:option=value``.
+
+    Attributes
+    ----------
+    name : str
+    options : tuple of (name, value)
+        The method's own, and "ratio" and "layer" (see `plan`).
+    """
 
     name: str
     options: tuple[tuple[str, str], ...] = ()
 
-    def environment(self) -> dict[str, str]:
-        """The switch's variables for the method and its options."""
-        method = "otprune" if self.name == "ours" else self.name
-        return {"BASELINE": self.name.upper()} | {f"{method}_{option}".upper(): value for option, value in self.options}
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{option}={value}" for option, value in self.options)])
 
 
 @dataclass(frozen=True)
@@ -143,19 +148,22 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         default=switch.get("BASELINE") or "otprune",
         metavar="NAME[,NAME]",
-        help="pruning methods, with options as random:seed=1; none: unpruned only (default: %(default)s)",
+        help="pruning methods, with options as random:seed=1, and a ratio or layer of their own as "
+        "fastv:ratio=0.2:layer=3; none: unpruned only (default: %(default)s)",
     )
     parser.add_argument(
         "--ratio",
         default=switch.get("SUBSET_RATIO") or DEFAULT_RATIO,
         metavar="R[,R]",
-        help="fractions of the visual tokens kept, 0 < r <= 1 (default: %(default)s)",
+        help="fractions of the visual tokens kept, 0 < r <= 1 (default: %(default)s); a method whose options are a "
+        "budget of their own runs once, without it",
     )
     parser.add_argument(
         "--layer",
         default=switch.get("LAYER_INDEX", ""),
         metavar="L",
-        help="prune at the input of decoder layer L; 0: before the decoder (default: the method's own, 0 for most)",
+        help="prune at the input of decoder layer L, with every method that has no layer of its own; 0: before the "
+        "decoder (default: the method's, 0 for most)",
     )
     parser.add_argument("--no-unpruned", action="store_true", help="leave the unpruned run out")
     parser.add_argument(

@@ -13,8 +13,10 @@ from lmms_eval_otprune import java
 
 from llava.model.builder import read_config, resolve_model_path
 from llava.pruning import PruningConfig
+from llava.pruning.config import option_types
+from llava.pruning.registry import method_class, resolve_name
 
-from .options import Options
+from .options import Method, Options
 from .suites import SUITES, Suite
 
 # Measured with the embedded model on two cores: larger batches gain nothing on a CPU, and one process a core with one
@@ -23,6 +25,8 @@ CPU_BATCH_SIZE = 4
 CPU_PROCESSES = 4
 GPU_BATCH_SIZE = 1
 SWITCH = ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
+BUDGET = ("ratio", "layer")
+"""What a method's text may say for this method alone, unless the method has an option of that name."""
 
 
 @dataclass(frozen=True)
@@ -119,20 +123,14 @@ def _processes(device: str, suite: Suite) -> int:
 def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, str]) -> Iterator[Job]:
     prunings = [(None, {})] if options.unpruned else []
     for method in options.methods:
-        for ratio in options.ratios:
-            switch = {**method.environment(), "SUBSET_RATIO": ratio}
-            if options.layer:
-                switch["LAYER_INDEX"] = options.layer
-            rest = {name: value for name, value in environ.items() if name not in SWITCH}
-            pruning = PruningConfig.from_env({**rest, **switch})
-            prunings.append((pruning, {**switch, "LAYER_INDEX": str(pruning.layer)}))
+        prunings += _prunings(method, options, environ)
     folders: set[Path] = set()
     for model in options.models or suite.models:
         _check_model(model)
         if options.grey:
             yield Job(model, None, {}, output / _slug(model.rstrip("/").rpartition("/")[2]) / "grey", grey=True)
         for pruning, switch in prunings:
-            if pruning is not None and pruning.layer:
+            if pruning is not None and pruning.layer != 0:
                 _check_depth(model, pruning)
             folder = output / _slug(model.rstrip("/").rpartition("/")[2]) / _pruning_slug(pruning)
             if folder in folders:
@@ -143,6 +141,39 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
             yield Job(model, pruning, switch, folder)
 
 
+def _prunings(
+    method: Method, options: Options, environ: Mapping[str, str]
+) -> list[tuple[PruningConfig, dict[str, str]]]:
+    """What a method is run with, as a configuration and as the switch: once for each ratio, or once without any."""
+    known = option_types(method_class(method.name.upper()))
+    prefix = resolve_name(method.name).upper()
+    given = dict(method.options)
+    own = {name: given.pop(name) for name in BUDGET if name in given and name not in known}
+    switch = {"BASELINE": method.name.upper()} | {f"{prefix}_{name.upper()}": value for name, value in given.items()}
+    if layer := own.get("layer", options.layer):
+        switch["LAYER_INDEX"] = layer
+    try:
+        if "ratio" in own:
+            return [_resolved({**switch, "SUBSET_RATIO": own["ratio"]}, environ)]
+        try:
+            return [_resolved({**switch, "SUBSET_RATIO": ratio}, environ) for ratio in options.ratios]
+        except ValueError as refusal:
+            # The options, or the layer, may say how much is kept.
+            try:
+                return [_resolved(switch, environ)]
+            except ValueError:
+                raise refusal from None
+    except ValueError as error:
+        raise ValueError(f"--method {method}: {error}" if own else str(error)) from None
+
+
+def _resolved(switch: Mapping[str, str], environ: Mapping[str, str]) -> tuple[PruningConfig, dict[str, str]]:
+    rest = {name: value for name, value in environ.items() if name not in SWITCH}
+    pruning = PruningConfig.from_env({**rest, **switch})
+    layer = {} if pruning.layer is None else {"LAYER_INDEX": str(pruning.layer)}
+    return pruning, {**switch, **layer}
+
+
 def _check_model(model: str) -> None:
     if model in SUITES["mini"].models or Path(model).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         return
@@ -150,19 +181,25 @@ def _check_model(model: str) -> None:
 
 
 def _check_depth(model: str, pruning: PruningConfig) -> None:
-    """Find a layer beyond the decoder now, not after the unpruned run; a checkpoint that is not here yet waits."""
+    """Find what this decoder cannot do now, not after the unpruned run; a checkpoint that is not here yet waits."""
     try:
         config = read_config(resolve_model_path(model))
     except OSError:
         return
-    if "num_hidden_layers" in config:
-        pruning.check_depth(config["num_hidden_layers"])
+    if "num_hidden_layers" not in config:
+        return
+    try:
+        pruning.stages(config["num_hidden_layers"])
+    except ValueError as error:
+        raise ValueError(f"{model} with {_pruning_slug(pruning)}: {error}") from None
 
 
 def _pruning_slug(pruning: PruningConfig | None) -> str:
     if pruning is None:
         return "unpruned"
-    parts = [pruning.method, f"{pruning.ratio:g}"]
+    parts = [pruning.method]
+    if pruning.ratio is not None:
+        parts.append(f"{pruning.ratio:g}")
     if pruning.layer:
         parts.append(f"layer{pruning.layer}")
     parts += [f"{name}{value}" for name, value in sorted(pruning.options.items())]

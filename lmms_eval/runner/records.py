@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,29 +49,3 @@ def record_failure(job_folder: Path, task: str, error: str) -> None:
 
 def forget_failure(job_folder: Path, task: str) -> None:
     (task_folder(job_folder, task) / FAILURE).unlink(missing_ok=True)
-
-
-def summary(pairs: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
-    """Minimum, mean and maximum of (total, kept) visual tokens, one pair an image; None without images."""
-    if not pairs:
-        return None
-    columns = {"total": [total for total, _ in pairs], "kept": [kept for _, kept in pairs]}
-    return {"images": len(pairs)} | {
-        name: {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
-        for name, values in columns.items()
-    }
-
-
-def merged_summary(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """One `summary` of several."""
-    images = sum(part["images"] for part in summaries)
-    if not images:
-        return None
-    return {"images": images} | {
-        name: {
-            "min": min(part[name]["min"] for part in summaries),
-            "mean": sum(part[name]["mean"] * part["images"] for part in summaries) / images,
-            "max": max(part[name]["max"] for part in summaries),
-        }
-        for name in ("total", "kept")
-    }

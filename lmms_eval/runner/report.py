@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from lmms_eval_otprune.token_counts import merged_summary
+
 from llava.eval.table import build_table, load_runs
 
 from . import records
@@ -15,13 +17,21 @@ from .options import Options
 from .plan import Job, Plan
 
 
-def collect(job: Job, plan: Plan, options: Options, identities: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put a job's task results together: ``results.json`` and ``manifest.json`` in its folder."""
+def collect(
+    job: Job, plan: Plan, options: Options, identities: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """Put a job's task results together: ``results.json`` and ``manifest.json`` in its folder.
+
+    Returns
+    -------
+    dict, or None without images
+        The `summary` of visual tokens over all tasks.
+    """
     results = {task: records.finished(job.folder, task, identities[task]) for task in plan.tasks}
     done = {task: result for task, result in results.items() if result}
     machine = records.read_json(job.folder / "machine.json") or {}
     pruning = None if job.pruning is None else {**job.pruning.to_dict(), "set_options": sorted(job.pruning.options)}
-    visual_tokens = [result["visual_tokens"] for result in done.values() if result["visual_tokens"]]
+    visual_tokens = merged_summary([result["visual_tokens"] for result in done.values() if result["visual_tokens"]])
     common = {
         "suite": plan.suite.name,
         "model": job.model,
@@ -29,7 +39,7 @@ def collect(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
         "pruning": pruning,
         "grey": job.grey,
         "limit": options.limit,
-        "visual_tokens": records.merged_summary(visual_tokens),
+        "visual_tokens": visual_tokens,
     }
     records.write_json(
         job.folder / "results.json",
@@ -52,6 +62,7 @@ def collect(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
             **machine,
         },
     )
+    return visual_tokens
 
 
 def write_report(plan: Plan, arguments: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +24,7 @@ from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import get_datetime_str, load_yaml_config
 from lmms_eval_otprune.llava import Llava
+from lmms_eval_otprune.token_counts import PromptCount, summary
 from lmms_eval_otprune_tasks.builtin import definition_file
 from loguru import logger
 from tenacity import RetryError
@@ -114,7 +116,7 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
         datetime_str=stamp,
         process_docs_parallel=1,
     )
-    pairs = _gather(lm.visual_tokens[task], lm)
+    prompts = _gather(lm.visual_tokens[task], lm)
     if results is None:
         return
     samples = results.pop("samples")
@@ -130,7 +132,7 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
             "identity": spec["identities"][task],
             "metrics": _metrics(results["results"][task]),
             "samples": len(samples[task]),
-            "visual_tokens": records.summary(pairs),
+            "visual_tokens": summary(prompts, lm.model_shape()),
             "throughput": results.get("throughput"),
             "seconds": round(time.perf_counter() - started, 1),
             "date": stamp,
@@ -161,12 +163,13 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _gather(values: list, lm: Llava) -> list:
+def _gather(prompts: Counter[PromptCount], lm: Llava) -> Counter[PromptCount]:
+    """Those of all processes on rank 0, nothing on the others."""
     if lm.world_size == 1:
-        return list(values)
+        return prompts
     gathered: list[Any] | None = [None] * lm.world_size if lm.rank == 0 else None
-    torch.distributed.gather_object(list(values), gathered)
-    return [value for part in gathered or () for value in part]
+    torch.distributed.gather_object(prompts, gathered)
+    return sum(gathered or (), Counter())
 
 
 def _agree_on(tasks: list[str]) -> list[str]:

@@ -16,7 +16,11 @@ TOKENS = {
     "images": 9,
     "total": {"min": 576, "mean": 576.0, "max": 576},
     "kept": {"min": 56, "mean": 56.0, "max": 56},
+    "per_layer": [56.0, 56.0, 56.0, 56.0],
+    "flops": {"literature": {"pruned": 1, "unpruned": 8}, "exact": {"pruned": 1, "unpruned": 4}},
+    "flops_ratio": {"literature": 0.125, "exact": 0.25},
 }
+OLDER_TOKENS = {name: TOKENS[name] for name in ("images", "total", "kept")}
 
 
 def run(model: str = "me/llava-mini", method: str | None = None, **changes) -> dict:
@@ -53,9 +57,10 @@ def test_a_row_stands_for_each_configuration_and_a_column_for_each_benchmark(fol
     header, _, unpruned, pruned = lines(
         build_table(load_runs([folder(run(), run(method="otprune"))])).render("markdown")
     )
-    assert header[3:-1] == [column.key for column in COLUMNS]
+    assert header[:4] == ["Model", "Method", "Kept tokens", "Prefill FLOPs / unpruned"]
+    assert header[4:-1] == [column.key for column in COLUMNS]
     assert len(COLUMNS) == 11
-    assert unpruned[:3] == ["llava-mini", "unpruned", "56 / 576 (9.7 %)"]
+    assert unpruned[:4] == ["llava-mini", "unpruned", "56 / 576 (9.7 %)", "25.0 %"]
     assert pruned[1] == "otprune 0.098"
     assert unpruned[header.index("POPE")] == "80.00"
     assert pruned[header.index("POPE")] == "60.00"
@@ -141,6 +146,80 @@ def test_options_that_were_set_tell_rows_apart(folder):
     pruning = {"method": "random", "ratio": 0.1, "layer": 2, "options": {"seed": 7}, "set_options": ["seed"]}
     [row] = load_runs([folder(run(pruning=pruning))])
     assert row.label == "random (seed 7) 0.1, layer 2"
+
+
+@pytest.mark.parametrize(
+    ("pruning", "label"),
+    [
+        (
+            {"method": "pyramiddrop", "ratio": None, "layer": None, "options": {"schedule": "published"}},
+            "pyramiddrop (schedule published)",
+        ),
+        ({"method": "vtw", "ratio": None, "layer": 4, "options": {}}, "vtw, layer 4"),
+        ({"method": "fastv", "ratio": 0.098, "layer": 2, "options": {}}, "fastv 0.098, layer 2"),
+        ({"method": "sparsevlm", "ratio": 0.2, "layer": None, "options": {}}, "sparsevlm 0.2"),
+        ({"method": "otprune", "ratio": 1.0, "layer": 0, "options": {}}, "otprune 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_label_says_what_there_is_of_options_ratio_and_layer(folder, pruning, label):
+    path = folder(run(pruning={**pruning, "set_options": list(pruning["options"])}))
+    made = build_table(load_runs([path]))
+    assert made.rows[0].label == label
+    assert lines(made.render("markdown"))[2][1] == label
+    [line] = csv.DictReader(io.StringIO(made.render("csv")))
+    assert line["ratio"] == ("" if pruning["ratio"] is None else str(pruning["ratio"]))
+    assert json.loads(made.render("json"))["rows"][0]["layer"] == pruning["layer"]
+
+
+class TestBudget:
+    def test_is_given_in_full_to_programs(self, folder):
+        tokens = {**TOKENS, "kept": {"min": 186, "mean": 186.0, "max": 186}, "per_layer": [576.0, 576.0, 56.0, 56.0]}
+        made = build_table(load_runs([folder(run(visual_tokens=tokens))]))
+        [line] = csv.DictReader(io.StringIO(made.render("csv")))
+        [row] = json.loads(made.render("json"))["rows"]
+        assert (line["kept_tokens_mean"], line["total_tokens_mean"]) == ("186.0", "576.0")
+        assert (line["flops_ratio_literature"], line["flops_ratio_exact"]) == ("0.125", "0.25")
+        assert [float(number) for number in line["kept_tokens_per_layer"].split()] == tokens["per_layer"]
+        assert {name: row[name] for name in table.BUDGET} == {
+            "kept_tokens_mean": 186.0,
+            "total_tokens_mean": 576.0,
+            "kept_tokens_per_layer": tokens["per_layer"],
+            "flops_ratio_literature": 0.125,
+            "flops_ratio_exact": 0.25,
+        }
+
+    def test_comes_with_what_is_counted(self, folder):
+        [remark] = [text for text in build_table(load_runs([folder(run())])).remarks if text.startswith("FLOPs: ")]
+        assert "vision tower and projector included; choosing the tokens is not counted" in remark
+        assert "flops_ratio_literature" in remark
+
+    def test_of_older_results_is_shown_as_far_as_it_is_known(self, folder):
+        older = run(method="otprune", visual_tokens=OLDER_TOKENS)
+        inside = run(method="fastv", visual_tokens=OLDER_TOKENS)
+        inside["pruning"]["layer"] = 2
+        made = build_table(load_runs([folder(older, inside, run(visual_tokens=None))]))
+        dash = "\N{EN DASH}"
+        # What such a result calls kept is what the decoder's last layer saw.
+        assert [line[2:4] for line in lines(made.render("markdown"))[2:]] == [
+            ["56 / 576 (9.7 %)", dash],
+            [dash, dash],
+            [dash, dash],
+        ]
+        assert not any(remark.startswith("FLOPs") for remark in made.remarks)
+        first, _, last = csv.DictReader(io.StringIO(made.render("csv")))
+        assert (first["kept_tokens_mean"], first["kept_tokens_per_layer"], first["flops_ratio_exact"]) == (
+            "56.0",
+            "",
+            "",
+        )
+        assert (last["kept_tokens_mean"], last["total_tokens_mean"]) == ("", "")
+
+    def test_of_published_figures_is_not_known(self, folder):
+        text = build_table(load_runs([folder(run(model="liuhaotian/llava-v1.5-7b", suite="paper"))])).render("markdown")
+        published = [line for line in lines(text) if "*(published)*" in line[1]]
+        assert published
+        assert all(line[2:4] == ["\N{EN DASH}"] * 2 for line in published)
 
 
 def test_csv_and_json_hold_the_same_numbers_unrounded(folder):

@@ -52,7 +52,10 @@ class TestCommand:
         assert "pope_f1_score,none" in results["results"]["pope"]
         assert results["throughput"]["avg_kept_visual_tokens"] == 8 * 8
         assert results["throughput"]["avg_visual_tokens"] == 8 * 16
+        assert results["throughput"]["avg_visual_tokens_from_layer_0"] == 8
+        assert 0 < results["throughput"]["avg_flops_ratio_literature"] < 1
         assert printed.count("otprune keeps 50 %") == 1
+        assert "8 of 16 visual tokens an image, prefill FLOPs " in printed
 
     def test_ends_with_status_1_when_a_task_does_not_exist(self, workplace, run, arguments):
         status, printed = run(workplace, arguments("popo"))

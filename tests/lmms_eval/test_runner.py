@@ -15,6 +15,8 @@ from lmms_eval_otprune import java
 from lmms_eval_otprune_runner import options, plan, records
 from lmms_eval_otprune_runner.__main__ import main
 
+from llava.pruning import registry
+
 RUNNER = "lmms_eval_otprune_runner"
 PRUNED = "otprune-0.5"
 ROWS = 8
@@ -55,6 +57,12 @@ def results(output: Path, name: str = PRUNED) -> dict:
     return json.loads((job(output, name) / "results.json").read_text())
 
 
+def jobs(*arguments: str) -> list[plan.Job]:
+    """What would be run with the embedded model, the unpruned run left out."""
+    chosen = options.read(["mini", "--device", "cpu", "--no-unpruned", *arguments])
+    return list(plan.make_plan(chosen).jobs)
+
+
 def metrics(output: Path) -> dict[str, dict[str, float]]:
     return {task: result["metrics"] for task, result in results(output)["tasks"].items()}
 
@@ -67,13 +75,33 @@ class TestResults:
         assert "exact_match" in found["tasks"]["gqa"]["metrics"]
         assert "mme_perception_score" in found["tasks"]["mme"]["metrics"]
         assert all(result["samples"] == ROWS for result in found["tasks"].values())
-        assert found["visual_tokens"] == {
-            "images": 3 * ROWS,
-            "total": {"min": 16, "mean": 16.0, "max": 16},
-            "kept": {"min": 8, "mean": 8.0, "max": 8},
-        }
+        tokens = found["visual_tokens"]
+        assert tokens["images"] == 3 * ROWS
+        assert tokens["total"] == {"min": 16, "mean": 16, "max": 16}
+        assert tokens["kept"] == {"min": 8, "mean": 8, "max": 8}
+        assert tokens["per_layer"] == [8, 8, 8]
+        assert found["tasks"]["gqa"]["visual_tokens"]["images"] == ROWS
         assert results(reference, "unpruned")["visual_tokens"]["kept"]["min"] == 16
         assert len(answers(reference, "gqa")) == ROWS
+
+    def test_hold_the_cost_of_the_prefill_relative_to_unpruned(self, reference):
+        pruned, unpruned = (results(reference, name)["visual_tokens"] for name in (PRUNED, "unpruned"))
+        assert unpruned["flops_ratio"] == {"literature": 1, "exact": 1}
+        for convention in ("literature", "exact"):
+            assert pruned["flops"][convention]["unpruned"] == unpruned["flops"][convention]["pruned"]
+            assert 0 < pruned["flops_ratio"][convention] < 1
+
+    def test_of_a_method_that_drops_inside_the_decoder_tell_its_layers_apart(self, workplace, run, command):
+        status, printed = run(workplace, command("inside", "pope", "--method", "vtw:layer=2", "--no-unpruned"))
+        assert status == 0, printed
+        found = results(workplace / "inside", "vtw-layer2")
+        assert (found["pruning"]["ratio"], found["pruning"]["layer"]) == (None, 2)
+        assert found["visual_tokens"]["per_layer"] == [16, 16, 0]
+        shown = "10.67 of 16 visual tokens an image (mean over the decoder layers: 16 x2, 0 x1), prefill FLOPs "
+        assert f"llava-v1.5-tiny, vtw-layer2: {shown}" in printed
+        # What a task's worker says is in its log.
+        assert shown in (job(workplace / "inside", "vtw-layer2") / "worker.log").read_text()
+        assert "| llava-v1.5-tiny | vtw, layer 2 | 10.67 / 16 (66.7 %) |" in printed
 
     def test_say_what_they_were_made_with(self, reference):
         manifest = json.loads((job(reference) / "manifest.json").read_text())
@@ -82,14 +110,14 @@ class TestResults:
         assert (manifest["device_type"], manifest["dtype"], manifest["processes"]) == ("cpu", "float32", 1)
         assert manifest["seeds"]["torch"] == 1234
         assert manifest["versions"].keys() >= {"python", "torch", "transformers", "lmms-eval", "llava"}
-        assert manifest["visual_tokens"]["kept"] == {"min": 8, "mean": 8.0, "max": 8}
+        assert manifest["visual_tokens"] == results(reference)["visual_tokens"]
         assert "git_commit" in manifest
         whole = json.loads((reference / "manifest.json").read_text())
         assert whole["command"].startswith("run_OTPrune.sh paper --model")
 
     def test_are_a_table_in_three_formats(self, reference):
         markdown = (reference / "table.md").read_text()
-        assert "| llava-v1.5-tiny | unpruned | 16 / 16 (100.0 %) |" in markdown
+        assert "| llava-v1.5-tiny | unpruned | 16 / 16 (100.0 %) | 100.0 % |" in markdown
         assert "| llava-v1.5-tiny | otprune 0.5 | 8 / 16 (50.0 %) |" in markdown
         rows = list(csv.DictReader((reference / "table.csv").open()))
         assert [row["method"] for row in rows] == ["unpruned", "otprune"]
@@ -206,7 +234,24 @@ class TestOptions:
             (["--ratio", "nan"], "--ratio nan: must be"),
             (["--layer", "-1"], "--layer -1: must be a whole number >= 0"),
             (["--layer", "x"], "--layer x: must be a whole number"),
-            (["mini", "--layer", "99", "--device", "cpu"], "LAYER_INDEX=99 is outside the decoder: it has 5 layers"),
+            (
+                ["mini", "--layer", "99", "--device", "cpu"],
+                "otprune-0.098-layer99: LAYER_INDEX=99 is outside the decoder",
+            ),
+            (["mini", "--method", "sparsevlm:ratio=0.01", "--device", "cpu"], "SUBSET_RATIO=0.01 is out of reach"),
+            (
+                ["--method", "fastv,pyramiddrop", "--layer", "2", "--device", "cpu"],
+                "pyramiddrop: LAYER_INDEX=2 must be",
+            ),
+            (["--method", "fastv:layer=0", "--device", "cpu"], "LAYER_INDEX must be at least 1"),
+            (["--method", "fastv:layer=x", "--device", "cpu"], "--method fastv:layer=x: LAYER_INDEX=x"),
+            (["--method", "fastv:ratio=2", "--device", "cpu"], "--method fastv:ratio=2: SUBSET_RATIO=2"),
+            (["--method", "vtw:ratio=0.5:layer=2", "--device", "cpu"], "not both"),
+            (
+                ["--method", "pyramiddrop:schedule=published:ratio=0.5", "--device", "cpu"],
+                "SUBSET_RATIO=0.5 must be left out",
+            ),
+            (["--method", "fastv,fastv:layer=2", "--device", "cpu"], "fastv-0.098-layer2 is asked for twice"),
             (["--tasks", "popo"], "has no task 'popo'; its tasks: "),
             (["mini", "--tasks", "pope,vqav2"], "the mini suite has no task 'vqav2'"),
             (["--limit", "0"], "--limit 0: must be at least 1"),
@@ -258,6 +303,55 @@ class TestOptions:
         assert [method.name for method in options.read(["--method", "otprune"]).methods] == ["otprune"]
 
 
+class TestBudgets:
+    """--ratio and --layer, and what a method's text says instead."""
+
+    def test_a_method_with_a_budget_of_its_own_runs_once_without_the_ratio(self):
+        published, otprune, more = jobs("--method", "pyramiddrop:schedule=published,otprune", "--ratio", "0.3,0.6")
+        assert published.switch == {"BASELINE": "PYRAMIDDROP", "PYRAMIDDROP_SCHEDULE": "published"}
+        assert (published.pruning.ratio, published.folder.name) == (None, "pyramiddrop-schedulepublished")
+        assert [otprune.pruning.ratio, more.pruning.ratio] == [0.3, 0.6]
+
+    def test_a_schedule_in_the_environment_counts_as_well(self, monkeypatch):
+        monkeypatch.setenv("PYRAMIDDROP_SCHEDULE", "published")
+        assert [job.pruning.ratio for job in jobs("--method", "pyramiddrop")] == [None]
+
+    def test_a_method_whose_layer_is_its_budget_takes_ratios_only_without_one(self):
+        [withdrawn] = jobs("--method", "vtw", "--layer", "4", "--ratio", "0.3,0.6")
+        assert (withdrawn.switch, withdrawn.folder.name) == ({"BASELINE": "VTW", "LAYER_INDEX": "4"}, "vtw-layer4")
+        by_ratio = jobs("--method", "vtw", "--ratio", "0.3,0.6")
+        assert [job.switch.get("LAYER_INDEX") for job in by_ratio] == [None, None]
+        assert [job.folder.name for job in by_ratio] == ["vtw-0.3", "vtw-0.6"]
+
+    def test_a_ratio_and_a_layer_of_one_method_are_for_that_method(self):
+        found = jobs("--method", "fastv:layer=3,divprune:ratio=0.2:layer=1,random:seed=7,fastv", "--ratio", "0.1")
+        assert [(job.pruning.method, job.pruning.ratio, job.pruning.layer) for job in found] == [
+            ("fastv", 0.1, 3),
+            ("divprune", 0.2, 1),
+            ("random", 0.1, 0),
+            ("fastv", 0.1, 2),
+        ]
+        assert found[0].switch == {"BASELINE": "FASTV", "SUBSET_RATIO": "0.1", "LAYER_INDEX": "3"}
+
+    def test_the_command_s_layer_is_for_every_method_without_one(self):
+        found = jobs("--method", "otprune,fastv:layer=3,pyramiddrop:layer=", "--layer", "1", "--ratio", "0.5")
+        assert [job.pruning.layer for job in found] == [1, 3, None]
+
+    def test_a_method_s_own_option_of_that_name_wins(self, tmp_path, monkeypatch):
+        (tmp_path / "towers.py").write_text(
+            "from dataclasses import dataclass\nfrom llava.pruning.methods.first_k import FirstK\n\n"
+            "@dataclass(frozen=True, kw_only=True)\nclass Towers(FirstK):\n    layer: int = 0\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(registry._TARGETS, "towers", "towers:Towers")
+        [job] = jobs("--method", "towers:layer=7", "--layer", "2")
+        assert (job.pruning.options, job.pruning.layer) == ({"layer": 7}, 2)
+
+    def test_a_name_with_a_sign_takes_options(self):
+        [job] = jobs("--method", "prumerge+:adaptive=1")
+        assert (job.pruning.options, job.pruning.ratio) == ({"adaptive": True}, None)
+
+
 class TestPlan:
     def test_without_a_suite_follows_the_machine(self, monkeypatch):
         monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
@@ -304,8 +398,3 @@ class TestRecords:
         records.write_json(tmp_path / "tasks" / "gqa" / "result.json", {"identity": {"limit": 8}})
         assert records.finished(tmp_path, "gqa", {"limit": 8})
         assert records.finished(tmp_path, "gqa", {"limit": 9}) is None
-
-    def test_token_counts_of_several_tasks_are_put_together_by_images(self):
-        one, two = records.summary([(16, 4), (16, 6)]), records.summary([(32, 8)])
-        assert records.merged_summary([one, two]) == records.summary([(16, 4), (16, 6), (32, 8)])
-        assert records.merged_summary([]) is None

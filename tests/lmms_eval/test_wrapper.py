@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,9 @@ from lmms_eval_otprune import prompts
 from lmms_eval_otprune.answers import Answer, AnswerLog, Question
 from lmms_eval_otprune.fingerprint import checkpoint_fingerprint
 from lmms_eval_otprune.llava import Llava
+from lmms_eval_otprune.progress import Progress
 from lmms_eval_otprune.settings import GenerationSettings
+from lmms_eval_otprune.token_counts import ImageCount, PromptCount
 from PIL import Image
 
 SHORT = {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"], "do_sample": False}
@@ -68,6 +72,11 @@ def pruned(monkeypatch) -> None:
     monkeypatch.setenv("LAYER_INDEX", "0")
 
 
+def images(lm: Llava, task: str = "looks") -> list[ImageCount]:
+    """The images of a task's prompts."""
+    return [image for prompt in lm.visual_tokens[task].elements() for image in prompt.images]
+
+
 def texts(results: list) -> list[str]:
     return [result.text if isinstance(result, GenerationResult) else result for result in results]
 
@@ -101,11 +110,58 @@ class TestAnswers:
     def test_report_text_and_kept_visual_tokens(self, load, pruned):
         lm = load()
         results = lm.generate_until(requests())
-        assert lm.visual_tokens["looks"] == [(16, 8)] * sum(len(document["images"]) for document in DOCUMENTS)
+        assert images(lm) == [ImageCount(16, ((3, 8),))] * sum(len(document["images"]) for document in DOCUMENTS)
+        assert lm.visual_tokens["looks"].total() == len(DOCUMENTS)
         one_picture, none = results[0].token_counts, results[1].token_counts
         assert none.input_tokens > 8
         assert one_picture.input_tokens > 8
         assert all(1 <= result.token_counts.output_tokens <= 6 for result in results)
+
+    @pytest.mark.parametrize(
+        ("switch", "runs"),
+        [
+            ({"BASELINE": "RANDOM", "SUBSET_RATIO": "0.25", "LAYER_INDEX": "2"}, ((2, 16), (1, 4))),
+            ({"BASELINE": "VTW", "LAYER_INDEX": "1"}, ((1, 16), (2, 0))),
+            ({"BASELINE": "PYRAMIDDROP", "PYRAMIDDROP_SCHEDULE": "published"}, ((1, 16), (1, 8), (1, 4))),
+        ],
+        ids=["at a layer", "withdrawn", "at several layers"],
+    )
+    def test_report_what_each_decoder_layer_saw(self, load, monkeypatch, switch, runs):
+        unpruned = load().generate_until(requests())
+        for name, value in switch.items():
+            monkeypatch.setenv(name, value)
+        lm = load(batch_size=2)
+        results = lm.generate_until(requests())
+        assert images(lm) == [ImageCount(16, runs)] * 9
+        # All visual tokens enter the decoder.
+        assert [r.token_counts.input_tokens for r in results] == [r.token_counts.input_tokens for r in unpruned]
+
+    def test_report_the_crops_that_the_tower_saw(self, load):
+        lm = load("llava-v1.6-vicuna-tiny")
+        lm.generate_until(requests()[:1])
+        [image] = images(lm)
+        pixels = lm._pixels(DOCUMENTS[0]["images"])
+        assert image.crops == len(pixels[0]) > 1
+        assert image.kept == image.total > 16
+
+    def test_report_the_text_apart_from_the_pictures(self, load, pruned):
+        lm = load()
+        lm.generate_until(requests()[:1])
+        row = prompts.make_row(
+            lm.tokenizer, prompts.conversation("vicuna_v1", DOCUMENTS[0]["question"], 1), DOCUMENTS[0]["images"]
+        )
+        assert lm.visual_tokens["looks"] == {PromptCount(len(row.input_ids) - 1, (ImageCount(16, ((3, 8),)),)): 1}
+
+    def test_give_lmms_eval_tokens_by_layer_and_costs(self, load, monkeypatch):
+        reports = []
+        monkeypatch.setattr(wrapper, "log_metrics", lambda **metrics: reports.append(metrics["additional_metrics"]))
+        for name, value in {"BASELINE": "RANDOM", "SUBSET_RATIO": "0.25", "LAYER_INDEX": "2"}.items():
+            monkeypatch.setenv(name, value)
+        load().generate_until(requests()[:1])
+        [report] = reports
+        assert (report["visual_tokens"], report["kept_visual_tokens"]) == (16, 12)
+        assert (report["visual_tokens_from_layer_0"], report["visual_tokens_from_layer_2"]) == (16, 4)
+        assert 0.5 < report["flops_ratio_literature"] < report["flops_ratio_exact"] < 1
 
     def test_of_padding_are_empty_and_cost_nothing(self, load):
         lm = load()
@@ -223,7 +279,7 @@ class TestResuming:
         answers = resumed.generate_until(requests())
         assert len(asked) < len(DOCUMENTS)
         assert answers == whole
-        assert sorted(resumed.visual_tokens["looks"]) == [(16, 16)] * 9
+        assert images(resumed) == [ImageCount(16, ((3, 16),))] * 9
 
     def test_reused_answers_count_neither_in_speed_nor_in_tokens(self, load, tmp_path, monkeypatch):
         reports = []
@@ -240,12 +296,12 @@ class TestResuming:
         monkeypatch.setenv("SUBSET_RATIO", "0.25")
         lm = load(resume_dir=str(tmp_path))
         lm.generate_until(requests()[:1])
-        assert lm.visual_tokens["looks"] == [(16, 4)]
+        assert images(lm) == [ImageCount(16, ((3, 4),))]
 
 
 class TestAnswerLog:
     QUESTION = Question("pope", "test", 3, 0, "Is there a dog?", {"max_new_tokens": 16})
-    ANSWER = Answer("yes", 70, 2, ((576, 56),))
+    ANSWER = Answer("yes", 636, 2, (ImageCount(576, ((2, 576), (30, 56))),))
 
     def log(self, folder: Path, rank: int = 0, pruning: str = "p") -> AnswerLog:
         return AnswerLog(folder, rank, "m", pruning)
@@ -269,6 +325,16 @@ class TestAnswerLog:
         log = self.log(tmp_path)
         log.append([(self.QUESTION, self.ANSWER)])
         assert log.get(Question(**{**vars(self.QUESTION), **change})) is None
+
+    def test_knows_the_prompt_behind_an_answer(self):
+        assert self.ANSWER.prompt == PromptCount(60, self.ANSWER.visual_tokens)
+
+    def test_passes_over_lines_that_say_nothing_of_the_layers(self, tmp_path):
+        log = self.log(tmp_path)
+        log.append([(self.QUESTION, self.ANSWER)])
+        path = tmp_path / "answers_rank0.jsonl"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "visual_tokens": [[576, 56]]}) + "\n")
+        assert self.log(tmp_path).get(self.QUESTION) is None
 
     def test_keeps_configurations_apart(self, tmp_path):
         self.log(tmp_path).append([(self.QUESTION, self.ANSWER)])
@@ -306,7 +372,7 @@ class TestWrongValues:
         ("switch", "sentence"),
         [
             ({"BASELINE": "NOSUCH", "SUBSET_RATIO": "0.1"}, "BASELINE=NOSUCH"),
-            ({"BASELINE": "OURS"}, "needs SUBSET_RATIO"),
+            ({"BASELINE": "OURS"}, "a kept ratio is needed .SUBSET_RATIO."),
             ({"SUBSET_RATIO": "0.1"}, "BASELINE is not"),
             ({"BASELINE": "OURS", "SUBSET_RATIO": "1.5"}, "SUBSET_RATIO=1.5"),
             ({"BASELINE": "OURS", "SUBSET_RATIO": "0.1", "LAYER_INDEX": "x"}, "LAYER_INDEX=x"),
@@ -385,6 +451,15 @@ class TestSettings:
         config = load().config
         with GenerationSettings(image_aspect_ratio="original").applied_to(config):
             assert config.image_aspect_ratio == "pad"
+
+
+def test_the_progress_bar_shows_kept_tokens_as_the_mean_over_layers_and_images():
+    drawn = io.StringIO()
+    with Progress("pope", 4, 0, drawn) as progress:
+        progress.advance(1, [])
+        progress.advance(1, [ImageCount(576, ((2, 576), (2, 56)))])
+        progress.advance(2, [ImageCount(576, ((4, 56),))] * 2)
+    assert "visual tokens 142.7/576" in drawn.getvalue()
 
 
 def test_the_model_outlives_a_run_only_when_another_follows(load):

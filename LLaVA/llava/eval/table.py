@@ -17,6 +17,15 @@ from typing import Any
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
 MISSING = "\N{EN DASH}"
+FLOPS = "Prefill FLOPs / unpruned"
+BUDGET = (
+    "kept_tokens_mean",
+    "total_tokens_mean",
+    "kept_tokens_per_layer",
+    "flops_ratio_literature",
+    "flops_ratio_exact",
+)
+"""Columns of the CSV table and keys of the JSON table; tokens a layer stand in one cell, separated by spaces."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +80,10 @@ class Row:
     model : str
     method : str
         "unpruned", "grey picture" (unpruned, and shown nothing), or the method with the options that were set.
-    ratio : float
-        Asked-for kept ratio; 1 for unpruned.
-    layer : int
+    ratio : float, or None
+        Asked-for kept ratio; 1 for unpruned, None where the method's options say how much is kept.
+    layer : int, or None
+        Decoder layer at whose input tokens are dropped; None for several.
     scores : dict
         Column key -> score on the papers' scale; what is missing was not measured.
     source : str
@@ -81,16 +91,17 @@ class Row:
     notes : tuple of str
         What a reader must know: mini suite, untrained model, a limit on the documents, failed tasks.
     visual_tokens : dict, or None
-        Measured minimum, mean and maximum of total and kept visual tokens an image.
+        What was measured: minimum, mean and maximum of total and kept visual tokens an image, their mean in each
+        decoder layer, and the prefill's FLOPs relative to unpruned. Older results have the first only.
     relative : float, or None
         Mean over the columns of score / unpruned score, of the same model and source, in percent.
     """
 
     model: str
     method: str
-    ratio: float
+    ratio: float | None
     scores: Mapping[str, float]
-    layer: int = 0
+    layer: int | None = 0
     source: str = "measured"
     notes: tuple[str, ...] = ()
     visual_tokens: Mapping[str, Any] | None = None
@@ -103,9 +114,33 @@ class Row:
     @property
     def label(self) -> str:
         """Method, ratio and place, for a person."""
-        if self.ratio >= 1 and self.method in ("unpruned", "grey picture"):
+        if self.method in ("unpruned", "grey picture"):
             return self.method
-        return f"{self.method} {self.ratio:g}" + (f", layer {self.layer}" if self.layer else "")
+        ratio = "" if self.ratio is None else f" {self.ratio:g}"
+        return f"{self.method}{ratio}" + (f", layer {self.layer}" if self.layer else "")
+
+    @property
+    def total_tokens(self) -> float | None:
+        """Mean over the images of the visual tokens that an unpruned model sees."""
+        return self.visual_tokens["total"]["mean"] if self.visual_tokens else None
+
+    @property
+    def kept_tokens(self) -> float | None:
+        """Mean over the images and the decoder layers of the visual tokens present."""
+        if not self.visual_tokens:
+            return None
+        # Older results say what is left at the end of the decoder, which is another figure when it drops tokens.
+        return None if self.layer != 0 and self.kept_per_layer is None else self.visual_tokens["kept"]["mean"]
+
+    @property
+    def kept_per_layer(self) -> Sequence[float] | None:
+        """Mean over the images of the visual tokens present in each decoder layer."""
+        return (self.visual_tokens or {}).get("per_layer")
+
+    def flops_ratio(self, convention: str) -> float | None:
+        """The prefill's FLOPs relative to unpruned, by convention: "literature" or "exact" (see `llava.eval.flops`)."""
+        ratios = (self.visual_tokens or {}).get("flops_ratio")
+        return ratios[convention] if ratios else None
 
 
 @dataclass(frozen=True)
@@ -234,6 +269,12 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     limits = sorted({note for row in rows for note in row.notes if note.startswith("first ")})
     remarks += [f"Limited: {limit}." for limit in limits]
     remarks += sorted({f"Published: {row.source}." for row in rows if row.published})
+    if any(row.flops_ratio("exact") is not None for row in rows):
+        remarks.append(
+            "FLOPs: of the prefill, two a multiply-accumulate, vision tower and projector included; choosing the "
+            "tokens is not counted. In the papers' convention, which counts the decoder alone: flops_ratio_literature "
+            "in the CSV and JSON tables."
+        )
     if any(row.relative is not None for row in rows):
         remarks.append(
             "Mean: score relative to the same model unpruned, averaged over the columns that both rows have."
@@ -242,12 +283,12 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
 
 
 def _markdown(table: Table) -> str:
-    header = ["Model", "Method", "Kept tokens", *(column.key for column in COLUMNS), "Mean"]
-    lines = [header, ["---", "---", "---", *("---:" for _ in COLUMNS), "---:"]]
+    header = ["Model", "Method", "Kept tokens", FLOPS, *(column.key for column in COLUMNS), "Mean"]
+    lines = [header, ["---", "---", "---", "---:", *("---:" for _ in COLUMNS), "---:"]]
     for row in table.rows:
         method = f"{row.label} *(published)*" if row.published else row.label
         scores = [_shown(row.scores.get(column.key), column.digits) for column in COLUMNS]
-        lines.append([_name(row), method, _kept(row), *scores, _shown(row.relative, 1, " %")])
+        lines.append([_name(row), method, _kept(row), _flops(row), *scores, _shown(row.relative, 1, " %")])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     return text + "".join(f"\n{remark}\n" for remark in table.remarks)
 
@@ -256,14 +297,15 @@ def _csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["model", "method", "ratio", "layer", "source", "kept_tokens_mean", "total_tokens_mean"]
+        ["model", "method", "ratio", "layer", "source", *BUDGET]
         + [column.key for column in COLUMNS]
         + ["mean_relative_percent", "notes"]
     )
     for row in table.rows:
-        tokens = [row.visual_tokens[name]["mean"] if row.visual_tokens else None for name in ("kept", "total")]
+        per_layer = None if row.kept_per_layer is None else " ".join(str(tokens) for tokens in row.kept_per_layer)
+        budget = {**_budget(row), "kept_tokens_per_layer": per_layer}
         writer.writerow(
-            [row.model, row.method, row.ratio, row.layer, row.source, *tokens]
+            [row.model, row.method, row.ratio, row.layer, row.source, *budget.values()]
             + [row.scores.get(column.key) for column in COLUMNS]
             + [row.relative, "; ".join(row.notes)]
         )
@@ -281,6 +323,7 @@ def _json(table: Table) -> str:
             "source": row.source,
             "notes": row.notes,
             "visual_tokens": row.visual_tokens,
+            **_budget(row),
             "scores": row.scores,
             "mean_relative_percent": row.relative,
         }
@@ -296,11 +339,27 @@ def _name(row: Row) -> str:
     return f"{row.model} (untrained)" if "untrained" in row.notes else row.model
 
 
+def _budget(row: Row) -> dict[str, Any]:
+    values = (
+        row.kept_tokens,
+        row.total_tokens,
+        row.kept_per_layer,
+        row.flops_ratio("literature"),
+        row.flops_ratio("exact"),
+    )
+    return dict(zip(BUDGET, values, strict=True))
+
+
 def _kept(row: Row) -> str:
-    if not row.visual_tokens:
+    kept, total = row.kept_tokens, row.total_tokens
+    if kept is None:
         return MISSING
-    kept, total = (row.visual_tokens[name]["mean"] for name in ("kept", "total"))
     return f"{kept:.4g} / {total:.4g} ({100 * kept / total:.1f} %)"
+
+
+def _flops(row: Row) -> str:
+    ratio = row.flops_ratio("exact")
+    return _shown(None if ratio is None else 100 * ratio, 1, " %")
 
 
 def _shown(value: float | None, digits: int, unit: str = "") -> str:

@@ -1,0 +1,183 @@
+"""What a run kept and what it cost: visual tokens in every decoder layer, and the prefill's FLOPs beside unpruned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llava.eval.flops import ModelShape
+
+CONVENTIONS = ("literature", "exact")
+
+
+@dataclass(frozen=True)
+class ImageCount:
+    """The visual tokens of one image on their way through the decoder.
+
+    Attributes
+    ----------
+    total : int
+        What an unpruned model sees.
+    runs : tuple of (layers, tokens)
+        From the first decoder layer on; neighbouring layers with the same number of tokens together.
+    crops : int
+        What the vision tower sees.
+    """
+
+    total: int
+    runs: tuple[tuple[int, int], ...]
+    crops: int = 1
+
+    @classmethod
+    def of(cls, total: int, per_layer: Sequence[int], crops: int = 1) -> ImageCount:
+        """From the number of tokens in each decoder layer."""
+        return cls(total, tuple((len(list(run)), tokens) for tokens, run in groupby(per_layer)), crops)
+
+    @property
+    def per_layer(self) -> list[int]:
+        """Tokens in each decoder layer."""
+        return [tokens for layers, tokens in self.runs for _ in range(layers)]
+
+    @property
+    def entering(self) -> int:
+        """Tokens in the first decoder layer."""
+        return self.runs[0][1]
+
+    @property
+    def kept(self) -> float:
+        """Mean over the decoder layers of the tokens present."""
+        return sum(layers * tokens for layers, tokens in self.runs) / sum(layers for layers, _ in self.runs)
+
+
+@dataclass(frozen=True)
+class PromptCount:
+    """One prompt as the decoder sees it.
+
+    Attributes
+    ----------
+    text : int
+        Tokens that are no image's; they are present in all layers.
+    images : tuple of ImageCount
+    """
+
+    text: int
+    images: tuple[ImageCount, ...]
+
+
+def summary(prompts: Mapping[PromptCount, int], shape: ModelShape | None = None) -> dict[str, Any] | None:
+    """What was kept, and what the prefills cost.
+
+    Parameters
+    ----------
+    prompts : mapping
+        Prompt -> how often it occurred. Those without images count in nothing.
+    shape : ModelShape, optional
+        Without it, costs are left out.
+
+    Returns
+    -------
+    dict, or None without images
+        "images": how many; "total" and "kept": "min", "mean" and "max" over them, an image's kept tokens being the mean
+        over the decoder layers of those present; "per_layer": mean tokens in each decoder layer. "flops": the prefills'
+        sums, "pruned" and "unpruned", by convention (see `llava.eval.flops`), and "flops_ratio", their quotients; both
+        None without a shape. JSON-serialisable.
+    """
+    images: Counter[ImageCount] = Counter()
+    for prompt, times in prompts.items():
+        for image in prompt.images:
+            images[image] += times
+    number = images.total()
+    if not number:
+        return None
+    # Sums of whole numbers do not depend on how the prompts were divided among processes.
+    layers = [[tokens * times for tokens in image.per_layer] for image, times in images.items()]
+    sums = [sum(column) for column in zip(*layers, strict=True)]
+    kept = [image.kept for image in images]
+    totals = [image.total for image in images]
+    total = sum(image.total * times for image, times in images.items())
+    flops = None if shape is None else _flops(prompts, shape)
+    return {
+        "images": number,
+        "total": {"min": min(totals), "mean": total / number, "max": max(totals)},
+        "kept": {"min": min(kept), "mean": sum(sums) / len(sums) / number, "max": max(kept)},
+        "per_layer": [tokens / number for tokens in sums],
+        "flops": flops,
+        "flops_ratio": _ratios(flops),
+    }
+
+
+def merged_summary(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """One `summary` of several of the same model; what one of them lacks (older results do) is None."""
+    images = sum(part["images"] for part in summaries)
+    if not images:
+        return None
+    flops = None
+    if all(part.get("flops") for part in summaries):
+        flops = {
+            convention: {
+                kind: sum(part["flops"][convention][kind] for part in summaries) for kind in ("pruned", "unpruned")
+            }
+            for convention in CONVENTIONS
+        }
+    per_layer = None
+    if all(part.get("per_layer") for part in summaries):
+        columns = zip(*([tokens * part["images"] for tokens in part["per_layer"]] for part in summaries), strict=True)
+        per_layer = [sum(column) / images for column in columns]
+    merged = {
+        name: {
+            "min": min(part[name]["min"] for part in summaries),
+            "mean": sum(part[name]["mean"] * part["images"] for part in summaries) / images,
+            "max": max(part[name]["max"] for part in summaries),
+        }
+        for name in ("total", "kept")
+    }
+    return {"images": images, **merged, "per_layer": per_layer, "flops": flops, "flops_ratio": _ratios(flops)}
+
+
+def describe(counts: Mapping[str, Any]) -> str:
+    """One line on a `summary`, for a person."""
+    text = f"{counts['kept']['mean']:.4g} of {counts['total']['mean']:.4g} visual tokens an image"
+    per_layer = counts.get("per_layer") or ()
+    if len(runs := layer_runs(per_layer)) > 1:
+        shown = ", ".join(f"{tokens:.4g} x{layers}" for _, layers, tokens in runs)
+        text += f" (mean over the decoder layers: {shown})"
+    if ratio := counts.get("flops_ratio"):
+        text += (
+            f", prefill FLOPs {100 * ratio['exact']:.1f} % of unpruned "
+            f"({100 * ratio['literature']:.1f} % as papers count)"
+        )
+    return text
+
+
+def layer_runs(per_layer: Sequence[float]) -> list[tuple[int, int, float]]:
+    """(first layer, layers, tokens) of neighbouring layers with the same number of tokens."""
+    runs, first = [], 0
+    for tokens, run in groupby(per_layer):
+        runs.append((first, len(list(run)), tokens))
+        first += runs[-1][1]
+    return runs
+
+
+def _flops(prompts: Mapping[PromptCount, int], shape: ModelShape) -> dict[str, dict[str, int]]:
+    from llava.eval.flops import exact_flops, literature_flops, tokens_per_layer
+
+    flops = {convention: {"pruned": 0, "unpruned": 0} for convention in CONVENTIONS}
+    for prompt, times in prompts.items():
+        if not prompt.images:
+            continue
+        present = [sum(column) for column in zip(*(image.per_layer for image in prompt.images), strict=True)]
+        total = sum(image.total for image in prompt.images)
+        crops = sum(image.crops for image in prompt.images)
+        for kind, visual in (("pruned", present), ("unpruned", [total] * len(present))):
+            tokens = tokens_per_layer(prompt.text, visual)
+            flops["literature"][kind] += times * literature_flops(shape.decoder, tokens)
+            flops["exact"][kind] += times * exact_flops(shape, tokens, crops=crops).total
+    return flops
+
+
+def _ratios(flops: Mapping[str, Mapping[str, int]] | None) -> dict[str, float] | None:
+    return None if flops is None else {name: cost["pruned"] / cost["unpruned"] for name, cost in flops.items()}
