@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini.attention import attention_for
+from llava.mini.grounding import Grounding, GroundingHeads
 from llava.mini.packing import Batch, packed_mask, prefix_stretches
 from llava.mini.tower import pixel_values
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -75,11 +77,15 @@ class ConversationTask(nn.Module):
     Parameters
     ----------
     model : LlavaLlamaForCausalLM
+    grounding : Grounding, optional
+        Also asks what noun phrases and options point at.
     """
 
-    def __init__(self, model: LlavaLlamaForCausalLM):
+    def __init__(self, model: LlavaLlamaForCausalLM, grounding: Grounding | None = None):
         super().__init__()
         self.model = model
+        self.grounding = grounding
+        self.heads = None if grounding is None else GroundingHeads(model.config.hidden_size)
 
     def matrices(self) -> Iterable[nn.Parameter]:
         """The weight matrices of the decoder's layers and the projector."""
@@ -93,7 +99,8 @@ class ConversationTask(nn.Module):
         A question's loss is divided by the square root of its answer's length: a caption teaches more than a word,
         but not as much more as it is longer.
         """
-        logits, labels, segments, rows = self.answer_logits(batch)
+        with self._taps() as taps:
+            logits, labels, segments, rows = self.answer_logits(batch)
         lengths = torch.zeros(int(rows.max()) + 1, int(segments.max()) + 1, device=labels.device)
         ones = torch.ones_like(labels, dtype=torch.float32)
         lengths.index_put_((rows, segments), ones, accumulate=True)
@@ -104,11 +111,41 @@ class ConversationTask(nn.Module):
         )
         asked = lengths > 0
         short = asked & (lengths <= 4)
-        return {
+        report = {
             "answer": (losses * weights).sum() / weights.sum(),
             "accuracy/short": (wrong[short] == 0).float().mean(),
             "accuracy/token": (logits.argmax(-1) == labels).float().mean(),
         }
+        if self.grounding is not None:
+            told = self._ground(batch, taps)
+            report["grounding"] = self.grounding.weight * sum(v for name, v in told.items() if "/" not in name)
+            report |= {name if "/" in name else f"loss/{name}": value.detach() for name, value in told.items()}
+        return report
+
+    @contextmanager
+    def _taps(self) -> Iterator[dict[int, torch.Tensor]]:
+        """Hidden states behind the layers where the heads read, filled in by the next forward pass."""
+        taps: dict[int, torch.Tensor] = {}
+        depths = () if self.grounding is None else {self.grounding.phrases, self.grounding.options}
+        layers = self.model.get_model().layers
+
+        def tap(depth: int):
+            return layers[depth - 1].register_forward_hook(lambda _, __, hidden: taps.__setitem__(depth, hidden))
+
+        hooks = [tap(depth) for depth in depths]
+        try:
+            yield taps
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _ground(self, batch: Batch, taps: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows, places, targets = batch.grounding[:, 0], batch.grounding[:, 1], batch.grounding[:, 2:]
+        # Every picture stands before the questions, and takes more places than its mark.
+        more = (batch.ids == IMAGE_TOKEN_INDEX).sum(1) * (self.model.get_vision_tower().num_patches - 1)
+        places = places + more[rows]
+        states = (taps[depth][rows, places] for depth in (self.grounding.phrases, self.grounding.options))
+        return self.heads(*states, targets)
 
     def answer_logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Predictions of all answers' tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def accuracy_by_form(
 def _greyed(example: Packed) -> Packed:
     pictures = example.pictures.copy()
     pictures[:] = GREY
-    return Packed(pictures, example.prefix, example.questions, example.labels, example.forms)
+    return replace(example, pictures=pictures)
 
 
 def evaluate(checkpoint: Path, scenes: int, report: Path) -> dict:

@@ -8,8 +8,9 @@ question is trained exactly as if it were asked in a conversation of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
@@ -17,8 +18,9 @@ from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini.drills import sample_drills
+from llava.mini.grounding import COLUMNS, grounding_targets
 from llava.mini.questions import QA, sample_pair_questions, sample_questions, sample_text_questions
-from llava.mini.scenes import Dice, render, sample_scene
+from llava.mini.scenes import Dice, Scene, render, sample_scene
 from llava.mini.vocabulary import conversation_texts
 
 __all__ = ["Mixture", "Packed", "PackedScenes", "collate", "pack", "packed_mask"]
@@ -38,6 +40,8 @@ class Packed:
         Each question with its answer; labels are -100 but for the answer.
     forms : list of str
         What kind of question each one is.
+    grounding : list of list of tuple of int
+        For each question, tokens of it and what they point at: `llava.mini.grounding.grounding_targets`.
     """
 
     pictures: np.ndarray
@@ -45,36 +49,46 @@ class Packed:
     questions: list[list[int]]
     labels: list[list[int]]
     forms: list[str]
+    grounding: list[list[tuple[int, ...]]]
 
 
-def pack(asked: list[QA], pictures: np.ndarray, tokenizer) -> Packed:
+def pack(asked: list[QA], scenes: Sequence[Scene], tokenizer) -> Packed:
     """Tokenise questions about the same pictures as benchmarks will ask them, and cut off what they have in common.
+
+    Parameters
+    ----------
+    asked : list of QA
+    scenes : sequence of Scene
+        What the pictures show.
+    tokenizer
 
     Raises
     ------
     ValueError
         If an answer does not continue its prompt's tokens, or a question ends before its pictures.
     """
-    texts = [conversation_texts(qa, len(pictures)) for qa in asked]
+    texts = [conversation_texts(qa, len(scenes)) for qa in asked]
     encoded = encode_prompts([text for pair in texts for text in pair], tokenizer)
     rows = []
     for (prompt, whole), prompt_ids, ids in zip(texts, encoded[::2], encoded[1::2], strict=True):
         if ids[: len(prompt_ids)] != prompt_ids:
             raise ValueError(f"the tokens of {prompt!r} change when its answer follows: {whole!r}")
         rows.append((ids, len(prompt_ids)))
-    if len(pictures):
+    if scenes:
         common = len(rows[0][0]) - rows[0][0][::-1].index(IMAGE_TOKEN_INDEX)
     else:
         shortest = min(length for _, length in rows)
         common = next((i for i in range(shortest) if len({ids[i] for ids, _ in rows}) > 1), shortest - 1)
     prefix = rows[0][0][:common]
-    questions, labels = [], []
-    for ids, length in rows:
+    questions, labels, grounding = [], [], []
+    for qa, (ids, length) in zip(asked, rows, strict=True):
         if ids[:common] != prefix:
             raise ValueError("questions about the same pictures must have the same tokens up to the last picture")
         questions.append(ids[common:])
         labels.append([IGNORE_INDEX] * (length - common) + ids[length:])
-    return Packed(pictures, prefix, questions, labels, [qa.form for qa in asked])
+        pieces = tokenizer.convert_ids_to_tokens(ids[common:length])
+        grounding.append(grounding_targets(pieces, scenes, qa.answer if qa.choices else ""))
+    return Packed(_pictures(scenes), prefix, questions, labels, [qa.form for qa in asked], grounding)
 
 
 def encode_prompts(texts: list[str], tokenizer) -> list[list[int]]:
@@ -148,19 +162,19 @@ class PackedScenes(Dataset):
         if sort == "text":
             n = self.mixture.questions
             asked = sample_text_questions(dice, n) + sample_drills(dice, self.mixture.drills)
-            return pack(asked, _pictures([]), self.tokenizer)
+            return pack(asked, [], self.tokenizer)
         scene = sample_scene(seed, self.split)
         if sort == "pair":
             other = sample_scene(self.first_seed + self.length + number, self.split)
             asked = sample_pair_questions(scene, other, dice, self.mixture.questions)
             if asked:
-                return pack(asked, _pictures([scene, other]), self.tokenizer)
+                return pack(asked, [scene, other], self.tokenizer)
         asked = sample_questions(
             scene, dice, self.mixture.questions, self.mixture.forms, choice_percent=self.mixture.choice_percent
         )
         if dice.chance(self.mixture.dense_percent) and all(qa.form != "dense" for qa in asked):
             asked += sample_questions(scene, dice, 1, ("dense",))
-        return pack(asked, _pictures([scene]), self.tokenizer)
+        return pack(asked, [scene], self.tokenizer)
 
     def _sort(self, step: int) -> str:
         mixture = self.mixture
@@ -171,7 +185,7 @@ class PackedScenes(Dataset):
         return "scene"
 
 
-def _pictures(scenes: list) -> np.ndarray:
+def _pictures(scenes: Sequence[Scene]) -> np.ndarray:
     if not scenes:
         return np.zeros((0, 336, 336, 3), np.uint8)
     return np.stack([np.array(render(scene)) for scene in scenes])
@@ -190,6 +204,8 @@ class Batch:
         0 for the prefix, 1, 2, ... for the questions, -1 for padding.
     forms : list of list of str
         Form of each row's questions.
+    grounding : Tensor (G, 2 + C), int64
+        Row, index in ``ids``, and what the token there points at (`llava.mini.grounding.COLUMNS`).
     """
 
     pictures: torch.Tensor
@@ -197,16 +213,20 @@ class Batch:
     labels: torch.Tensor
     segments: torch.Tensor
     forms: list[list[str]]
+    grounding: torch.Tensor
 
 
 def collate(examples: list[Packed]) -> tuple[Batch]:
     """Stack examples into one batch."""
-    ids, labels, segments = [], [], []
-    for example in examples:
+    ids, labels, segments, grounding = [], [], [], []
+    for row, example in enumerate(examples):
         ids.append([*example.prefix, *chain(*example.questions)])
         labels.append([IGNORE_INDEX] * len(example.prefix) + [*chain(*example.labels)])
         numbered = [[number] * len(question) for number, question in enumerate(example.questions, start=1)]
         segments.append([0] * len(example.prefix) + [*chain(*numbered)])
+        starts = accumulate(map(len, example.questions), initial=len(example.prefix))
+        for start, targets in zip(starts, example.grounding, strict=False):  # the last start is the end
+            grounding += [(row, start + token, *values) for token, *values in targets]
     return (
         Batch(
             torch.from_numpy(np.concatenate([example.pictures for example in examples])),
@@ -214,6 +234,7 @@ def collate(examples: list[Packed]) -> tuple[Batch]:
             _stacked(labels, IGNORE_INDEX),
             _stacked(segments, -1),
             [example.forms for example in examples],
+            torch.tensor(grounding, dtype=torch.int64).view(-1, 2 + len(COLUMNS)),
         ),
     )
 

@@ -1,10 +1,11 @@
 """Train llava-mini from nothing: ``python -m llava.mini.train``.
 
-Five stages. ``tower``: the vision tower learns what is in each patch. ``align``: projector and language model learn
+Six stages. ``tower``: the vision tower learns what is in each patch. ``align``: projector and language model learn
 words for it, in captions and plain questions. ``basics``: which thing has which attribute, and how to answer with a
 letter. ``finetune``: every kind of question in every layout that a benchmark uses. ``deepen``: more of it, with layers
-added that begin as if they were not there. Stopped at any time, even killed, a
-run goes on with ``--resume`` and ends in the same weights as one that was never stopped.
+added that begin as if they were not there. ``ground``: more of it, with heads that ask on the way what the words of a
+question point at. Stopped at any time, even killed, a run goes on with ``--resume`` and ends in the same weights as one
+that was never stopped.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from llava.mini.attention import attention_for
 from llava.mini.decoder import ConversationTask, build_llava
 from llava.mini.evaluate import evaluate
 from llava.mini.export import export_checkpoint, export_tower
+from llava.mini.grounding import Grounding
 from llava.mini.loop import Run, Stage, train_stage
 from llava.mini.packing import Mixture, PackedScenes, collate
 from llava.mini.tower import TowerScenes, TowerTask
@@ -34,10 +36,17 @@ from llava.model.tokenizer import load_tokenizer
 __all__ = ["CONFIG", "STAGES", "main", "read_config", "train"]
 
 CONFIG = Path(__file__).with_name("config.yaml")
-STAGES = ("tower", "align", "basics", "finetune", "deepen")
+STAGES = ("tower", "align", "basics", "finetune", "deepen", "ground")
 
 # Pictures of different stages never overlap.
-FIRST_SEEDS = {"tower": 0, "align": 100_000_000, "basics": 150_000_000, "finetune": 200_000_000, "deepen": 300_000_000}
+FIRST_SEEDS = {
+    "tower": 0,
+    "align": 100_000_000,
+    "basics": 150_000_000,
+    "finetune": 200_000_000,
+    "deepen": 300_000_000,
+    "ground": 400_000_000,
+}
 
 LAYERS = "model.model.layers."
 
@@ -57,6 +66,13 @@ SMOKE = {
             "mixture": {"questions": 3, "pair_every": 3, "text_every": 4},
         },
         "deepen": {"steps": 2, "batch": 2, "layers": 4, "mixture": {"questions": 3, "pair_every": 2}},
+        "ground": {
+            "steps": 2,
+            "batch": 2,
+            "layers": 4,
+            "grounding": {"phrases": 2, "options": 3},
+            "mixture": {"questions": 3, "pair_every": 2},
+        },
     },
 }
 
@@ -73,7 +89,7 @@ def _merged(base: dict, over: dict) -> dict:
 
 def parse_stage(name: str, config: dict) -> tuple[Stage, Mixture | None]:
     """A stage of the recipe, and which questions it asks."""
-    settings = {key: value for key, value in config["stages"][name].items() if key != "layers"}
+    settings = {key: value for key, value in config["stages"][name].items() if key not in ("layers", "grounding")}
     mixture = settings.pop("mixture", None)
     if mixture is not None:
         weights = mixture["forms"]
@@ -106,7 +122,9 @@ def conversation_task(stage: str, config: dict, vocabulary: int, run: Run) -> Co
     """The model on the exported tower, with new weights and as many decoder layers as the stage has."""
     layers = config["stages"][stage]["layers"]
     deep = config | {"decoder": config["decoder"] | {"layers": layers}}
-    return ConversationTask(build_llava(deep, vocabulary, run.folder / "checkpoint", run.device))
+    grounding = config["stages"][stage].get("grounding")
+    model = build_llava(deep, vocabulary, run.folder / "checkpoint", run.device)
+    return ConversationTask(model, Grounding(**grounding) if grounding else None).to(run.device)
 
 
 def grow(task: ConversationTask, state: dict[str, torch.Tensor]) -> None:

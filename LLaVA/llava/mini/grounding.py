@@ -1,0 +1,213 @@
+"""What the words of a question point at: targets for heads that a model in training has beside its answers.
+
+"Is the red star above the small ring?" is answered in steps: find each thing, see where it is, compare. From answers
+alone a small model needs very long to find these steps. So, while it is trained, linear heads read its hidden state at
+the end of every noun phrase (how many things fit, and of a single one its attributes and its box) and of every option
+(whether it is the right one). The heads are thrown away afterwards; questions stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llava.mini.captions import PLURALS, at
+from llava.mini.scenes import COLORS, IMAGE_SIZE, NUMBERS, PLACES, SHAPES, SIGN, SIZES, TEXTS, WORDS, Scene, SceneObject
+
+__all__ = ["COLUMNS", "GroundingHeads", "grounding_targets"]
+
+NEWLINE = "<0x0A>"
+KINDS = (*SHAPES, SIGN)
+MOST = 8
+
+# Columns of a target: classes of those that a head tells apart, then lengths in pixels.
+CLASSES = {
+    "count": MOST + 1,
+    "second_count": MOST + 1,  # in the second of two pictures
+    "shape": len(KINDS),
+    "color": len(COLORS),
+    "size": len(SIZES),
+    "place": len(PLACES),
+    "text": len(TEXTS),
+    "right": 2,
+}
+LENGTHS = ("x", "y", "width")
+COLUMNS = (*CLASSES, *LENGTHS)
+NOTHING = -1
+
+BOX_WEIGHT = 20.0
+
+
+def grounding_targets(pieces: Sequence[str], scenes: Sequence[Scene], right: str = "") -> list[tuple[int, ...]]:
+    """Targets of the tokens at the ends of a prompt's noun phrases and options.
+
+    Parameters
+    ----------
+    pieces : sequence of str
+        The prompt's tokens, as the tokenizer's vocabulary spells them.
+    scenes : sequence of Scene
+        What the pictures show, one or two; none for a question without a picture.
+    right : str
+        The right option's letter; empty for an open question.
+
+    Returns
+    -------
+    list of tuple of int
+        Index of the token, then `COLUMNS`, -1 where there is nothing to say.
+    """
+    words = [piece.replace("▁", " ").strip() for piece in pieces]
+    targets: dict[int, dict[str, int]] = {}
+    for end, attributes in _phrases(words):
+        if scenes:
+            targets[end] = _pointed_at(attributes, scenes)
+    for end, letter in _options(words):
+        targets.setdefault(end, {})["right"] = int(letter == right)
+    return [(end, *(values.get(name, NOTHING) for name in COLUMNS)) for end, values in sorted(targets.items())]
+
+
+def _options(words: Sequence[str]) -> list[tuple[int, str]]:
+    """Last token and letter of every option: a line that begins with a letter and a full stop."""
+    found = []
+    breaks = [i for i, word in enumerate(words) if word == NEWLINE] + [len(words)]
+    for start, end in pairwise(breaks):
+        line = words[start + 1 : end]
+        if len(line) > 2 and line[0] in ("A", "B", "C", "D") and line[1] == ".":
+            found.append((end - 1, line[0]))
+    return found
+
+
+def _phrases(words: Sequence[str]) -> list[tuple[int, dict[str, object]]]:
+    """Last token of every noun phrase, and the attributes that it gives."""
+    found = []
+    for i, word in enumerate(words):
+        if word in HEADS:
+            attributes = dict(HEADS[word])
+            before = words[max(0, i - 2) : i]
+            if before and before[-1] in COLORS:
+                attributes["color"] = before.pop()
+            if before and before[-1] in SIZES:
+                attributes["size"] = before.pop()
+            end = i + _suffix(words[i + 1 : i + 6], attributes, bare=word == "shape" and "color" not in attributes)
+            # "A polygon is a shape ..." and "the object above ..." name no thing by themselves.
+            if attributes or word in ("shapes", "objects"):
+                found.append((end, attributes))
+        elif word in TEXTS and words[i - 1] == '"':
+            found.append((i, {"text": word}))
+        elif word in ALPHABETS and words[i - 1] in ("the", "The") and words[i + 1 : i + 2] != ['"']:
+            found.append((i, {"text": ALPHABETS[word]}))
+    return found
+
+
+ALPHABETS = {"word": WORDS, "number": NUMBERS}
+HEADS: dict[str, dict[str, object]] = {
+    **{shape: {"shape": shape} for shape in KINDS},
+    **{plural: {"shape": shape} for shape, plural in PLURALS.items()},
+    "shape": {},
+    "shapes": {"shape": SHAPES},
+    "objects": {},
+}
+
+
+def _suffix(rest: Sequence[str], attributes: dict[str, object], bare: bool) -> int:
+    """Add what stands behind a noun ("that says cat", "in the top left") and tell how many tokens that is."""
+    if attributes.get("shape") == SIGN and list(rest[:2]) == ["that", "says"]:
+        # A digit is two tokens: a space, and itself.
+        length = 4 if rest[2:3] == [""] else 3
+        attributes["text"] = rest[length - 1]
+        return length
+    if bare:
+        for place in sorted(PLACES, key=len, reverse=True):
+            for length in range(1, len(rest) + 1):
+                if " ".join(rest[:length]) == at(place):
+                    attributes.update(place=place, shape=SHAPES)
+                    return length
+    return 0
+
+
+def _fits(thing: SceneObject, attributes: dict[str, object]) -> bool:
+    return all(
+        getattr(thing, name) in value if isinstance(value, tuple) else getattr(thing, name) == value
+        for name, value in attributes.items()
+    )
+
+
+def _pointed_at(attributes: dict[str, object], scenes: Sequence[Scene]) -> dict[str, int]:
+    if "color" in attributes and "shape" not in attributes:  # "the red shape"; a sign is called a sign
+        attributes = attributes | {"shape": SHAPES}
+    things = [[thing for thing in scene.objects if _fits(thing, attributes)] for scene in scenes]
+    target = {"count": min(len(things[0]), MOST)}
+    if len(scenes) > 1:
+        target["second_count"] = min(len(things[1]), MOST)
+    elif len(things[0]) == 1:
+        thing = things[0][0]
+        target["shape"], target["color"] = KINDS.index(thing.shape), tuple(COLORS).index(thing.color)
+        target["size"], target["place"] = tuple(SIZES).index(thing.size), PLACES.index(thing.place)
+        if thing.is_sign:
+            target["text"] = TEXTS.index(thing.text)
+        target["x"], target["y"], target["width"] = *thing.center, thing.width
+    return target
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """How strongly, and where, a stage asks the heads.
+
+    Attributes
+    ----------
+    weight : float
+        Of the heads' summed losses, beside the answers' loss.
+    phrases, options : int
+        How many decoder layers a noun phrase and an option have gone through when they are read.
+    """
+
+    weight: float
+    phrases: int
+    options: int
+
+
+class GroundingHeads(nn.Module):
+    """Linear heads on hidden states of the ends of noun phrases and options.
+
+    Parameters
+    ----------
+    width : int
+        Of the hidden states.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in CLASSES.items()})
+        self.box = nn.Linear(width, len(LENGTHS))
+        self.norms = nn.ModuleDict({name: nn.RMSNorm(width) for name in ("phrases", "options")})
+
+    def forward(self, phrases: torch.Tensor, options: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses by name, and accuracies under ``accuracy/<name>``.
+
+        Parameters
+        ----------
+        phrases, options : Tensor (G, width)
+            Hidden states of the same tokens, of the layers where phrases and options are read.
+        targets : Tensor (G, len(COLUMNS)), int64
+        """
+        phrases, options = self.norms["phrases"](phrases), self.norms["options"](options)
+        out: dict[str, torch.Tensor] = {}
+        for number, (name, head) in enumerate(self.heads.items()):
+            target = targets[:, number]
+            told = target >= 0
+            scores = head((options if name == "right" else phrases)[told]).float()
+            # A sum over nothing is 0: every process of a run has gradients of every head.
+            out[name] = F.cross_entropy(scores, target[told], reduction="sum") / told.sum().clamp_min(1)
+            out[f"accuracy/{name}"] = (scores.argmax(-1) == target[told]).float().mean().detach()
+        lengths = targets[:, len(CLASSES) :]
+        told = lengths[:, 0] >= 0
+        box = self.box(phrases[told]).float()
+        goal = lengths[told] / IMAGE_SIZE
+        misses = F.smooth_l1_loss(box, goal, beta=0.05, reduction="sum")
+        out["box"] = BOX_WEIGHT * misses / (len(LENGTHS) * told.sum().clamp_min(1))
+        out["accuracy/box"] = ((box - goal).abs() < 0.06).all(-1).float().mean().detach()
+        return out
