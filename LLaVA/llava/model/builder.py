@@ -127,6 +127,7 @@ def load_pretrained_model(
     _tidy_generation_config(model)
     model.eval()
     _announce(model)
+    model.fit_pruning()
     return tokenizer, model, image_processor, getattr(config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
 
 

@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llava.model.language_model.observed_attention import observed_attention
 from llava.model.visual_sequence import ImageTokens, PromptFacts, as_visual_tokens
 from llava.pruning.base import Pruner, gather_tokens, kept_count
 
@@ -20,18 +21,36 @@ TEXT = -1
 
 @dataclass(frozen=True)
 class LayerDrop:
-    """Drop visual tokens at the inputs of decoder layers.
+    """Drop visual tokens at the inputs of decoder layers, or in the layers before, behind their attention.
 
     Attributes
     ----------
     pruner : Pruner
         Sees the hidden states of each image's visual tokens at the layer.
     stages : tuple of (layer, fraction)
-        Ascending 0-based layers, and how much of an image's tokens is there from the layer on.
+        Ascending 0-based layers, and how much of an image's tokens is there from the layer's input on.
+
+    Raises
+    ------
+    ValueError
+        For a pruner that merges tokens behind the attention, whose output it does not see.
     """
 
     pruner: Pruner
     stages: tuple[tuple[int, float], ...]
+
+    def __post_init__(self):
+        if self.pruner.after_attention and self.pruner.merges:
+            raise ValueError(f"{type(self.pruner).__name__} merges tokens: it cannot drop behind a layer's attention")
+
+    def drops_in(self, layer: int, totals: Sequence[int]) -> bool:
+        """Whether tokens leave behind this layer's attention, of images that had ``totals`` of them."""
+        fractions = dict(self.stages)
+        if not self.pruner.after_attention or layer + 1 not in fractions:
+            return False
+        present = min((fraction for stage, fraction in self.stages if stage <= layer), default=1.0)
+        left = fractions[layer + 1]
+        return self.pruner.varies or any(kept_count(n, left) < kept_count(n, present) for n in totals)
 
     @property
     def compact(self) -> bool:
@@ -77,6 +96,8 @@ class Sequences:
         Index into the embedded prompt.
     prompt : Tensor (B, T), bool
         False at padding and at what is to be predicted.
+    place : Tensor (B, T), int64
+        Where a position stood in the rows before the latest drop.
     """
 
     hidden: torch.Tensor
@@ -85,6 +106,7 @@ class Sequences:
     ordinal: torch.Tensor
     origin: torch.Tensor
     prompt: torch.Tensor
+    place: torch.Tensor
 
     @classmethod
     def start(
@@ -99,7 +121,7 @@ class Sequences:
                     places = (images == image).nonzero().flatten()
                     ordinal[row, places] = torch.arange(len(places), device=index.device)
         prompt = valid if prompt is None else prompt.bool() & valid
-        return cls(hidden, valid, index, ordinal, origin, prompt)
+        return cls(hidden, valid, index, ordinal, origin, prompt, place=origin)
 
 
 def drop_visual_tokens(
@@ -166,6 +188,7 @@ def drop_visual_tokens(
         ordinal=rows.ordinal.gather(1, source),
         origin=rows.origin.gather(1, source),
         prompt=rows.prompt.gather(1, source) & keep.gather(1, order),
+        place=source,
     )
 
 
@@ -266,6 +289,17 @@ def choose_raters(rows: Sequences, pruner: Pruner) -> torch.Tensor:
     return chosen
 
 
+def refuse_images_without_text(rows: Sequences, pruner: Pruner) -> None:
+    """Raise a `ValueError` if an image has no text of the prompt behind it, for methods that ask the text."""
+    text = rows.prompt & (rows.index == TEXT)
+    behind = text.flip(1).int().cumsum(dim=1).flip(1)
+    if bool(((behind == 0) & (rows.index != TEXT)).any()):
+        raise ValueError(
+            f"{type(pruner).__name__} ranks visual tokens by the attention of the text behind them, but an image of "
+            "the prompt has none"
+        )
+
+
 def _spans(
     index: torch.Tensor, facts: Sequence[tuple[ImageTokens, PromptFacts]], alone: bool
 ) -> list[list[tuple[int, int, torch.Tensor]]]:
@@ -325,6 +359,8 @@ class DroppingDecoder:
         NotImplementedError
             For attention maps, a sliding window, or images that follow a filled cache, while tokens are dropped
             inside the decoder.
+        ValueError
+            If an image has no text behind it, and the method ranks by the text's attention.
         """
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         prefixes = getattr(past_key_values, "kept_prefixes", None) if cached else None
@@ -361,30 +397,37 @@ class DroppingDecoder:
             rows = Sequences.start(inputs_embeds, valid.expand(visual_index.shape), visual_index, prompt_mask)
             if "rater_attention" in self.layer_drop.pruner.needs:
                 raters = choose_raters(rows, self.layer_drop.pruner)
+            if "text_attention" in self.layer_drop.pruner.needs:
+                refuse_images_without_text(rows, self.layer_drop.pruner)
 
         hidden = inputs_embeds
+        prompt_positions = position_ids
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
-        stages, left = dict(self.layer_drop.stages), {}
+        drop, stages = self.layer_drop, dict(self.layer_drop.stages)
+        left = {} if prefixes is None else prefixes
+        totals = [len(image.features) for image, _ in visual_facts]
         states = []
         for depth, layer in enumerate(self.layers):
             if depth in stages:
                 if rows is not None:
-                    rows = replace(rows, hidden=hidden)
-                    before = None if depth == 0 else (self.layers[depth - 1], states[-1])
-                    seen = self._observe(rows, before, layer, rotary, raters)
-                    first = rows.origin
-                    rows = drop_visual_tokens(rows, visual_facts, self.layer_drop.pruner, stages[depth], seen)
-                    hidden = rows.hidden
-                    position_ids = _positions_of(rows.origin, first, position_ids)
-                    prefix = KeptPrefix(rows.origin, rows.valid)
-                else:
-                    prefix = prefixes[depth]
-                left[depth] = prefix
-                if self.layer_drop.compact:
-                    position_ids = self._compact_positions(prefix, hidden, depth, past_key_values)
+                    if not drop.pruner.after_attention:
+                        rows = replace(rows, hidden=hidden)
+                        before = None if depth == 0 else (self.layers[depth - 1], states[-1])
+                        seen = self._observe(rows, before, layer, rotary, raters)
+                        rows = drop_visual_tokens(rows, visual_facts, drop.pruner, stages[depth], seen)
+                        hidden = rows.hidden
+                    left[depth] = KeptPrefix(rows.origin, rows.valid)
+                    position_ids = prompt_positions.gather(1, rows.origin)
+                if drop.compact:
+                    position_ids = self._compact_positions(left[depth], hidden, depth, past_key_values)
                 rotary = self.rotary_emb(hidden, position_ids=position_ids)
-                mask = self._mask_after_drop(hidden, prefix, position_ids, past_key_values, depth)
+                mask = self._mask_after_drop(hidden, left[depth], position_ids, past_key_values, depth)
             states.append(hidden)
+            if rows is not None and drop.drops_in(depth, totals):
+                rows = replace(rows, hidden=hidden)
+                rows = self._layer_that_drops(layer, rows, rotary, past_key_values, visual_facts, stages[depth + 1])
+                hidden = rows.hidden
+                continue
             hidden = layer(
                 hidden,
                 attention_mask=mask,
@@ -394,6 +437,8 @@ class DroppingDecoder:
                 use_cache=use_cache,
                 **kwargs,
             )
+        if rows is not None and len(self.layers) in stages:
+            left[len(self.layers)] = KeptPrefix(rows.origin, rows.valid)
         self.kept_prefix = left[max(left)]
         if past_key_values is not None:
             past_key_values.kept_prefixes = left
@@ -403,6 +448,29 @@ class DroppingDecoder:
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*states, hidden) if collect else None,
         )
+
+    def _layer_that_drops(
+        self,
+        layer: torch.nn.Module,
+        rows: Sequences,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None,
+        facts: Sequence[tuple[ImageTokens, PromptFacts]],
+        fraction: float,
+    ) -> Sequences:
+        """One layer in which tokens leave between the attention and its output projection.
+
+        All rows give keys and values; projection and feed-forward block see what is kept.
+        """
+        text = rows.prompt & (rows.index == TEXT)
+        heads, visual_attention, text_attention = observed_attention(
+            layer.self_attn, layer.input_layernorm(rows.hidden), rotary, rows.valid, rows.index, text, cache
+        )
+        observed = {"visual_attention": visual_attention, "text_attention": text_attention}
+        seen = {name: value for name, value in observed.items() if name in self.layer_drop.pruner.needs}
+        rows = drop_visual_tokens(rows, facts, self.layer_drop.pruner, fraction, seen)
+        hidden = rows.hidden + layer.self_attn.o_proj(gather_tokens(heads, rows.place))
+        return replace(rows, hidden=hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
 
     def _observe(self, rows: Sequences, before, layer, rotary, raters) -> dict[str, torch.Tensor]:
         """The attention that the pruner asks for, at the rows' present places: name -> (B, T, ...)."""
@@ -445,13 +513,6 @@ class DroppingDecoder:
             raise NotImplementedError("LAYER_INDEX > 0 does not work with sliding-window attention")
         if visual_index is not None and cached:
             raise NotImplementedError("LAYER_INDEX > 0 does not take images after a filled KV cache")
-
-
-def _positions_of(origin: torch.Tensor, before: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (B, T') of the prompt's tokens `origin` (B, T'), given those (B, T) of the tokens `before`."""
-    by_origin = position_ids.new_zeros(len(before), int(before.max()) + 1)
-    by_origin.scatter_(1, before, position_ids)
-    return by_origin.gather(1, origin)
 
 
 class _LengthOfLayer:
