@@ -477,8 +477,14 @@ def _pruning(arguments: argparse.Namespace) -> PruningConfig | None:
     return PruningConfig.from_env(environ)
 
 
-def _visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[list[int], list[int]]:
-    """Visual tokens in each layer, and behind its attention."""
+def visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[list[int], list[int]]:
+    """Visual tokens of an image that has ``visual`` of them: in each of so many layers, and behind its attention.
+
+    Raises
+    ------
+    ValueError
+        If the number depends on the image, or on what the method learns from a model.
+    """
     from llava.pruning.schedule import kept_after_attention, kept_per_layer
 
     pruner = config.build_pruner()
@@ -502,7 +508,7 @@ def _prompt(
     layers = shape.decoder.layers
     counts = {"unpruned": ([visual] * layers,) * 2}
     if config is not None:
-        counts["pruned"] = _visual_per_layer(config, visual, layers)
+        counts["pruned"] = visual_per_layer(config, visual, layers)
     tokens = {name: tokens_per_layer(text, entering) for name, (entering, _) in counts.items()}
     behind = {name: tokens_per_layer(text, left) for name, (_, left) in counts.items()}
     means = {name: sum(entering) / layers for name, (entering, _) in counts.items()}
@@ -542,7 +548,7 @@ def _benchmarks(
         visual = several_crops if shape.crops > 1 else shape.visual_tokens
         counts = {"unpruned": ([visual] * decoder.layers,) * 2}
         if config is not None:
-            counts["pruned"] = _visual_per_layer(config, visual, decoder.layers)
+            counts["pruned"] = visual_per_layer(config, visual, decoder.layers)
         flops = {}
         for kind, visual_counts in counts.items():
             tokens, behind = (tokens_per_layer(text, n) for n in visual_counts)

@@ -296,6 +296,10 @@ class Pruner:
     def check_tokens(self, n: int | None) -> None:
         """Refuse a model whose images have ``n`` visual tokens (None: it depends on the image) with a `ValueError`."""
 
+    def remarks(self, model: Any) -> list[str]:
+        """What a person should know of this method in a loaded model, a line each; said once, when it is loaded."""
+        return []
+
     def digests(self) -> dict[str, str]:
         """Option name -> digest of the file that it names: a file's content counts like any other option."""
         return {}

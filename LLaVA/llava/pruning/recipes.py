@@ -12,12 +12,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava.pruning.schedule import Stages, mean_fraction
 
 FORMAT = 1
 PUBLISHED_FILE = Path(__file__).with_name("methods") / "fitprune_published.json"
 SHIPPED_FOLDER = Path(__file__).parents[1] / "mini" / "recipes"
 PUBLISHED_MODEL, SHIPPED_MODEL = "llava-1.5-7b", "llava-mini"
+VALUES_OF_A_WEIGHT = 64
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,41 @@ class Recipe:
                 f"the recipe {self.name} is for {self._model}, where an image has {self.tokens} visual tokens; {found}"
             )
 
+    def of_other_weights(self, model: torch.nn.Module) -> bool:
+        """Whether it was fitted to another model's weights than these; False where that cannot be known."""
+        made_with, dtype = self.facts.get("model", {}).get("weights"), self.facts.get("versions", {}).get("dtype")
+        # In another dtype the same weights have other values.
+        if made_with is None or dtype != str(model.dtype).removeprefix("torch."):
+            return False
+        return made_with != model_fingerprint(model)
+
     @property
     def _model(self) -> str:
         return str(self.facts.get("model", {}).get("name", "another model"))
+
+
+def describe(recipe: Recipe) -> str:
+    """One line for a person: how a reduction ratio and a SUBSET_RATIO go together in this recipe."""
+    saved = recipe.facts.get("flops", {}).get("visual", {}).get("reduction_ratio")
+    lost = recipe.facts.get("divergence", {}).get("mean")
+    return (
+        ("" if saved is None else f"reduction ratio {saved:.4g} = ")
+        + f"SUBSET_RATIO {recipe.mean_fraction:.4g}, the mean over the {recipe.layers} layers of the fraction present; "
+        + f"visual tokens by layer: {' '.join(map(str, recipe.kept[:-1]))}"
+        + ("" if lost is None else f"; divergence {lost:.4g}")
+    )
+
+
+def model_fingerprint(model: torch.nn.Module) -> str:
+    """Twelve hexadecimal digits of names, shapes and a few values of all weights, as they are in the model's dtype."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        if weight.numel() and not weight.is_meta:
+            step = max(1, weight.numel() // VALUES_OF_A_WEIGHT)
+            values = weight.detach().flatten()[::step][:VALUES_OF_A_WEIGHT]
+            digest.update(values.to(device="cpu", dtype=torch.float32).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def known_recipes() -> list[str]:

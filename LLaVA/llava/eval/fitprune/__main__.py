@@ -1,4 +1,4 @@
-"""The command line: ``python -m llava.eval.fitprune fit ...`` and ``plot ...``."""
+"""The command line: ``python -m llava.eval.fitprune fit ...``, ``plot ...`` and ``equal ...``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.fitprune.samples import CONVERSATION, MINI
-from llava.pruning.recipes import known_recipes, read_recipe
+from llava.pruning.recipes import describe, known_recipes, read_recipe
 
 SAMPLES = 655
 """A thousandth of LLaVA's instruction data, as published."""
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        (_fit if arguments.command == "fit" else _plot)(arguments)
+        {"fit": _fit, "plot": _plot, "equal": _equal}[arguments.command](arguments)
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from llava.eval.fitprune.fit import Budget, describe, fit, write_recipe
+    from llava.eval.fitprune.fit import Budget, fit, write_recipe
     from llava.eval.fitprune.samples import Samples, open_source
     from llava.eval.fitprune.statistics import Statistics, cache_root
     from llava.mm_utils import get_model_name_from_path
@@ -92,6 +92,27 @@ def _plot(arguments: argparse.Namespace) -> None:
     print(f"written: {picture}, {picture.with_suffix('.csv')}")
 
 
+def _equal(arguments: argparse.Namespace) -> None:
+    from llava.eval.fitprune.equal import Prefill, equal_ratio
+    from llava.eval.flops import USUAL_TEXT, load_shape
+
+    recipe = read_recipe(arguments.recipe)
+    text = arguments.text
+    if text is None:
+        text = recipe.facts.get("flops", {}).get("prefill", {}).get("text_tokens", USUAL_TEXT)
+    prefill = Prefill.of(recipe, load_shape(arguments.model), text)
+    whole = prefill.unpruned()
+    print(
+        f"{recipe.name}: {prefill.with_recipe(recipe) / whole:.2%} of the unpruned prefill's FLOPs, {text} text tokens"
+    )
+    texts = [f"fitprune:recipe={recipe.name}"]
+    for method in arguments.method.split(","):
+        ratio = equal_ratio(prefill, recipe, method)
+        print(f"{method} at {ratio:.4g}: {prefill.with_method(method, ratio) / whole:.2%}")
+        texts.append(f"{method}:ratio={ratio:.4g}")
+    print(f"side by side: run_OTPrune.sh --model {arguments.model} --method {','.join(texts)}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.fitprune",
@@ -127,10 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     output = "FILE.json, or for several recipes a folder (default: recipe.json)"
     fit.add_argument("--output", type=Path, default=Path("recipe.json"), metavar="FILE", help=output)
 
-    plot = commands.add_parser("plot", help="draw recipes: tokens by layer, divergence against budget")
+    drawn = "draw recipes: tokens by layer, divergence against budget"
+    plot = commands.add_parser("plot", help=drawn, description=f"{drawn.capitalize()}.")
     plot.add_argument("recipes", nargs="+", metavar="RECIPE", help=f"files, or {', '.join(known_recipes()[:2])}, ...")
     written = "PNG, and a CSV beside it (default: recipe.png)"
     plot.add_argument("--output", type=Path, default=Path("recipe.png"), metavar="FILE", help=written)
+
+    same = "at which ratios other methods cost as much as a recipe"
+    equal = commands.add_parser("equal", help=same, description=f"Tell {same}, by the prefill's exact FLOPs.")
+    equal.add_argument("recipe", metavar="RECIPE", help="a file, or a known name")
+    models = "1.5-7b and the like, llava-mini (the default), or a checkpoint of which only the configuration is read"
+    equal.add_argument("--model", default="llava-mini", help=models)
+    equal.add_argument("--method", default="fastv,random", metavar="NAME[,NAME]", help="default: fastv,random")
+    equal.add_argument("--text", type=int, metavar="N", help="text tokens of a prompt (default: as the recipe says)")
     return parser
 
 

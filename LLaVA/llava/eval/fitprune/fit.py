@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from llava.eval.fitprune.statistics import Statistics, cache_root
 from llava.eval.flops import DecoderShape, ModelShape, exact_flops, tokens_per_layer
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
-from llava.pruning.recipes import FORMAT, SHIPPED_FOLDER, Recipe, parse_recipe, read_recipe
+from llava.pruning.recipes import FORMAT, SHIPPED_FOLDER, Recipe, describe, parse_recipe, read_recipe
 from llava.runtime import is_main_process
 
 
@@ -101,7 +102,7 @@ def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
     Parameters
     ----------
     statistics : Statistics
-        Passes over the samples are made as far as they are missing.
+        Passes over the samples are made as far as they are missing; one process at a time makes them.
     budget : Budget
     name : str
         The model's.
@@ -123,13 +124,15 @@ def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
     shape = budget.check_model(model)
     cost, layers = budget.cost(shape.decoder), shape.decoder.layers
     fixed = model.tokens_of_an_image()
-    found = search(statistics.walk, cost, budget.share)
-    tokens = round(found.walk.tokens[0] / found.walk.samples)
-    deleted = settle(found, cost, budget.share)
+    statistics.folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(statistics.folder / ".lock"):
+        found = search(statistics.walk, cost, budget.share)
+        tokens = round(found.walk.tokens[0] / found.walk.samples)
+        deleted = settle(found, cost, budget.share)
+        divergence = statistics.divergence(deleted, tokens)
+        text = round(statistics.text_tokens())
     kept = kept_by(deleted, tokens)
-    divergence = statistics.divergence(deleted, tokens)
     losses = divergence["visual"] + divergence["text"]
-    text = round(statistics.text_tokens())
     return {
         "format": FORMAT,
         "method": "FitPrune",
@@ -183,9 +186,11 @@ def predicted_flops(shape: ModelShape, deleted: tuple[int, ...], tokens: int, te
 
 
 def write_recipe(facts: dict[str, Any], file: Path) -> None:
-    """Write a recipe's file: a list of numbers in one line."""
+    """Write a recipe's file, whole or not at all: a list of numbers in one line."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(as_text(facts) + "\n", encoding="utf-8")
+    temporary = file.with_name(f".{file.name}-{os.getpid()}")
+    temporary.write_text(as_text(facts) + "\n", encoding="utf-8")
+    temporary.replace(file)
 
 
 def as_text(facts: dict[str, Any]) -> str:
@@ -204,17 +209,6 @@ def as_text(facts: dict[str, Any]) -> str:
     for number, line in enumerate(lists):
         text = text.replace(f'"@{number}@"', line)
     return text
-
-
-def describe(recipe: Recipe) -> str:
-    """One line for a person: how a reduction ratio and a SUBSET_RATIO go together in this recipe."""
-    facts = recipe.facts
-    saved = facts["flops"]["visual"]["reduction_ratio"]
-    return (
-        f"reduction ratio {saved:.4g} = SUBSET_RATIO {recipe.mean_fraction:.4g}, the mean over the {recipe.layers} "
-        f"layers of the fraction present; visual tokens by layer: {' '.join(map(str, recipe.kept[:-1]))}; divergence "
-        f"{facts['divergence']['mean']:.4g}"
-    )
 
 
 def fit_for(model, reduction_ratio: float | None, subset_ratio: float | None, samples: int) -> Recipe:
@@ -239,14 +233,12 @@ def fit_for(model, reduction_ratio: float | None, subset_ratio: float | None, sa
     statistics = Statistics(model, model.get_vision_tower().image_processor, questions, cache_root())
     recipe = _shipped(statistics, budget)
     if recipe is None:
-        statistics.folder.mkdir(parents=True, exist_ok=True)
         (name, value), *_ = budget.facts().items()
-        file = statistics.folder / f"{name}-{value:g}.json"
-        with FileLock(statistics.folder / ".lock"):
-            if not file.is_file():
-                if is_main_process():
-                    print(f"fitprune: fitting a recipe on {samples} pictures, once", file=sys.stderr)
-                write_recipe(fit(statistics, budget, _name(model)), file)
+        file = statistics.folder / f"{name}-{value:.8g}.json"
+        if not file.is_file() and is_main_process():
+            print(f"fitprune: fitting a recipe on {samples} pictures, once", file=sys.stderr)
+        # What was gathered is kept; the recipe is made of it anew, by the search as it is now.
+        write_recipe(fit(statistics, budget, _name(model)), file)
         recipe = read_recipe(str(file))
     if is_main_process():
         print(f"fitprune: {describe(recipe)}; {recipe.name}", file=sys.stderr)

@@ -175,15 +175,19 @@ def chosen(number: int, count: int, seed: int, *key: str) -> list[int]:
 
 def _mini(count: int, seed: int) -> Source:
     from llava.mini.questions import sample_questions
-    from llava.mini.scenes import WORLD_VERSION, Dice, render, sample_scene
+    from llava.mini.scenes import WORLD_VERSION, Dice, Scene, render, sample_scene
 
-    def read(number: int) -> Question:
+    def drawn(number: int) -> tuple[Scene, str]:
         scene = sample_scene(FIRST_SEED + SEEDS_APART * seed + number, "validation")
         # Of several tries the first that the scene allows.
-        asked = sample_questions(scene, Dice("fitprune", seed, number), 4)[0]
-        return f"picture {number} of the embedded world", asked.prompt, render(scene)
+        return scene, sample_questions(scene, Dice("fitprune", seed, number), 4)[0].prompt
 
-    return Source(MINI, f"world {WORLD_VERSION}", seed, count, read)
+    def read(number: int) -> Question:
+        scene, asked = drawn(number)
+        return f"picture {number} of the embedded world", asked, render(scene)
+
+    digest = digest_of(WORLD_VERSION, [drawn(number)[1] for number in range(count)])
+    return Source(MINI, digest, seed, count, read)
 
 
 def _conversations(file: Path, count: int, seed: int, image_folder: str | Path | None) -> Source:

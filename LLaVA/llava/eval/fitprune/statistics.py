@@ -7,7 +7,6 @@ at any time, it goes on where it was and ends in the same sums.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -23,12 +22,12 @@ from llava.eval.fitprune.samples import Sample, Samples, digest_of
 from llava.eval.fitprune.search import Walk, kept_by
 from llava.pruning.base import kept_count
 from llava.pruning.methods.fitprune import deletable, importance
+from llava.pruning.recipes import model_fingerprint
 
 VERSION = 1
 """Of what the sums mean: a new one makes them anew."""
 
 SECONDS_BETWEEN_SAVES = 10.0
-VALUES_OF_A_WEIGHT = 64
 
 
 class Statistics:
@@ -66,12 +65,17 @@ class Statistics:
         Raises
         ------
         ValueError
-            If a sample cannot be used; the message names it.
+            If a sample cannot be used; the message names it. If the folder's sums are of another model, or other data.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / "unpruned.npy"
+        file, about = self.folder / "unpruned.npy", self.folder / "about.json"
+        if about.exists() and (found := json.loads(about.read_text(encoding="utf-8"))) != self.facts:
+            raise ValueError(
+                f"the statistics in {self.folder} are of another model or other data, {found}, not {self.facts}: "
+                "delete them, or name another folder"
+            )
         if not file.exists():
-            _replace(self.folder / "about.json", self.facts)
+            _replace(about, self.facts)
             (self.folder / "unpruned.json").unlink(missing_ok=True)
             shape = (len(self.samples), self.layers, 2)
             np.lib.format.open_memmap(file, mode="w+", dtype=np.float64, shape=shape).flush()
@@ -199,15 +203,3 @@ def cache_root() -> Path:
     """``otprune/fitprune`` in the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base.expanduser().absolute() / "otprune" / "fitprune"
-
-
-def model_fingerprint(model) -> str:
-    """Twelve hexadecimal digits of names, shapes and a few values of all weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if weight.numel() and not weight.is_meta:
-            step = max(1, weight.numel() // VALUES_OF_A_WEIGHT)
-            values = weight.detach().flatten()[::step][:VALUES_OF_A_WEIGHT]
-            digest.update(values.to(device="cpu", dtype=torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:12]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from llava.pruning.base import INSIDE, Pruner, VisualTokens
-from llava.pruning.recipes import Recipe, read_recipe, recipe_digest, scalable
+from llava.pruning.recipes import Recipe, describe, read_recipe, recipe_digest, scalable
 from llava.pruning.schedule import Stages, scaled
 
 FITTER = ("llava.eval.fitprune.fit", "fit_for")
@@ -161,6 +161,15 @@ class FitPrune(Pruner):
     def check_tokens(self, n: int | None) -> None:
         if self.recipe is not None:
             self._recipe().check_tokens(n)
+
+    def remarks(self, model: Any) -> list[str]:
+        if self.recipe is None or self.scale:
+            return []
+        recipe = self._recipe()
+        remarks = [f"{self.recipe}: {describe(recipe)}"]
+        if recipe.of_other_weights(model):
+            remarks.append(f"{self.recipe} was fitted to other weights than these; python -m llava.eval.fitprune fit")
+        return remarks
 
     def digests(self) -> dict[str, str]:
         return {} if self.recipe is None else {"recipe": recipe_digest(self._recipe())}
