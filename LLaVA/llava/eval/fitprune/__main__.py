@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.fitprune.samples import CONVERSATION, MINI
-from llava.pruning.recipes import describe, known_recipes, read_recipe
+from llava.pruning.recipes import SHIPPED_MODEL, describe, known_recipes, read_recipe
 
 SAMPLES = 655
 """A thousandth of LLaVA's instruction data, as published."""
@@ -110,7 +110,8 @@ def _equal(arguments: argparse.Namespace) -> None:
         ratio = equal_ratio(prefill, recipe, method)
         print(f"{method} at {ratio:.4g}: {prefill.with_method(method, ratio) / whole:.2%}")
         texts.append(f"{method}:ratio={ratio:.4g}")
-    print(f"side by side: run_OTPrune.sh --model {arguments.model} --method {','.join(texts)}")
+    suite = "mini" if arguments.model == SHIPPED_MODEL else "paper"
+    print(f"side by side: bash run_OTPrune.sh {suite} --method {','.join(texts)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     equal = commands.add_parser("equal", help=same, description=f"Tell {same}, by the prefill's exact FLOPs.")
     equal.add_argument("recipe", metavar="RECIPE", help="a file, or a known name")
     models = "1.5-7b and the like, llava-mini (the default), or a checkpoint of which only the configuration is read"
-    equal.add_argument("--model", default="llava-mini", help=models)
+    equal.add_argument("--model", default=SHIPPED_MODEL, help=models)
     equal.add_argument("--method", default="fastv,random", metavar="NAME[,NAME]", help="default: fastv,random")
     equal.add_argument("--text", type=int, metavar="N", help="text tokens of a prompt (default: as the recipe says)")
     return parser
