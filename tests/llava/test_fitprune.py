@@ -543,7 +543,7 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_a_merging_method_cannot_drop_behind_the_attention(model):
-    from llava.model.language_model.decoder import LayerDrop
+    from llava.model.language_model.visual_drop import LayerDrop
 
     class Merging(FitPrune):
         merges = True

@@ -17,7 +17,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.model.language_model.decoder import TEXT
+from llava.model.language_model.visual_drop import TEXT
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.visual_cache import Span, VisualCache

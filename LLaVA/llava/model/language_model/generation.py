@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model.decoder import LayerDrop
+from llava.model.language_model.visual_drop import LayerDrop
 from llava.model.llava_arch import LlavaMetaForCausalLM, left_padding_order
 from llava.pruning.base import Pruner
 

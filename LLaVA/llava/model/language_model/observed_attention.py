@@ -1,10 +1,12 @@
-"""A decoder layer's attention, computed piece by piece so that what each visual token receives can be noted."""
+"""A decoder layer's attention as pruners see it: of a few queries apart, or of all of them, piece by piece."""
 
 from __future__ import annotations
 
 import torch
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llava.pruning.base import gather_tokens
 
 MOST_LOGITS = 1 << 24
 """Attention logits that are held at a time: 64 MiB in float32."""
@@ -84,3 +86,83 @@ def observed_attention(
     visual = visual / judges.clamp_min(1)
     text = text.masked_fill(image < 0, 0)
     return torch.cat(heads, dim=2).transpose(1, 2).reshape(batch, length, -1), visual, text
+
+
+def query_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    queries: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of a few tokens to all positions in one decoder layer, computed for those tokens alone.
+
+    Parameters
+    ----------
+    layer : decoder layer of Llama or Mistral
+    hidden : Tensor (B, T, D)
+        The layer's input.
+    rotary : (cos, sin), each (1 or B, T, head width)
+    valid : Tensor (B, T), bool
+        False at padding.
+    queries : Tensor (B, Q), int64
+        Where the tokens stand that ask.
+
+    Returns
+    -------
+    Tensor (B, H, Q, T), float32
+        Rows of the causal softmax; 0 at padding.
+    """
+    attention = layer.self_attn
+    batch, length, _ = hidden.shape
+    normed = layer.input_layernorm(hidden)
+    asking = gather_tokens(normed, queries)
+    keys = attention.k_proj(normed).view(batch, length, -1, attention.head_dim).transpose(1, 2)
+    query = attention.q_proj(asking).view(batch, queries.shape[1], -1, attention.head_dim).transpose(1, 2)
+    cos, sin = (part.expand(batch, -1, -1) for part in rotary)
+    # Both arguments are rotated by the same angles: the queries' positions first, then the keys'.
+    query, _ = apply_rotary_pos_emb(query, query, gather_tokens(cos, queries), gather_tokens(sin, queries))
+    keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)  # (B, H, T, head width)
+    logits = (query @ keys.mT).float() * attention.scaling  # (B, H, Q, T)
+    earlier = torch.arange(length, device=hidden.device) <= queries[:, :, None]  # (B, Q, T)
+    return logits.masked_fill(~(earlier & valid[:, None, :]).unsqueeze(1), -torch.inf).softmax(dim=-1)
+
+
+def last_token_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    prompt: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`query_attention` of each row's last prompt token (by default its last token): (B, T, H), float32."""
+    asking = valid if prompt is None else prompt
+    last = asking.shape[1] - 1 - asking.flip(1).int().argmax(dim=1)  # (B,)
+    return query_attention(layer, hidden, rotary, valid, last[:, None])[:, :, 0].transpose(1, 2)
+
+
+def rater_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    raters: torch.Tensor,
+) -> torch.Tensor:
+    """`query_attention` of chosen tokens, averaged over heads and over each row's raters: (B, T), float32.
+
+    Parameters
+    ----------
+    raters : Tensor (B, T), bool
+        Rows without one get zeros.
+    """
+    rows = []
+    for row in range(len(hidden)):
+        asking = raters[row].nonzero().flatten()[None]
+        if asking.shape[1] == 0:
+            rows.append(torch.zeros(hidden.shape[1], device=hidden.device))
+            continue
+        own = slice(row, row + 1)
+        turned = tuple(part[own] if len(part) > 1 else part for part in rotary)
+        rows.append(query_attention(layer, hidden[own], turned, valid[own], asking)[0].mean(dim=(0, 1)))
+    return torch.stack(rows)
