@@ -538,6 +538,10 @@ class TestData:
         assert len({open_source("mini", *chosen).digest for chosen in ((40, 2), (40, 3), (39, 2))}) == 3
         assert open_source("mini", 40, seed=3).read(33)[2].tobytes() != first[2].tobytes()
 
+    def test_every_picture_of_the_embedded_world_has_a_question(self):
+        """This one has a single object, and the first twenty questions that come to mind do not fit it."""
+        assert open_source("mini", 131, seed=7).read(130)[1].strip()
+
     def test_a_prompt_is_the_benchmarks_conversation_without_an_answer(self, model):
         sample = Samples(questions(2), Words(), model.config)[1]
         text = "USER: <image>\nwhat is this what is this ASSISTANT:"
