@@ -9,7 +9,7 @@ from llava.pruning import PruningConfig
 from llava.pruning.recipes import Recipe
 
 CLOSE = 0.01
-"""By how much of the recipe's prefill FLOPs an equal may be off; a token more or less is far less."""
+"""By how much a method may miss the recipe's prefill FLOPs that keeps one token and still costs more."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def equal_ratio(prefill: Prefill, recipe: Recipe, method: str) -> float:
     Raises
     ------
     ValueError
-        If it cannot be had for about as much: a method that drops late costs more than a small recipe.
+        If it cannot be had for as little: a method that drops late costs more than a small recipe.
     """
     wanted = prefill.with_recipe(recipe)
     costs: dict[float, int] = {}
@@ -88,11 +88,11 @@ def equal_ratio(prefill: Prefill, recipe: Recipe, method: str) -> float:
             refusal = error
     if not costs:
         raise ValueError(f"{method}: {refusal}")
-    closest = min(costs, key=lambda ratio: abs(costs[ratio] - wanted))
-    if abs(costs[closest] - wanted) > CLOSE * wanted:
+    cheapest = min(costs.values())
+    if cheapest > (1 + CLOSE) * wanted:
         whole = prefill.unpruned()
         raise ValueError(
-            f"{method} does not cost as much as {recipe.name} at any ratio: the closest is "
-            f"{costs[closest] / whole:.2%} of the unpruned prefill, not {wanted / whole:.2%}"
+            f"{method} costs more than {recipe.name} at any ratio: at least {cheapest / whole:.2%} of the unpruned "
+            f"prefill, not {wanted / whole:.2%}"
         )
-    return closest
+    return min(costs, key=lambda ratio: abs(costs[ratio] - wanted))
