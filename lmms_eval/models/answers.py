@@ -134,8 +134,12 @@ class AnswerLog:
                 yield self._key(record), answer
 
 
-def _image_count(total: int, runs: list[list[int]], crops: int) -> ImageCount:
-    return ImageCount(total, tuple((layers, tokens) for layers, tokens in runs), crops)
+def _image_count(total: int, runs: list[list[int]], crops: int, behind: list[list[int]] | None = None) -> ImageCount:
+    return ImageCount(total, _pairs(runs), crops, None if behind is None else _pairs(behind))
+
+
+def _pairs(runs: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((layers, tokens) for layers, tokens in runs)
 
 
 def _end_with_newline(path: Path) -> None:

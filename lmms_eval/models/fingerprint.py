@@ -33,7 +33,8 @@ def code_fingerprint() -> str:
     """
     package = Path(llava.__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("*.py"), *package.glob("model/**/*.py"), *package.glob("pruning/**/*.py")]):
+    folders = ("model/**/*.py", "pruning/**/*.py", "eval/fitprune/**/*.py")
+    for path in sorted([*package.glob("*.py"), *(path for folder in folders for path in package.glob(folder))]):
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

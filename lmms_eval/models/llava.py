@@ -401,7 +401,8 @@ class Llava(lmms):
             return []
         totals = [total for total, _ in self.model.visual_token_counts]
         crops = [1 if image.ndim == 3 else len(image) for image in pixels]
-        return [ImageCount.of(*image) for image in zip(totals, self.model.visual_tokens_per_layer, crops, strict=True)]
+        seen, left = self.model.visual_tokens_per_layer, self.model.visual_tokens_after_attention
+        return [ImageCount.of(*image) for image in zip(totals, seen, crops, left, strict=True)]
 
     @torch.inference_mode()
     def _score(self, request: Instance) -> tuple[tuple[float, bool], list[ImageCount]]:

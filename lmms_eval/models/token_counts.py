@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -26,21 +26,34 @@ class ImageCount:
         From the first decoder layer on; neighbouring layers with the same number of tokens together.
     crops : int
         What the vision tower sees.
+    behind : tuple of (layers, tokens), or None
+        As ``runs``, of a method that drops behind a layer's attention: what the rest of each layer sees. None where
+        that is what the layer sees.
     """
 
     total: int
     runs: tuple[tuple[int, int], ...]
     crops: int = 1
+    behind: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
-    def of(cls, total: int, per_layer: Sequence[int], crops: int = 1) -> ImageCount:
-        """From the number of tokens in each decoder layer."""
-        return cls(total, tuple((len(list(run)), tokens) for tokens, run in groupby(per_layer)), crops)
+    def of(
+        cls, total: int, per_layer: Sequence[int], crops: int = 1, after_attention: Sequence[int] | None = None
+    ) -> ImageCount:
+        """From the number of tokens in each decoder layer, and behind its attention if that is another."""
+        runs = _runs(per_layer)
+        behind = runs if after_attention is None else _runs(after_attention)
+        return cls(total, runs, crops, None if behind == runs else behind)
 
     @property
     def per_layer(self) -> list[int]:
         """Tokens in each decoder layer."""
-        return [tokens for layers, tokens in self.runs for _ in range(layers)]
+        return _unrolled(self.runs)
+
+    @property
+    def after_attention(self) -> list[int]:
+        """Tokens in each layer's output projection and feed-forward block."""
+        return _unrolled(self.runs if self.behind is None else self.behind)
 
     @property
     def entering(self) -> int:
@@ -51,6 +64,14 @@ class ImageCount:
     def kept(self) -> float:
         """Mean over the decoder layers of the tokens present."""
         return sum(layers * tokens for layers, tokens in self.runs) / sum(layers for layers, _ in self.runs)
+
+
+def _runs(per_layer: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((len(list(run)), tokens) for tokens, run in groupby(per_layer))
+
+
+def _unrolled(runs: Sequence[tuple[int, int]]) -> list[int]:
+    return [tokens for layers, tokens in runs for _ in range(layers)]
 
 
 @dataclass(frozen=True)
@@ -169,14 +190,19 @@ def _flops(prompts: Mapping[PromptCount, int], shape: ModelShape) -> dict[str, d
     for prompt, times in prompts.items():
         if not prompt.images:
             continue
-        present = [sum(column) for column in zip(*(image.per_layer for image in prompt.images), strict=True)]
-        total = sum(image.total for image in prompt.images)
+        present = _sums(image.per_layer for image in prompt.images)
+        left = _sums(image.after_attention for image in prompt.images)
+        total = [sum(image.total for image in prompt.images)] * len(present)
         crops = sum(image.crops for image in prompt.images)
-        for kind, visual in (("pruned", present), ("unpruned", [total] * len(present))):
-            tokens = tokens_per_layer(prompt.text, visual)
-            flops["literature"][kind] += times * literature_flops(shape.decoder, tokens)
-            flops["exact"][kind] += times * exact_flops(shape, tokens, crops=crops).total
+        for kind, visual in (("pruned", (present, left)), ("unpruned", (total, total))):
+            tokens, behind = (tokens_per_layer(prompt.text, column) for column in visual)
+            flops["literature"][kind] += times * literature_flops(shape.decoder, tokens, behind=behind)
+            flops["exact"][kind] += times * exact_flops(shape, tokens, behind=behind, crops=crops).total
     return flops
+
+
+def _sums(per_layer: Iterable[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip(*per_layer, strict=True)]
 
 
 def _ratios(flops: Mapping[str, Mapping[str, int]] | None) -> dict[str, float] | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from golden import golden_root
-from llava.model.language_model.decoder import last_token_attention
+from llava.model.language_model.observed_attention import last_token_attention
 from llava.pruning import VisualTokens, kept_count, pruning
 from llava.pruning.methods.fastv import FastV
 from tiny_llava import build, pad_rows, pixels, prompt, save_tower

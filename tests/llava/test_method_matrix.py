@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -18,10 +20,15 @@ ALL = available_methods()
 N, DEPTH = 16, 4
 
 # What a model as small as this one needs beside the defaults.
-OPTIONS = {"hiprune": {"object_layer": 1}, "cdpruner": {"relevance": "embeddings"}}
+RECIPE = Path(__file__).parents[1] / "support" / "recipe_of_four_layers.json"
+OPTIONS = {
+    "hiprune": {"object_layer": 1},
+    "cdpruner": {"relevance": "embeddings"},
+    "fitprune": {"recipe": str(RECIPE), "scale": True},
+}
 # Methods that drop at several layers meet no ratio of 0.3 in four layers; it is a mean over them.
-RATIOS = {"pyramiddrop": 0.5, "sparsevlm": 0.6, "vtw": 0.5}
-SEVERAL = ("pyramiddrop", "sparsevlm", "vtw")
+RATIOS = {"fitprune": 0.5, "pyramiddrop": 0.5, "sparsevlm": 0.6, "vtw": 0.5}
+SEVERAL = ("fitprune", "pyramiddrop", "sparsevlm", "vtw")
 LAYERED = [
     (name, layer)
     for name in sorted(ALL)
@@ -112,7 +119,9 @@ def test_the_cache_holds_what_each_layer_is_said_to_see(model, method, layer):
     assert lengths[-1] < N
 
 
-@pytest.mark.parametrize(("method", "layer"), [("otprune", 0), ("otprune", 2), ("sparsevlm", None), ("fastv", 2)])
+@pytest.mark.parametrize(
+    ("method", "layer"), [("otprune", 0), ("otprune", 2), ("sparsevlm", None), ("fastv", 2), ("fitprune", None)]
+)
 def test_beams_of_a_batch_are_beams_of_its_rows(model, method, layer):
     rows, images = [prompt(3, 9, seed=1), prompt(6, 4, seed=2)], pixels(2)
     ids, mask = pad_rows(rows)
@@ -299,6 +308,8 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
         "last_attention": torch.rand(batch, n, 4, generator=draw),
         "next_attention": torch.rand(batch, n, 4, generator=draw),
         "rater_attention": torch.rand(batch, n, generator=draw),
+        "visual_attention": torch.rand(batch, n, generator=draw),
+        "text_attention": torch.rand(batch, n, generator=draw),
     }
     for value in values.values():
         if kind == "duplicates":

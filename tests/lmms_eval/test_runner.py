@@ -312,6 +312,14 @@ class TestBudgets:
         assert (published.pruning.ratio, published.folder.name) == (None, "pyramiddrop-schedulepublished")
         assert [otprune.pruning.ratio, more.pruning.ratio] == [0.3, 0.6]
 
+    def test_fitprune_takes_a_recipe_a_reduction_ratio_or_a_ratio(self):
+        texts = "fitprune:recipe=llava-1.5-7b/60", "fitprune:reduction_ratio=0.6", "fitprune:ratio=0.4"
+        recipe, reduction, ratio = jobs("--method", ",".join(texts), "--model", "liuhaotian/llava-v1.5-7b")
+        assert recipe.switch == {"BASELINE": "FITPRUNE", "FITPRUNE_RECIPE": "llava-1.5-7b/60"}
+        assert reduction.switch == {"BASELINE": "FITPRUNE", "FITPRUNE_REDUCTION_RATIO": "0.6"}
+        assert ratio.switch == {"BASELINE": "FITPRUNE", "SUBSET_RATIO": "0.4"}
+        assert len({recipe.folder, reduction.folder, ratio.folder}) == 3
+
     def test_a_schedule_in_the_environment_counts_as_well(self, monkeypatch):
         monkeypatch.setenv("PYRAMIDDROP_SCHEDULE", "published")
         assert [job.pruning.ratio for job in jobs("--method", "pyramiddrop")] == [None]

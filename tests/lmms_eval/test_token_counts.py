@@ -27,6 +27,12 @@ class TestImageCount:
         assert image.runs == ((2, 576), (3, 288), (1, 0))
         assert image.per_layer == [576, 576, 288, 288, 288, 0]
 
+    def test_knows_what_left_behind_an_attention_where_something_did(self):
+        image = ImageCount.of(16, (16, 12, 7), 1, (12, 7, 7))
+        assert image.per_layer == [16, 12, 7] and image.after_attention == [12, 7, 7]
+        assert ImageCount.of(16, (8, 8), 1, (8, 8)) == ImageCount.of(16, (8, 8)) == ImageCount(16, ((2, 8),))
+        assert ImageCount(16, ((2, 8),)).after_attention == [8, 8]
+
     def test_keeps_the_mean_over_the_layers_of_what_is_present(self):
         assert (BEFORE.kept, BEFORE.entering) == (4, 4)
         assert (INSIDE.kept, INSIDE.entering) == (10, 16)
@@ -55,6 +61,13 @@ class TestSummary:
             sums = [sum(map(cost, prompts)) for prompts in (pruned, unpruned)]
             assert found["flops"][convention] == {"pruned": sums[0], "unpruned": sums[1]}
             assert found["flops_ratio"][convention] == sums[0] / sums[1]
+
+    def test_counts_what_leaves_behind_an_attention_in_that_layer_already(self):
+        image = ImageCount.of(16, (16, 12, 7, 7), 1, (12, 7, 7, 3))
+        found = summary({PromptCount(10, (image,)): 2}, SHAPE)["flops"]
+        tokens, behind = [26, 22, 17, 17], [22, 17, 17, 13]
+        assert found["exact"]["pruned"] == 2 * exact_flops(SHAPE, tokens, behind=behind).total
+        assert found["literature"]["pruned"] == 2 * literature_flops(SHAPE.decoder, tokens, behind=behind)
 
     def test_adds_up_the_images_of_one_prompt_and_their_crops(self):
         images = (INSIDE, ImageCount(32, ((1, 32), (3, 2)), crops=5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,15 @@ class TestAnswers:
         assert images(lm) == [ImageCount(16, runs)] * 9
         # All visual tokens enter the decoder.
         assert [r.token_counts.input_tokens for r in results] == [r.token_counts.input_tokens for r in unpruned]
+
+    def test_report_what_leaves_behind_a_layers_attention(self, load, monkeypatch, tmp_path):
+        recipe = {"format": 1, "model": {"layers": 3, "visual_tokens": 16}, "tokens": 16, "deleted": [5, 4, 3]}
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+        monkeypatch.setenv("BASELINE", "FITPRUNE")
+        monkeypatch.setenv("FITPRUNE_RECIPE", str(tmp_path / "recipe.json"))
+        lm = load(batch_size=2)
+        lm.generate_until(requests())
+        assert images(lm) == [ImageCount.of(16, (16, 11, 7), 1, (11, 7, 4))] * 9
 
     def test_report_the_crops_that_the_tower_saw(self, load):
         lm = load("llava-v1.6-vicuna-tiny")
@@ -306,9 +316,11 @@ class TestAnswerLog:
     def log(self, folder: Path, rank: int = 0, pruning: str = "p") -> AnswerLog:
         return AnswerLog(folder, rank, "m", pruning)
 
-    def test_is_read_by_every_rank(self, tmp_path):
-        self.log(tmp_path, rank=1).append([(self.QUESTION, self.ANSWER)])
-        assert self.log(tmp_path, rank=0).get(self.QUESTION) == self.ANSWER
+    @pytest.mark.parametrize("behind", [None, ((1, 576), (31, 56))], ids=["at the input", "behind the attention"])
+    def test_is_read_by_every_rank(self, tmp_path, behind):
+        answer = replace(self.ANSWER, visual_tokens=(ImageCount(576, ((2, 576), (30, 56)), 1, behind),))
+        self.log(tmp_path, rank=1).append([(self.QUESTION, answer)])
+        assert self.log(tmp_path, rank=0).get(self.QUESTION) == answer
 
     @pytest.mark.parametrize(
         "change",

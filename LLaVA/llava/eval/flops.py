@@ -232,7 +232,7 @@ def tokens_per_layer(text: int, visual_per_layer: Sequence[int]) -> list[int]:
     return [text + visual for visual in visual_per_layer]
 
 
-def literature_flops(shape: DecoderShape, tokens: Sequence[int]) -> int:
+def literature_flops(shape: DecoderShape, tokens: Sequence[int], *, behind: Sequence[int] | None = None) -> int:
     """The papers' count: the sum of ``4 n d^2 + 2 n^2 d + 2 n d m`` over the layers.
 
     Multiply-accumulates, though the papers print them as FLOPs; a feed-forward block of two matrices, though Llama's
@@ -244,6 +244,8 @@ def literature_flops(shape: DecoderShape, tokens: Sequence[int]) -> int:
         Read are hidden (d), intermediate (m) and layers.
     tokens : sequence of int
         n of each layer, text included.
+    behind : sequence of int, optional
+        The same behind the attention, ``n d^2 + 2 n d m`` of the above, where tokens leave in between.
 
     Raises
     ------
@@ -252,9 +254,11 @@ def literature_flops(shape: DecoderShape, tokens: Sequence[int]) -> int:
 
     Source: DivPrune, CVPR 2025.
     """
+    behind = tokens if behind is None else behind
     _check_tokens(shape, tokens)
+    _check_tokens(shape, behind)
     d, m = shape.hidden, shape.intermediate
-    return sum(4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m for n in tokens)
+    return sum(3 * n * d**2 + 2 * n**2 * d for n in tokens) + sum(n * d**2 + 2 * n * d * m for n in behind)
 
 
 def literature_ratio(shape: DecoderShape, tokens: Sequence[int], unpruned: int) -> float:
@@ -285,7 +289,14 @@ class ExactFlops:
         return asdict(self) | {"total": self.total}
 
 
-def exact_flops(shape: ModelShape, tokens: Sequence[int], *, crops: int | None = None, logits: int = 1) -> ExactFlops:
+def exact_flops(
+    shape: ModelShape,
+    tokens: Sequence[int],
+    *,
+    behind: Sequence[int] | None = None,
+    crops: int | None = None,
+    logits: int = 1,
+) -> ExactFlops:
     """What a prefill computes: every matrix product and convolution, two FLOPs a multiply-accumulate.
 
     Attention is counted over all n^2 pairs, as `torch.utils.flop_counter` does: a kernel that skips the causal half
@@ -296,6 +307,8 @@ def exact_flops(shape: ModelShape, tokens: Sequence[int], *, crops: int | None =
     shape : ModelShape
     tokens : sequence of int
         Tokens in each decoder layer, text included.
+    behind : sequence of int, optional
+        Those in its output projection and feed-forward block, where tokens leave behind the attention.
     crops : int, optional
         Crops that the vision tower sees; the shape's own if left out, 0 for a prompt without an image.
     logits : int
@@ -306,12 +319,14 @@ def exact_flops(shape: ModelShape, tokens: Sequence[int], *, crops: int | None =
     ValueError
         If there is not one number of tokens a layer.
     """
+    behind = tokens if behind is None else behind
     _check_tokens(shape.decoder, tokens)
+    _check_tokens(shape.decoder, behind)
     crops = shape.crops if crops is None else crops
     return ExactFlops(
         vision_tower=crops * _tower_flops(shape.tower),
         projector=crops * _projector_flops(shape),
-        decoder=sum(_layer_flops(shape.decoder, n) for n in tokens),
+        decoder=sum(_layer_flops(shape.decoder, *n) for n in zip(tokens, behind, strict=True)),
         lm_head=2 * logits * shape.decoder.hidden * shape.decoder.vocabulary,
     )
 
@@ -325,12 +340,13 @@ def _check_tokens(shape: DecoderShape, tokens: Sequence[int]) -> None:
         raise ValueError(f"a layer has at least 0 tokens, not {min(tokens)}")
 
 
-def _layer_flops(shape: DecoderShape, n: int) -> int:
-    queries_and_output = 2 * n * shape.hidden * shape.query_width
-    keys_and_values = 2 * n * shape.hidden * shape.key_width
+def _layer_flops(shape: DecoderShape, n: int, behind: int) -> int:
+    """Of a layer that ``n`` tokens enter and ``behind`` leave, the others behind its attention."""
+    projections = n * shape.hidden * (shape.query_width + 2 * shape.key_width)
     scores_and_values = 2 * n**2 * shape.query_width
-    feed_forward = 3 * n * shape.hidden * shape.intermediate
-    return 2 * (queries_and_output + keys_and_values + scores_and_values + feed_forward)
+    output = behind * shape.hidden * shape.query_width
+    feed_forward = 3 * behind * shape.hidden * shape.intermediate
+    return 2 * (projections + scores_and_values + output + feed_forward)
 
 
 def _tower_flops(tower: TowerShape) -> int:
@@ -461,12 +477,25 @@ def _pruning(arguments: argparse.Namespace) -> PruningConfig | None:
     return PruningConfig.from_env(environ)
 
 
-def _visual_per_layer(config: PruningConfig, visual: int, layers: int) -> list[int]:
-    from llava.pruning.schedule import kept_per_layer
+def visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[list[int], list[int]]:
+    """Visual tokens of an image that has ``visual`` of them: in each of so many layers, and behind its attention.
 
-    if config.build_pruner().varies:
+    Raises
+    ------
+    ValueError
+        If the number depends on the image, or on what the method learns from a model.
+    """
+    from llava.pruning.schedule import kept_after_attention, kept_per_layer
+
+    pruner = config.build_pruner()
+    if pruner.varies:
         raise ValueError(f"how many tokens {config.method} keeps with these options depends on the image")
-    return kept_per_layer(config.stages(layers), visual, layers)
+    if pruner.fits:
+        raise ValueError(f"how many tokens {config.method} keeps in each layer is fitted to a model: give a recipe")
+    pruner.check_tokens(visual)
+    stages = config.stages(layers)
+    entering = kept_per_layer(stages, visual, layers)
+    return entering, kept_after_attention(stages, visual, layers) if pruner.after_attention else entering
 
 
 def _prompt(
@@ -477,19 +506,21 @@ def _prompt(
     visual = _given("--visual", arguments.visual, shape.visual_tokens, least=1)
     crops = _given("--crops", arguments.crops, shape.crops, least=1)
     layers = shape.decoder.layers
-    counts = {"unpruned": [visual] * layers}
+    counts = {"unpruned": ([visual] * layers,) * 2}
     if config is not None:
-        counts["pruned"] = _visual_per_layer(config, visual, layers)
-    tokens = {name: tokens_per_layer(text, count) for name, count in counts.items()}
-    means = {name: sum(count) / layers for name, count in counts.items()}
+        counts["pruned"] = visual_per_layer(config, visual, layers)
+    tokens = {name: tokens_per_layer(text, entering) for name, (entering, _) in counts.items()}
+    behind = {name: tokens_per_layer(text, left) for name, (_, left) in counts.items()}
+    means = {name: sum(entering) / layers for name, (entering, _) in counts.items()}
 
     costs = {}
     if arguments.convention != "exact":
         costs["literature"] = _costs(
-            {name: {"decoder": literature_flops(shape.decoder, n)} for name, n in tokens.items()}
+            {name: {"decoder": literature_flops(shape.decoder, n, behind=behind[name])} for name, n in tokens.items()}
         )
     if arguments.convention != "literature":
-        costs["exact"] = _costs({name: exact_flops(shape, n, crops=crops).to_dict() for name, n in tokens.items()})
+        exact = {name: exact_flops(shape, n, behind=behind[name], crops=crops) for name, n in tokens.items()}
+        costs["exact"] = _costs({name: flops.to_dict() for name, flops in exact.items()})
 
     lines = [f"tokens per layer: {text} text and {visual} visual tokens, {crops} crop{'s' * (crops > 1)}"]
     lines += [f"  {name:14}{_ranges(n)}" for name, n in tokens.items()]
@@ -515,10 +546,13 @@ def _benchmarks(
     costs = {}
     for name, (text, several_crops) in BENCHMARK_TOKENS.items():
         visual = several_crops if shape.crops > 1 else shape.visual_tokens
-        counts = {"unpruned": [visual] * decoder.layers}
+        counts = {"unpruned": ([visual] * decoder.layers,) * 2}
         if config is not None:
-            counts["pruned"] = _visual_per_layer(config, visual, decoder.layers)
-        flops = {kind: {name: literature_flops(decoder, tokens_per_layer(text, n))} for kind, n in counts.items()}
+            counts["pruned"] = visual_per_layer(config, visual, decoder.layers)
+        flops = {}
+        for kind, visual_counts in counts.items():
+            tokens, behind = (tokens_per_layer(text, n) for n in visual_counts)
+            flops[kind] = {name: literature_flops(decoder, tokens, behind=behind)}
         costs |= _costs(flops)
     # As in the papers the ratio's average is that of the ratios, not the ratio of the averages.
     columns = next(iter(costs.values()))

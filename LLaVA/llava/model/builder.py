@@ -127,6 +127,7 @@ def load_pretrained_model(
     _tidy_generation_config(model)
     model.eval()
     _announce(model)
+    model.fit_pruning()
     return tokenizer, model, image_processor, getattr(config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
 
 
@@ -339,6 +340,8 @@ def _tidy_generation_config(model: PreTrainedModel) -> None:
 def _announce(model: PreTrainedModel) -> None:
     if model.pruning is not None and is_main_process():
         print(f"llava: {model.pruning.describe()}", file=sys.stderr)
+        for remark in model.pruning.build_pruner().remarks(model):
+            print(f"{model.pruning.method}: {remark}", file=sys.stderr)
 
 
 def _load_plain(path: str, model_base: str | None, kwargs: dict[str, Any]):

@@ -17,7 +17,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.model.language_model.decoder import TEXT
+from llava.model.language_model.visual_drop import TEXT
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.visual_cache import Span, VisualCache
@@ -32,7 +32,7 @@ from llava.model.visual_sequence import (
 from llava.model.visual_sequence import unpad_image as unpad_image
 from llava.pruning.base import ENCODER_NEEDS, INSIDE, Pruner, VisualTokens, content_key
 from llava.pruning.config import PruningConfig
-from llava.pruning.schedule import kept_per_layer
+from llava.pruning.schedule import kept_after_attention, kept_per_layer
 
 GAMMA = 0.01
 
@@ -253,10 +253,13 @@ class LlavaMetaForCausalLM:
         With one, the kept tokens of an image are computed once and remembered, wherever the pruner looks at nothing but
         the image and no gradient is wanted. None, the default: every image is encoded whenever it comes.
     visual_token_counts : sequence of (total, kept)
-        For each image that stood in a prompt of the latest call, in the order of the rows; kept is what is left at the
-        end of the decoder.
+        For each image that stood in a prompt of the latest call, in the order of the rows; kept is what the last
+        decoder layer sees.
     visual_tokens_per_layer : sequence of tuple of int
         For the same images, the tokens present in each decoder layer.
+    visual_tokens_after_attention : sequence of tuple of int
+        For the same images, those in each layer's output projection and feed-forward block: fewer than the layer sees
+        where a method drops behind the attention.
     visual_index : Tensor (B, T), int64
         The image that each position of the latest embedded prompts belongs to, -1 for text and padding.
     visual_facts : tuple of (ImageTokens, PromptFacts)
@@ -267,6 +270,7 @@ class LlavaMetaForCausalLM:
     visual_cache: VisualCache | None = None
     visual_token_counts: Sequence[tuple[int, int]] = ()
     visual_tokens_per_layer: Sequence[tuple[int, ...]] = ()
+    visual_tokens_after_attention: Sequence[tuple[int, ...]] = ()
     visual_index: torch.Tensor | None = None
     visual_facts: tuple[tuple[ImageTokens, PromptFacts], ...] = ()
     _pruning: PruningConfig | None = None
@@ -285,11 +289,44 @@ class LlavaMetaForCausalLM:
         Raises
         ------
         ValueError
-            If its layer is not one of this model's, or its budget cannot be met by a decoder of this depth.
+            If its layer is not one of this model's, its budget cannot be met by a decoder of this depth, or its options
+            belong to another model.
         """
-        self._stages = () if config is None else config.stages(self.config.num_hidden_layers)
+        pruner = None if config is None else config.build_pruner()
+        stages = () if config is None else config.stages(self.config.num_hidden_layers)
+        if pruner is not None:
+            pruner.check_tokens(self.tokens_of_an_image())
         self._pruning = config
-        self._pruner = None if config is None else config.build_pruner()
+        self.use_pruner(pruner, stages)
+
+    def fit_pruning(self) -> None:
+        """Let the active method learn from this model where to drop, if it has to; done at the first use otherwise.
+
+        Raises
+        ------
+        ValueError
+            If it cannot.
+        """
+        config, pruner = self._pruning, self._pruner
+        if config is None or self._stages or not pruner.fits:
+            return
+        self.set_pruning(None)
+        try:
+            stages = pruner.fit(self, config.ratio)
+        finally:
+            self.set_pruning(config)
+        self.use_pruner(pruner, stages)
+
+    def use_pruner(self, pruner: Pruner | None, stages: tuple[tuple[int, float], ...]) -> None:
+        """Prune inside the decoder with a method that no configuration names; see `Pruner.stages`."""
+        self._pruner, self._stages = pruner, stages
+
+    def tokens_of_an_image(self) -> int | None:
+        """Visual tokens of every image of this model; None where that depends on the image, or there is no tower."""
+        tower = self.get_vision_tower()
+        if tower is None or getattr(self.config, "image_aspect_ratio", None) == "anyres":
+            return None
+        return tower.num_patches + (tower.select_feature == "cls_patch")
 
     @property
     def _drops_inside(self) -> bool:
@@ -417,6 +454,7 @@ class LlavaMetaForCausalLM:
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        self.fit_pruning()
         if getattr(self.config, "tune_mm_mlp_adapter", False) and getattr(self.config, "mm_use_im_start_end", False):
             raise NotImplementedError("tune_mm_mlp_adapter together with mm_use_im_start_end is not supported")
 
@@ -540,6 +578,11 @@ class LlavaMetaForCausalLM:
             self.visual_tokens_per_layer = [(len(span.features),) * depth for span in spans]
         else:
             self.visual_tokens_per_layer = [tuple(kept_per_layer(self._stages, span.total, depth)) for span in spans]
+        self.visual_tokens_after_attention = self.visual_tokens_per_layer
+        if self._pruner is not None and self._pruner.after_attention:
+            self.visual_tokens_after_attention = [
+                tuple(kept_after_attention(self._stages, span.total, depth)) for span in spans
+            ]
         self.visual_token_counts = [
             (span.total, layers[-1]) for span, layers in zip(spans, self.visual_tokens_per_layer, strict=True)
         ]

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -70,6 +70,11 @@ class VisualTokens:
     rater_attention : Tensor (B, N), float32, or None
         Attention, in the decoder layer before the drop, averaged over heads and over the text tokens that the pruner
         chose with `Pruner.raters`.
+    visual_attention : Tensor (B, N), float32, or None
+        For a drop behind a decoder layer's attention: what a token receives in that layer, in the head where it is
+        most, averaged over the visual tokens of its image that are present.
+    text_attention : Tensor (B, N), float32, or None
+        The same, summed over the text of the prompt behind the image.
     """
 
     features: torch.Tensor
@@ -88,6 +93,8 @@ class VisualTokens:
     last_attention: torch.Tensor | None = None
     next_attention: torch.Tensor | None = None
     rater_attention: torch.Tensor | None = None
+    visual_attention: torch.Tensor | None = None
+    text_attention: torch.Tensor | None = None
 
     def at(self, image: int, places: torch.Tensor, k: int, layout: Layout | None = None) -> VisualTokens:
         """The tokens at ``places`` (n,) of one image alone, with a budget and a layout of their own."""
@@ -154,6 +161,9 @@ class Pruner:
         Vision-encoder layers of ``received_attention``, 0-based or from the end; -1 is the last one that runs.
     varies : bool
         Whether the number of kept tokens depends on the image rather than on the budget alone.
+    after_attention : bool
+        Whether what is dropped at a layer's input leaves in the layer before already, between its attention and the
+        output projection. There, and only there, ``visual_attention`` and ``text_attention`` are known.
     """
 
     stage: ClassVar[str] = BEFORE
@@ -164,6 +174,7 @@ class Pruner:
     default_layer: ClassVar[int | None] = 0
     encoder_layers: ClassVar[tuple[int, ...]] = ()
     varies: ClassVar[bool] = False
+    after_attention: ClassVar[bool] = False
 
     position_ids: Literal["auto", "original", "compact"] = "auto"
     per_crop: bool = False
@@ -249,7 +260,9 @@ class Pruner:
         Returns
         -------
         tuple of (layer, fraction)
-            Ascending layers, 0-based: the drop is at that layer's input, at 0 before the decoder.
+            Ascending layers, 0-based: the drop is at that layer's input, at 0 before the decoder. With
+            ``after_attention`` the layer ``num_layers`` stands for a drop in the last one. Empty where `fits` says
+            that only `fit` can tell.
 
         Raises
         ------
@@ -257,6 +270,39 @@ class Pruner:
             If this decoder cannot meet the budget.
         """
         return ((self.default_layer if layer is None else layer, ratio),)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the method, with these options, learns from the model where to drop before it can prune it."""
+        return False
+
+    def fit(self, model: Any, ratio: float | None) -> tuple[tuple[int, float], ...]:
+        """`stages`, learnt from a loaded model, for a method that `fits`.
+
+        Parameters
+        ----------
+        model
+            A LLaVA model of this package with its weights, its vision tower and its ``prompt_tokenizer``; unpruned.
+        ratio
+            Of the configuration, checked.
+
+        Raises
+        ------
+        ValueError
+            If the model cannot be fitted, or not to this budget.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has nothing to learn from a model")
+
+    def check_tokens(self, n: int | None) -> None:
+        """Refuse a model whose images have ``n`` visual tokens (None: it depends on the image) with a `ValueError`."""
+
+    def remarks(self, model: Any) -> list[str]:
+        """What a person should know of this method in a loaded model, a line each; said once, when it is loaded."""
+        return []
+
+    def digests(self) -> dict[str, str]:
+        """Option name -> digest of the file that it names: a file's content counts like any other option."""
+        return {}
 
     @torch.no_grad()
     def indices(self, tokens: VisualTokens) -> torch.Tensor:

@@ -140,7 +140,9 @@ class PruningConfig:
         options = {name: getattr(pruner, name) for name in option_types(type(pruner))}
         # Options that every method has are told only where they were chosen.
         told = {name: value for name, value in options.items() if name not in usual or value != usual[name]}
-        return {"method": self.method, "ratio": self.ratio, "layer": self.layer, "options": told}
+        digests = pruner.digests()
+        files = {"files": digests} if digests else {}
+        return {"method": self.method, "ratio": self.ratio, "layer": self.layer, "options": told, **files}
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that differ whenever `to_dict` differs."""

@@ -19,6 +19,7 @@ _TARGETS: dict[str, str] = {
     "downsample": "llava.pruning.methods.downsample:Downsample",
     "dpp": "llava.pruning.methods.dpp:DPP",
     "fastv": "llava.pruning.methods.fastv:FastV",
+    "fitprune": "llava.pruning.methods.fitprune:FitPrune",
     "first_k": "llava.pruning.methods.first_k:FirstK",
     "hiprune": "llava.pruning.methods.hiprune:HiPrune",
     "last_k": "llava.pruning.methods.last_k:LastK",

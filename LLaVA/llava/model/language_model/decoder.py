@@ -2,283 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.model.visual_sequence import ImageTokens, PromptFacts, as_visual_tokens
-from llava.pruning.base import Pruner, gather_tokens, kept_count
-
-TEXT = -1
-"""What `visual_index` holds where no image stands."""
-
-
-@dataclass(frozen=True)
-class LayerDrop:
-    """Drop visual tokens at the inputs of decoder layers.
-
-    Attributes
-    ----------
-    pruner : Pruner
-        Sees the hidden states of each image's visual tokens at the layer.
-    stages : tuple of (layer, fraction)
-        Ascending 0-based layers, and how much of an image's tokens is there from the layer on.
-    """
-
-    pruner: Pruner
-    stages: tuple[tuple[int, float], ...]
-
-    @property
-    def compact(self) -> bool:
-        """Whether what is kept gets new rotary positions without gaps."""
-        return self.pruner.position_ids == "compact"
-
-
-@dataclass(frozen=True)
-class KeptPrefix:
-    """What a prefill left of the prompts from a dropping layer on; later decoding steps need it.
-
-    Attributes
-    ----------
-    positions : Tensor (B, T'), int64
-        Index into the embedded prompt of every kept token, ascending in each row (but for methods that reorder an
-        image's tokens), padding first.
-    mask : Tensor (B, T'), bool
-        False where a row is padded because another one kept more.
-    """
-
-    positions: torch.Tensor
-    mask: torch.Tensor
-
-    def compact_positions(self) -> torch.Tensor:
-        """Rotary positions (B, T') that count the kept tokens of each row."""
-        return (self.mask.long().cumsum(dim=1) - 1).clamp_min(0)
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """A batch of rows on their way through the decoder, before or after drops.
-
-    Attributes
-    ----------
-    hidden : Tensor (B, T, D)
-    valid : Tensor (B, T), bool
-        False at padding.
-    index : Tensor (B, T), int64
-        Number of the image a position belongs to, `TEXT` for text and padding.
-    ordinal : Tensor (B, T), int64
-        Which of its image's visual tokens a position holds, counted before any drop; `TEXT` for text and padding.
-    origin : Tensor (B, T), int64
-        Index into the embedded prompt.
-    prompt : Tensor (B, T), bool
-        False at padding and at what is to be predicted.
-    """
-
-    hidden: torch.Tensor
-    valid: torch.Tensor
-    index: torch.Tensor
-    ordinal: torch.Tensor
-    origin: torch.Tensor
-    prompt: torch.Tensor
-
-    @classmethod
-    def start(
-        cls, hidden: torch.Tensor, valid: torch.Tensor, index: torch.Tensor, prompt: torch.Tensor | None
-    ) -> Sequences:
-        """The embedded prompts (B, T, D), nothing dropped yet."""
-        origin = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        ordinal = torch.full_like(index, TEXT)
-        for row, images in enumerate(index):
-            for image in images.unique().tolist():
-                if image != TEXT:
-                    places = (images == image).nonzero().flatten()
-                    ordinal[row, places] = torch.arange(len(places), device=index.device)
-        prompt = valid if prompt is None else prompt.bool() & valid
-        return cls(hidden, valid, index, ordinal, origin, prompt)
-
-
-def drop_visual_tokens(
-    rows: Sequences,
-    facts: Sequence[tuple[ImageTokens, PromptFacts]],
-    pruner: Pruner,
-    fraction: float,
-    seen: Mapping[str, torch.Tensor],
-) -> Sequences:
-    """Apply a pruner to every image of every row, and close the gaps.
-
-    Parameters
-    ----------
-    rows : Sequences
-    facts : sequence
-        What is known of each image, by its number.
-    pruner : Pruner
-    fraction : float
-        Of an image's tokens before any drop, what is to be left; 0 drops them all.
-    seen : mapping of str to Tensor (B, T, ...)
-        Attention that the pruner asked for, by its field of `VisualTokens`.
-
-    Returns
-    -------
-    Sequences
-        Padded on the left.
-    """
-    hidden = rows.hidden
-    keep = rows.valid.clone()
-    # What each kept place will hold: usually its own token, another one where a method reorders.
-    source = torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden), 1)
-    merged = hidden.clone() if pruner.merges else hidden
-    for members in _spans(rows.index, facts, alone=pruner.varies):
-        row = torch.tensor([row for row, _, _ in members], device=hidden.device)[:, None]
-        places = torch.stack([place for _, _, place in members])  # (M, n)
-        keep[row, places] = False
-        if fraction == 0:
-            continue
-        images = [image for _, image, _ in members]
-        total = len(facts[images[0]][0].features)
-        tokens = as_visual_tokens(
-            hidden[row, places],
-            # Rounded as before the decoder: a fraction of what the image had, at most what is left of it.
-            min(places.shape[1], kept_count(total, fraction)),
-            [facts[image][0] for image in images],
-            [facts[image][1] for image in images],
-            alive=rows.ordinal[row, places] if total != places.shape[1] else None,
-            **{name: attention[row, places] for name, attention in seen.items()},
-        )
-        kept = pruner.reduce(tokens)
-        slots = places.gather(1, kept.indices.sort(dim=-1).values)
-        keep[row, slots] = True
-        source[row, slots] = places.gather(1, kept.indices)
-        if pruner.merges:
-            merged[row, slots] = kept.features
-    longest = int(keep.sum(dim=1).max())
-    order = keep.int().argsort(dim=1, stable=True)[:, -longest:]
-    source = source.gather(1, order)
-    taken = order if pruner.merges else source
-    return Sequences(
-        hidden=merged.gather(1, taken.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])),
-        valid=keep.gather(1, order),
-        index=rows.index.gather(1, source),
-        ordinal=rows.ordinal.gather(1, source),
-        origin=rows.origin.gather(1, source),
-        prompt=rows.prompt.gather(1, source) & keep.gather(1, order),
-    )
-
-
-def query_attention(
-    layer: torch.nn.Module,
-    hidden: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    valid: torch.Tensor,
-    queries: torch.Tensor,
-) -> torch.Tensor:
-    """Attention of a few tokens to all positions in one decoder layer, computed for those tokens alone.
-
-    Parameters
-    ----------
-    layer : decoder layer of Llama or Mistral
-    hidden : Tensor (B, T, D)
-        The layer's input.
-    rotary : (cos, sin), each (1 or B, T, head width)
-    valid : Tensor (B, T), bool
-        False at padding.
-    queries : Tensor (B, Q), int64
-        Where the tokens stand that ask.
-
-    Returns
-    -------
-    Tensor (B, H, Q, T), float32
-        Rows of the causal softmax; 0 at padding.
-    """
-    attention = layer.self_attn
-    batch, length, _ = hidden.shape
-    normed = layer.input_layernorm(hidden)
-    asking = gather_tokens(normed, queries)
-    keys = attention.k_proj(normed).view(batch, length, -1, attention.head_dim).transpose(1, 2)
-    query = attention.q_proj(asking).view(batch, queries.shape[1], -1, attention.head_dim).transpose(1, 2)
-    cos, sin = (part.expand(batch, -1, -1) for part in rotary)
-    # Both arguments are rotated by the same angles: the queries' positions first, then the keys'.
-    query, _ = apply_rotary_pos_emb(query, query, gather_tokens(cos, queries), gather_tokens(sin, queries))
-    keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
-    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)  # (B, H, T, head width)
-    logits = (query @ keys.mT).float() * attention.scaling  # (B, H, Q, T)
-    earlier = torch.arange(length, device=hidden.device) <= queries[:, :, None]  # (B, Q, T)
-    return logits.masked_fill(~(earlier & valid[:, None, :]).unsqueeze(1), -torch.inf).softmax(dim=-1)
-
-
-def last_token_attention(
-    layer: torch.nn.Module,
-    hidden: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    valid: torch.Tensor,
-    prompt: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`query_attention` of each row's last prompt token (by default its last token): (B, T, H), float32."""
-    asking = valid if prompt is None else prompt
-    last = asking.shape[1] - 1 - asking.flip(1).int().argmax(dim=1)  # (B,)
-    return query_attention(layer, hidden, rotary, valid, last[:, None])[:, :, 0].transpose(1, 2)
-
-
-def rater_attention(
-    layer: torch.nn.Module,
-    hidden: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    valid: torch.Tensor,
-    raters: torch.Tensor,
-) -> torch.Tensor:
-    """`query_attention` of chosen tokens, averaged over heads and over each row's raters: (B, T), float32.
-
-    Parameters
-    ----------
-    raters : Tensor (B, T), bool
-        Rows without one get zeros.
-    """
-    rows = []
-    for row in range(len(hidden)):
-        asking = raters[row].nonzero().flatten()[None]
-        if asking.shape[1] == 0:
-            rows.append(torch.zeros(hidden.shape[1], device=hidden.device))
-            continue
-        own = slice(row, row + 1)
-        turned = tuple(part[own] if len(part) > 1 else part for part in rotary)
-        rows.append(query_attention(layer, hidden[own], turned, valid[own], asking)[0].mean(dim=(0, 1)))
-    return torch.stack(rows)
-
-
-def choose_raters(rows: Sequences, pruner: Pruner) -> torch.Tensor:
-    """The text tokens behind each row's first image that the pruner takes as raters, as places in the prompt.
-
-    Returns
-    -------
-    Tensor (B, T), bool
-        Over the embedded prompts, before any drop.
-    """
-    chosen = torch.zeros_like(rows.valid)
-    for row, images in enumerate(rows.index):
-        visual = images != TEXT
-        text = (~visual & rows.prompt[row] & (visual.cumsum(0) > 0)).nonzero().flatten()
-        if len(text) and bool(visual.any()):
-            chosen[row, text] = pruner.raters(rows.hidden[row, visual], rows.hidden[row, text])
-    return chosen
-
-
-def _spans(
-    index: torch.Tensor, facts: Sequence[tuple[ImageTokens, PromptFacts]], alone: bool
-) -> list[list[tuple[int, int, torch.Tensor]]]:
-    """Groups of (row, image, places) of the same size and layout, then and now; `alone`: every image by itself."""
-    groups: dict[object, list[tuple[int, int, torch.Tensor]]] = {}
-    for row, images in enumerate(index):
-        for image in images.unique().tolist():
-            if image != TEXT:
-                places = (images == image).nonzero().flatten()
-                then = facts[image][0]
-                kind = (row, image) if alone else (len(then.features), then.layout, len(places))
-                groups.setdefault(kind, []).append((row, image, places))
-    return list(groups.values())
+from llava.model.language_model.observed_attention import last_token_attention, observed_attention, rater_attention
+from llava.model.language_model.visual_drop import (
+    TEXT,
+    KeptPrefix,
+    LayerDrop,
+    Sequences,
+    choose_raters,
+    drop_visual_tokens,
+    refuse_images_without_text,
+)
+from llava.model.visual_sequence import ImageTokens, PromptFacts
+from llava.pruning.base import gather_tokens
 
 
 class DroppingDecoder:
@@ -325,6 +68,8 @@ class DroppingDecoder:
         NotImplementedError
             For attention maps, a sliding window, or images that follow a filled cache, while tokens are dropped
             inside the decoder.
+        ValueError
+            If an image has no text behind it, and the method ranks by the text's attention.
         """
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         prefixes = getattr(past_key_values, "kept_prefixes", None) if cached else None
@@ -361,30 +106,37 @@ class DroppingDecoder:
             rows = Sequences.start(inputs_embeds, valid.expand(visual_index.shape), visual_index, prompt_mask)
             if "rater_attention" in self.layer_drop.pruner.needs:
                 raters = choose_raters(rows, self.layer_drop.pruner)
+            if "text_attention" in self.layer_drop.pruner.needs:
+                refuse_images_without_text(rows, self.layer_drop.pruner)
 
         hidden = inputs_embeds
+        prompt_positions = position_ids
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
-        stages, left = dict(self.layer_drop.stages), {}
+        drop, stages = self.layer_drop, dict(self.layer_drop.stages)
+        left = {} if prefixes is None else prefixes
+        totals = [len(image.features) for image, _ in visual_facts]
         states = []
         for depth, layer in enumerate(self.layers):
             if depth in stages:
                 if rows is not None:
-                    rows = replace(rows, hidden=hidden)
-                    before = None if depth == 0 else (self.layers[depth - 1], states[-1])
-                    seen = self._observe(rows, before, layer, rotary, raters)
-                    first = rows.origin
-                    rows = drop_visual_tokens(rows, visual_facts, self.layer_drop.pruner, stages[depth], seen)
-                    hidden = rows.hidden
-                    position_ids = _positions_of(rows.origin, first, position_ids)
-                    prefix = KeptPrefix(rows.origin, rows.valid)
-                else:
-                    prefix = prefixes[depth]
-                left[depth] = prefix
-                if self.layer_drop.compact:
-                    position_ids = self._compact_positions(prefix, hidden, depth, past_key_values)
+                    if not drop.pruner.after_attention:
+                        rows = replace(rows, hidden=hidden)
+                        before = None if depth == 0 else (self.layers[depth - 1], states[-1])
+                        seen = self._observe(rows, before, layer, rotary, raters)
+                        rows = drop_visual_tokens(rows, visual_facts, drop.pruner, stages[depth], seen)
+                        hidden = rows.hidden
+                    left[depth] = KeptPrefix(rows.origin, rows.valid)
+                    position_ids = prompt_positions.gather(1, rows.origin)
+                if drop.compact:
+                    position_ids = self._compact_positions(left[depth], hidden, depth, past_key_values)
                 rotary = self.rotary_emb(hidden, position_ids=position_ids)
-                mask = self._mask_after_drop(hidden, prefix, position_ids, past_key_values, depth)
+                mask = self._mask_after_drop(hidden, left[depth], position_ids, past_key_values, depth)
             states.append(hidden)
+            if rows is not None and drop.drops_in(depth, totals):
+                rows = replace(rows, hidden=hidden)
+                rows = self._layer_that_drops(layer, rows, rotary, past_key_values, visual_facts, stages[depth + 1])
+                hidden = rows.hidden
+                continue
             hidden = layer(
                 hidden,
                 attention_mask=mask,
@@ -394,6 +146,8 @@ class DroppingDecoder:
                 use_cache=use_cache,
                 **kwargs,
             )
+        if rows is not None and len(self.layers) in stages:
+            left[len(self.layers)] = KeptPrefix(rows.origin, rows.valid)
         self.kept_prefix = left[max(left)]
         if past_key_values is not None:
             past_key_values.kept_prefixes = left
@@ -403,6 +157,29 @@ class DroppingDecoder:
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*states, hidden) if collect else None,
         )
+
+    def _layer_that_drops(
+        self,
+        layer: torch.nn.Module,
+        rows: Sequences,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None,
+        facts: Sequence[tuple[ImageTokens, PromptFacts]],
+        fraction: float,
+    ) -> Sequences:
+        """One layer in which tokens leave between the attention and its output projection.
+
+        All rows give keys and values; projection and feed-forward block see what is kept.
+        """
+        text = rows.prompt & (rows.index == TEXT)
+        heads, visual_attention, text_attention = observed_attention(
+            layer.self_attn, layer.input_layernorm(rows.hidden), rotary, rows.valid, rows.index, text, cache
+        )
+        observed = {"visual_attention": visual_attention, "text_attention": text_attention}
+        seen = {name: value for name, value in observed.items() if name in self.layer_drop.pruner.needs}
+        rows = drop_visual_tokens(rows, facts, self.layer_drop.pruner, fraction, seen)
+        hidden = rows.hidden + layer.self_attn.o_proj(gather_tokens(heads, rows.place))
+        return replace(rows, hidden=hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
 
     def _observe(self, rows: Sequences, before, layer, rotary, raters) -> dict[str, torch.Tensor]:
         """The attention that the pruner asks for, at the rows' present places: name -> (B, T, ...)."""
@@ -445,13 +222,6 @@ class DroppingDecoder:
             raise NotImplementedError("LAYER_INDEX > 0 does not work with sliding-window attention")
         if visual_index is not None and cached:
             raise NotImplementedError("LAYER_INDEX > 0 does not take images after a filled KV cache")
-
-
-def _positions_of(origin: torch.Tensor, before: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (B, T') of the prompt's tokens `origin` (B, T'), given those (B, T) of the tokens `before`."""
-    by_origin = position_ids.new_zeros(len(before), int(before.max()) + 1)
-    by_origin.scatter_(1, before, position_ids)
-    return by_origin.gather(1, origin)
 
 
 class _LengthOfLayer:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from llava.constants import IGNORE_INDEX
-from llava.model.language_model.decoder import LayerDrop
+from llava.model.language_model.visual_drop import LayerDrop
 from llava.model.llava_arch import LlavaMetaForCausalLM, left_padding_order
-from llava.pruning.config import PruningConfig
+from llava.pruning.base import Pruner
 
 
 class LlavaGenerationMixin(LlavaMetaForCausalLM):
@@ -160,10 +160,10 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         """The decoder stack, which carries vision tower and projector."""
         return self.model
 
-    def set_pruning(self, config: PruningConfig | None) -> None:
-        super().set_pruning(config)
-        inside = config is not None and not self.prunes_before_decoder
-        self.get_model().layer_drop = LayerDrop(self._pruner, self._stages) if inside else None
+    def use_pruner(self, pruner: Pruner | None, stages: tuple[tuple[int, float], ...]) -> None:
+        super().use_pruner(pruner, stages)
+        inside = bool(stages) and not self.prunes_before_decoder
+        self.get_model().layer_drop = LayerDrop(pruner, stages) if inside else None
 
 
 def _mask_of_padding(ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:

@@ -1,0 +1,168 @@
+"""A decoder layer's attention as pruners see it: of a few queries apart, or of all of them, piece by piece."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llava.pruning.base import gather_tokens
+
+MOST_LOGITS = 1 << 24
+"""Attention logits that are held at a time: 64 MiB in float32."""
+
+
+def observed_attention(
+    attention: torch.nn.Module,
+    normed: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    image: torch.Tensor,
+    asking: torch.Tensor,
+    cache: Cache | None,
+    most_logits: int = MOST_LOGITS,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention up to its output projection, and what visual tokens receive, from one and the same product.
+
+    Queries are taken in chunks: the whole map (H, T, T) is never there. Softmax in float32, of each query's strongest
+    head the rest is noted.
+
+    Parameters
+    ----------
+    attention : attention module of a Llama or Mistral layer
+    normed : Tensor (B, T, D)
+        The layer's input behind its norm.
+    rotary : (cos, sin), each (1 or B, T, head width)
+    valid : Tensor (B, T), bool
+        False at padding.
+    image : Tensor (B, T), int64
+        Number of the image that a position belongs to, negative for text and padding.
+    asking : Tensor (B, T), bool
+        Text whose attention counts.
+    cache : Cache, or None
+        Gets this layer's keys and values.
+    most_logits : int
+        Bound on B * H * T * (queries at a time).
+
+    Returns
+    -------
+    heads : Tensor (B, T, H * head width)
+        Input of the output projection.
+    visual : Tensor (B, T), float32
+        Mean over the visual tokens of the same image of what they pay a visual token, in the head where that is most;
+        0 at text.
+    text : Tensor (B, T), float32
+        The same, summed over the ``asking`` tokens. Causality leaves those behind the visual token.
+    """
+    batch, length, _ = normed.shape
+    shape = (batch, length, -1, attention.head_dim)
+    query = attention.q_proj(normed).view(shape).transpose(1, 2)  # (B, H, T, head width)
+    keys = attention.k_proj(normed).view(shape).transpose(1, 2)
+    values = attention.v_proj(normed).view(shape).transpose(1, 2)
+    query, keys = apply_rotary_pos_emb(query, keys, *rotary)
+    # Scaled before the product, which would leave float16's range earlier.
+    query = query * attention.scaling
+    if cache is not None:
+        cache.update(keys, values, attention.layer_idx)
+    shared = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=1)
+
+    place = torch.arange(length, device=normed.device)
+    visual = normed.new_zeros(batch, length, dtype=torch.float32)
+    text, judges = torch.zeros_like(visual), torch.zeros_like(visual)
+    heads = []
+    chunk = max(1, most_logits // (batch * query.shape[1] * length))
+    for here in place.split(chunk):
+        logits = (query[:, :, here] @ keys.mT).float()  # (B, H, Q, T)
+        # Padding sees itself, so that no row of the softmax is empty.
+        seen = (place <= here[:, None]) & valid[:, None, :] | (place == here[:, None])  # (B, Q, T)
+        weights = logits.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(dim=-1)
+        heads.append(weights.to(values.dtype) @ values)
+        strongest = weights.amax(dim=1)  # (B, Q, T)
+        same = (image[:, here, None] == image[:, None, :]) & (image[:, None, :] >= 0)
+        visual += (strongest * same).sum(dim=1)
+        judges += same.sum(dim=1)
+        text += (strongest * asking[:, here, None]).sum(dim=1)
+    visual = visual / judges.clamp_min(1)
+    text = text.masked_fill(image < 0, 0)
+    return torch.cat(heads, dim=2).transpose(1, 2).reshape(batch, length, -1), visual, text
+
+
+def query_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    queries: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of a few tokens to all positions in one decoder layer, computed for those tokens alone.
+
+    Parameters
+    ----------
+    layer : decoder layer of Llama or Mistral
+    hidden : Tensor (B, T, D)
+        The layer's input.
+    rotary : (cos, sin), each (1 or B, T, head width)
+    valid : Tensor (B, T), bool
+        False at padding.
+    queries : Tensor (B, Q), int64
+        Where the tokens stand that ask.
+
+    Returns
+    -------
+    Tensor (B, H, Q, T), float32
+        Rows of the causal softmax; 0 at padding.
+    """
+    attention = layer.self_attn
+    batch, length, _ = hidden.shape
+    normed = layer.input_layernorm(hidden)
+    asking = gather_tokens(normed, queries)
+    keys = attention.k_proj(normed).view(batch, length, -1, attention.head_dim).transpose(1, 2)
+    query = attention.q_proj(asking).view(batch, queries.shape[1], -1, attention.head_dim).transpose(1, 2)
+    cos, sin = (part.expand(batch, -1, -1) for part in rotary)
+    # Both arguments are rotated by the same angles: the queries' positions first, then the keys'.
+    query, _ = apply_rotary_pos_emb(query, query, gather_tokens(cos, queries), gather_tokens(sin, queries))
+    keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)  # (B, H, T, head width)
+    logits = (query @ keys.mT).float() * attention.scaling  # (B, H, Q, T)
+    earlier = torch.arange(length, device=hidden.device) <= queries[:, :, None]  # (B, Q, T)
+    return logits.masked_fill(~(earlier & valid[:, None, :]).unsqueeze(1), -torch.inf).softmax(dim=-1)
+
+
+def last_token_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    prompt: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`query_attention` of each row's last prompt token (by default its last token): (B, T, H), float32."""
+    asking = valid if prompt is None else prompt
+    last = asking.shape[1] - 1 - asking.flip(1).int().argmax(dim=1)  # (B,)
+    return query_attention(layer, hidden, rotary, valid, last[:, None])[:, :, 0].transpose(1, 2)
+
+
+def rater_attention(
+    layer: torch.nn.Module,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    valid: torch.Tensor,
+    raters: torch.Tensor,
+) -> torch.Tensor:
+    """`query_attention` of chosen tokens, averaged over heads and over each row's raters: (B, T), float32.
+
+    Parameters
+    ----------
+    raters : Tensor (B, T), bool
+        Rows without one get zeros.
+    """
+    rows = []
+    for row in range(len(hidden)):
+        asking = raters[row].nonzero().flatten()[None]
+        if asking.shape[1] == 0:
+            rows.append(torch.zeros(hidden.shape[1], device=hidden.device))
+            continue
+        own = slice(row, row + 1)
+        turned = tuple(part[own] if len(part) > 1 else part for part in rotary)
+        rows.append(query_attention(layer, hidden[own], turned, valid[own], asking)[0].mean(dim=(0, 1)))
+    return torch.stack(rows)

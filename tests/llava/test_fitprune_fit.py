@@ -1,0 +1,747 @@
+"""Fitting FitPrune's recipes: data, statistics, search, and what is written; on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava.eval.fitprune import __main__ as command_line
+from llava.eval.fitprune import observation, statistics, tasks
+from llava.eval.fitprune.equal import Prefill, equal_ratio
+from llava.eval.fitprune.fit import Budget, fit, write_recipe
+from llava.eval.fitprune.samples import Samples, Source, open_source
+from llava.eval.fitprune.search import TOKENS, Found, Walk, kept_by, least_share, search, settle, visual_flops
+from llava.eval.fitprune.statistics import Statistics
+from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, load_shape
+from llava.mm_utils import process_images
+from llava.model.builder import load_pretrained_model
+from llava.pruning import PruningConfig, pruning
+from llava.pruning.recipes import SHIPPED_FOLDER, describe, model_fingerprint, parse_recipe, read_recipe
+from tiny_llava import build, pixels, prompt, save_tower
+
+N, LAYERS = 16, 4
+TINY = Path(__file__).parents[1] / "support" / "recipe_of_four_layers.json"
+COST = visual_flops(SHAPES["1.5-7b"].decoder)
+
+
+class Words:
+    """A tokenizer: a token a word."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[1, *(3 + sum(map(ord, word)) % 190 for word in text.split())])
+
+
+def picture(seed: int) -> Image.Image:
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 256, (60, 50, 3), dtype=np.uint8))
+
+
+def questions(count: int, read=None) -> Source:
+    def usual(number: int):
+        return f"sample {number}", " ".join(["what", "is", "this"] * (number + 1)), picture(number)
+
+    return Source("pictures", "1", 0, count, read or usual)
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    return save_tower(tmp_path_factory.mktemp("tower"))
+
+
+@pytest.fixture
+def model(tower):
+    return build(tower)
+
+
+@pytest.fixture
+def gathered(model, tmp_path):
+    return gather(model, tmp_path)
+
+
+def gather(model, folder, count: int = 5, read=None) -> Statistics:
+    asked = Samples(questions(count, read), Words(), model.config)
+    return Statistics(model, model.get_vision_tower().image_processor, asked, folder)
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The names of the samples that went through the model."""
+    names, original = [], observation.send
+
+    def counted(model, image_processor, sample, look):
+        names.append(sample.name)
+        original(model, image_processor, sample, look)
+
+    monkeypatch.setattr(statistics, "send", counted)
+    return names
+
+
+def falling_walk(alpha: float) -> Walk:
+    """Two samples of 100 and 50 tokens, each layer of three losing the share alpha."""
+    kept = [[round(n * (1 - alpha) ** layer) for layer in range(4)] for n in (100, 50)]
+    return Walk(
+        2, [sum(column) for column in zip(*kept, strict=True)], [a * a + b * b for a, b in zip(*kept, strict=True)]
+    )
+
+
+class TestSearch:
+    def test_costs_of_stopping_at_each_layer_add_up(self):
+        walk = Walk.of([10, 7, 4])
+        first = COST.attention(10, 100)
+        assert walk.stopped_at(COST) == [
+            2 * COST.layer(10, 100),
+            first + COST.rest * 7 * 0 + COST.rest * 7 + COST.layer(7, 49),
+            first + COST.rest * 7 + COST.attention(7, 49) + COST.rest * 4,
+        ]
+        assert walk.unpruned(COST) == walk.stopped_at(COST)[0]
+
+    @pytest.mark.parametrize("share", [0.35, 0.5, 0.8, 1.0])
+    def test_alpha_is_the_smallest_on_the_grid_that_meets_the_budget(self, share):
+        found = search(falling_walk, TOKENS, share)
+        assert found.walk.stopped_at(TOKENS)[found.stop] <= share * found.walk.unpruned(TOKENS)
+        below = falling_walk(found.alpha - 2**-7)
+        assert found.alpha == 2**-7 or below.stop(TOKENS, share) is None
+
+    def test_the_walk_of_all_alphas_is_asked_for_where_none_below_is_enough(self):
+        def stubborn(alpha: float) -> Walk:
+            return Walk.of([10, 1, 1] if alpha == 1 else [10, 10, 10])
+
+        assert search(stubborn, TOKENS, 0.6).alpha == 1
+        with pytest.raises(ValueError, match=r"no recipe meets the budget, 0\.5 of.*0\.55 of it are left"):
+            search(stubborn, TOKENS, 0.5)
+
+    @pytest.mark.parametrize("cost", [COST, TOKENS], ids=["flops", "tokens"])
+    @pytest.mark.parametrize("share", [0.3, 0.5, 0.81, 1.0])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_whole_tokens_meet_the_budget_and_spend_it(self, cost, share, seed):
+        draw = np.random.default_rng(seed)
+
+        def walk_at(alpha: float) -> Walk:
+            # Samples that lose different numbers, so that means are no whole numbers.
+            kept = [[64]] * 7
+            for _ in range(8):
+                kept = [[*own, max(1, own[-1] - draw.binomial(own[-1] // 2, alpha))] for own in kept]
+            return Walk(7, np.sum(kept, 0).tolist(), np.square(kept).sum(0).tolist())
+
+        found = search(walk_at, cost, share)
+        deleted = settle(found, cost, share)
+        spent = [Walk.of(kept_by(d, 64)).stopped_at(cost)[-1] for d in (deleted, *less_by_one(deleted))]
+        allowed = share * Walk.of([64] * 9).unpruned(cost)
+        assert spent[0] <= allowed * (1 + 1e-9)
+        # One token given back to the last layer that drops would be one too many.
+        assert len(spent) == 1 or spent[1] > allowed
+        assert all(n == 0 for n in deleted[found.stop :])
+
+    def test_the_largest_remainder_is_rounded_up_where_rounding_down_misses_the_budget(self):
+        """Ten samples lose 3.2, 3.9 and 2.4 of 20 tokens: 20 + 17 + 14 tokens enter, of which 50 are allowed."""
+        found = Found(0.5, Walk(10, [200, 168, 129, 105], [4000, 2830, 1670, 1110]), 3)
+        assert found.scheme == [3, 3, 2]
+        # What leaves in the last layer enters none.
+        assert settle(found, TOKENS, 50 / 60) == (3, 4, 0)
+
+    def test_the_least_there_is(self):
+        assert least_share(TOKENS, 10, 5) == (10 + 4) / 50
+        assert least_share(COST, 576, 32) < 0.05
+
+
+def less_by_one(deleted):
+    """The recipe with one token fewer in the last layer that drops, or nothing."""
+    for layer in reversed(range(len(deleted))):
+        if deleted[layer]:
+            return [(*deleted[:layer], deleted[layer] - 1, *deleted[layer + 1 :])]
+    return []
+
+
+class TestBudget:
+    @pytest.mark.parametrize(
+        ("budget", "said"),
+        [
+            ({"reduction_ratio": 1.0}, "0 <= r < 1, not 1.0"),
+            ({"reduction_ratio": -0.1}, "0 <= r < 1, not -0.1"),
+            ({"reduction_ratio": float("nan")}, "not nan"),
+            ({"subset_ratio": 0.0}, "0 < r <= 1, not 0.0"),
+            ({"subset_ratio": 1.5}, "0 < r <= 1, not 1.5"),
+            ({}, "a reduction ratio or a subset ratio"),
+            ({"subset_ratio": 0.5, "reduction_ratio": 0.5}, "a reduction ratio or a subset ratio"),
+        ],
+    )
+    def test_one_out_of_range_is_refused(self, budget, said):
+        with pytest.raises(ValueError, match=said):
+            Budget(**budget)
+
+    def test_one_that_no_recipe_meets_is_refused_with_what_can_be_met(self):
+        with pytest.raises(
+            ValueError, match=r"no recipe meets a reduction ratio of 0\.995 .*32 layers: the most is 0\.99,"
+        ):
+            Budget(0.995).check(COST, 576, 32)
+        with pytest.raises(
+            ValueError, match=r"no recipe meets a subset ratio of 0\.03 .*32 layers: the least is 0\.03"
+        ):
+            Budget(subset_ratio=0.03).check(TOKENS, 576, 32)
+        Budget(0.98).check(COST, 576, 32)
+
+    def test_nothing_runs_for_one_that_cannot_be_met(self, gathered, sent):
+        with pytest.raises(ValueError, match="no recipe meets"):
+            fit(gathered, Budget(0.99), "tiny")
+        assert sent == []
+
+
+class TestStatistics:
+    def test_they_are_sums_over_the_layers_own_attention(self, tower, model, gathered):
+        eager = build(tower)
+        eager.set_attn_implementation("eager")
+        found = gathered.unpruned()
+        assert found.shape == (5, LAYERS, 2)
+        for number in range(5):
+            sample = gathered.samples[number]
+            images = gathered.image_processor([sample.image], return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                embeds = eager.prepare_inputs_labels_for_multimodal(
+                    sample.input_ids[None], None, None, None, None, images
+                )[4]
+                maps = eager.model(inputs_embeds=embeds, output_attentions=True).attentions
+            first = int((sample.input_ids < 0).nonzero())
+            visual, behind = slice(first, first + N), slice(first + N, None)
+            for layer, attention in enumerate(maps):
+                strongest = attention[0].amax(dim=0)
+                text = strongest[behind, visual]
+                assert len(text) == sample.text_behind
+                expected = float(strongest[visual, visual].sum()) / N, float(text.sum()) / len(text)
+                np.testing.assert_allclose(found[number, layer], expected, rtol=1e-4)
+        assert gathered.text_tokens() == np.mean([gathered.samples[number].text for number in range(5)])
+
+    def test_another_budget_sends_nothing_but_walks_that_were_not_made(self, model, gathered, tmp_path, sent):
+        fit(gathered, Budget(0.5), "tiny")
+        walks = len(list(gathered.folder.glob("walk-*.json")))
+        assert len(sent) == 5 * (1 + walks + 1)
+        fit(gather(model, tmp_path), Budget(0.4), "tiny")
+        more = len(list(gathered.folder.glob("walk-*.json"))) - walks
+        assert len(sent) == 5 * (1 + walks + 1) + 5 * (more + 1) and more < walks
+        fit(gather(model, tmp_path), Budget(0.4), "tiny")
+        assert len(sent) == 5 * (1 + walks + 1) + 5 * (more + 1)
+
+    def test_what_was_stopped_goes_on_and_ends_in_the_same_sums(self, model, tmp_path, monkeypatch, sent):
+        monkeypatch.setattr(statistics, "SECONDS_BETWEEN_SAVES", 0)
+        whole = gather(model, tmp_path / "whole")
+        expected = [whole.unpruned().tolist(), whole.walk(0.25), whole.divergence((3, 2, 0, 1), N)]
+        sent.clear()
+        found: list = []
+        for _ in range(6):
+            # Every attempt ends at another sample of another pass.
+            left = iter(range(3))
+
+            def read(number, left=left):
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                return questions(5).read(number)
+
+            part = gather(model, tmp_path / "parts", read=read)
+            try:
+                found = [part.unpruned().tolist(), part.walk(0.25), part.divergence((3, 2, 0, 1), N)]
+            except KeyboardInterrupt:
+                continue
+        assert found == expected
+        assert len(sent) == 15
+
+    def test_one_picture_is_there_at_a_time(self, model, tmp_path):
+        alive: list[weakref.ref] = []
+
+        def read(number: int):
+            assert sum(ref() is not None for ref in alive) <= 1
+            name, question, image = questions(6).read(number)
+            alive.append(weakref.ref(image))
+            return name, question, image
+
+        many = gather(model, tmp_path, count=6, read=read)
+        many.walk(0.2)
+        assert len(alive) == 12
+        few = gather(model, tmp_path / "few", count=3)
+        few.walk(0.2)
+        # What is kept does not grow but for two numbers a layer and sample.
+        sizes = [(many.folder / name).stat().st_size for name in ("unpruned.npy", "walk-0.2.json")]
+        assert sizes[0] == 128 + 6 * LAYERS * 2 * 8
+        assert len(json.loads((few.folder / "walk-0.2.json").read_text())["sums"]) == 2 * (LAYERS + 1)
+        assert len(json.loads((many.folder / "walk-0.2.json").read_text())["sums"]) == 2 * (LAYERS + 1)
+
+    def test_other_weights_samples_or_words_have_sums_of_their_own(self, tower, model, gathered, tmp_path):
+        other = build(tower)
+        with torch.no_grad():
+            other.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+        rounded = build(tower).half()
+        folders = {
+            gathered.folder,
+            gather(other, tmp_path).folder,
+            gather(model, tmp_path, count=4).folder,
+            gather(rounded, tmp_path).folder,
+            gather(rounded.float(), tmp_path).folder,
+            Statistics(
+                model, None, Samples(questions(5), Words(), model.config, conversation="llava_v0"), tmp_path
+            ).folder,
+        }
+        assert len(folders) == 6
+        assert gather(build(tower), tmp_path).folder == gathered.folder
+
+    def test_sums_of_another_model_in_their_place_are_refused(self, tower, model, gathered, tmp_path):
+        gathered.unpruned()
+        other = build(tower)
+        with torch.no_grad():
+            other.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+        theirs = gather(other, tmp_path)
+        gathered.folder.rename(theirs.folder)
+        with pytest.raises(ValueError, match=r"are of another model or other data, .*delete them"):
+            theirs.unpruned()
+
+    def test_nan_is_told_by_sample_and_layer(self, model, tmp_path):
+        model.model.layers[1].self_attn.q_proj.weight.data[0, 0] = torch.nan
+        with pytest.raises(ValueError, match=r"^sample 0: the attention in decoder layer 1 contains NaN .*--dtype"):
+            gather(model, tmp_path).unpruned()
+
+    def test_an_image_without_text_is_told(self, model, tmp_path):
+        def read(number: int):
+            return f"sample {number}", " \n" if number == 2 else "what", picture(number)
+
+        with pytest.raises(ValueError, match=r"^sample 2: an image without text"):
+            gather(model, tmp_path, read=read).unpruned()
+
+    def test_a_damaged_picture_is_told(self, model, tmp_path):
+        (tmp_path / "bad.png").write_bytes(b"nothing")
+        entry = {"id": "x", "image": "bad.png", "conversations": turns("<image>\nwhat")}
+        (tmp_path / "data.json").write_text(json.dumps([entry]))
+        source = open_source(str(tmp_path / "data.json"), 1)
+        with pytest.raises(ValueError, match=r"conversation x: .*bad\.png is not a picture"):
+            Samples(source, Words(), model.config)[0]
+
+
+class TestRecipe:
+    @pytest.fixture
+    def recipe(self, gathered, tmp_path):
+        facts = fit(gathered, Budget(0.5), "tiny")
+        write_recipe(facts, tmp_path / "recipe.json")
+        return read_recipe(str(tmp_path / "recipe.json"))
+
+    def test_it_says_where_it_comes_from_and_what_it_costs(self, model, gathered, recipe):
+        facts = recipe.facts
+        assert facts["model"] == {
+            "name": "tiny",
+            "weights": model_fingerprint(model),
+            "layers": LAYERS,
+            "visual_tokens": N,
+        }
+        assert facts["data"] == gathered.samples.facts()
+        assert facts["budget"] == {"reduction_ratio": 0.5}
+        assert {"llava", "torch", "transformers", "python", "dtype"} <= set(facts["versions"])
+        assert facts["kept"] == list(recipe.kept)
+        assert facts["mean_fraction"] == recipe.mean_fraction
+        assert facts["flops"]["visual"]["reduction_ratio"] >= 0.5
+        assert 0 < facts["alpha"] < 1
+
+    def test_a_run_performs_the_predicted_flops(self, model, gathered, recipe):
+        """Of a prompt with as many text tokens as the samples have in the mean; one position has logits."""
+        predicted = recipe.facts["flops"]["prefill"]
+        ids = prompt(5, predicted["text_tokens"] - 6)[None]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, images=pixels(1), logits_to_keep=1)
+        assert counter.get_total_flops() == pytest.approx(predicted["unpruned"], rel=1e-3)
+        with torch.no_grad(), pruning(model, "fitprune", recipe=recipe.name), FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, images=pixels(1), logits_to_keep=1)
+        assert counter.get_total_flops() == pytest.approx(predicted["pruned"], rel=1e-3)
+        assert predicted["pruned"] < 0.9 * predicted["unpruned"]
+
+    def test_divergence_is_what_the_recipe_takes_away_as_it_runs(self, model, gathered, recipe):
+        """The pruned model's own survivors, and the attention that they receive, by hand."""
+        kept: list[list[float]] = []
+        for number in range(5):
+            row: list[float] = []
+
+            def look(layer, visual, text, row=row):
+                order = (visual * text).argsort(descending=True, stable=True)[: recipe.kept[layer + 1]]
+                row.append(float(text[order].sum()))
+                stays = torch.zeros(len(visual), dtype=torch.bool)
+                stays[order] = True
+                return stays
+
+            observation.send(model, gathered.image_processor, gathered.samples[number], look)
+            kept.append(row)
+        lost = (1 - np.array(kept) / gathered.unpruned()[:, :, 1]).clip(min=0).mean(axis=0)
+        np.testing.assert_allclose(recipe.facts["divergence"]["text"], lost, atol=2e-6)
+        with torch.no_grad(), pruning(model, "fitprune", recipe=recipe.name):
+            model(input_ids=prompt(5, 7)[None], images=pixels(1))
+            assert model.visual_tokens_per_layer == [recipe.kept[:-1]]
+
+    def test_less_to_spend_costs_more_attention(self, gathered):
+        means = [fit(gathered, Budget(ratio), "tiny")["divergence"]["mean"] for ratio in (0.0, 0.2, 0.5, 0.8)]
+        assert means[0] == 0 and means == sorted(means) and means[-1] > means[1]
+
+    @pytest.mark.parametrize("ratio", [0.35, 0.6, 0.9])
+    def test_a_subset_ratio_is_the_mean_over_the_layers(self, gathered, ratio):
+        facts = fit(gathered, Budget(subset_ratio=ratio), "tiny")
+        # within the tokens that one layer holds
+        assert ratio - 1 / N < facts["mean_fraction"] <= ratio
+
+    def test_nothing_to_save_drops_nothing(self, gathered):
+        assert fit(gathered, Budget(0.0), "tiny")["deleted"] == [0] * LAYERS
+
+    def test_images_of_different_sizes_have_a_recipe_of_shares(self, tower, tmp_path):
+        anyres = build(
+            tower,
+            image_aspect_ratio="anyres",
+            mm_patch_merge_type="spatial_unpad",
+            image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+        )
+
+        def read(number: int):
+            return f"sample {number}", "what is this", picture(number).resize(((100, 50), (60, 100))[number % 2])
+
+        facts = fit(gather(anyres, tmp_path, read=read), Budget(0.5), "tiny")
+        assert facts["model"]["visual_tokens"] is None and facts["tokens"] > N
+        write_recipe(facts, tmp_path / "recipe.json")
+        with torch.no_grad(), pruning(anyres, "fitprune", recipe=str(tmp_path / "recipe.json")):
+            anyres(input_ids=prompt(5, 7)[None], images=[pixels(5)], image_sizes=[(112, 112)])
+        total, kept = anyres.visual_token_counts[0]
+        assert kept == pytest.approx(total * facts["kept"][-2] / facts["tokens"], abs=0.51)
+
+    def test_one_of_other_weights_is_noticed_in_the_dtype_it_was_made_with(self, tower, model, recipe):
+        assert not recipe.of_other_weights(model)
+        other = build(tower)
+        with torch.no_grad():
+            other.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+        assert recipe.of_other_weights(other)
+        # Rounded weights have other values anyway: nothing can be known.
+        assert not recipe.of_other_weights(other.half())
+
+    def test_how_the_budgets_go_together_is_told_when_it_is_used(self, tower, model, recipe):
+        pruner = PruningConfig("fitprune", options={"recipe": recipe.name}).build_pruner()
+        (told,) = pruner.remarks(model)
+        assert told == f"{recipe.name}: {describe(recipe)}"
+        assert "reduction ratio 0.5" in told and f"SUBSET_RATIO {recipe.mean_fraction:.4g}" in told
+        other = build(tower)
+        with torch.no_grad():
+            other.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+        assert "was fitted to other weights" in pruner.remarks(other)[1]
+        (published,) = PruningConfig("fitprune", options={"recipe": "llava-1.5-7b/60"}).build_pruner().remarks(model)
+        assert published.startswith("llava-1.5-7b/60: SUBSET_RATIO 0.4")
+
+    def test_the_model_is_left_unpruned(self, model, recipe):
+        assert model.pruning is None and model.get_model().layer_drop is None
+
+
+class TestFirstUse:
+    """FITPRUNE_REDUCTION_RATIO or SUBSET_RATIO, without a recipe."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        return tmp_path / "otprune" / "fitprune"
+
+    def test_a_recipe_is_fitted_once_and_told(self, model, cache, sent, capsys):
+        model.prompt_tokenizer = Words()
+        ids, images = prompt(5, 7)[None], pixels(1)
+        with pruning(model, "fitprune", reduction_ratio=0.5, samples=3), torch.no_grad():
+            first = model(input_ids=ids, images=images).logits
+            assert model.pruning.options["reduction_ratio"] == 0.5
+        assert len(sent) >= 3 * 3
+        told = capsys.readouterr().err
+        assert "fitting a recipe on 3 pictures" in told and "reduction ratio 0.5" in told and "SUBSET_RATIO 0." in told
+        file = next(cache.glob("*/reduction_ratio-0.5.json"))
+        recipe = read_recipe(str(file))
+        assert recipe.facts["data"]["name"] == "mini" and recipe.facts["data"]["samples"] == 3
+        sent.clear()
+        with pruning(model, "fitprune", reduction_ratio=0.5, samples=3), torch.no_grad():
+            assert torch.equal(model(input_ids=ids, images=images).logits, first)
+        with pruning(model, "fitprune", recipe=str(file)), torch.no_grad():
+            assert torch.equal(model(input_ids=ids, images=images).logits, first)
+        assert sent == []
+
+    def test_one_that_ships_with_this_very_model_is_taken(self, model, sent, tmp_path, monkeypatch, capsys):
+        model.prompt_tokenizer = Words()
+        asked = Samples(open_source("mini", 2), Words(), model.config)
+        own = Statistics(model, model.get_vision_tower().image_processor, asked, tmp_path)
+        write_recipe(fit(own, Budget(0.5), "tiny"), tmp_path / "shipped" / "50.json")
+        monkeypatch.setattr("llava.eval.fitprune.fit.SHIPPED_FOLDER", tmp_path / "shipped")
+        sent.clear()
+        with pruning(model, "fitprune", reduction_ratio=0.5, samples=2), torch.no_grad():
+            model(input_ids=prompt(5, 7)[None], images=pixels(1))
+        assert sent == [] and "llava-mini/50" in capsys.readouterr().err
+        with pruning(model, "fitprune", reduction_ratio=0.5, samples=1), torch.no_grad():
+            model(input_ids=prompt(5, 7)[None], images=pixels(1))
+        assert sent
+
+    def test_a_subset_ratio_is_translated_and_told(self, model, capsys):
+        model.prompt_tokenizer = Words()
+        with pruning(model, "fitprune", ratio=0.6, samples=2), torch.no_grad():
+            model(input_ids=prompt(5, 7)[None], images=pixels(1))
+            present = model.visual_tokens_per_layer[0]
+        assert 0.6 - 1 / N < sum(present) / LAYERS / N <= 0.6
+        assert "SUBSET_RATIO 0." in capsys.readouterr().err
+
+    def test_without_a_tokenizer_nothing_can_be_asked(self, model):
+        with pruning(model, "fitprune", reduction_ratio=0.5), pytest.raises(ValueError, match="prompt_tokenizer"):
+            model(input_ids=prompt(5, 7)[None], images=pixels(1))
+        assert model.pruning is None
+
+    def test_one_that_cannot_be_met_leaves_the_switch_as_it_was(self, model):
+        model.prompt_tokenizer = Words()
+        model.set_pruning(PruningConfig("fitprune", options={"reduction_ratio": 0.99}))
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"no recipe meets a reduction ratio of 0\.99"):
+                model(input_ids=prompt(5, 7)[None], images=pixels(1))
+        assert model.pruning.options["reduction_ratio"] == 0.99
+
+
+def turns(question: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": "a cat"}]
+
+
+class TestData:
+    def test_a_file_gives_its_first_questions_about_one_picture(self, tmp_path):
+        entries = [
+            {"id": f"c{number}", "image": f"{number}.png", "conversations": turns("<image>\nwhat?") * 2}
+            for number in range(3)
+        ]
+        for number, entry in enumerate(entries):
+            entry["conversations"] = turns(f"<image>\nwhat {number}?") + turns("and then?")
+            picture(number).save(tmp_path / f"{number}.png")
+        entries.append({"id": "text", "conversations": turns("hello")})
+        entries.append({"id": "two", "image": ["0.png", "1.png"], "conversations": turns("<image><image> which?")})
+        file = tmp_path / "data.json"
+        file.write_text(json.dumps(entries))
+        source = open_source(str(file), 10, image_folder=tmp_path)
+        found = sorted(source.read(number)[:2] for number in range(source.count))
+        assert found == [(f"{file}, conversation c{number}", f"what {number}?") for number in range(3)]
+        assert open_source(str(file), 2, seed=1).count == 2
+        assert open_source(str(file), 2, seed=1).digest == source.digest
+        file.write_text(json.dumps(entries[3:]))
+        with pytest.raises(ValueError, match="holds no conversation about exactly one picture"):
+            open_source(str(file), 1)
+
+    @pytest.mark.parametrize("count", [0, -3])
+    def test_no_samples_are_too_few(self, count):
+        with pytest.raises(ValueError, match=f"at least one sample to be fitted on, not {count}"):
+            open_source("mini", count)
+
+    def test_the_embedded_world_gives_as_many_as_are_asked_for_and_the_same_each_time(self):
+        source = open_source("mini", 40, seed=2)
+        first, again = source.read(33), open_source("mini", 40, seed=2).read(33)
+        assert first[:2] == again[:2] and first[2].tobytes() == again[2].tobytes()
+        assert first[2].size == (336, 336) and first[1].strip()
+        assert len({open_source("mini", *chosen).digest for chosen in ((40, 2), (40, 3), (39, 2))}) == 3
+        assert open_source("mini", 40, seed=3).read(33)[2].tobytes() != first[2].tobytes()
+
+    def test_every_picture_of_the_embedded_world_has_a_question(self):
+        """This one has a single object, and the first twenty questions that come to mind do not fit it."""
+        assert open_source("mini", 131, seed=7).read(130)[1].strip()
+
+    def test_a_prompt_is_the_benchmarks_conversation_without_an_answer(self, model):
+        sample = Samples(questions(2), Words(), model.config)[1]
+        text = "USER: <image>\nwhat is this what is this ASSISTANT:"
+        assert sample.text_behind == len(text.split("<image>")[1].split())
+        assert int((sample.input_ids < 0).sum()) == 1 and sample.text == len(sample.input_ids) - 1
+        with pytest.raises(ValueError, match=r"unknown conversation mode 'vicuna'; allowed: .*vicuna_v1"):
+            Samples(questions(2), Words(), model.config, "vicuna")
+
+    def test_a_groups_tasks_share_the_samples(self, monkeypatch):
+        """Documents without or with several pictures are passed over; a task that has no more gives way."""
+
+        class Task:
+            def __init__(self, name, pictures):
+                self.name, self.pictures = name, pictures
+                self.eval_docs = self.eval_docs_no_media = list(range(len(pictures)))
+
+            def doc_to_visual(self, document):
+                return [picture(document)] * self.pictures[document]
+
+            def doc_to_text(self, document):
+                return f"<image> {self.name} {document}?"
+
+        both = {"many": Task("many", [1, 0, 1, 1, 2, 1]), "few": Task("few", [1, 0, 0])}
+        monkeypatch.setattr(tasks, "_load", lambda name: both)
+        source = open_source("group", 5, seed=3)
+        names = [source.read(number)[0] for number in range(5)]
+        assert [name.split(",")[0] for name in names] == ["many", "few", "many", "many", "many"]
+        assert names[1] == "few, document 0" and source.read(1)[1] == "few 0?"
+        assert len(set(names)) == 5 and not {"many, document 1", "many, document 4"} & set(names)
+        assert open_source("group", 3, seed=3).digest == open_source("group", 3, seed=3).digest != source.digest
+        monkeypatch.setattr(tasks, "_load", lambda name: {"none": Task("none", [0, 2])})
+        with pytest.raises(ValueError, match="no question about exactly one picture"):
+            open_source("group", 5)
+
+    def test_without_lmms_eval_a_task_is_refused(self, monkeypatch):
+        monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"--data gqa: neither a file nor mini, .*lmms-eval must be installed"):
+            open_source("gqa", 5)
+
+
+SHAPE = ModelShape(
+    DecoderShape(hidden=64, intermediate=172, layers=LAYERS, query_width=64, key_width=64, vocabulary=32),
+    TowerShape(hidden=4, intermediate=8, layers=2, patches=N, patch_values=12, outputs=N),
+    projector_layers=2,
+)
+
+
+class TestEqual:
+    """Other methods at a recipe's FLOPs."""
+
+    @pytest.fixture
+    def recipe(self):
+        """One that leaves FastV, which drops at the third layer's input, something to drop."""
+        return parse_recipe(read_recipe(str(TINY)).facts | {"deleted": [0, 4, 4, 2]}, "mine")
+
+    @pytest.mark.parametrize("method", ["random", "fastv"])
+    def test_no_other_number_of_tokens_costs_more_nearly_as_much(self, recipe, method):
+        prefill = Prefill.of(recipe, SHAPE, text=9)
+        assert prefill.with_recipe(recipe) < prefill.unpruned()
+        ratio = equal_ratio(prefill, recipe, method)
+        off = [
+            abs(prefill.with_method(method, found) - prefill.with_recipe(recipe))
+            for found in (ratio, ratio - 1 / N, ratio + 1 / N)
+        ]
+        assert off[0] == min(off)
+
+    def test_a_method_that_cannot_is_refused(self, recipe):
+        """FastV lets two of four layers see everything."""
+        small = parse_recipe(recipe.facts | {"deleted": [15, 0, 0, 0]}, "small")
+        with pytest.raises(ValueError, match=r"fastv costs more than small at any ratio: at least \d"):
+            equal_ratio(Prefill.of(small, SHAPE, text=0), small, "fastv")
+        with pytest.raises(ValueError, match=r"fitprune: .*give a recipe"):
+            equal_ratio(Prefill.of(recipe, SHAPE, text=0), recipe, "fitprune")
+
+    def test_a_recipe_for_another_model_is_refused(self, recipe):
+        with pytest.raises(ValueError, match="4 layers; this one has 32"):
+            Prefill.of(recipe, SHAPES["1.5-7b"], text=9)
+
+
+class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def shipped_model(self, model, monkeypatch):
+        def load(path, base, name, **settings):
+            return Words(), model, model.get_vision_tower().image_processor, 2048
+
+        monkeypatch.setattr("llava.model.builder.load_pretrained_model", load)
+
+    def test_recipes_are_written_and_drawn(self, tmp_path, capsys):
+        settings = ["--samples", "2", "--statistics", str(tmp_path / "sums"), "--output", str(tmp_path / "recipes")]
+        ratios = ["--reduction-ratio", "0.3", "0.6", "--subset-ratio", "0.5"]
+        assert command_line.main(["fit", "--model", "tiny", *ratios, *settings]) == 0
+        shown = capsys.readouterr().out
+        files = [str(tmp_path / "recipes" / f"{name}.json") for name in ("30", "60", "kept50")]
+        for file in files:
+            assert f"{file}: {describe(read_recipe(file))}" in shown
+        assert read_recipe(files[1]).facts["model"]["name"] == "tiny"
+
+        assert command_line.main(["plot", *reversed(files), "--output", str(tmp_path / "drawn" / "recipes.png")]) == 0
+        assert (tmp_path / "drawn" / "recipes.png").read_bytes().startswith(b"\x89PNG")
+        rows = list(csv.DictReader((tmp_path / "drawn" / "recipes.csv").open()))
+        for file in files:
+            recipe = read_recipe(file)
+            own = [row for row in rows if row["recipe"] == file]
+            assert [int(row["tokens"]) for row in own] == list(recipe.kept[:-1])
+            assert [float(row["divergence_text"]) for row in own] == recipe.facts["divergence"]["text"]
+        saved = [float(row["reduction_ratio"]) for row in rows]
+        assert saved == sorted(saved)
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["fit", "--samples", "0", "--reduction-ratio", "0.5"], "at least one sample"),
+            (["fit", "--reduction-ratio", "0.999", "--samples", "1"], "no recipe meets a reduction ratio of 0.999"),
+            (["fit", "--reduction-ratio", "1.5"], "0 <= r < 1, not 1.5"),
+            (["fit"], "--reduction-ratio or --subset-ratio"),
+            (["fit", "--reduction-ratio", "0.5", "--data", "nothing.json"], "nothing.json"),
+            (["fit", "--reduction-ratio", "0.1", "0.2", "--output", "one.json"], "2 recipes need a folder"),
+            (["fit", "--reduction-ratio", "0.1", "--conv-mode", "no", "--samples", "1"], "unknown conversation mode"),
+            (["plot", "nothing.json"], "there is no recipe 'nothing.json'"),
+            (["plot", "llava-1.5-7b/60", "{tiny}"], "recipes of one model go together"),
+            (["equal", "llava-1.5-7b/60", "--model", "1.5-13b"], "has 32 layers; this one has 40"),
+            (["equal", "llava-1.5-7b/60", "--model", "1.5-7b", "--method", "nothing"], "nothing"),
+        ],
+    )
+    def test_what_is_wrong_is_said_in_one_sentence(self, arguments, said, tmp_path, capsys, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert command_line.main([argument.format(tiny=TINY) for argument in arguments]) == 2
+        error = capsys.readouterr().err.strip()
+        assert said in error and error.startswith("python -m llava.eval.fitprune: ") and "\n" not in error
+
+    @pytest.mark.parametrize(
+        "command", [[], ["fit"], ["plot"], ["equal"]], ids=lambda command: "".join(command) or "all"
+    )
+    def test_every_command_says_what_it_takes(self, command, capsys):
+        with pytest.raises(SystemExit) as left:
+            command_line.main([*command, "--help"])
+        assert left.value.code == 0
+        assert capsys.readouterr().out.startswith(" ".join(["usage: python -m llava.eval.fitprune", *command]))
+
+    def test_equals_are_told_as_the_command_that_runs_them(self, capsys):
+        assert command_line.main(["equal", "llava-1.5-7b/60", "--model", "1.5-7b", "--text", "60"]) == 0
+        first, fastv, random, command = capsys.readouterr().out.splitlines()
+        assert "llava-1.5-7b/60: " in first and "60 text tokens" in first
+        share = float(first.split(": ")[1].split("%")[0])
+        ratios = []
+        for line, name in ((fastv, "fastv"), (random, "random")):
+            ratio, cost = line.removeprefix(f"{name} at ").split(": ")
+            assert float(cost.rstrip("%")) == pytest.approx(share, abs=0.2)
+            ratios.append(f"{name}:ratio={ratio}")
+        assert command.endswith(f"--method {','.join(['fitprune:recipe=llava-1.5-7b/60', *ratios])}")
+
+    def test_a_switch_that_is_on_is_refused(self, monkeypatch, capsys):
+        monkeypatch.setenv("BASELINE", "UNIFORM")
+        monkeypatch.setenv("SUBSET_RATIO", "0.5")
+        assert command_line.main(["fit", "--reduction-ratio", "0.5"]) == 2
+        assert "unset BASELINE" in capsys.readouterr().err
+
+    def test_published_recipes_can_be_drawn(self, tmp_path):
+        names = ["llava-1.5-7b/30", "llava-1.5-7b/60"]
+        assert command_line.main(["plot", *names, "--output", str(tmp_path / "published.png")]) == 0
+        assert (tmp_path / "published.png").exists()
+
+
+REMAKE = (
+    "python -m llava.eval.fitprune fit --samples 64 --reduction-ratio 0.2 0.4 0.6 0.8 0.9 "
+    "--output LLaVA/llava/mini/recipes"
+)
+
+
+@pytest.mark.parametrize("file", sorted(SHIPPED_FOLDER.glob("*.json")), ids=lambda file: file.stem)
+class TestShipped:
+    @pytest.fixture(scope="class")
+    def embedded(self):
+        return load_pretrained_model("llava-mini", None, "llava-mini", device="cpu", dtype="float32")
+
+    def test_is_of_the_shipped_model_and_data_as_they_are(self, file, embedded):
+        recipe = read_recipe(f"llava-mini/{file.stem}")
+        model, data = recipe.facts["model"], recipe.facts["data"]
+        source = open_source("mini", data["samples"], data["seed"])
+        found = (recipe.layers, model["name"], model["weights"], data["name"], data["digest"])
+        layers = embedded[1].config.num_hidden_layers
+        now = (layers, "llava-mini", model_fingerprint(embedded[1]), "mini", source.digest)
+        assert found == now, f"made for another checkpoint, or other data; make the recipes again: {REMAKE}"
+
+    def test_meets_its_budget(self, file):
+        recipe = read_recipe(f"llava-mini/{file.stem}")
+        asked = Budget(**recipe.facts["budget"]).share
+        assert f"{100 * (1 - asked):g}" == file.stem
+        walk, cost = Walk.of(recipe.kept), visual_flops(load_shape("llava-mini").decoder)
+        assert walk.stopped_at(cost)[-1] <= asked * walk.unpruned(cost) * (1 + 1e-9)
+        assert recipe.facts["flops"]["visual"]["reduction_ratio"] >= 1 - asked - 1e-9
+
+    def test_costs_what_it_predicts(self, file, embedded):
+        """Within two per cent: a question of the embedded world has a few tokens more or less than their mean."""
+        tokenizer, model, processor, _ = embedded
+        sample = Samples(open_source("mini", 1), tokenizer, model.config)[0]
+        images = process_images([sample.image], processor, model.config)
+        name = f"llava-mini/{file.stem}"
+        with torch.no_grad(), pruning(model, "fitprune", recipe=name), FlopCounterMode(display=False) as counter:
+            model(input_ids=sample.input_ids[None], images=images, image_sizes=[sample.image.size], logits_to_keep=1)
+        predicted = read_recipe(name).facts["flops"]["prefill"]["pruned"]
+        assert counter.get_total_flops() == pytest.approx(predicted, rel=0.02)
