@@ -285,11 +285,15 @@ class LlavaMetaForCausalLM:
         Raises
         ------
         ValueError
-            If its layer is not one of this model's, or its budget cannot be met by a decoder of this depth.
+            If its layer is not one of this model's, its budget cannot be met by a decoder of this depth, or its method
+            cannot read this vision tower.
         """
-        self._stages = () if config is None else config.stages(self.config.num_hidden_layers)
-        self._pruning = config
-        self._pruner = None if config is None else config.build_pruner()
+        stages = () if config is None else config.stages(self.config.num_hidden_layers)
+        pruner = None if config is None else config.build_pruner()
+        tower = self.get_vision_tower()
+        if pruner is not None and tower is not None:
+            pruner.check_encoder(tower.hidden_size)
+        self._stages, self._pruning, self._pruner = stages, config, pruner
 
     @property
     def _drops_inside(self) -> bool:
@@ -320,7 +324,8 @@ class LlavaMetaForCausalLM:
             wanted |= {"encoder_features"}
         if not wanted:
             return self.encode_images(images), {}
-        features, notes = self.get_vision_tower().observe(images, wanted, self._pruner.encoder_layers)
+        tower = self.get_vision_tower()
+        features, notes = tower.observe(images, wanted, self._pruner.encoder_layers, self._pruner.feature_layer)
         return self._project(features), notes
 
     def visual_tokens(self, images, image_sizes=None) -> list[torch.Tensor]:
