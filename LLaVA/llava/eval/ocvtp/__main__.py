@@ -109,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add = step.add_argument
     add("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
     add("--images", required=True, help="a folder of pictures, scenes:N (drawn ones), or a task of lmms-eval")
-    add(
-        "--layer", type=int, help="of the vision tower, from 0 (default: 8 for CLIP-L, else at the same relative depth)"
-    )
+    add("--layer", type=int, help="of the vision tower, from 0 (default: 8 for CLIP-L, else at the same depth)")
     add("--output", type=Path, default=Path("features"), help="folder (default: features); the same command goes on")
     add("--count", type=_positive, metavar="N", help="only the first N pictures")
     add("--shard", type=_positive, default=64, metavar="N", help="pictures a file (default: 64)")

@@ -31,8 +31,8 @@ class InitialSlots(nn.Module):
 class SlotAttention(nn.Module):
     """Slots compete for tokens, and each becomes a mean of what it won, several times over.
 
-    Source: Locatello et al., "Object-centric learning with slot attention", NeurIPS 2020; the gradient is that of Jia et
-    al., "Improving object-centric learning with query optimization", ICLR 2023.
+    Source: Locatello et al., "Object-centric learning with slot attention", NeurIPS 2020; the gradient is that of Jia
+    et al., "Improving object-centric learning with query optimization", ICLR 2023.
     """
 
     def __init__(self, width: int, feed_forward: int, iterations: int, dropout: float, bi_level: bool):
