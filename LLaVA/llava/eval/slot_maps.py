@@ -110,7 +110,6 @@ def _colour(slot: int) -> tuple[float, float, float]:
     """A slot's colour, 0 to 255: neighbours in number are far apart in hue."""
     if slot == NONE:
         return (128.0, 128.0, 128.0)
-    red, green, blue = colorsys.hsv_to_rgb(
-        slot * GOLDEN_RATIO % 1, 0.55 + 0.45 * (slot % 2), 0.75 + 0.25 * (slot % 3 > 0)
-    )
+    saturation, brightness = (1.0, 0.55)[slot % 2], (1.0, 0.75)[slot % 3 == 0]
+    red, green, blue = colorsys.hsv_to_rgb(slot * GOLDEN_RATIO % 1, saturation, brightness)
     return (255 * red, 255 * green, 255 * blue)
