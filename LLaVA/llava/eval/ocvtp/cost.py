@@ -10,7 +10,7 @@ import torch
 
 from llava.eval.flops import ModelShape, exact_flops, load_shape, tokens_per_layer
 from llava.pruning import kept_count
-from llava.pruning.ocvtp.checkpoint import PrunerFiles
+from llava.pruning.ocvtp.checkpoint import EMBEDDED, PrunerFiles
 from llava.pruning.ocvtp.config import SlotConfig
 from llava.pruning.ocvtp.network import SlotPruner, slot_noise
 
@@ -42,7 +42,7 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int, device
     model : str
         See `llava.eval.flops.load_shape`.
     checkpoint : str or None
-        A pruner; None for the published sizes at the width of the model's vision tower.
+        A pruner; None for the published sizes at the width of the model's vision tower, and for llava-mini's own.
     kept : int or None
         Visual tokens kept; the published 0.098 of them if left out.
     text : int
@@ -60,9 +60,9 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int, device
         If the pruner is not for features of this width, or more tokens are to be kept than there are.
     """
     shape = load_shape(model)
-    config = SlotConfig(width=shape.tower.hidden)
-    if checkpoint is not None:
-        config = PrunerFiles.find(checkpoint).config
+    if checkpoint is None and model == EMBEDDED:
+        checkpoint = EMBEDDED
+    config = SlotConfig(width=shape.tower.hidden) if checkpoint is None else PrunerFiles.find(checkpoint).config
     if config.width != shape.tower.hidden:
         raise ValueError(
             f"the pruner {checkpoint} reads features of width {config.width}, but those of {model} have "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -99,9 +100,14 @@ def _task(name: str) -> Pictures:
         from lmms_eval.tasks import TaskManager, get_task_dict
     except ImportError as error:
         raise ImportError(f"{name} is no folder, and a task needs the package lmms-eval: {error}") from error
-    manager = TaskManager()
+    # The embedded benchmarks are tasks of this project's plug-in, where it is installed.
+    plugin = find_spec("lmms_eval_otprune_tasks")
+    folders = [] if plugin is None else list(plugin.submodule_search_locations)
+    manager = TaskManager(include_path=folders, include_defaults=False, model_name="llava")
     if name not in manager.all_tasks:
-        raise OSError(f"{name} is neither a folder, nor scenes:N, nor a task of lmms-eval")
+        manager = TaskManager(model_name="llava")
+    if name not in manager.all_tasks or name in manager.all_groups + manager.all_tags:
+        raise OSError(f"{name} is neither a folder, nor scenes:N, nor a single task of lmms-eval")
     task = get_task_dict([name], manager)[name]
     documents = task.eval_docs
     first_use: dict[str, tuple[int, int]] = {}
