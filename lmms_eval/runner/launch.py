@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava.pruning.ocvtp.variables import translated
+
 from . import records
 from .options import Options
 from .plan import SWITCH, Job, Plan
@@ -35,7 +37,7 @@ class Launch:
 
 def describe_launch(job: Job, plan: Plan, options: Options) -> Launch:
     """One plain process, or torchrun's: as many as asked for, on this machine and on the others."""
-    rest = {name: value for name, value in os.environ.items() if name not in SWITCH}
+    rest = {name: value for name, value in translated(os.environ).items() if name not in SWITCH}
     environment = {**rest, **job.switch}
     if plan.device == "cpu":
         # Otherwise accelerate looks for as many GPUs, and starts one process when there are none.

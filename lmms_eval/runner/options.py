@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--method",
-        default=switch.get("BASELINE") or "otprune",
+        default=switch.get("BASELINE") or ("ocvtp" if switch.get("OCL_ENABLE") in ("1", "true") else "otprune"),
         metavar="NAME[,NAME]",
         help="pruning methods, with options as random:seed=1, and a ratio or layer of their own as "
         "fastv:ratio=0.2:layer=3; none: unpruned only (default: %(default)s)",

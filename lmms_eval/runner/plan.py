@@ -14,6 +14,7 @@ from lmms_eval_otprune import java
 from llava.model.builder import read_config, resolve_model_path
 from llava.pruning import PruningConfig
 from llava.pruning.config import option_types
+from llava.pruning.ocvtp.variables import translated
 from llava.pruning.registry import method_class, resolve_name
 
 from .options import Method, Options
@@ -80,6 +81,7 @@ def make_plan(options: Options, environ: Mapping[str, str] = os.environ) -> Plan
     ValueError
         For a method, option or model that does not exist, or a device that is not there.
     """
+    environ = translated(environ)
     device = _device(options.device)
     suite = SUITES[options.suite or ("paper" if device == "cuda" else "mini")]
     chosen = [suite.task(name) for name in options.tasks] or list(suite.tasks)

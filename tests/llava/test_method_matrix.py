@@ -15,6 +15,7 @@ from llava.pruning.base import INSIDE
 from llava.pruning.layout import FeatureMap, apportion, crop_numbers
 from llava.pruning.registry import method_class
 from tiny_llava import build, pad_rows, pixels, prompt, save_tower
+from tiny_ocvtp import save_pruner
 
 ALL = available_methods()
 N, DEPTH = 16, 4
@@ -44,6 +45,7 @@ def switched(model, method, layer, ratio=None, **options):
 
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
+    OPTIONS["ocvtp"] = {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}
     return save_tower(tmp_path_factory.mktemp("tower"))
 
 

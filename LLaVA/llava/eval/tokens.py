@@ -2,7 +2,8 @@
 
     python -m llava.eval.tokens --image cat.jpg --method otprune,random --ratio 0.098 --output maps/
 
-writes one PNG with the methods side by side, and a CSV with every kept token.
+writes one PNG with the methods side by side, and a CSV with every kept token; for ocvtp also one with its slots. A
+method's options come from its environment variables.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from llava.model.llava_arch import greedy_select, ot_kernel
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images, unpad_image
 from llava.pruning import PruningConfig, kept_count
 from llava.pruning.base import content_key
+from llava.pruning.config import options_from_env
 from llava.pruning.registry import resolve_name
 
 DIMMED = 0.22
@@ -193,8 +195,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     try:
         arguments.configs = {
-            resolve_name(name): PruningConfig(method=name, ratio=arguments.ratio)
-            for name in arguments.method.split(",")
+            name: PruningConfig(method=name, ratio=arguments.ratio, options=options_from_env(name))
+            for name in map(resolve_name, arguments.method.split(","))
         }
     except ValueError as error:
         parser.error(str(error))
@@ -220,6 +222,11 @@ def main(argv: list[str] | None = None) -> Path:
     stem = arguments.output / f"{Path(arguments.image).stem}_{arguments.ratio:g}"
     draw(views, kept, arguments.order).savefig(stem.with_name(stem.name + ".png"), dpi=110)
     write_csv(stem.with_name(stem.name + ".csv"), views, kept)
+    if "ocvtp" in arguments.configs:
+        from llava.eval.slot_maps import draw_slots, slot_map
+
+        found = slot_map(model, pixels, image.size, arguments.configs["ocvtp"])
+        draw_slots(views, found).savefig(stem.with_name(stem.name + "_slots.png"), dpi=110)
     for method, indices in kept.items():
         print(f"{method}: {len(indices)} of {total} visual tokens kept")
     print(f"written: {stem}.png, {stem}.csv")

@@ -289,13 +289,15 @@ class LlavaMetaForCausalLM:
         Raises
         ------
         ValueError
-            If its layer is not one of this model's, its budget cannot be met by a decoder of this depth, or its options
-            belong to another model.
+            If its layer is not one of this model's, its budget cannot be met by a decoder of this depth, its options belong to
+            another model, or it cannot read this vision tower.
         """
         pruner = None if config is None else config.build_pruner()
         stages = () if config is None else config.stages(self.config.num_hidden_layers)
         if pruner is not None:
             pruner.check_tokens(self.tokens_of_an_image())
+            if self.get_vision_tower() is not None:
+                pruner.check_encoder(self.get_vision_tower().hidden_size)
         self._pruning = config
         self.use_pruner(pruner, stages)
 
@@ -357,7 +359,8 @@ class LlavaMetaForCausalLM:
             wanted |= {"encoder_features"}
         if not wanted:
             return self.encode_images(images), {}
-        features, notes = self.get_vision_tower().observe(images, wanted, self._pruner.encoder_layers)
+        tower = self.get_vision_tower()
+        features, notes = tower.observe(images, wanted, self._pruner.encoder_layers, self._pruner.feature_layer)
         return self._project(features), notes
 
     def visual_tokens(self, images, image_sizes=None) -> list[torch.Tensor]:

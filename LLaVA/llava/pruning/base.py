@@ -51,6 +51,8 @@ class VisualTokens:
     encoder_features : Tensor (B, N, C), or None
         The vision encoder's features before the projector. In these and all that follow of the vision encoder,
         image-newline tokens have zeros.
+    layer_features : Tensor (B, N, C), or None
+        Output of the encoder layer that is the pruner's ``feature_layer``.
     encoder_keys : Tensor (B, N, c), or None
         Keys, averaged over the heads, of the encoder layer whose output is read.
     cls_attention : Tensor (B, N, H), float32, or None
@@ -84,6 +86,7 @@ class VisualTokens:
     image_keys: tuple[int, ...] | None = None
     question: tuple[torch.Tensor, ...] | None = None
     encoder_features: torch.Tensor | None = None
+    layer_features: torch.Tensor | None = None
     encoder_keys: torch.Tensor | None = None
     cls_attention: torch.Tensor | None = None
     received_attention: torch.Tensor | None = None
@@ -111,7 +114,15 @@ class VisualTokens:
 BEFORE, INSIDE = "before the decoder", "inside the decoder"
 
 ENCODER_NEEDS = frozenset(
-    {"encoder_features", "encoder_keys", "cls_attention", "received_attention", "final_keys", "final_cls_attention"}
+    {
+        "encoder_features",
+        "layer_features",
+        "encoder_keys",
+        "cls_attention",
+        "received_attention",
+        "final_keys",
+        "final_cls_attention",
+    }
 )
 """Fields of `VisualTokens` that the vision tower fills."""
 
@@ -159,6 +170,8 @@ class Pruner:
         The lowest decoder layer whose input the method can prune, and the one it prunes when none is named.
     encoder_layers : tuple of int
         Vision-encoder layers of ``received_attention``, 0-based or from the end; -1 is the last one that runs.
+    feature_layer : int or None
+        Vision-encoder layer of ``layer_features``, counted in the same way.
     varies : bool
         Whether the number of kept tokens depends on the image rather than on the budget alone.
     after_attention : bool
@@ -173,6 +186,7 @@ class Pruner:
     first_layer: ClassVar[int] = 0
     default_layer: ClassVar[int | None] = 0
     encoder_layers: ClassVar[tuple[int, ...]] = ()
+    feature_layer: ClassVar[int | None] = None
     varies: ClassVar[bool] = False
     after_attention: ClassVar[bool] = False
 
@@ -299,6 +313,9 @@ class Pruner:
     def remarks(self, model: Any) -> list[str]:
         """What a person should know of this method in a loaded model, a line each; said once, when it is loaded."""
         return []
+
+    def check_encoder(self, width: int) -> None:
+        """Refuse a vision encoder whose features have ``width`` numbers with a `ValueError`."""
 
     def digests(self) -> dict[str, str]:
         """Option name -> digest of the file that it names: a file's content counts like any other option."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.pruning.base import Pruner
+from llava.pruning.ocvtp.variables import translated
 from llava.pruning.registry import method_class, method_names, resolve_name
 
 OFF = "orig"
@@ -93,6 +94,7 @@ class PruningConfig:
             Names the variable, its value and what is allowed: an unknown method, half of the switch, a number out of
             range, an unknown option.
         """
+        environ = translated(environ)
         baseline = environ.get("BASELINE", "").strip()
         if not baseline:
             for name in ("SUBSET_RATIO", "LAYER_INDEX"):
@@ -108,7 +110,7 @@ class PruningConfig:
             method = resolve_name(baseline)
         except ValueError as error:
             raise ValueError(f"BASELINE={baseline}: {error}, or ORIG for no pruning") from None
-        settings = {"ratio": _ratio(environ), "layer": _layer(environ), "options": _options(environ, method)}
+        settings = {"ratio": _ratio(environ), "layer": _layer(environ), "options": options_from_env(method, environ)}
         try:
             return cls(method=method, **settings)
         except ValueError as error:
@@ -195,7 +197,14 @@ def _layer(environ: Mapping[str, str]) -> int | None:
     return layer
 
 
-def _options(environ: Mapping[str, str], method: str) -> dict[str, Any]:
+def options_from_env(method: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What the ``<METHOD>_<OPTION>`` variables say of a registered method.
+
+    Raises
+    ------
+    ValueError
+        For an unknown option, or a value that is none of its own.
+    """
     prefix = f"{method.upper()}_"
     known = option_types(method_class(method))
     variables = {name.lower(): f"{prefix}{name.upper()}" for name in known}

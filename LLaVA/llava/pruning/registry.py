@@ -23,6 +23,7 @@ _TARGETS: dict[str, str] = {
     "first_k": "llava.pruning.methods.first_k:FirstK",
     "hiprune": "llava.pruning.methods.hiprune:HiPrune",
     "last_k": "llava.pruning.methods.last_k:LastK",
+    "ocvtp": "llava.pruning.methods.ocvtp:OCVTP",
     "prumerge": "llava.pruning.methods.prumerge:PruMerge",
     "prumerge_plus": "llava.pruning.methods.prumerge:PruMergePlus",
     "pyramiddrop": "llava.pruning.methods.pyramiddrop:PyramidDrop",

@@ -82,11 +82,8 @@ class CLIPVisionTower(nn.Module):
         The layers are called one by one: the output-capturing hooks of transformers 5 run twice on a model nested in
         another one, and ``hidden_states[-2]`` would then be another layer's.
         """
-        model = self.vision_tower
+        model, depth = self.vision_tower, self.depth
         layers = model.encoder.layers
-        depth = self.select_layer if self.select_layer >= 0 else len(layers) + 1 + self.select_layer
-        if not 0 <= depth <= len(layers):
-            raise ValueError(f"mm_vision_select_layer {self.select_layer} is outside the tower's {len(layers)} layers")
         if observer is not None:
             observer.check(depth)
         hidden = model.pre_layrnorm(model.embeddings(images))
@@ -97,6 +94,30 @@ class CLIPVisionTower(nn.Module):
         if observer is not None:
             observer.finish(depth, layers[min(depth, len(layers) - 1)], hidden)
         return hidden
+
+    @property
+    def depth(self) -> int:
+        """How many of the tower's layers run.
+
+        Raises
+        ------
+        ValueError
+            If ``select_layer`` is outside the tower.
+        """
+        layers = self.config.num_hidden_layers
+        depth = self.select_layer if self.select_layer >= 0 else layers + 1 + self.select_layer
+        if not 0 <= depth <= layers:
+            raise ValueError(f"mm_vision_select_layer {self.select_layer} is outside the tower's {layers} layers")
+        return depth
+
+    @torch.no_grad()
+    def layer_output(self, images: torch.Tensor, layer: int) -> torch.Tensor:
+        """The patches (B, N, D) behind layer ``layer``, counted from 0; no layer beyond it runs."""
+        model = self.vision_tower
+        hidden = model.pre_layrnorm(model.embeddings(images.to(device=self.device, dtype=self.dtype)))
+        for each in model.encoder.layers[: layer + 1]:
+            hidden = each(hidden, None)
+        return hidden[:, 1:]
 
     def feature_select(self, image_forward_outs) -> torch.Tensor:
         """Pick layer and tokens out of an output that carries all ``hidden_states``; see `select_tokens`."""
@@ -131,14 +152,18 @@ class CLIPVisionTower(nn.Module):
 
     @torch.no_grad()
     def observe(
-        self, images: torch.Tensor, needs: frozenset[str], layers: Sequence[int] = ()
+        self,
+        images: torch.Tensor,
+        needs: frozenset[str],
+        layers: Sequence[int] = (),
+        feature_layer: int | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Encode pixels (B, 3, H, W), and note down what a pruning method needs.
 
         Parameters
         ----------
         images : Tensor (B, 3, H, W)
-        needs, layers
+        needs, layers, feature_layer
             See `EncoderObserver`.
 
         Returns
@@ -148,7 +173,7 @@ class CLIPVisionTower(nn.Module):
         notes : dict of str to Tensor (B, N, ...)
             Zeros at [CLS] where ``select_feature`` is "cls_patch".
         """
-        observer = EncoderObserver(needs, layers)
+        observer = EncoderObserver(needs, layers, feature_layer)
         hidden = self.hidden_state(images.to(device=self.device, dtype=self.dtype), observer)
         notes = observer.notes
         if self.select_feature == "cls_patch":

@@ -76,6 +76,8 @@ class EncoderObserver:
         Among `llava.pruning.base.ENCODER_NEEDS`.
     layers : sequence of int
         Those of ``received_attention``: 0-based, or from the end of the layers that run.
+    feature_layer : int or None
+        That of ``layer_features``, counted in the same way.
 
     Attributes
     ----------
@@ -83,14 +85,14 @@ class EncoderObserver:
         Complete after `finish`.
     """
 
-    def __init__(self, needs: frozenset[str], layers: Sequence[int] = ()):
-        self.needs, self.layers = needs, tuple(layers)
+    def __init__(self, needs: frozenset[str], layers: Sequence[int] = (), feature_layer: int | None = None):
+        self.needs, self.layers, self.feature_layer = needs, tuple(layers), feature_layer
         self.notes: dict[str, torch.Tensor] = {}
         self._received: dict[int, torch.Tensor] = {}
 
     def check(self, depth: int) -> None:
         """Raise a ValueError when a layer is not among the ``depth`` that run."""
-        for layer in self.layers:
+        for layer in (*self.layers, *(() if self.feature_layer is None else (self.feature_layer,))):
             if not -depth <= layer < depth:
                 raise ValueError(
                     f"the pruning method asks for layer {layer} of the vision encoder, of which {depth} layers run"
@@ -101,6 +103,8 @@ class EncoderObserver:
         for wanted in self.layers:
             if wanted % depth == number and number not in self._received:
                 self._received[number] = received_attention(layer, hidden)
+        if self.feature_layer is not None and self.feature_layer % depth == number - 1:
+            self.notes["layer_features"] = hidden[:, 1:]
         if number != depth - 1:
             return
         if "cls_attention" in self.needs:
@@ -112,6 +116,8 @@ class EncoderObserver:
         """Look at the output (B, 1 + P, C) of the last layer that ran, and at the layer that would come next."""
         if "encoder_features" in self.needs:
             self.notes["encoder_features"] = hidden[:, 1:]
+        if self.feature_layer is not None and self.feature_layer % depth == depth - 1:
+            self.notes["layer_features"] = hidden[:, 1:]
         if {"final_keys", "final_cls_attention"} & self.needs:
             self.notes["final_keys"], self.notes["final_cls_attention"] = wide_head(last, hidden)
         if self.layers:

@@ -1,0 +1,170 @@
+"""What a pruner costs beside the model that it saves tokens for: FLOPs, and milliseconds of layers of its shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from llava.eval.flops import ModelShape, exact_flops, load_shape, tokens_per_layer
+from llava.pruning import kept_count
+from llava.pruning.ocvtp.checkpoint import EMBEDDED, PrunerFiles
+from llava.pruning.ocvtp.config import SlotConfig
+from llava.pruning.ocvtp.network import SlotPruner, slot_noise
+
+RATIO = 0.098
+REPEATS = 3
+
+
+def pruner_flops(config: SlotConfig, tokens: int, slots: int) -> int:
+    """FLOPs of a pruner: every matrix product, two FLOPs a multiply-accumulate.
+
+    Parameters
+    ----------
+    config : SlotConfig
+    tokens, slots : int
+        N and S of one image.
+    """
+    d = config.slot_width
+    projection = tokens * config.hidden * (config.width + d)
+    keys_and_values = 2 * tokens * d**2
+    per_iteration = slots * d**2 + 2 * slots * tokens * d + 6 * slots * d**2 + 2 * slots * d * config.feed_forward
+    return 2 * (projection + keys_and_values + config.iterations * per_iteration)
+
+
+def cost(model: str, checkpoint: str | None, kept: int | None, text: int, device: str, timed: bool) -> str:
+    """A table: the pruner, and the model's prefill with and without it.
+
+    Parameters
+    ----------
+    model : str
+        See `llava.eval.flops.load_shape`.
+    checkpoint : str or None
+        A pruner; None for the published sizes at the width of the model's vision tower, and for llava-mini's own.
+    kept : int or None
+        Visual tokens kept; the published 0.098 of them if left out.
+    text : int
+        Text tokens.
+    device : str
+        Where to measure.
+    timed : bool
+        Whether to measure milliseconds.
+
+    Raises
+    ------
+    OSError
+        If there is no such model or pruner.
+    ValueError
+        If the pruner is not for features of this width, or more tokens are to be kept than there are.
+    """
+    shape = load_shape(model)
+    if checkpoint is None and model == EMBEDDED:
+        checkpoint = EMBEDDED
+    config = SlotConfig(width=shape.tower.hidden) if checkpoint is None else PrunerFiles.find(checkpoint).config
+    if config.width != shape.tower.hidden:
+        raise ValueError(
+            f"the pruner {checkpoint} reads features of width {config.width}, but those of {model} have "
+            f"{shape.tower.hidden}"
+        )
+    tokens = shape.visual_tokens
+    kept = kept_count(tokens, RATIO) if kept is None else kept
+    if kept > tokens:
+        raise ValueError(f"--kept {kept}: {model} has {tokens} visual tokens")
+    slots = min(kept + 1, tokens)
+    full, pruned = (
+        exact_flops(shape, tokens_per_layer(text, [count] * shape.decoder.layers)) for count in (tokens, kept)
+    )
+    flops = {
+        "pruner": pruner_flops(config, tokens, slots),
+        "vision tower": full.vision_tower,
+        "projector": full.projector,
+        "decoder, unpruned": full.decoder + full.lm_head,
+        "decoder, pruned": pruned.decoder + pruned.lm_head,
+    }
+    times = _milliseconds(shape, config, (text + tokens, text + kept), slots, device) if timed else {}
+    where = f", {_device_name(device)}, {torch.get_num_threads()} threads" if timed else ""
+    lines = [f"{model}: {tokens} visual tokens, {kept} kept, {slots} slots, {text} text tokens{where}", ""]
+    lines.append(f"{'':22}{'GFLOPs':>12}" + (f"{'ms':>12}" if times else ""))
+    for part, count in flops.items():
+        lines.append(f"{part:22}{count / 1e9:12.3f}" + (f"{times[part]:12.1f}" if part in times else ""))
+    unpruned = full.total
+    lines += ["", f"The pruner is {100 * flops['pruner'] / unpruned:.3f} % of the unpruned prefill in FLOPs"]
+    if times:
+        whole = times["vision tower"] + times["decoder, unpruned"]
+        lines[-1] += f", {100 * times['pruner'] / whole:.2f} % in time"
+        lines.append("(one layer of vision tower and decoder with random weights was timed, times their number).")
+    return "\n".join(lines)
+
+
+def _milliseconds(
+    shape: ModelShape, config: SlotConfig, lengths: tuple[int, int], slots: int, device: str
+) -> dict[str, float]:
+    """Of the pruner, and of the towers' layers; ``lengths`` of the prompt, unpruned and pruned."""
+    from transformers import CLIPVisionConfig, LlamaConfig
+    from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    tower, decoder = shape.tower, shape.decoder
+    vision = CLIPEncoderLayer(
+        CLIPVisionConfig(
+            hidden_size=tower.hidden,
+            intermediate_size=tower.intermediate,
+            num_attention_heads=max(1, tower.hidden // 64),
+            attn_implementation="sdpa",
+        )
+    ).to(device, dtype)
+    head = 128 if decoder.query_width % 128 == 0 else 64
+    language_config = LlamaConfig(
+        hidden_size=decoder.hidden,
+        intermediate_size=decoder.intermediate,
+        num_attention_heads=decoder.query_width // head,
+        num_key_value_heads=decoder.key_width // head,
+        head_dim=head,
+        attn_implementation="sdpa",
+    )
+    language = LlamaDecoderLayer(language_config, 0).to(device, dtype)
+    rotary = LlamaRotaryEmbedding(language_config).to(device)
+    pruner = SlotPruner(config).to(device).eval()
+    noise = slot_noise(0, slots, config.slot_width).to(device)
+
+    def rows(tokens: int, width: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.randn(1, tokens, width, device=device, dtype=kind)
+
+    def decode(length: int) -> float:
+        hidden, positions = rows(length, decoder.hidden), torch.arange(length, device=device)[None]
+        around = rotary(hidden, positions)
+        return decoder.layers * _timed(
+            lambda: language(hidden, position_ids=positions, position_embeddings=around), device
+        )
+
+    crop, features = rows(tower.patches + 1, tower.hidden), rows(shape.visual_tokens, tower.hidden, torch.float32)
+    return {
+        "pruner": _timed(lambda: pruner(features, noise), device),
+        "vision tower": shape.crops * tower.layers * _timed(lambda: vision(crop, None), device),
+        "decoder, unpruned": decode(lengths[0]),
+        "decoder, pruned": decode(lengths[1]),
+    }
+
+
+@torch.no_grad()
+def _timed(work: Callable[[], object], device: str) -> float:
+    """Milliseconds of the fastest of a few runs after a first one."""
+    times = []
+    for _ in range(REPEATS + 1):
+        began = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 1000 * min(times[1:])
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else device

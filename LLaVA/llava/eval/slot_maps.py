@@ -1,0 +1,115 @@
+"""Slot maps: how OC-VTP's slots divide a picture, and which of its tokens they claim."""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llava.eval.tokens import View
+from llava.model.visual_sequence import PromptFacts, as_visual_tokens
+from llava.pruning import PruningConfig, kept_count
+from llava.pruning.base import content_key
+from llava.pruning.methods.ocvtp import claims
+
+NONE = -1
+TINT = 0.55
+GOLDEN_RATIO = 0.618034
+
+
+@dataclass(frozen=True)
+class SlotMap:
+    """One image's slots.
+
+    Attributes
+    ----------
+    slot : ndarray (N,), int
+        The slot that attends to each token most; `NONE` for a newline.
+    claimed, kept : ndarray (N,), bool
+        Tokens that a slot claims, and those that go on: what was not claimed among them fills the budget.
+    """
+
+    slot: np.ndarray
+    claimed: np.ndarray
+    kept: np.ndarray
+
+
+@torch.no_grad()
+def slot_map(model, pixels: torch.Tensor, size: tuple[int, int], config: PruningConfig) -> SlotMap:
+    """The slots of one image, as ``config`` (of the method ocvtp) has them.
+
+    Raises
+    ------
+    ValueError
+        If each crop has slots of its own.
+    """
+    pruner = config.build_pruner()
+    if pruner.per_crop:
+        raise ValueError("the slots of single crops are not drawn: leave out OCVTP_PER_CROP")
+    before = model.pruning
+    model.set_pruning(config)
+    try:
+        image = model.image_tokens([pixels], [size])[0]
+    finally:
+        model.set_pruning(before)
+    n = len(image.features)
+    k = kept_count(n, config.ratio) if pruner.target is None else min(pruner.target, n)
+    tokens = as_visual_tokens(image.features[None], k, [image], [PromptFacts(key=content_key(pixels))])
+    attention = pruner.slot_attention(tokens, 0, k)
+    slot = torch.where(torch.isinf(attention[0]), NONE, attention.argmax(dim=0))
+    kept = torch.zeros(n, dtype=torch.bool)
+    kept[pruner.indices(tokens)[0].cpu()] = True
+    claimed = (claims(attention, pruner.top_k) > -torch.inf).cpu() & kept
+    return SlotMap(slot.cpu().numpy(), claimed.numpy(), kept.numpy())
+
+
+def draw_slots(views: list[View], found: SlotMap):
+    """A figure: a row a view, the slots' regions on the left, what is kept of them on the right.
+
+    A dot marks a token that its slot claimed; kept tokens without one fill the budget.
+
+    Parameters
+    ----------
+    views : list of View
+    found : SlotMap
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 4.5 * len(views)), layout="constrained")
+    axes = figure.subplots(len(views), 2, squeeze=False)
+    for (left, right), view in zip(axes, views, strict=True):
+        rows, columns = view.patches.shape
+        slot, claimed, kept = (part[view.patches] for part in (found.slot, found.claimed, found.kept))
+        scale = max(1, round(480 / max(rows, columns)))
+        picture = np.asarray(view.picture.resize((columns * scale, rows * scale)), dtype=np.float32)
+        colour = _enlarged(np.array([_colour(number) for number in slot.ravel()]).reshape(rows, columns, 3), scale)
+        tinted = (1 - TINT) * picture + TINT * colour
+        left.imshow(tinted.astype(np.uint8), interpolation="nearest")
+        left.set_title(f"{len(np.unique(slot))} slots ({view.name})", fontsize=11)
+        right.imshow(np.where(_enlarged(kept[..., None], scale), tinted, 235).astype(np.uint8), interpolation="nearest")
+        y, x = claimed.nonzero()
+        right.scatter((x + 0.5) * scale, (y + 0.5) * scale, s=9, c="white", edgecolors="black", linewidths=0.6)
+        right.set_title(f"{kept.sum()} kept, {claimed.sum()} claimed by slots", fontsize=11)
+        for axis in (left, right):
+            axis.set_axis_off()
+    return figure
+
+
+def _enlarged(patches: np.ndarray, scale: int) -> np.ndarray:
+    """(rows, columns, C) -> pixels (rows * scale, columns * scale, C)."""
+    return patches.repeat(scale, 0).repeat(scale, 1)
+
+
+def _colour(slot: int) -> tuple[float, float, float]:
+    """A slot's colour, 0 to 255: neighbours in number are far apart in hue."""
+    if slot == NONE:
+        return (128.0, 128.0, 128.0)
+    saturation, brightness = (1.0, 0.55)[slot % 2], (1.0, 0.75)[slot % 3 == 0]
+    red, green, blue = colorsys.hsv_to_rgb(slot * GOLDEN_RATIO % 1, saturation, brightness)
+    return (255 * red, 255 * green, 255 * blue)

@@ -1,0 +1,107 @@
+"""From a pruner's name to the network, read once a file and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+import llava
+from llava.pruning.ocvtp.config import SlotConfig
+from llava.pruning.ocvtp.network import WEIGHTS, SlotPruner
+from llava.pruning.ocvtp.published import PUBLISHED_LAYER, load_published
+
+EMBEDDED = "llava-mini"
+"""The pruner that ships with the package, for the model of this name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunerFiles:
+    """A pruner on the disk.
+
+    Attributes
+    ----------
+    path : Path
+        A folder of ours, or a file of the published code.
+    sizes : Path or None
+        The published code's configuration file beside it.
+    """
+
+    path: Path
+    sizes: Path | None = None
+
+    @classmethod
+    def find(cls, checkpoint: str, config: str | None = None) -> PrunerFiles:
+        """The files behind the options ``checkpoint`` and ``config`` of the method.
+
+        Raises
+        ------
+        OSError
+            If one is missing.
+        ValueError
+            If a folder, which has a configuration of its own, is given another.
+        """
+        path = Path(checkpoint)
+        if checkpoint == EMBEDDED and not path.is_dir():
+            path = Path(llava.__file__).parent / "mini" / "ocvtp"
+        if not path.exists():
+            raise OSError(f"There is no pruner {checkpoint}")
+        if config is not None and path.is_dir():
+            raise ValueError(f"{checkpoint} has a config.json of its own: leave out {config}")
+        found = cls(path, None if config is None else Path(config))
+        for file in found._parts:
+            if not file.is_file():
+                raise OSError(f"There is no {file}")
+        return found
+
+    @property
+    def _parts(self) -> list[Path]:
+        if self.path.is_dir():
+            return [self.path / "config.json", self.path / WEIGHTS]
+        return [self.path] if self.sizes is None else [self.path, self.sizes]
+
+    @property
+    def _stamp(self) -> tuple[tuple[int, int], ...]:
+        """Changes when a file does: a pruner may be trained on while this process runs."""
+        return tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in self._parts)
+
+    @property
+    def config(self) -> SlotConfig:
+        """What the pruner is; the layer of a published one is that of the published code."""
+        if self.path.is_dir():
+            return _config(self, self._stamp)
+        return dataclasses.replace(self.network("cpu").config, layer=PUBLISHED_LAYER)
+
+    def network(self, device: torch.device | str) -> SlotPruner:
+        """The network in float32 and eval mode, on a device."""
+        return _network(self, self._stamp, str(device))
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits of the files' content."""
+        return _digest(self, self._stamp)
+
+
+@lru_cache(maxsize=8)
+def _config(files: PrunerFiles, stamp: object) -> SlotConfig:
+    return SlotConfig.load(files.path)
+
+
+@lru_cache(maxsize=4)
+def _network(files: PrunerFiles, stamp: object, device: str) -> SlotPruner:
+    if files.path.is_dir():
+        network = SlotPruner.from_pretrained(files.path)
+    else:
+        network = load_published(files.path, files.sizes)
+    return network.requires_grad_(False).to(device)
+
+
+@lru_cache(maxsize=8)
+def _digest(files: PrunerFiles, stamp: object) -> str:
+    whole = hashlib.sha256()
+    for file in files._parts:
+        whole.update(hashlib.sha256(file.read_bytes()).digest())
+    return whole.hexdigest()[:12]

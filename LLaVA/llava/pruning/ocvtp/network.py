@@ -1,0 +1,193 @@
+"""The pruner network: features in, slots and what each of them attends to out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llava.pruning.ocvtp.config import SlotConfig
+
+WEIGHTS = "model.safetensors"
+
+
+class InitialSlots(nn.Module):
+    """The normal distribution that all slots start from."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, width)))
+        self.logstd = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, width)))
+
+    def forward(self, noise: torch.Tensor) -> torch.Tensor:
+        """Standard normal draws (B, S, D) -> slots (B, S, D)."""
+        return self.mean + noise * self.logstd.exp()
+
+
+class SlotAttention(nn.Module):
+    """Slots compete for tokens, and each becomes a mean of what it won, several times over.
+
+    Source: Locatello et al., "Object-centric learning with slot attention", NeurIPS 2020; the gradient is that of Jia
+    et al., "Improving object-centric learning with query optimization", ICLR 2023.
+    """
+
+    def __init__(self, width: int, feed_forward: int, iterations: int, dropout: float, bi_level: bool):
+        super().__init__()
+        self.iterations, self.bi_level = iterations, bi_level
+        self.norm_tokens = nn.LayerNorm(width)
+        self.norm_queries = nn.LayerNorm(width)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.query, self.key, self.value = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.gru = nn.GRUCell(width, width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, feed_forward), nn.GELU(), nn.Dropout(dropout), nn.Linear(feed_forward, width)
+        )
+
+    def forward(
+        self, tokens: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Divide tokens among slots.
+
+        Parameters
+        ----------
+        tokens : Tensor (B, N, D)
+        slots : Tensor (B, S, D)
+            Initial slots.
+        visible : Tensor (B, N), bool, optional
+            Tokens that take part; all by default.
+
+        Returns
+        -------
+        slots : Tensor (B, S, D)
+        attention : Tensor (B, S, N)
+            Of the last iteration: how the slots share each token, 1 in sum over them (0 where it is not visible).
+        """
+        tokens = self.norm_tokens(tokens)
+        keys, values = self.key(tokens), self.value(tokens)
+        initial = slots
+        for iteration in range(self.iterations):
+            if self.bi_level and iteration == self.iterations - 1:
+                # The value stays; the gradient passes to the initial slots as if no iteration were between.
+                slots = slots.detach() + initial - initial.detach()
+            queries = self.query(self.norm_queries(slots))
+            attention = (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(dim=1)  # (B, S, N)
+            if visible is not None:
+                attention = attention * visible.unsqueeze(1)
+            updates = attention / (attention.sum(dim=-1, keepdim=True) + 1e-5) @ values  # (B, S, D)
+            slots = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(updates)
+            slots = slots + self.feed_forward(self.norm_feed_forward(slots))
+        return slots, attention
+
+
+class SlotPruner(nn.Module):
+    """OC-VTP's pruner: a projection of the encoder's features, and slot attention on it.
+
+    Source: OC-VTP, arXiv 2511.20439.
+    """
+
+    def __init__(self, config: SlotConfig):
+        super().__init__()
+        self.config = config
+        self.project = nn.Sequential(
+            nn.LayerNorm(config.width),
+            nn.Linear(config.width, config.hidden),
+            nn.GELU(),
+            nn.Dropout(0.0),
+            nn.Linear(config.hidden, config.slot_width),
+        )
+        self.initial = InitialSlots(config.slot_width)
+        self.attention = SlotAttention(
+            config.slot_width, config.feed_forward, config.iterations, config.dropout, config.bi_level
+        )
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if "bias" in name:
+                    parameter.zero_()
+
+    def forward(
+        self, features: torch.Tensor, noise: torch.Tensor, visible: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots of images.
+
+        Parameters
+        ----------
+        features : Tensor (B, N, C)
+            Output of the encoder layer that the network reads, without [CLS].
+        noise : Tensor (B, S, D)
+            Standard normal draws, which tell the slots apart.
+        visible : Tensor (B, N), bool, optional
+            See `SlotAttention`.
+
+        Returns
+        -------
+        slots (B, S, D), attention (B, S, N)
+
+        Raises
+        ------
+        ValueError
+            If the features have another width, or there are more slots than tokens.
+        """
+        if features.shape[-1] != self.config.width:
+            raise ValueError(f"the pruner reads features of width {self.config.width}, not {features.shape[-1]}")
+        if noise.shape[1] > features.shape[1]:
+            raise ValueError(f"{noise.shape[1]} slots are more than the {features.shape[1]} tokens they would share")
+        return self.attention(self.project(features), self.initial(noise), visible)
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
+
+        Parameters
+        ----------
+        folder : path
+        dtype : torch.dtype
+            Of the weights in the file.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in self.state_dict().items()}
+        part = folder / f"{WEIGHTS}.part"
+        save_file(weights, part)
+        self.config.save(folder)
+        part.replace(folder / WEIGHTS)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> SlotPruner:
+        """The float32 network in a folder that `save_pretrained` wrote, in eval mode.
+
+        Raises
+        ------
+        OSError
+            If a file is missing or unreadable.
+        ValueError
+            If the weights are not those of the configuration.
+        """
+        folder = Path(folder)
+        config = SlotConfig.load(folder)
+        file = folder / WEIGHTS
+        if not file.is_file():
+            raise OSError(f"{folder} is no OC-VTP pruner: it has no {WEIGHTS}")
+        try:
+            weights = load_file(file)
+        except SafetensorError as error:
+            raise OSError(f"Cannot read {file}: {error}") from error
+        return cls.from_weights(config, weights, str(file))
+
+    @classmethod
+    def from_weights(cls, config: SlotConfig, weights: dict[str, torch.Tensor], source: str) -> SlotPruner:
+        """A float32 network with given weights, in eval mode; ``source`` is what an error names."""
+        network = cls(config)
+        try:
+            network.load_state_dict({name: value.float() for name, value in weights.items()})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split("\n", 1)[-1].split())
+            raise ValueError(f"{source} does not hold the weights of this pruner: {reason}") from error
+        return network.eval()
+
+
+def slot_noise(seed: int, slots: int, width: int) -> torch.Tensor:
+    """The draw that tells ``slots`` slots apart: (1, slots, width), the same for every image and on every device."""
+    return torch.randn(1, slots, width, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,305 @@
+"""OC-VTP's network and loss: the published values and gradients, and both formats of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from golden import golden_root
+from llava.eval.ocvtp.loss import slot_weights, weighted_error
+from llava.eval.ocvtp.objective import Draws, Reconstruction, seeded
+from llava.pruning.ocvtp.checkpoint import PrunerFiles
+from llava.pruning.ocvtp.config import DecoderConfig, SlotConfig
+from llava.pruning.ocvtp.decoder import RandomOrderDecoder
+from llava.pruning.ocvtp.network import SlotPruner, slot_noise
+from llava.pruning.ocvtp.published import DECODER_NAMES, PRUNER_NAMES, load_published, renamed
+from tiny_ocvtp import save_pruner, tiny_config, tiny_pruner
+
+FILE = golden_root() / "pruning" / "ocvtp.json"
+META = json.loads(FILE.read_text()) if FILE.exists() else {}
+STORED = np.load(FILE.with_suffix(".npz")) if FILE.exists() else {}
+TINY = ["tiny"] if "tiny/features" in STORED else []
+LOSSES = [
+    case
+    for case in META.get("loss", [])
+    if case["reduce_channel"] == "mean"
+    and "loss/pred" in STORED
+    # The published mean counts an empty slot, and the cap then cuts another weight.
+    and not (case["alpha"] == "alpha_with_empty_slot" and case["cap_w"] == 1.2)
+]
+# A sum of a few hundred float32 products near 1, in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def stored(name: str) -> torch.Tensor:
+    return torch.from_numpy(STORED[name])
+
+
+def under(prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): stored(name) for name in STORED if name.startswith(prefix)}
+
+
+def golden_pruner(**overrides) -> SlotPruner:
+    config = SlotConfig(width=24, hidden=32, slot_width=16, feed_forward=64, slots=5, **{"dropout": 0.0} | overrides)
+    return SlotPruner.from_weights(config, renamed(under("tiny/state_dict/"), PRUNER_NAMES), "golden")
+
+
+def golden_decoder() -> RandomOrderDecoder:
+    decoder = RandomOrderDecoder(24, 16, DecoderConfig(tokens=36, width=24, heads=4, layers=2, feed_forward=48))
+    decoder.load_state_dict(renamed(under("tiny/state_dict/"), DECODER_NAMES))
+    return decoder
+
+
+# ---- published values
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", TINY)
+def test_slots_are_the_published_ones(kind, iterations):
+    slots, attention = golden_pruner(iterations=iterations)(stored("tiny/features"), stored("tiny/init_noise"))
+    torch.testing.assert_close(slots, stored(f"tiny/eval/iter{iterations}/slots"), **CLOSE)
+    torch.testing.assert_close(attention, stored(f"tiny/eval/iter{iterations}/slot_attn"), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_the_decoder_reconstructs_what_the_published_one_does(kind):
+    features, slots = stored("tiny/features"), stored("tiny/eval/slots")
+    everything = torch.full((2, 1), 36)
+    found = golden_decoder()(features, slots, torch.arange(36).expand(2, -1), everything)
+    torch.testing.assert_close(found, stored("tiny/eval/recon"), **CLOSE)
+
+
+@pytest.mark.parametrize(("gradient", "bi_level"), [("bi-level", True), ("None", False)])
+@pytest.mark.parametrize("kind", TINY)
+def test_a_training_step_has_the_published_gradients(kind, gradient, bi_level):
+    pruner, decoder = golden_pruner(bi_level=bi_level).train(), golden_decoder()
+    features = stored("tiny/features")
+    shown = torch.where(stored("tiny/train/rand_u") < 0.5, stored("tiny/train/keep1"), 24)
+    slots, attention = pruner(features, stored("tiny/init_noise"))
+    found = decoder(features, slots, stored("tiny/train/perm"), shown)
+    torch.testing.assert_close(found, stored(f"tiny/train/{gradient}/recon"), **CLOSE)
+    loss = weighted_error(found, features, attention, published_weights(attention.detach())).mean()
+    assert loss.item() == pytest.approx(float(STORED[f"tiny/train/{gradient}/loss"]), rel=1e-5)
+    loss.backward()
+    published = under(f"tiny/train/{gradient}/grad/")
+    expected = renamed(published, PRUNER_NAMES) | renamed(published, DECODER_NAMES)
+    own = dict(pruner.named_parameters()) | dict(decoder.named_parameters())
+    assert set(expected) == set(own)
+    for name, value in expected.items():
+        torch.testing.assert_close(own[name].grad, value, rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def published_weights(attention: torch.Tensor) -> torch.Tensor:
+    """With the published weight of slots that win no token, 1e4 before it is normalised."""
+    area = torch.nn.functional.one_hot(attention.argmax(1), attention.shape[1]).float().mean(1)
+    weights = area.clamp_min(1e-8) ** -0.5
+    return (weights / weights.mean(dim=-1, keepdim=True)).clamp_max(10)
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=lambda case: "{alpha}-{norm_mode}-{cap_w}-{power_p}".format(**case))
+def test_the_loss_is_the_published_one(case):
+    attention = stored(f"loss/{case['alpha']}")
+    normalise = {"mean1": "mean", "sum1": "sum", "none": "none"}[case["norm_mode"]]
+    weights = slot_weights(attention, case["power_p"], normalise, case["cap_w"])
+    found = weighted_error(stored("loss/pred"), stored("loss/target"), attention, weights)
+    assert found.tolist() == pytest.approx(case["per_image"], rel=1e-5)
+
+
+# ---- what they mean
+
+
+def test_an_empty_slot_has_no_say_in_the_loss():
+    draw = torch.Generator().manual_seed(3)
+    attention = torch.rand(1, 3, 20, generator=draw).softmax(dim=1)
+    target, found = torch.randn(2, 1, 20, 4, generator=draw)
+    # A fourth slot takes a little of every token and wins none.
+    faint = torch.cat([0.9 * attention, torch.full((1, 1, 20), 0.1)], dim=1)
+    weights = slot_weights(faint)
+    assert weights[0, 3] == 0
+    torch.testing.assert_close(weights[:, :3], slot_weights(attention))
+    torch.testing.assert_close(
+        weighted_error(found, target, faint, weights),
+        weighted_error(found, target, attention, slot_weights(attention)),
+    )
+
+
+def test_bi_level_gradients_see_one_iteration_only():
+    """The initial slots get the gradient of the last iteration at its own input, as if it were their own."""
+    pruner = tiny_pruner(iterations=3)
+    tokens = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(1))
+    initial = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    pruner.attention(tokens, initial)[0].square().sum().backward()
+
+    pruner.attention.iterations = 2
+    last_input = pruner.attention(tokens, initial.detach())[0].detach().requires_grad_()
+    pruner.attention.iterations = 1
+    pruner.attention(tokens, last_input)[0].square().sum().backward()
+    # The straight-through value a + b - b is a but for its last digits.
+    torch.testing.assert_close(initial.grad, last_input.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_are_not_visible_are_as_if_not_there():
+    pruner, noise = tiny_pruner(), slot_noise(0, 4, 16)
+    features = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(4))
+    visible = torch.arange(12)[None] % 3 > 0
+    slots, attention = pruner(features, noise, visible)
+    expected, own = pruner(features[:, visible[0]], noise)
+    torch.testing.assert_close(slots, expected)
+    torch.testing.assert_close(attention[:, :, visible[0]], own)
+    assert not attention[:, :, ~visible[0]].any()
+
+
+def test_slots_share_every_token():
+    _, attention = tiny_pruner()(torch.randn(2, 12, 32), slot_noise(0, 5, 16))
+    assert attention.shape == (2, 5, 12)
+    torch.testing.assert_close(attention.sum(dim=1), torch.ones(2, 12))
+
+
+def test_the_decoder_sees_the_shown_tokens_and_no_others():
+    torch.manual_seed(0)
+    config = tiny_config()
+    decoder = RandomOrderDecoder(config.width, config.slot_width, config.decoder)
+    draws = Draws.sample(seeded("x"), 1, 4, config)
+    features, slots = torch.randn(1, 16, 32), torch.randn(1, 4, 16)
+    shown = torch.full((1, 1), 5)
+    seen = draws.order[0, :5]
+    before = decoder(features, slots, draws.order, shown)
+    hidden = features.clone()
+    hidden[0, draws.order[0, 5:]] = 7
+    assert torch.equal(decoder(hidden, slots, draws.order, shown), before)
+    hidden[0, seen[0]] = 7
+    assert not torch.equal(decoder(hidden, slots, draws.order, shown), before)
+
+
+def test_every_weight_is_trained():
+    torch.manual_seed(0)
+    config = tiny_config()
+    task = Reconstruction(config)
+    draws = Draws.sample(seeded("x"), 3, 4, config)
+    task(torch.randn(3, 16, 32), *draws.rows(slice(None), torch.device("cpu"))).mean().backward()
+    assert all(parameter.grad is not None for parameter in task.parameters())
+
+
+# ---- on the disk
+
+
+def test_a_saved_pruner_is_the_same_when_loaded(tmp_path):
+    pruner = tiny_pruner(trained_on={"model": "x", "count": 3})
+    pruner.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    loaded = SlotPruner.from_pretrained(tmp_path)
+    assert loaded.config == pruner.config and not loaded.training
+    features, noise = torch.randn(1, 9, 32), slot_noise(0, 4, 16)
+    assert torch.equal(loaded(features, noise)[1], pruner(features, noise)[1])
+
+
+def test_half_precision_weights_run_in_float32(tmp_path):
+    tiny_pruner().save_pretrained(tmp_path, torch.bfloat16)
+    assert {p.dtype for p in SlotPruner.from_pretrained(tmp_path).parameters()} == {torch.float32}
+
+
+def published_weights_file(folder, pruner, extra=()):
+    """A checkpoint as the published code saves it, with the decoder that it was trained with."""
+    weights = {}
+    for name, value in pruner.state_dict().items():
+        prefix = next(own for own in PRUNER_NAMES.values() if name.startswith(own))
+        published = next(key for key, own in PRUNER_NAMES.items() if own == prefix)
+        weights[f"module.{published}{name.removeprefix(prefix)}"] = value
+    file = folder / "best.pth"
+    torch.save(weights | {"module.decode.mask_token": torch.zeros(1, 1, 8), **dict(extra)}, file)
+    return file
+
+
+PUBLISHED_SIZES = {"enc_in_dim": 32, "enc_dims": [24, 16], "enc_ln": "pre", "agg_num_iter": 2, "agg_ffn_dim": 24}
+
+
+@pytest.mark.parametrize("with_sizes", [True, False])
+def test_a_published_checkpoint_loads_without_its_decoder(tmp_path, with_sizes):
+    pruner = tiny_pruner()
+    file, sizes = published_weights_file(tmp_path, pruner), tmp_path / "sizes.json"
+    sizes.write_text(json.dumps(PUBLISHED_SIZES | {"init_num": 7, "backbone_nlayer": 4}))
+    loaded = load_published(file, sizes if with_sizes else None)
+    # Nothing but the configuration file knows the iterations.
+    assert loaded.config.iterations == (2 if with_sizes else 3)
+    pruner.attention.iterations = loaded.config.iterations
+    features, noise = torch.randn(1, 9, 32), slot_noise(0, 4, 16)
+    assert torch.equal(loaded(features, noise)[0], pruner(features, noise)[0])
+    files = PrunerFiles.find(str(file), str(sizes) if with_sizes else None)
+    assert files.config.layer == 8 and files.config.width == 32
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"enc_in_dim": 1024}, "says width 1024, but the weights in .* have 32"),
+        ({"enc_ln": "post"}, "enc_ln must be 'pre'.*not 'post'"),
+    ],
+)
+def test_a_published_configuration_that_does_not_fit_is_named(tmp_path, change, said):
+    sizes = tmp_path / "sizes.json"
+    sizes.write_text(json.dumps(PUBLISHED_SIZES | change))
+    with pytest.raises(ValueError, match=said):
+        load_published(published_weights_file(tmp_path, tiny_pruner()), sizes)
+
+
+def test_files_that_are_no_pruner_are_named(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere is no OC-VTP pruner: it has no config.json"):
+        SlotPruner.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(OSError, match=r"Cannot read .*text.pth"):
+        load_published(tmp_path / "text.pth")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other.pth is no OC-VTP pruner: it has no weights 'project"):
+        load_published(tmp_path / "other.pth")
+    with pytest.raises(OSError, match=r"There is no pruner .*missing"):
+        PrunerFiles.find(str(tmp_path / "missing"))
+    folder = save_pruner(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"has a config.json of its own: leave out other.json"):
+        PrunerFiles.find(folder, "other.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "is not valid JSON"),
+        ('{"model_type": "llava"}', "does not describe an OC-VTP pruner"),
+        ('{"model_type": "ocvtp", "colour": 1}', "does not describe an OC-VTP pruner: .*colour"),
+        ('{"model_type": "ocvtp", "width": 0}', "width of a pruner must be a whole number >= 1, not 0"),
+    ],
+)
+def test_a_damaged_configuration_is_named(tmp_path, text, said):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        SlotConfig.load(tmp_path)
+
+
+def test_weights_of_other_sizes_are_refused(tmp_path):
+    folder = save_pruner(tmp_path)
+    dataclasses.replace(tiny_config(), slot_width=8).save(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors does not hold the weights of this pruner: .*size mismatch"
+    ):
+        SlotPruner.from_pretrained(folder)
+
+
+def test_features_of_another_width_and_too_many_slots_are_refused():
+    with pytest.raises(ValueError, match="reads features of width 32, not 8"):
+        tiny_pruner()(torch.zeros(1, 9, 8), slot_noise(0, 4, 16))
+    with pytest.raises(ValueError, match="10 slots are more than the 9 tokens"):
+        tiny_pruner()(torch.zeros(1, 9, 32), slot_noise(0, 10, 16))
+
+
+def test_a_pruner_that_is_trained_on_is_read_anew(tmp_path):
+    files = PrunerFiles.find(save_pruner(tmp_path))
+    before = files.digest
+    assert files.network("cpu") is files.network("cpu")
+    changed = tiny_pruner()
+    with torch.no_grad():
+        changed.initial.mean.add_(1)
+    changed.save_pretrained(tmp_path, torch.bfloat16)
+    assert files.digest != before
+    assert torch.equal(files.network("cpu").initial.mean, changed.initial.mean.bfloat16().float())
