@@ -46,7 +46,7 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
             visual_tokens = collect(job, plan, options, identities)
             if visual_tokens:
                 print(f"{job.label}: {describe(visual_tokens)}", flush=True)
-            table = write_report(plan, arguments)
+            table = write_report(plan, arguments, last=job is plan.jobs[-1])
     if options.machine_rank > 0:
         print("The results are on the machine of rank 0.")
         return 0

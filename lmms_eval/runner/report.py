@@ -16,6 +16,8 @@ from .manifest import git_commit
 from .options import Options
 from .plan import Job, Plan
 
+TABLES = {"markdown": "table.md", "csv": "table.csv", "json": "table.json", "html": "table.html", "latex": "table.tex"}
+
 
 def collect(
     job: Job, plan: Plan, options: Options, identities: Mapping[str, Mapping[str, Any]]
@@ -65,14 +67,19 @@ def collect(
     return visual_tokens
 
 
-def write_report(plan: Plan, arguments: Sequence[str]) -> str:
-    """Write the table in every format and the manifest of the whole run; returns the table in Markdown."""
+def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> str:
+    """Write the table in every format and the manifest of the whole run; returns the table in Markdown.
+
+    Parameters
+    ----------
+    plan : Plan
+    arguments : sequence of str
+        The command line.
+    last : bool
+        All jobs are done: intervals are worth their seconds now.
+    """
     runs = [records.read_json(job.folder / "results.json") for job in plan.jobs]
     records.write_json(plan.output / "results.json", {"runs": [run for run in runs if run]})
-    table = build_table(load_runs([plan.output]))
-    for name in ("markdown", "csv", "json"):
-        suffix = "md" if name == "markdown" else name
-        (plan.output / f"table.{suffix}").write_text(table.render(name), encoding="utf-8")
     records.write_json(
         plan.output / "manifest.json",
         {
@@ -85,4 +92,8 @@ def write_report(plan: Plan, arguments: Sequence[str]) -> str:
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )
+    # The jobs of one run are alike but for a task that an older version finished, which is better shown than hidden.
+    table = build_table(load_runs([plan.output]), intervals=last, allow_mixed=True)
+    for name, file in TABLES.items():
+        (plan.output / file).write_text(table.render(name), encoding="utf-8")
     return table.render("markdown")
