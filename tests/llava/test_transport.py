@@ -25,7 +25,9 @@ def tokens(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 
 class TestWasserstein:
-    ot = pytest.importorskip("ot")
+    @pytest.fixture(autouse=True)
+    def _with_pot(self):
+        pytest.importorskip("ot")
 
     def test_of_a_shift_is_its_length(self):
         points = tokens(20, 3)

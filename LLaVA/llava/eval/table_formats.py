@@ -91,10 +91,16 @@ def table_html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> 
     for row, line in zip(rows, lines, strict=True):
         mark = ' class="published"' if row.published else ""
         line[1] += " (published)" if row.published else ""
-        body.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>")
+        body.append(f"<tr{mark}>" + "".join(f"<td>{_two_lines(cell)}</td>" for cell in line) + "</tr>")
     text = f'<table class="results">\n<thead><tr>{head}</tr></thead>\n<tbody>\n' + "\n".join(body)
     text += "\n</tbody>\n</table>\n"
     return text + "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
+
+
+def _two_lines(cell: str) -> str:
+    """The interval below the score: eleven of them side by side fit no screen."""
+    score, bracket, interval = html.escape(cell).partition(" [")
+    return score + (f"<br><small>[{interval}</small>" if bracket else "")
 
 
 def _html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:

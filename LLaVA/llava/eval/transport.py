@@ -71,17 +71,28 @@ def wasserstein(full: torch.Tensor, kept: torch.Tensor) -> float:
     Source: Flamary et al., POT: Python Optimal Transport, JMLR 2021 (network simplex).
     """
     _check(full, kept)
+    return transport_cost(squared_distances(full, kept)) ** 0.5
+
+
+def transport_cost(cost: np.ndarray) -> float:
+    """The least mean cost of moving N uniformly weighted points onto k, given the costs (N, k), float64.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        As `wasserstein`.
+    """
     try:
         import ot
     except ImportError as error:
         raise ImportError("the exact distance needs POT: pip install 'llava[figures]'") from error
-    cost = squared_distances(full, kept)
     # Scaled, for the solver's tolerances are absolute.
     scale = float(cost.max()) or 1.0
-    value, log = ot.emd2(ot.unif(len(full)), ot.unif(len(kept)), cost / scale, numItermax=10**8, log=True)
+    scaled = np.ascontiguousarray(cost / scale)
+    value, log = ot.emd2(ot.unif(len(cost)), ot.unif(cost.shape[1]), scaled, numItermax=10**8, log=True)
     if log["warning"] is not None:
         raise RuntimeError(f"the transport problem was not solved: {log['warning']}")
-    return float(np.sqrt(max(value, 0.0) * scale))
+    return max(float(value), 0.0) * scale
 
 
 def gaussian_distance(full: torch.Tensor, kept: torch.Tensor) -> float:
@@ -239,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from llava.eval.distances import Encoder, Measured
     from llava.mm_utils import load_image
-    from llava.pruning import PruningConfig
+    from llava.pruning import PruningConfig, kept_count
 
     try:
         configs = [PruningConfig(method=name, ratio=arguments.ratio) for name in arguments.method.split(",")]
@@ -253,11 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"{config.method:16}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}"
             )
-        k = max(1, round(arguments.ratio * len(full.features)))
-        sure = guarantee(ot_kernel(full.features), k)
-        print(
-            f"greedy: log det {sure.value:.4f}, at most {sure.bound:.4f}: at least {100 * sure.share:.1f} % of the best"
-        )
+        sure = guarantee(ot_kernel(full.features), kept_count(len(full.features), arguments.ratio))
+        print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")
     except (ImportError, OSError, ValueError) as error:
         print(f"llava.eval.transport: {error}", file=sys.stderr)
         return 2
