@@ -17,7 +17,7 @@ from run_folders import job, write_run
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
-from llava.eval import report  # noqa: E402
+from llava.eval import report
 
 FULL = {"mini_gqa": [True] * 40 + [False] * 10, "mini_pope": [True] * 45 + [False] * 5}
 WORSE = {"mini_gqa": [True] * 20 + [False] * 30, "mini_pope": [True] * 25 + [False] * 25}

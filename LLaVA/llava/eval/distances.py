@@ -18,9 +18,10 @@ from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.llava_arch import ot_kernel
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig
-from llava.pruning.base import content_key
+from llava.pruning.base import ENCODER_NEEDS, content_key
 
 from .columns import COLUMNS
+from .rows import Row
 from .transport import gaussian_distance, log_det, wasserstein
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -100,6 +101,20 @@ class Encoder:
 
     def _pixels(self, image: Image.Image) -> torch.Tensor:
         return process_images([image], self.processor, self.model.config)[0].to(self.model.device, self.dtype)
+
+
+def picture_configs(row: Row) -> list[PruningConfig]:
+    """The configurations of a row's runs, if they drop tokens before the decoder by what is in the picture alone."""
+    found = []
+    for run in row.runs:
+        pruning = run.content["pruning"]
+        if pruning is None or pruning["ratio"] is None or pruning["layer"] != 0:
+            return []
+        config = PruningConfig(pruning["method"], pruning["ratio"], options=pruning["options"])
+        if not config.build_pruner().needs <= ENCODER_NEEDS | {"image_keys"}:
+            return []
+        found.append(config)
+    return found
 
 
 def mean_distance(

@@ -170,7 +170,11 @@ def _units(column: Column, runs: Sequence[Run], remarks: list[str]) -> list[Unit
             return [None] * len(runs)
     units: list[Units | None] = []
     for run, log, cider in zip(runs, logs, ciders, strict=True):
-        one = None if log is None else units_of(column, log, cider)
+        try:
+            one = None if log is None else units_of(column, log, cider)
+        except (KeyError, ValueError) as error:
+            remarks.append(f"No interval of {column.key}, {run.name}: its log is not as expected ({error}).")
+            one = None
         units.append(one if one is None or _agrees(column, run, one, remarks) else None)
     return units
 

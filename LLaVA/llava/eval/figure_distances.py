@@ -63,20 +63,9 @@ def measure(
     ValueError
         If the runs are of several models, or not of the mini suite and no folder is given.
     """
-    from llava.pruning import PruningConfig
-    from llava.pruning.base import ENCODER_NEEDS
+    from .distances import Encoder, mean_distance, picture_configs, pictures_of_folder, pictures_of_suite
 
-    from .distances import Encoder, mean_distance, pictures_of_folder, pictures_of_suite
-
-    configs = []
-    for row in rows:
-        if not row.runs or not row.pruned or row.layer != 0 or row.ratio is None:
-            continue
-        for run in row.runs:
-            pruning = run.content["pruning"]
-            config = PruningConfig(pruning["method"], row.ratio, options=pruning["options"])
-            if config.build_pruner().needs <= ENCODER_NEEDS | {"image_keys"}:
-                configs.append((row, config))
+    configs = [(row, config) for row in rows for config in picture_configs(row)]
     if not configs:
         raise ValueError("none of the runs drops tokens before the decoder by what is in the picture alone")
     models = {run.content["model"] for row, _ in configs for run in row.runs}

@@ -131,21 +131,15 @@ def _figures(
 def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str]:
     """Token maps of the methods in the runs at one kept ratio, and what picture they are of."""
     from llava.mm_utils import load_image, process_images
-    from llava.pruning import PruningConfig
 
-    from .distances import Encoder, pictures_of_suite
+    from .distances import Encoder, picture_configs, pictures_of_suite
     from .tokens import kept_order, views_of
 
-    wanted: dict[str, PruningConfig] = {}
-    for row in rows:
-        if row.published or not row.pruned or row.layer != 0 or row.ratio is None:
-            continue
-        pruning = row.runs[0].content["pruning"]
-        config = PruningConfig(pruning["method"], row.ratio, options=pruning["options"])
-        if config.build_pruner().stage == "before the decoder":
-            wanted.setdefault(row.label, config)
+    wanted = {row.label: configs[0] for row in rows if (configs := picture_configs(row))}
     if not wanted:
-        raise ValueError("no run drops tokens before the decoder")
+        raise ValueError("none of the runs drops tokens before the decoder by what is in the picture alone")
+    if image is None and not rows[0].runs[0].mini:
+        raise ValueError("the pictures of the published benchmarks are not at hand: give one (--image)")
     picture = load_image(image) if image else pictures_of_suite(1)["COCO"][0]
     encoder = Encoder(rows[0].runs[0].content["model"], device)
     pixels = process_images([picture], encoder.processor, encoder.model.config)[0].to(device, encoder.dtype)

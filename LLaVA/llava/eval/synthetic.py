@@ -128,15 +128,14 @@ def draw(outcomes: Sequence[Outcome], trials: int = TRIALS, subsets: int = SUBSE
         axis.set_title(f"{name.replace('_', ' ')}, %")
         axis.set_xlabel("(tokens m, width d, kept k)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    nothing = (None, None)
     lines = []
     for one in outcomes:
         published = PUBLISHED.get((one.method, one.setting), (None, None))
         lines.append((one.method, *one.setting, one.win_rate, one.optimality, *published))
     caption = (
-        f"Standard normal tokens, {trials} trials a setting, {subsets} random subsets a trial. Win rate: random subsets "
-        "farther from all tokens than the method's (exact 2-Wasserstein). Optimality: the smallest distance seen over "
-        "the method's. Hollow: published, of data and definitions that are not stated."
+        f"Standard normal tokens, {trials} trials a setting, {subsets} random subsets a trial. Win rate: random "
+        "subsets farther from all tokens than the method's (exact 2-Wasserstein). Optimality: the smallest distance "
+        "seen over the method's. Hollow: published, of data and definitions that are not stated."
     )
     header = ("method", "m", "d", "k", "win_rate", "optimality", "published_win_rate", "published_optimality")
     return Drawn("synthetic", "Synthetic experiment", caption, header, lines, figure)
