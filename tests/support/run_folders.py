@@ -8,6 +8,7 @@ from typing import Any
 
 STAMP = "20260101_000000"
 TOTAL = 576
+DEFAULTS = {"otprune": {"gamma": 0.01}, "random": {"seed": 0}}
 TASKS = ("mini_gqa", "mini_pope")
 
 
@@ -61,8 +62,9 @@ def write_job(
     """
     pruning = None
     if method:
-        chosen = options or {}
-        pruning = {"method": method, "ratio": ratio, "layer": layer, "options": chosen, "set_options": sorted(chosen)}
+        given = options or {}
+        chosen = {**DEFAULTS.get(method, {}), **given}
+        pruning = {"method": method, "ratio": ratio, "layer": layer, "options": chosen, "set_options": sorted(given)}
     results = {}
     for task, samples in logs.items():
         lines = [{"doc_id": number, "target": "t", **sample} for number, sample in enumerate(samples)]
