@@ -7,9 +7,10 @@ decoder, have no distance before the decoder, and are left out.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -51,56 +52,76 @@ class Encoder:
 
     Parameters
     ----------
-    model : str
-        Checkpoint folder, hub id or "llava-mini".
-    device : str
+    model : LLaVA model
+    processor : image processor
     """
 
-    def __init__(self, model: str, device: str = "cpu"):
-        from llava.model.builder import load_pretrained_model
-
-        self.dtype = torch.float32 if device == "cpu" else torch.float16
-        _, self.model, self.processor, _ = load_pretrained_model(
-            model, None, get_model_name_from_path(model), device=device, dtype=self.dtype
-        )
-        self._last: tuple[int, int] | None = None
+    def __init__(self, model: torch.nn.Module, processor: Any):
+        self.model, self.processor = model, processor
+        self._picture: Image.Image | None = None
+        self._pixels: torch.Tensor | None = None
+        self._tokens: dict[frozenset[str], ImageTokens] = {}
         self._kernel: torch.Tensor | None = None
 
-    @torch.no_grad()
-    def encode(self, image: Image.Image, config: PruningConfig | None) -> ImageTokens:
-        """A picture's visual tokens, with what the method asks of the encoder."""
-        before = self.model.pruning
-        self.model.set_pruning(config)
-        try:
-            return self.model.image_tokens([self._pixels(image)], [image.size])[0]
-        finally:
-            self.model.set_pruning(before)
+    @classmethod
+    def load(cls, path: str, device: str = "cpu") -> Encoder:
+        """The model of a checkpoint folder, a hub id or "llava-mini"; float32 on a CPU, float16 elsewhere."""
+        from llava.model.builder import load_pretrained_model
+
+        dtype = torch.float32 if device == "cpu" else torch.float16
+        _, model, processor, _ = load_pretrained_model(
+            path, None, get_model_name_from_path(path), device=device, dtype=dtype
+        )
+        return cls(model, processor)
+
+    def pixels(self, picture: Image.Image) -> torch.Tensor:
+        """What the vision tower is given."""
+        return process_images([picture], self.processor, self.model.config)[0].to(self.model.device, self.model.dtype)
 
     @torch.no_grad()
-    def measure(self, image: Image.Image, config: PruningConfig) -> Measured:
+    def encode(self, picture: Image.Image, config: PruningConfig) -> ImageTokens:
+        """A picture's visual tokens, with what the method asks of the encoder; kept until another picture comes.
+
+        Raises
+        ------
+        ValueError
+            For a picture without visual tokens.
+        """
+        if picture is not self._picture:
+            self._picture, self._tokens, self._kernel = picture, {}, None
+            self._pixels = self.pixels(picture)
+        needs = frozenset(config.build_pruner().needs)
+        if needs not in self._tokens:
+            before = self.model.pruning
+            self.model.set_pruning(config)
+            try:
+                self._tokens[needs] = self.model.image_tokens([self._pixels], [picture.size])[0]
+            finally:
+                self.model.set_pruning(before)
+        if not len(self._tokens[needs].features):
+            raise ValueError("the picture has no visual tokens")
+        return self._tokens[needs]
+
+    @torch.no_grad()
+    def measure(self, picture: Image.Image, config: PruningConfig) -> Measured:
         """A method's distances on a picture.
 
         Raises
         ------
         ValueError
-            For a method that needs more than the picture, or a picture without tokens.
+            For a method that needs more than the picture, or a picture without visual tokens.
         """
-        tokens = self.encode(image, config)
-        if not len(tokens.features):
-            raise ValueError("the picture has no visual tokens")
-        key = content_key(self._pixels(image))
-        kept = reduce_images(config.build_pruner(), [tokens], [PromptFacts(key=key)], config.ratio)[0]
-        if self._last != (key, len(tokens.features)):
-            self._last, self._kernel = (key, len(tokens.features)), ot_kernel(tokens.features)
+        tokens = self.encode(picture, config)
+        facts = PromptFacts(key=content_key(self._pixels))
+        kept = reduce_images(config.build_pruner(), [tokens], [facts], config.ratio)[0]
+        if self._kernel is None:
+            self._kernel = ot_kernel(tokens.features)
         return Measured(
             len(kept.features),
             wasserstein(tokens.features, kept.features),
             gaussian_distance(tokens.features, kept.features),
             log_det(self._kernel, kept.indices),
         )
-
-    def _pixels(self, image: Image.Image) -> torch.Tensor:
-        return process_images([image], self.processor, self.model.config)[0].to(self.model.device, self.dtype)
 
 
 def picture_configs(row: Row) -> list[PruningConfig]:
@@ -115,16 +136,6 @@ def picture_configs(row: Row) -> list[PruningConfig]:
             return []
         found.append(config)
     return found
-
-
-def mean_distance(
-    encoder: Encoder, pictures: Sequence[Image.Image], config: PruningConfig
-) -> tuple[float, float, float]:
-    """Means over pictures of exact distance, Gaussian distance and log det."""
-    found = [encoder.measure(picture, config) for picture in pictures]
-    return tuple(
-        sum(getattr(one, name) for one in found) / len(found) for name in ("wasserstein", "gaussian", "log_det")
-    )
 
 
 def pictures_of_suite(number: int) -> dict[str, list[Image.Image]]:

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 from .columns import COLUMNS
 from .drawing import Drawn, new_figure, spearman, styles
 from .rows import Row
 
+if TYPE_CHECKING:
+    from .distances import Measured
+
 PICTURES = 16
 LEAST_METHODS = 3
 MEAN = "Mean"
+VALUES = ("wasserstein", "gaussian", "log_det")
 _KEYS = tuple(column.key for column in COLUMNS)
 
 
@@ -63,7 +68,7 @@ def measure(
     ValueError
         If the runs are of several models, or not of the mini suite and no folder is given.
     """
-    from .distances import Encoder, mean_distance, picture_configs, pictures_of_folder, pictures_of_suite
+    from .distances import Encoder, picture_configs, pictures_of_folder, pictures_of_suite
 
     configs = [(row, config) for row in rows for config in picture_configs(row)]
     if not configs:
@@ -74,16 +79,19 @@ def measure(
     if folder is None and not all(run.mini for row, _ in configs for run in row.runs):
         raise ValueError("the pictures of the published benchmarks are not at hand: give a folder (--pictures)")
     shown = pictures_of_suite(pictures) if folder is None else {MEAN: pictures_of_folder(folder, pictures)}
-    encoder = Encoder(models.pop(), device)
+    encoder = Encoder.load(models.pop(), device)
     found: list[Distance] = []
-    for row in dict.fromkeys(id(row) for row, _ in configs):
-        own = [(one, config) for one, config in configs if id(one) == row]
-        for benchmark, images in shown.items():
-            # Several seeds of one row: the mean of their distances.
-            parts = [mean_distance(encoder, images, config) for _, config in own]
-            found.append(Distance(own[0][0], benchmark, *(mean(values) for values in zip(*parts, strict=True))))
+    for benchmark, images in shown.items():
         if progress:
-            print(f"distances: {own[0][0].label}", file=sys.stderr)
+            print(f"distances: {benchmark}, {len(images)} pictures", file=sys.stderr)
+        measured = [[encoder.measure(image, config) for _, config in configs] for image in images]
+        by_row: dict[int, list[Measured]] = {}
+        for one in measured:
+            for (row, _), value in zip(configs, one, strict=True):
+                by_row.setdefault(id(row), []).append(value)
+        for row in rows:
+            if values := by_row.get(id(row)):
+                found.append(Distance(row, benchmark, *(mean(getattr(one, name) for one in values) for name in VALUES)))
     return found if folder is not None else found + _means(found)
 
 
@@ -95,7 +103,7 @@ def _means(found: Sequence[Distance]) -> list[Distance]:
         Distance(
             several[0].row,
             MEAN,
-            *(mean(getattr(one, name) for one in several) for name in ("wasserstein", "gaussian", "log_det")),
+            *(mean(getattr(one, name) for one in several) for name in VALUES),
         )
         for several in by_row.values()
     ]

@@ -130,7 +130,7 @@ def _figures(
 
 def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str]:
     """Token maps of the methods in the runs at one kept ratio, and what picture they are of."""
-    from llava.mm_utils import load_image, process_images
+    from llava.mm_utils import load_image
 
     from .distances import Encoder, picture_configs, pictures_of_suite
     from .tokens import kept_order, views_of
@@ -141,8 +141,8 @@ def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str
     if image is None and not rows[0].runs[0].mini:
         raise ValueError("the pictures of the published benchmarks are not at hand: give one (--image)")
     picture = load_image(image) if image else pictures_of_suite(1)["COCO"][0]
-    encoder = Encoder(rows[0].runs[0].content["model"], device)
-    pixels = process_images([picture], encoder.processor, encoder.model.config)[0].to(device, encoder.dtype)
+    encoder = Encoder.load(rows[0].runs[0].content["model"], device)
+    pixels = encoder.pixels(picture)
     views = views_of(picture, encoder.model.config, encoder.model.get_vision_tower())
     kept = {}
     for label, config in list(wanted.items())[:MOST_MAPS]:

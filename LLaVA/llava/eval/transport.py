@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         configs = [PruningConfig(method=name, ratio=arguments.ratio) for name in arguments.method.split(",")]
         image = load_image(arguments.image)
-        encoder = Encoder(arguments.model, arguments.device)
+        encoder = Encoder.load(arguments.model, arguments.device)
         full = encoder.encode(image, configs[0])
         print(f"{len(full.features)} visual tokens, kept ratio {arguments.ratio:g}")
         print(f"{'method':16}{'kept':>6}{'exact W2':>12}{'Gaussian W2':>14}{'log det':>12}")
