@@ -35,7 +35,7 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
     from lmms_eval_otprune.token_counts import describe
 
     from .launch import run_job
-    from .report import collect, write_report
+    from .report import collect, write_page, write_report
     from .tasks import task_identities
 
     for job in plan.jobs:
@@ -46,11 +46,13 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
             visual_tokens = collect(job, plan, options, identities)
             if visual_tokens:
                 print(f"{job.label}: {describe(visual_tokens)}", flush=True)
-            table = write_report(plan, arguments)
+            table = write_report(plan, arguments, last=job is plan.jobs[-1])
     if options.machine_rank > 0:
         print("The results are on the machine of rank 0.")
         return 0
-    print(f"\n{table}\nEverything is in {plan.output}")
+    print(f"\n{table}\nEverything is in {plan.output}", flush=True)
+    if options.report:
+        print(write_page(plan))
     return _failures(plan)
 
 

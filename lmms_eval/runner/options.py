@@ -58,6 +58,7 @@ class Options:
     dtype: str
     device: str
     output: Path | None
+    report: bool
     dry_run: bool
 
 
@@ -115,6 +116,7 @@ def _check(found: argparse.Namespace) -> Options:
         dtype=found.dtype,
         device=found.device,
         output=found.output,
+        report=not found.no_report,
         dry_run=found.dry_run,
     )
 
@@ -191,6 +193,9 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=DEVICES, default="auto", help="default: CUDA where there is one, else the CPU"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="result folder (default: results/SUITE)")
+    parser.add_argument(
+        "--no-report", action="store_true", help="leave out the HTML report with figures that is made at the end"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and run nothing")
     return parser
 

@@ -16,6 +16,10 @@ from .manifest import git_commit
 from .options import Options
 from .plan import Job, Plan
 
+PICTURES = 8
+"""Of each benchmark, for the distances in the report."""
+TABLES = {"markdown": "table.md", "csv": "table.csv", "json": "table.json", "html": "table.html", "latex": "table.tex"}
+
 
 def collect(
     job: Job, plan: Plan, options: Options, identities: Mapping[str, Mapping[str, Any]]
@@ -65,14 +69,36 @@ def collect(
     return visual_tokens
 
 
-def write_report(plan: Plan, arguments: Sequence[str]) -> str:
-    """Write the table in every format and the manifest of the whole run; returns the table in Markdown."""
+def write_page(plan: Plan) -> str:
+    """Write ``report.html``, the table with figures and token maps; returns where it is, or why it is not there.
+
+    Hours of evaluation do not fail for a drawing: whatever stops it becomes a sentence.
+    """
+    page = plan.output / "report.html"
+    try:
+        from llava.eval.report import write_report as write_page_of
+
+        device = "cuda" if plan.device == "cuda" else "cpu"
+        write_page_of([plan.output], page, allow_mixed=True, folded=True, pictures=PICTURES, device=device)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        page.unlink(missing_ok=True)
+        return f"There is no report: {error}"
+    return f"Report: {page}"
+
+
+def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> str:
+    """Write the table in every format and the manifest of the whole run; returns the table in Markdown.
+
+    Parameters
+    ----------
+    plan : Plan
+    arguments : sequence of str
+        The command line.
+    last : bool
+        All jobs are done: intervals are worth their seconds now.
+    """
     runs = [records.read_json(job.folder / "results.json") for job in plan.jobs]
     records.write_json(plan.output / "results.json", {"runs": [run for run in runs if run]})
-    table = build_table(load_runs([plan.output]))
-    for name in ("markdown", "csv", "json"):
-        suffix = "md" if name == "markdown" else name
-        (plan.output / f"table.{suffix}").write_text(table.render(name), encoding="utf-8")
     records.write_json(
         plan.output / "manifest.json",
         {
@@ -85,4 +111,12 @@ def write_report(plan: Plan, arguments: Sequence[str]) -> str:
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )
+    # The jobs of one run are alike but for a task that an older version finished, which is better shown than hidden.
+    rows = load_runs([plan.output])
+    try:
+        table = build_table(rows, intervals=last, allow_mixed=True)
+    except ValueError as error:
+        table = build_table(rows, allow_mixed=True, remarks=[f"No intervals: {error}."])
+    for name, file in TABLES.items():
+        (plan.output / file).write_text(table.render(name), encoding="utf-8")
     return table.render("markdown")

@@ -26,8 +26,9 @@ ROWS = 8
 def command(tiny_checkpoint) -> Callable[..., list[str]]:
     """A run of the tiny checkpoint on the published benchmarks that the working folder has."""
 
-    def build(output: str, tasks: str = "gqa,mme,pope", *more: str) -> list[str]:
+    def build(output: str, tasks: str = "gqa,mme,pope", *more: str, report: bool = False) -> list[str]:
         chosen = ["--tasks", tasks, "--ratio", "0.5", "--device", "cpu", "--output", output, *more]
+        chosen += [] if report else ["--no-report"]
         return [RUNNER, "paper", "--model", tiny_checkpoint(), *chosen]
 
     return build
@@ -125,6 +126,13 @@ class TestResults:
             "unpruned",
             "otprune",
         ]
+
+    def test_are_a_report_at_the_end(self, workplace, reference, run, command):
+        status, printed = run(workplace, command("reference", report=True))
+        assert status == 0, printed
+        page = (reference / "report.html").read_text()
+        assert "otprune 0.5" in page and '<h2 id="time">' in page
+        assert "Report: reference/report.html" in printed
 
     def test_of_a_finished_run_are_not_made_again(self, workplace, reference, run, command):
         log = job(reference) / "worker.log"

@@ -2,8 +2,8 @@
 
     python -m llava.eval.tokens --image cat.jpg --method otprune,random --ratio 0.098 --output maps/
 
-writes one PNG with the methods side by side, and a CSV with every kept token; for ocvtp also one with its slots. A
-method's options come from its environment variables.
+writes one PNG with the methods side by side, a CSV with every kept token, for ocvtp a PNG of its slots, and with --html
+a page that steps through the selection. A method's options come from its environment variables.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llava.eval.token_page import token_page
 from llava.mm_utils import (
     expand2square,
     get_anyres_image_grid_shape,
@@ -96,7 +97,8 @@ def kept_order(model, pixels: torch.Tensor, size: tuple[int, int], config: Pruni
     Raises
     ------
     ValueError
-        For a method that needs more than the picture: a question, or attention inside the decoder.
+        For a method that needs more than the picture: a question, or attention inside the decoder; for a picture
+        without visual tokens.
     """
     before = model.pruning
     model.set_pruning(config)
@@ -104,6 +106,8 @@ def kept_order(model, pixels: torch.Tensor, size: tuple[int, int], config: Pruni
         image = model.image_tokens([pixels], [size])[0]
     finally:
         model.set_pruning(before)
+    if not len(image.features):
+        raise ValueError("the picture has no visual tokens")
     return listed(image, PromptFacts(key=content_key(pixels)), config)
 
 
@@ -190,6 +194,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", default="otprune", help="one method, or several with commas (default: otprune)")
     parser.add_argument("--ratio", type=float, default=0.098, help="kept ratio, 0 < r <= 1 (default: 0.098)")
     parser.add_argument("--order", action="store_true", help="number the tokens (OTPrune: in greedy order)")
+    parser.add_argument("--html", action="store_true", help="also write a page that steps through the selection")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("token_maps"), help="folder (default: token_maps)")
     arguments = parser.parse_args(argv)
@@ -222,14 +227,20 @@ def main(argv: list[str] | None = None) -> Path:
     stem = arguments.output / f"{Path(arguments.image).stem}_{arguments.ratio:g}"
     draw(views, kept, arguments.order).savefig(stem.with_name(stem.name + ".png"), dpi=110)
     write_csv(stem.with_name(stem.name + ".csv"), views, kept)
+    written = [f"{stem}.png", f"{stem}.csv"]
     if "ocvtp" in arguments.configs:
         from llava.eval.slot_maps import draw_slots, slot_map
 
         found = slot_map(model, pixels, image.size, arguments.configs["ocvtp"])
-        draw_slots(views, found).savefig(stem.with_name(stem.name + "_slots.png"), dpi=110)
+        written.append(f"{stem}_slots.png")
+        draw_slots(views, found).savefig(written[-1], dpi=110)
+    if arguments.html:
+        page = stem.with_name(stem.name + ".html")
+        page.write_text(token_page(views, kept, Path(arguments.image).name), encoding="utf-8")
+        written.append(str(page))
     for method, indices in kept.items():
         print(f"{method}: {len(indices)} of {total} visual tokens kept")
-    print(f"written: {stem}.png, {stem}.csv")
+    print(f"written: {', '.join(written)}")
     return stem.with_name(stem.name + ".png")
 
 

@@ -289,8 +289,8 @@ class LlavaMetaForCausalLM:
         Raises
         ------
         ValueError
-            If its layer is not one of this model's, its budget cannot be met by a decoder of this depth, its options belong to
-            another model, or it cannot read this vision tower.
+            If its layer is not one of this model's, its budget cannot be met by a decoder of this depth, its options
+            belong to another model, or it cannot read this vision tower.
         """
         pruner = None if config is None else config.build_pruner()
         stages = () if config is None else config.stages(self.config.num_hidden_layers)

@@ -1,0 +1,124 @@
+"""What all figures have in common: a drawing with its numbers, saved as PNG and CSV, the same bytes each time."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FIXED = ("otprune", "divprune", "random", "uniform", "first_k", "last_k", "dpp", "fastv", "unpruned", "grey picture")
+# After Okabe and Ito: told apart with any colour vision. Further methods go round it, with other markers.
+_PALETTE = (
+    "#D55E00",
+    "#0072B2",
+    "#595959",
+    "#009E73",
+    "#CC79A7",
+    "#B8860B",
+    "#56B4E9",
+    "#6A3D9A",
+    "#000000",
+    "#A0A0A0",
+)
+_MARKERS = "osD^vP*X<>hd"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure and the numbers in it.
+
+    Attributes
+    ----------
+    name : str
+        Of the files.
+    title, caption : str
+        For a page; what is shown, and how it was made.
+    header : tuple of str
+    lines : list of tuple
+        The CSV.
+    figure : matplotlib.figure.Figure
+    """
+
+    name: str
+    title: str
+    caption: str
+    header: tuple[str, ...]
+    lines: list[tuple[Any, ...]]
+    figure: Figure
+
+    def save(self, folder: Path) -> Path:
+        """Write NAME.png and NAME.csv; returns the PNG's path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.png"
+        path.write_bytes(self.png())
+        path.with_suffix(".csv").write_text(self.csv(), encoding="utf-8")
+        return path
+
+    def png(self) -> bytes:
+        """The picture. Without metadata: matplotlib's version would change the file and nothing in it."""
+        buffer = io.BytesIO()
+        self.figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+        return buffer.getvalue()
+
+    def csv(self) -> str:
+        """The numbers."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.header)
+        writer.writerows([_rounded(value) for value in line] for line in self.lines)
+        return text.getvalue()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, laid out without overlaps; independent of the user's matplotlib settings.
+
+    Raises
+    ------
+    ImportError
+        Without matplotlib (the extra "figures").
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'llava[figures]'") from error
+    matplotlib.rcParams.update(matplotlib.rcParamsDefault)
+    matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def styles(methods: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each method; the well-known ones have the same in every figure."""
+    others = sorted(set(methods) - set(_FIXED))
+    place = {method: number for number, method in enumerate((*_FIXED, *others))}
+    return {
+        method: {
+            "color": _PALETTE[place[method] % len(_PALETTE)],
+            "marker": _MARKERS[(place[method] // len(_PALETTE) + place[method]) % len(_MARKERS)],
+        }
+        for method in methods
+    }
+
+
+def spearman(one: Sequence[float], other: Sequence[float]) -> float:
+    """Rank correlation; ties share the mean of their ranks. nan where one side is all the same."""
+    ranks = [
+        [sum(b < a for b in values) + (values.count(a) - 1) / 2 for a in values] for values in map(list, (one, other))
+    ]
+    means = [sum(rank) / len(rank) for rank in ranks]
+    centred = [[value - mean for value in rank] for rank, mean in zip(ranks, means, strict=True)]
+    squares = [sum(value**2 for value in values) for values in centred]
+    if not all(squares):
+        return float("nan")
+    return sum(a * b for a, b in zip(*centred, strict=True)) / (squares[0] * squares[1]) ** 0.5
+
+
+def _rounded(value: Any) -> Any:
+    # The last digits of a sum are the machine's.
+    return float(f"{value:.9g}") if isinstance(value, float) else value

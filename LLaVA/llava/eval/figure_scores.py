@@ -1,0 +1,199 @@
+"""Figures that are read from results alone: kept ratios, sensitivity to gamma, score against measured time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .columns import COLUMNS
+from .drawing import Drawn, new_figure, styles
+from .rows import Row, unpruned_of
+
+
+def draw_ratios(rows: Sequence[Row]) -> Drawn:
+    """Methods across kept ratios: every benchmark's score, and the mean relative to unpruned.
+
+    Raises
+    ------
+    ValueError
+        Without two kept ratios of one method.
+    """
+    model, rows = _one_model(rows)
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.pruned and row.ratio is not None and row.relative is not None:
+            series.setdefault(_series(row), []).append(row)
+    series = {name: sorted(several, key=lambda row: row.ratio) for name, several in series.items()}
+    if not any(len({row.ratio for row in several}) > 1 for several in series.values()):
+        raise ValueError("the figure of kept ratios needs runs of one method at two ratios or more, and unpruned")
+    full = unpruned_of(rows[0], rows)
+    columns = [column for column in COLUMNS if column.key in full.scores]
+    style = styles([several[0].family for several in series.values()])
+    figure = new_figure(12, 9)
+    axes = figure.subplots(3, 4).ravel()
+    lines = []
+    for axis, column in zip(axes, columns, strict=False):
+        for name, several in series.items():
+            found = [row for row in several if column.key in row.scores]
+            _line(axis, name, found, column.key, style)
+            lines += [
+                (
+                    model,
+                    row.family,
+                    row.method,
+                    row.ratio,
+                    column.key,
+                    row.scores[column.key],
+                    *_interval(row, column.key),
+                )
+                for row in found
+            ]
+        axis.axhline(full.scores[column.key], color="black", linestyle="--", linewidth=1)
+        axis.set_title(column.key)
+    for axis in axes[len(columns) : -1]:
+        axis.set_axis_off()
+    for name, several in series.items():
+        _line(axes[-1], name, several, "Mean", style)
+        lines += [
+            (model, row.family, row.method, row.ratio, "Mean", row.relative, *_interval(row, "Mean")) for row in several
+        ]
+    axes[-1].axhline(100, color="black", linestyle="--", linewidth=1)
+    axes[-1].set_title("Mean, % of unpruned")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    figure.supxlabel("kept ratio")
+    caption = (
+        f"{model}: score of each benchmark and mean relative to unpruned, by kept ratio. Dashed: unpruned. Bars: 95 % "
+        "bootstrap intervals, where the runs' logs were read."
+    )
+    header = ("model", "method", "configuration", "ratio", "benchmark", "score", "low", "high")
+    return Drawn("ratios", "Methods across kept ratios", caption, header, lines, figure)
+
+
+def draw_gamma(rows: Sequence[Row]) -> Drawn:
+    """Relative mean of OTPrune by its option gamma, a line a kept ratio.
+
+    Raises
+    ------
+    ValueError
+        Without two values of gamma at one ratio.
+    """
+    model, rows = _one_model(rows)
+    series: dict[float, list[tuple[float, Row]]] = {}
+    for row in rows:
+        if row.family == "otprune" and row.relative is not None and row.layer == 0:
+            gamma = row.runs[0].content["pruning"]["options"]["gamma"]
+            series.setdefault(row.ratio, []).append((gamma, row))
+    if not any(len({gamma for gamma, _ in several}) > 1 for several in series.values()):
+        raise ValueError("the figure of gamma needs runs of otprune with two values of gamma or more, and unpruned")
+    figure = new_figure(6.4, 4)
+    axis = figure.subplots()
+    lines = []
+    for number, (ratio, several) in enumerate(sorted(series.items())):
+        several = sorted(several, key=lambda pair: pair[0])
+        bars = _errors([row for _, row in several], "Mean")
+        values = [row.relative for _, row in several]
+        axis.errorbar(
+            [gamma for gamma, _ in several],
+            values,
+            bars,
+            marker="osD^v"[number % 5],
+            capsize=3,
+            label=f"ratio {ratio:g}",
+        )
+        lines += [(model, ratio, gamma, row.relative, *_interval(row, "Mean")) for gamma, row in several]
+    axis.set_xscale("log")
+    axis.set_xlabel("gamma")
+    axis.set_ylabel("mean, % of unpruned")
+    axis.legend(frameon=False)
+    caption = f"{model}: OTPrune's relative mean by gamma, the weight of the similarity term in K = I + gamma S S^T."
+    return Drawn(
+        "gamma", "Sensitivity to gamma", caption, ("model", "ratio", "gamma", "relative", "low", "high"), lines, figure
+    )
+
+
+def draw_time(rows: Sequence[Row]) -> Drawn:
+    """Relative mean against measured time: selection and prefill where all rows have them, else the whole answer.
+
+    Raises
+    ------
+    ValueError
+        Without two rows with a time and a relative mean.
+    """
+    model, rows = _one_model(rows)
+    rows = [row for row in rows if row.relative is not None and row.method != "grey picture"]
+    prefill = [_prefill_time(row) for row in rows]
+    whole = [row.answer_milliseconds for row in rows]
+    parts = None not in prefill
+    timed = [(time, row) for time, row in zip(prefill if parts else whole, rows, strict=True) if time is not None]
+    if len(timed) < 2:
+        raise ValueError("the figure of times needs two runs with measured times, and unpruned")
+    what = "selection and prefill" if parts else "a prompt to its answer"
+    style = styles([row.family for _, row in timed])
+    figure = new_figure(7, 4.6)
+    axis = figure.subplots()
+    lines = []
+    for time, row in sorted(timed, key=lambda pair: (pair[0], pair[1].label)):
+        faster = [other for spent, other in timed if spent <= time and other.relative > row.relative]
+        axis.errorbar(time, row.relative, _errors([row], "Mean"), linestyle="", capsize=3, **style[row.family])
+        axis.annotate(row.label, (time, row.relative), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        better = "; ".join(other.label for other in faster)
+        lines.append((model, row.label, what, time, row.relative, *_interval(row, "Mean"), better))
+    axis.set_xlabel(f"measured time, {what}, ms")
+    axis.set_ylabel("mean, % of unpruned")
+    axis.margins(x=0.15)
+    caption = (
+        f"{model}: relative mean against the measured mean time of {what}. Rows in the upper left are better; the CSV "
+        "names for each row those that are no slower and score higher."
+    )
+    header = ("model", "method", "time_of", "milliseconds", "relative", "low", "high", "no_slower_and_better")
+    return Drawn("time", "Score against measured time", caption, header, lines, figure)
+
+
+def _one_model(rows: Sequence[Row]) -> tuple[str, list[Row]]:
+    measured = [row for row in rows if not row.published]
+    models = list(dict.fromkeys(row.model for row in measured))
+    if len(models) != 1:
+        raise ValueError(f"a figure shows one model, and these runs are of {', '.join(models) or 'none'}")
+    if unpruned_of(measured[0], measured) is None:
+        raise ValueError(f"there is no unpruned run of {models[0]} to compare with")
+    return models[0], measured
+
+
+def _series(row: Row) -> str:
+    return row.method + (f", layer {row.layer}" if row.layer else "")
+
+
+def _line(axis, name: str, rows: Sequence[Row], key: str, style: dict[str, dict[str, str]]) -> None:
+    if not rows:
+        return
+    values = [row.relative if key == "Mean" else row.scores[key] for row in rows]
+    axis.errorbar(
+        [row.ratio for row in rows],
+        values,
+        _errors(rows, key),
+        capsize=2,
+        markersize=4,
+        label=name,
+        **style[rows[0].family],
+    )
+
+
+def _interval(row: Row, key: str) -> tuple[float | None, float | None]:
+    return (row.evidence.intervals.get(key) if row.evidence else None) or (None, None)
+
+
+def _errors(rows: Sequence[Row], key: str) -> list[list[float]] | None:
+    """Lengths below and above, or None unless all rows have an interval."""
+    spans = [_interval(row, key) for row in rows]
+    if any(low is None for low, _ in spans):
+        return None
+    values = [row.relative if key == "Mean" else row.scores[key] for row in rows]
+    low = [max(0.0, value - span[0]) for value, span in zip(values, spans, strict=True)]
+    return [low, [max(0.0, span[1] - value) for value, span in zip(values, spans, strict=True)]]
+
+
+def _prefill_time(row: Row) -> float | None:
+    prefill, selection = row.milliseconds("prefill"), row.milliseconds("selection")
+    if prefill is None or (row.pruned and selection is None):
+        return None
+    return prefill + (selection or 0)

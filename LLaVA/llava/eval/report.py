@@ -1,0 +1,228 @@
+"""The report: table, figures and token maps of a set of runs in one HTML file that needs nothing from elsewhere.
+
+``python -m llava.eval.report RUN... --output report.html``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .drawing import Drawn
+from .figures import FROM_DISTANCES, FROM_SCORES, add_picture_arguments, check_complete, draw_figures
+from .rows import Row
+from .runs import differences, unfinished
+from .table import Table, add_arguments, build_table, load_runs
+from .table_formats import table_html
+from .token_page import SCRIPT, STYLE, data_uri, selection_html
+
+TEMPLATE = "report.html.jinja"
+MOST_MAPS = 6
+
+
+def write_report(
+    folders: Sequence[Path | str],
+    output: Path,
+    *,
+    folded: bool = False,
+    allow_mixed: bool = False,
+    seed: int = 0,
+    draws: int = 2000,
+    pictures: int = 16,
+    picture_folder: Path | None = None,
+    image: str | None = None,
+    with_model: bool = True,
+    synthetic: bool = False,
+    device: str = "cpu",
+) -> list[str]:
+    """Write the report of finished runs.
+
+    Parameters
+    ----------
+    folders : sequence of path
+    output : Path
+    folded, allow_mixed, seed, draws
+        See `table.build_table`.
+    pictures, picture_folder, device
+        See `figure_distances.measure`.
+    image : str, optional
+        The picture of the token maps; by default the first of the embedded suite's captions.
+    with_model : bool
+        Load the runs' model for distances and token maps.
+    synthetic : bool
+        Run the synthetic experiment too (a minute).
+
+    Returns
+    -------
+    list of str
+        What the report lacks, and why.
+
+    Raises
+    ------
+    ImportError
+        Without the extra "figures".
+    ValueError
+        For runs that cannot stand in one table, or that are not complete.
+    """
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise ImportError("the report needs jinja2: pip install 'llava[figures]'") from error
+
+    for sentence in unfinished(folders):
+        raise ValueError(f"the run is not complete: {sentence}")
+    table = build_table(
+        load_runs(folders), intervals=True, folded=folded, allow_mixed=allow_mixed, seed=seed, draws=draws
+    )
+    check_complete(table.rows)
+    figures, left_out = _figures(table.rows, pictures, picture_folder, device, with_model, synthetic)
+    maps, maps_of = "", ""
+    if with_model:
+        try:
+            maps, maps_of = _maps(table.rows, image, device)
+        except (ImportError, OSError, ValueError) as error:
+            left_out.append(f"token maps: {error}")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    text = environment.from_string(files("llava.eval").joinpath(TEMPLATE).read_text(encoding="utf-8")).render(
+        title=f"Visual token pruning: {', '.join(dict.fromkeys(row.model for row in table.rows))}",
+        summary=_summary(table.rows),
+        table=table_html(table.rows, (), True),
+        remarks=table.remarks,
+        table_csv=data_uri(table.render("csv").encode(), "text/csv"),
+        table_json=data_uri(table.render("json").encode(), "application/json"),
+        figures=[_embedded(figure) for figure in figures],
+        maps=maps,
+        maps_of=maps_of,
+        left_out=left_out,
+        facts=_facts(table),
+        token_style=STYLE,
+        token_script=SCRIPT,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    return left_out
+
+
+def _figures(
+    rows: Sequence[Row], pictures: int, folder: Path | None, device: str, with_model: bool, synthetic: bool
+) -> tuple[list[Drawn], list[str]]:
+    """Every figure of every model that there are data for, and why others are missing."""
+    names = (*(FROM_DISTANCES if with_model else ()), *FROM_SCORES)
+    models = list(dict.fromkeys(row.model for row in rows if not row.published))
+    drawn, left_out = [], []
+    for model in models:
+        own = [row for row in rows if row.model == model and not row.published]
+        try:
+            found, missing = draw_figures(names, own, pictures, folder, device, any_of=True)
+        except (ImportError, OSError) as error:
+            found, missing = draw_figures(tuple(FROM_SCORES), own, pictures, any_of=True)
+            missing = [str(error), *missing]
+        drawn += found
+        left_out += [f"{model}: {sentence}" if len(models) > 1 else sentence for sentence in missing]
+    if synthetic:
+        drawn += draw_figures(("synthetic",), rows, pictures)[0]
+    return drawn, left_out
+
+
+def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str]:
+    """Token maps of the methods in the runs at one kept ratio, and what picture they are of."""
+    from llava.mm_utils import load_image
+
+    from .distances import Encoder, picture_configs, pictures_of_suite
+    from .tokens import kept_order, views_of
+
+    wanted = {row.label: configs[0] for row in rows if (configs := picture_configs(row))}
+    if not wanted:
+        raise ValueError("none of the runs drops tokens before the decoder by what is in the picture alone")
+    if image is None and not rows[0].runs[0].mini:
+        raise ValueError("the pictures of the published benchmarks are not at hand: give one (--image)")
+    picture = load_image(image) if image else pictures_of_suite(1)["COCO"][0]
+    encoder = Encoder.load(rows[0].runs[0].content["model"], device)
+    pixels = encoder.pixels(picture)
+    views = views_of(picture, encoder.model.config, encoder.model.get_vision_tower())
+    kept = {}
+    for label, config in list(wanted.items())[:MOST_MAPS]:
+        kept[label] = kept_order(encoder.model, pixels, picture.size, config)
+    name = Path(image).name if image else "the first picture of the suite's captions"
+    return selection_html(views, kept, name), name
+
+
+def _embedded(figure: Drawn) -> dict[str, Any]:
+    return {
+        "name": figure.name,
+        "title": figure.title,
+        "caption": figure.caption,
+        "png": data_uri(figure.png(), "image/png"),
+        "csv": data_uri(figure.csv().encode(), "text/csv"),
+        "small": figure.figure.get_figwidth() < 8,
+    }
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if not row.published]
+    methods = sorted({row.family for row in measured if row.pruned})
+    samples = max(sum(result.get("samples", 0) for result in row.runs[0].tasks.values()) for row in measured)
+    return (
+        f"{len(measured)} configurations ({', '.join(methods) or 'unpruned only'}) on "
+        f"{len(measured[0].scores)} benchmarks, {samples:,} answers each."
+    )
+
+
+def _facts(table: Table) -> list[tuple[str, str]]:
+    """What all runs have in common, then what differs."""
+    runs = [run for row in table.rows for run in row.runs]
+    differ = differences(runs)
+    common: dict[str, str] = {}
+    for run in runs:
+        common |= run.facts()
+    devices = sorted({str(run.manifest["device"]) for run in runs if run.manifest.get("device")})
+    commits = sorted({str(run.manifest["git_commit"]) for run in runs if run.manifest.get("git_commit")})
+    facts = [("machine", ", ".join(devices))] if devices else []
+    facts += [("git commit", ", ".join(commits))] if commits else []
+    facts += [(name, value) for name, value in common.items() if name not in differ]
+    for name, values in differ.items():
+        facts.append((name, "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())))
+    return facts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0, or 2 with one sentence when there is nothing to report."""
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.report", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="result folder of a run, or of one of its models")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    parser.add_argument("--image", help="the picture of the token maps (default: one of the embedded suite)")
+    parser.add_argument("--no-model", action="store_true", help="no distances and token maps, which load the model")
+    parser.add_argument("--synthetic", action="store_true", help="the synthetic experiment too (a minute)")
+    add_picture_arguments(parser)
+    add_arguments(parser)
+    found = parser.parse_args(argv)
+    try:
+        left_out = write_report(
+            found.runs,
+            found.output,
+            folded=found.fold_seeds,
+            allow_mixed=found.allow_mixed,
+            seed=found.seed,
+            draws=found.draws,
+            pictures=found.pictures,
+            picture_folder=found.picture_folder,
+            image=found.image,
+            with_model=not found.no_model,
+            synthetic=found.synthetic,
+            device=found.device,
+        )
+    except (ImportError, OSError, ValueError) as error:
+        print(f"llava.eval.report: {error}", file=sys.stderr)
+        return 2
+    for sentence in left_out:
+        print(f"not in the report: {sentence}")
+    print(found.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

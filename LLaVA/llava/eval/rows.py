@@ -1,0 +1,310 @@
+"""The table's rows: read from runs or published, one a configuration; seeds folded, ranks at equal budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from .columns import COLUMNS
+from .runs import Run, short_name
+
+if TYPE_CHECKING:
+    from .evidence import Evidence
+
+PUBLISHED_FILE = Path(__file__).with_name("published.json")
+UNPRUNED, GREY = "unpruned", "grey picture"
+EQUAL_BUDGET = 1.1
+"""Rows whose kept tokens differ by no more than this factor are ranked, and compared with Random, together."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes
+    ----------
+    model : str
+    method : str
+        "unpruned", "grey picture" (unpruned, and shown nothing), or the method with the options that were set.
+    ratio : float, or None
+        Asked-for kept ratio; 1 for unpruned, None where the method's options say how much is kept.
+    layer : int, or None
+        Decoder layer at whose input tokens are dropped; None for several.
+    scores : dict
+        Column key -> score on the papers' scale; what is missing was not measured.
+    source : str
+        "measured", or where a published figure stands.
+    notes : tuple of str
+        What a reader must know: mini suite, untrained model, a limit on the documents, failed tasks.
+    visual_tokens : dict, or None
+        What was measured: minimum, mean and maximum of total and kept visual tokens an image, their mean in each
+        decoder layer, and the prefill's FLOPs relative to unpruned. Older results have the first only.
+    relative : float, or None
+        Mean over the columns of score / unpruned score, of the same model and source, in percent.
+    rank : float, or None
+        Mean over the columns of the rank among rows of the same model and budget, 1 the best; of published rows as
+        printed there.
+    runs : tuple of Run
+        What the row was read from; several where seeds were folded.
+    seed_spread : dict, or None
+        Column key -> standard deviation over the folded seeds.
+    evidence : Evidence, or None
+        Intervals and tests, where they were asked for.
+    """
+
+    model: str
+    method: str
+    ratio: float | None
+    scores: Mapping[str, float]
+    layer: int | None = 0
+    source: str = "measured"
+    notes: tuple[str, ...] = ()
+    visual_tokens: Mapping[str, Any] | None = None
+    relative: float | None = None
+    rank: float | None = None
+    runs: tuple[Run, ...] = ()
+    seed_spread: Mapping[str, float] | None = None
+    evidence: Evidence | None = None
+
+    @property
+    def published(self) -> bool:
+        return self.source != "measured"
+
+    @property
+    def family(self) -> str:
+        """The method without its options."""
+        return self.method.partition(" (")[0]
+
+    @property
+    def pruned(self) -> bool:
+        return self.method not in (UNPRUNED, GREY)
+
+    @property
+    def label(self) -> str:
+        """Method, ratio and place, for a person."""
+        if not self.pruned:
+            return self.method
+        ratio = "" if self.ratio is None else f" {self.ratio:g}"
+        return f"{self.method}{ratio}" + (f", layer {self.layer}" if self.layer else "")
+
+    @property
+    def total_tokens(self) -> float | None:
+        """Mean over the images of the visual tokens that an unpruned model sees."""
+        return self.visual_tokens["total"]["mean"] if self.visual_tokens else None
+
+    @property
+    def kept_tokens(self) -> float | None:
+        """Mean over the images and the decoder layers of the visual tokens present."""
+        if not self.visual_tokens:
+            return None
+        # Older results say what is left at the end of the decoder, which is another figure when it drops tokens.
+        return None if self.layer != 0 and self.kept_per_layer is None else self.visual_tokens["kept"]["mean"]
+
+    @property
+    def kept_per_layer(self) -> Sequence[float] | None:
+        """Mean over the images of the visual tokens present in each decoder layer."""
+        return (self.visual_tokens or {}).get("per_layer")
+
+    def flops_ratio(self, convention: str) -> float | None:
+        """The prefill's FLOPs relative to unpruned, by convention: "literature" or "exact" (see `llava.eval.flops`)."""
+        ratios = (self.visual_tokens or {}).get("flops_ratio")
+        return ratios[convention] if ratios else None
+
+    def milliseconds(self, part: str) -> float | None:
+        """A measured time an image or prompt, "selection" or "prefill", where ``timing`` in the results has it."""
+        found = [(run.content.get("timing") or {}).get(f"{part}_ms") for run in self.runs]
+        return None if not found or None in found else mean(found)
+
+    @property
+    def answer_milliseconds(self) -> float | None:
+        """Measured mean time from a prompt to its answer, over all tasks of a run that were timed."""
+        timed = [result for run in self.runs for result in run.tasks.values() if result.get("throughput")]
+        samples = sum(result["samples"] for result in timed)
+        if not samples:
+            return None
+        return 1000 * sum(result["throughput"]["avg_latency"] * result["samples"] for result in timed) / samples
+
+
+def row_of(run: Run) -> Row:
+    """The row of one run."""
+    content = run.content
+    pruning = content["pruning"]
+    notes = []
+    if run.mini:
+        notes.append("mini suite")
+    if not content["trained"]:
+        notes.append("untrained")
+    if content["limit"]:
+        notes.append(f"first {content['limit']} documents a task")
+    notes += [f"{task} failed" for task in content["failed"]]
+    return Row(
+        model=short_name(content["model"]),
+        method=_method(content),
+        ratio=1.0 if pruning is None else pruning["ratio"],
+        layer=0 if pruning is None else pruning["layer"],
+        scores=_scores(run),
+        notes=tuple(notes),
+        visual_tokens=content["visual_tokens"],
+        runs=(run,),
+    )
+
+
+def published_rows(model: str) -> list[Row]:
+    """Published figures of a checkpoint, by the last part of its name; none for most models."""
+    entries = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
+    name = short_name(model)
+    return [
+        Row(
+            name,
+            entry["method"],
+            entry["ratio"],
+            entry["scores"],
+            source=entry["source"],
+            rank=entry.get("average_rank"),
+        )
+        for entry in entries
+        if entry["model"] == name
+    ]
+
+
+def without_repeats(rows: Sequence[Row], allow_mixed: bool = False) -> list[Row]:
+    """Leave out a row that stands there already, from another folder.
+
+    Raises
+    ------
+    ValueError
+        If two runs of one configuration have different scores, unless ``allow_mixed``.
+    """
+    kept: dict[Any, Row] = {}
+    for row in rows:
+        key = _configuration(row)
+        first = kept.setdefault(key, row)
+        if first is row or first.scores == row.scores:
+            continue
+        if not allow_mixed:
+            raise ValueError(
+                f"two runs of {row.model}, {row.label}, have different scores; give one of them, or --allow-mixed"
+            )
+        kept[(key, len(kept))] = row
+    return list(kept.values())
+
+
+def fold_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Rows that differ in their method's seed only become one, of the means over the seeds."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_configuration(row, without="seed"), []).append(row)
+    return [group[0] if len(group) == 1 else _folded(group) for group in groups.values()]
+
+
+def _folded(group: Sequence[Row]) -> Row:
+    first = group[0]
+    keys = [key for key in first.scores if all(key in row.scores for row in group)]
+    columns = {key: [row.scores[key] for row in group] for key in keys}
+    options = [part for part in _shown_options(first) if not part.startswith("seed ")]
+    shown = ", ".join([f"mean of {len(group)} seeds", *options])
+    return replace(
+        first,
+        method=f"{first.family} ({shown})",
+        scores={key: mean(values) for key, values in columns.items()},
+        runs=tuple(run for row in group for run in row.runs),
+        notes=tuple(dict.fromkeys(note for row in group for note in row.notes)),
+        seed_spread={key: stdev(values) for key, values in columns.items()},
+    )
+
+
+def same_budget(rows: Sequence[Row]) -> list[list[Row]]:
+    """Measured pruned rows of one model that may be compared: those that keep equally many tokens, within a tenth.
+
+    What counts is the mean over the decoder's layers, so a method that drops at layer 2 is not ranked with one that
+    drops as many before the decoder. Where older results do not say it, the asked-for ratio stands for it.
+    """
+    shares = [(_share(row), row) for row in rows if row.pruned and not row.published]
+    known = sorted(((share, row) for share, row in shares if share), key=lambda pair: pair[0])
+    groups: list[list[Row]] = []
+    start = 0.0
+    for share, row in known:
+        if not groups or share > EQUAL_BUDGET * start:
+            groups.append([])
+            start = share
+        groups[-1].append(row)
+    return groups
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Give rows of one model their mean ranks; alone at its budget, a row has none."""
+    ranks: dict[int, float] = {}
+    for group in same_budget(rows):
+        keys = [key.key for key in COLUMNS if all(key.key in row.scores for row in group)]
+        if len(group) < 2 or not keys:
+            continue
+        for row in group:
+            ranks[id(row)] = mean(_rank(row.scores[key], [other.scores[key] for other in group]) for key in keys)
+    return [replace(row, rank=ranks[id(row)]) if id(row) in ranks else row for row in rows]
+
+
+def unpruned_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The unpruned row of the same model and source."""
+    same = (other for other in rows if (other.model, other.source) == (row.model, row.source))
+    return next((other for other in same if other.method == UNPRUNED), None)
+
+
+def relative_score(row: Row, unpruned: Row | None) -> float | None:
+    """Mean over common columns of the score relative to unpruned, in percent."""
+    if unpruned is None:
+        return None
+    shares = [row.scores[key] / full for key, full in unpruned.scores.items() if full and key in row.scores]
+    return 100 * sum(shares) / len(shares) if shares else None
+
+
+def _rank(score: float, scores: Sequence[float]) -> float:
+    """1 for the highest; those that are equal share the mean of their ranks."""
+    return 1 + sum(other > score for other in scores) + (scores.count(score) - 1) / 2
+
+
+def _share(row: Row) -> float | None:
+    if row.kept_tokens is None:
+        return row.ratio if row.layer == 0 else None
+    return row.kept_tokens / row.total_tokens
+
+
+def _configuration(row: Row, without: str | None = None) -> Any:
+    if not row.runs:
+        return id(row)
+    content = row.runs[0].content
+    pruning = content["pruning"]
+    if pruning is None:
+        return row.model, row.method
+    options = {name: value for name, value in pruning["options"].items() if name != without}
+    # A method without that option is itself, and nothing to be folded with.
+    return row.model, row.family, row.ratio, row.layer, json.dumps(options, sort_keys=True)
+
+
+def _method(content: Mapping[str, Any]) -> str:
+    if content.get("grey"):
+        return GREY
+    return UNPRUNED if content["pruning"] is None else content["pruning"]["method"] + _options(content["pruning"])
+
+
+def _options(pruning: Mapping[str, Any]) -> str:
+    """The options by which rows of one method differ; a default is not worth the space."""
+    options = {name: value for name, value in pruning["options"].items() if name in pruning.get("set_options", ())}
+    return f" ({', '.join(f'{name} {value}' for name, value in options.items())})" if options else ""
+
+
+def _shown_options(row: Row) -> list[str]:
+    inside = row.method.partition(" (")[2].removesuffix(")")
+    return inside.split(", ") if inside else []
+
+
+def _scores(run: Run) -> dict[str, float]:
+    scores = {}
+    for column in COLUMNS:
+        task = column.task_in(run.tasks)
+        if task is not None:
+            scores[column.key] = run.tasks[task]["metrics"][column.metric] * column.scale
+    return scores

@@ -1,0 +1,188 @@
+"""Result folders as they lie on the disk, and whether what is in them may stand in one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one model gave under one pruning configuration.
+
+    Attributes
+    ----------
+    content : dict
+        Its ``results.json``.
+    folder : Path, or None
+        Where its manifest and per-sample logs are; None where only the whole run's ``results.json`` is left.
+    manifest : dict
+        Its ``manifest.json``, empty where there is none.
+    """
+
+    content: Mapping[str, Any]
+    folder: Path | None = None
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> Mapping[str, Any]:
+        return self.content["tasks"]
+
+    @property
+    def mini(self) -> bool:
+        return self.content["suite"] == "mini"
+
+    @property
+    def name(self) -> str:
+        """Model and folder, for a person."""
+        model = short_name(self.content["model"])
+        if self.folder is not None:
+            return f"{model}/{self.folder.name}"
+        pruning = self.content["pruning"]
+        return f"{model}/{pruning['method'] if pruning else 'unpruned'}"
+
+    def log(self, task: str) -> Path | None:
+        """The per-sample log behind a task's metrics, or None."""
+        if self.folder is None:
+            return None
+        # A task that was evaluated again has left an older log beside the newer one.
+        stamp = self.tasks[task].get("date", "*")
+        return next(iter(sorted((self.folder / "tasks" / task).glob(f"*/{stamp}_samples_{task}.jsonl"))), None)
+
+    def facts(self) -> dict[str, str]:
+        """What a score depends on beside model and pruning: name -> value; what is not recorded is left out."""
+        # code and weights: see lmms_eval_otprune.fingerprint
+        parts = str(self.manifest.get("model_fingerprint") or "").split("/")
+        weights, code, _, attention, template = parts if len(parts) == 5 else (None,) * 5
+        identity = self._identity()
+        found = {
+            "suite": self.content["suite"],
+            "limit on the documents": self.content["limit"] or "none",
+            "data": identity.get("data"),
+            "seed": identity.get("seed"),
+            "dtype": self.manifest.get("dtype"),
+            "device": self.manifest.get("device_type"),
+            "code of the model and the methods": code,
+            "attention": attention,
+            "conversation template": template,
+            f"weights of {short_name(self.content['model'])}": weights,
+        }
+        versions = self.manifest.get("versions", {})
+        found |= {f"version of {package}": version for package, version in versions.items()}
+        return {name: str(value) for name, value in found.items() if value is not None}
+
+    def _identity(self) -> Mapping[str, Any]:
+        if self.folder is None:
+            return {}
+        records = (_read(path) for path in sorted((self.folder / "tasks").glob("*/result.json")))
+        return next((record["identity"] for record in records if "identity" in record), {})
+
+
+def read_runs(folders: Iterable[Path | str]) -> list[Run]:
+    """Read result folders: a whole run's, or that of one model under one pruning configuration.
+
+    Raises
+    ------
+    ValueError
+        If a folder holds no results.
+    """
+    runs: list[Run] = []
+    for folder in map(Path, folders):
+        path = folder / "results.json"
+        if not path.exists():
+            raise ValueError(f"{folder} is no result folder: it has no results.json")
+        content = _read(path)
+        if "runs" in content:
+            runs += _jobs(folder, content["runs"])
+        elif "tasks" in content:
+            runs.append(Run(content, folder, _read_optional(folder / "manifest.json")))
+        else:
+            raise ValueError(f"{path} is no run's: it has neither runs nor tasks")
+    return runs
+
+
+def unfinished(folders: Iterable[Path | str]) -> list[str]:
+    """Sentences on what result folders lack: configurations without results, tasks that were not reached."""
+    said = []
+    for folder in map(Path, folders):
+        for job in _read_optional(folder / "manifest.json").get("jobs", ()):
+            if not (folder / job / "results.json").exists():
+                said.append(f"{folder / job} has no results yet")
+    for run in read_runs(folders):
+        said += missing_tasks(run)
+    return said
+
+
+def missing_tasks(run: Run) -> list[str]:
+    """Sentences on the tasks that a run was to evaluate and has no result of, and on those without a sample."""
+    if not run.tasks and not run.content["failed"]:
+        return [f"{run.name} has no finished task"]
+    said = [f"{run.name}: {task} failed" for task in run.content["failed"]]
+    said += [f"{run.name}: {task} has no samples" for task, result in run.tasks.items() if result.get("samples") == 0]
+    if run.folder is not None:
+        planned = set(_read_optional(run.folder.parent.parent / "manifest.json").get("tasks", ()))
+        said += [
+            f"{run.name}: {task} is not finished"
+            for task in sorted(planned - set(run.tasks) - set(run.content["failed"]))
+        ]
+    return said
+
+
+def differences(runs: Sequence[Run]) -> dict[str, dict[str, list[str]]]:
+    """Facts that differ between runs: name -> value -> runs that have it. A fact that a run lacks is not compared."""
+    seen: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for name, value in run.facts().items():
+            seen.setdefault(name, {}).setdefault(value, []).append(run.name)
+    return {name: values for name, values in seen.items() if len(values) > 1}
+
+
+def check_alike(runs: Sequence[Run]) -> None:
+    """Refuse runs of different versions, data or settings.
+
+    Raises
+    ------
+    ValueError
+        Names the first fact that differs, its values, and runs that have them.
+    """
+    found = differences(runs)
+    if not found:
+        return
+    fact, values = next(iter(found.items()))
+    shown = "; ".join(f"{value}: {names[0]}" for value, names in values.items())
+    others = f" ({len(found) - 1} more facts differ)" if len(found) > 1 else ""
+    raise ValueError(f"the runs are not alike in {fact} ({shown}){others}; --allow-mixed shows them together, marked")
+
+
+def short_name(model: str) -> str:
+    """The last part of a folder or hub id."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def _jobs(folder: Path, contents: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """The runs in a whole run's results, each with its folder where that can be told."""
+    jobs = _read_optional(folder / "manifest.json").get("jobs", ())
+    finished = [folder / job for job in jobs if (folder / job / "results.json").exists()]
+    if len(finished) != len(contents):
+        return [Run(content) for content in contents]
+    return [
+        Run(content, place, _read_optional(place / "manifest.json"))
+        for content, place in zip(contents, finished, strict=True)
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read: it is no JSON object")
+    return content
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return _read(path) if path.exists() else {}

@@ -1,0 +1,276 @@
+"""How far the kept tokens are from all of them: optimal-transport distances, and what the greedy selection guarantees.
+
+    python -m llava.eval.transport --image cat.jpg --method otprune,divprune,random --ratio 0.098
+
+Both distances take the tokens as uniformly weighted points. All arithmetic is in float64 on the CPU: distances between
+nearly equal sets are differences of large numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import torch
+
+from llava.model.llava_arch import GAMMA, greedy_select, ot_kernel
+
+CHUNK = 512
+EXHAUSTIVE = 300_000
+"""Subsets that `optimum` is ready to try."""
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """How good a greedy selection is known to be.
+
+    Attributes
+    ----------
+    value : float
+        log det K_C of the greedy selection.
+    bound : float
+        No subset of the same size has a larger one.
+    """
+
+    value: float
+    bound: float
+
+    @property
+    def share(self) -> float:
+        """At least this part of the optimum is reached; 1 - 1/e is known before looking."""
+        return self.value / self.bound if self.bound > 0 else 1.0
+
+
+def wasserstein(full: torch.Tensor, kept: torch.Tensor) -> float:
+    """Exact 2-Wasserstein distance between two token sets.
+
+    Parameters
+    ----------
+    full : Tensor (N, D), floating, on any device
+    kept : Tensor (k, D), floating, on any device
+
+    Returns
+    -------
+    float
+        In the unit of the features.
+
+    Raises
+    ------
+    ImportError
+        Without POT (the extra "figures").
+    ValueError
+        For empty sets, other widths, or values that are not finite.
+    RuntimeError
+        If the solver stops before the optimum.
+
+    Source: Flamary et al., POT: Python Optimal Transport, JMLR 2021 (network simplex).
+    """
+    _check(full, kept)
+    return transport_cost(squared_distances(full, kept)) ** 0.5
+
+
+def transport_cost(cost: np.ndarray) -> float:
+    """The least mean cost of moving N uniformly weighted points onto k, given the costs (N, k), float64.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        As `wasserstein`.
+    """
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError("the exact distance needs POT: pip install 'llava[figures]'") from error
+    # Scaled, for the solver's tolerances are absolute.
+    scale = float(cost.max()) or 1.0
+    scaled = np.ascontiguousarray(cost / scale)
+    value, log = ot.emd2(ot.unif(len(cost)), ot.unif(cost.shape[1]), scaled, numItermax=10**8, log=True)
+    if log["warning"] is not None:
+        raise RuntimeError(f"the transport problem was not solved: {log['warning']}")
+    return max(float(value), 0.0) * scale
+
+
+def gaussian_distance(full: torch.Tensor, kept: torch.Tensor) -> float:
+    """2-Wasserstein distance between the Gaussians of the same means and covariances (Bures); at most the exact one.
+
+    Parameters
+    ----------
+    full : Tensor (N, D), floating, on any device
+    kept : Tensor (k, D), floating, on any device
+
+    Raises
+    ------
+    ValueError
+        For empty sets, other widths, or values that are not finite.
+
+    Notes
+    -----
+    With centred sets A / sqrt(N) and B / sqrt(k) the cross term tr((S_A^1/2 S_B S_A^1/2)^1/2) is the nuclear norm of
+    A B^T: an N x k matrix in place of two D x D roots.
+
+    Source: Dowson and Landau, Journal of Multivariate Analysis 12, 1982.
+    """
+    _check(full, kept)
+    origin = _rows(full, 0, len(full)).mean(0)
+    x, y = (_rows(points, 0, len(points)) - origin for points in (full, kept))
+    means = y.mean(0)
+    y -= means
+    x, y = x / len(x) ** 0.5, y / len(y) ** 0.5
+    shared = torch.linalg.svdvals(x @ y.T).sum()
+    squared = means.square().sum() + x.square().sum() + y.square().sum() - 2 * shared
+    return float(squared.clamp_min(0).sqrt())
+
+
+def squared_distances(full: torch.Tensor, kept: torch.Tensor) -> np.ndarray:
+    """Squared Euclidean distances (N, k), float64, computed in chunks of rows."""
+    # Around the kept tokens' mean, the products that cancel are smaller.
+    right = _rows(kept, 0, len(kept))
+    origin = right.mean(0)
+    right = right - origin
+    lengths = right.square().sum(1)
+    cost = torch.empty(len(full), len(kept), dtype=torch.float64)
+    for start in range(0, len(full), CHUNK):
+        left = _rows(full, start, start + CHUNK) - origin
+        part = left.square().sum(1, keepdim=True) + lengths - 2 * left @ right.T
+        cost[start : start + CHUNK] = part.clamp_min(0)
+    return cost.numpy()
+
+
+def objective(features: torch.Tensor, indices: Sequence[int] | torch.Tensor, gamma: float = GAMMA) -> float:
+    """OTPrune's objective of a selection, log det K_C with ``K = I + gamma S S^T``.
+
+    Parameters
+    ----------
+    features : Tensor (N, D), floating
+    indices : sequence of int
+        Distinct places of the kept tokens.
+    gamma : float
+    """
+    return log_det(ot_kernel(features, gamma), indices)
+
+
+def log_det(kernel: torch.Tensor, indices: Sequence[int] | torch.Tensor) -> float:
+    """log det of the rows and columns ``indices`` of a kernel (N, N); 0 of none."""
+    chosen = torch.as_tensor(indices, dtype=torch.int64, device=kernel.device)
+    return float(torch.linalg.slogdet(kernel[chosen][:, chosen].cpu().double()).logabsdet)
+
+
+def guarantee(kernel: torch.Tensor, k: int) -> Guarantee:
+    """The greedy selection's value against an upper bound of the optimum.
+
+    The bound is the smallest of: after every greedy step, what is reached plus the k largest gains that are left
+    (log det is submodular, and monotone as K >= I); and the sum of the logarithms of K's k largest eigenvalues.
+
+    Parameters
+    ----------
+    kernel : Tensor (N, N)
+        Symmetric, eigenvalues at least 1 (`ot_kernel`).
+    k : int
+
+    Raises
+    ------
+    ValueError
+        If k is out of range.
+
+    Source: Nemhauser, Wolsey and Fisher, Mathematical Programming 14, 1978; Minoux, 1978, for the bound after a step.
+    """
+    order = greedy_select(kernel, k).tolist()
+    matrix = kernel.cpu().double()
+    gains = matrix.diagonal().clone()
+    factor = matrix.new_zeros(k, len(matrix))
+    value, bounds = 0.0, [float(torch.linalg.eigvalsh(matrix)[-k:].clamp_min(1).log().sum())]
+    for step, chosen in enumerate(order):
+        bounds.append(value + float(gains.clamp_min(1).topk(k).values.log().sum()))
+        pivot = gains[chosen].clone()
+        value += float(pivot.log())
+        factor[step] = (matrix[chosen] - factor[:step, chosen] @ factor[:step]) / pivot.sqrt()
+        gains -= factor[step].square()
+        gains[chosen] = 1
+    bounds.append(value + float(gains.clamp_min(1).topk(k).values.log().sum()))
+    return Guarantee(value, min(bounds))
+
+
+def optimum(kernel: torch.Tensor, k: int) -> tuple[float, tuple[int, ...]]:
+    """The largest log det K_C over all subsets of size k, and the first subset that has it.
+
+    Raises
+    ------
+    ValueError
+        If there are more than `EXHAUSTIVE` subsets, or k is out of range.
+    """
+    n = len(kernel)
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and N = {n}, not {k}")
+    if comb(n, k) > EXHAUSTIVE:
+        raise ValueError(f"{comb(n, k)} subsets of {k} of {n} tokens are too many to try: at most {EXHAUSTIVE}")
+    subsets = torch.tensor(list(combinations(range(n), k)))
+    matrix = kernel.cpu().double()
+    values = torch.cat(
+        [
+            torch.linalg.slogdet(matrix[part[:, :, None], part[:, None, :]]).logabsdet
+            for part in subsets.split(max(1, 2_000_000 // k**2))
+        ]
+    )
+    best = int(values.argmax())
+    return float(values[best]), tuple(subsets[best].tolist())
+
+
+def _rows(points: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return points[start:stop].detach().to("cpu", torch.float64)
+
+
+def _check(full: torch.Tensor, kept: torch.Tensor) -> None:
+    if full.ndim != 2 or kept.ndim != 2 or full.shape[1] != kept.shape[1]:
+        raise ValueError(f"the sets must be (N, D) and (k, D), not {tuple(full.shape)} and {tuple(kept.shape)}")
+    if not len(full) or not len(kept):
+        raise ValueError("there is no distance from a set without tokens")
+    for name, points in (("full", full), ("kept", kept)):
+        if not torch.isfinite(points).all():
+            raise ValueError(f"the {name} set has values that are not finite")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.transport", description=__doc__.splitlines()[0])
+    parser.add_argument("--image", required=True, help="a picture: a local file or an http(s) address")
+    parser.add_argument("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
+    parser.add_argument("--method", default="otprune,divprune,random,uniform", help="methods, with commas between")
+    parser.add_argument("--ratio", type=float, default=0.098, help="kept ratio, 0 < r <= 1 (default: 0.098)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: one line a method; 2 and one sentence when it cannot be."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    from llava.eval.distances import Encoder, Measured
+    from llava.mm_utils import load_image
+    from llava.pruning import PruningConfig, kept_count
+
+    try:
+        configs = [PruningConfig(method=name, ratio=arguments.ratio) for name in arguments.method.split(",")]
+        image = load_image(arguments.image)
+        encoder = Encoder.load(arguments.model, arguments.device)
+        full = encoder.encode(image, configs[0])
+        print(f"{len(full.features)} visual tokens, kept ratio {arguments.ratio:g}")
+        print(f"{'method':16}{'kept':>6}{'exact W2':>12}{'Gaussian W2':>14}{'log det':>12}")
+        for config in configs:
+            found: Measured = encoder.measure(image, config)
+            print(
+                f"{config.method:16}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}"
+            )
+        sure = guarantee(ot_kernel(full.features), kept_count(len(full.features), arguments.ratio))
+        print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")
+    except (ImportError, OSError, ValueError) as error:
+        print(f"llava.eval.transport: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Distances of methods on pictures, measured with a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor
+
+from llava.eval.distances import Encoder, picture_configs, pictures_of_folder
+from llava.eval.rows import row_of
+from llava.eval.runs import Run
+from llava.eval.transport import gaussian_distance, objective, wasserstein
+from llava.pruning import PruningConfig, select
+from run_folders import job, write_job
+from tiny_llava import build, save_tower
+
+pytest.importorskip("ot")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    tower = save_tower(tmp_path_factory.mktemp("tower"))
+    model = build(tower)
+    return Encoder(model, CLIPImageProcessor.from_pretrained(tower))
+
+
+@pytest.fixture
+def picture():
+    return Image.effect_noise((56, 56), 80).convert("RGB")
+
+
+def row(folder, **settings):
+    return row_of(Run(write_job(folder, **job({"mini_gqa": [True]}, **settings))))
+
+
+def test_are_those_between_all_tokens_and_the_selected_ones(encoder, picture):
+    config = PruningConfig("otprune", 0.25)
+    found = encoder.measure(picture, config)
+    features = encoder.encode(picture, config).features
+    kept = select(features, ratio=0.25)
+    assert (len(features), found.kept) == (16, 4)
+    assert found.wasserstein == pytest.approx(wasserstein(features, features[kept]))
+    assert found.gaussian == pytest.approx(gaussian_distance(features, features[kept]))
+    assert found.log_det == pytest.approx(objective(features, kept))
+
+
+def test_of_everything_are_zero(encoder, picture):
+    assert encoder.measure(picture, PruningConfig("uniform", 1.0)).wasserstein == pytest.approx(0, abs=1e-5)
+
+
+def test_leave_the_model_s_own_pruning_as_it_was(encoder, picture):
+    encoder.measure(picture, PruningConfig("visionzip", 0.25))
+    assert encoder.model.pruning is None
+
+
+def test_of_a_second_picture_are_its_own(encoder, picture):
+    config = PruningConfig("uniform", 0.25)
+    first = encoder.encode(picture, config).features
+    second = encoder.encode(Image.new("RGB", (56, 56), "red"), config).features
+    assert not torch.equal(first, second)
+
+
+def test_are_measured_of_rows_that_only_need_the_picture(tmp_path):
+    assert picture_configs(row(tmp_path / "a", method="otprune")) == [PruningConfig("otprune", 0.098)]
+    assert len(picture_configs(row(tmp_path / "b", method="visionzip"))) == 1
+    assert picture_configs(row(tmp_path / "c", method="fastv", layer=2)) == []
+    assert picture_configs(row(tmp_path / "d", method="otprune", layer=2)) == []
+    assert picture_configs(row(tmp_path / "e")) == []
+
+
+def test_of_a_folder_take_its_first_pictures_by_name(tmp_path):
+    for name in ("b.png", "a.png", "notes.txt"):
+        if name.endswith("png"):
+            Image.new("RGB", (8, 8), "blue" if name == "a.png" else "red").save(tmp_path / name)
+        else:
+            (tmp_path / name).write_text("x")
+    [first] = pictures_of_folder(tmp_path, 1)
+    assert first.getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_of_a_folder_without_pictures_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no pictures"):
+        pictures_of_folder(tmp_path, 1)

@@ -1,0 +1,195 @@
+"""Figures from small result folders: what they show, that they are the same each time, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+
+from llava.eval import figures
+from llava.eval.drawing import spearman
+from llava.eval.figure_distances import MEAN, Distance, draw_distance, draw_relative_distance
+from llava.eval.figure_scores import draw_gamma, draw_ratios, draw_time
+from llava.eval.table import build_table, load_runs
+from run_folders import job, write_run
+
+pytest.importorskip("matplotlib")
+
+FULL = {"mini_gqa": [True] * 40 + [False] * 10, "mini_pope": [True] * 45 + [False] * 5}
+
+
+def answered(share: float, **settings):
+    right = round(50 * share)
+    return job({task: [True] * right + [False] * (50 - right) for task in FULL}, **settings)
+
+
+def rows_of(folder, jobs):
+    return build_table(load_runs([write_run(folder, {"unpruned": job(FULL), **jobs})])).rows
+
+
+def lines(drawn, folder):
+    return list(csv.DictReader(drawn.save(folder).with_suffix(".csv").open()))
+
+
+@pytest.fixture
+def methods(tmp_path):
+    """Three methods at one ratio, with distances that order them as their scores do, but for two benchmarks' swap."""
+    jobs = {
+        "otprune": answered(0.7, method="otprune", kept=56),
+        "divprune": answered(0.6, method="divprune", kept=56),
+        "first_k": answered(0.4, method="first_k", kept=56),
+    }
+    rows = rows_of(tmp_path / "run", jobs)
+    distances = {"otprune": 1.0, "divprune": 1.5, "first_k": 4.0}
+    return [
+        Distance(row, benchmark, distances[row.family] + (benchmark == "GQA") * (row.family == "otprune"), 0.5, 9.0)
+        for row in rows
+        if row.pruned
+        for benchmark in ("GQA", "POPE", MEAN)
+    ]
+
+
+class TestSpearman:
+    @pytest.mark.parametrize(
+        ("one", "other", "expected"),
+        [([1, 2, 3], [10, 20, 40], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 2, 3, 4], [1, 3, 2, 4], 0.8)],
+    )
+    def test_is_the_correlation_of_ranks(self, one, other, expected):
+        assert spearman(one, other) == pytest.approx(expected)
+
+    def test_shares_ranks_among_ties_and_knows_nothing_of_a_constant(self):
+        assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
+        assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
+
+
+class TestDistance:
+    def test_says_the_correlation_of_nearness_and_score(self, methods, tmp_path):
+        drawn = draw_distance(methods)
+        assert "1.00 at ratio 0.098 (3 configurations)" in drawn.caption
+        by_benchmark = {line["benchmark"]: float(line["spearman_of_benchmark"]) for line in lines(drawn, tmp_path)}
+        assert by_benchmark == {"GQA": 0.5, "POPE": 1.0, "Mean": 1.0}
+
+    def test_needs_three_methods(self, methods):
+        with pytest.raises(ValueError, match=r"needs 3 methods at one kept ratio.* there is otprune 0.098"):
+            draw_distance([one for one in methods if one.row.family == "otprune"])
+
+    def test_is_divided_by_otprune_s(self, methods, tmp_path):
+        found = {(line["method"], line["benchmark"]): line for line in lines(draw_relative_distance(methods), tmp_path)}
+        assert float(found["first_k", "POPE"]["relative_to_otprune"]) == 4.0
+        assert float(found["divprune", "GQA"]["relative_to_otprune"]) == 0.75
+
+    def test_relative_to_otprune_needs_otprune(self, methods):
+        with pytest.raises(ValueError, match="needs otprune and another method"):
+            draw_relative_distance([one for one in methods if one.row.family != "otprune"])
+
+
+class TestRatios:
+    def test_show_scores_and_the_mean_of_every_ratio(self, tmp_path):
+        jobs = {
+            f"otprune-{ratio}": answered(0.5 + ratio, method="otprune", kept=576 * ratio, ratio=ratio)
+            for ratio in (0.05, 0.2)
+        }
+        found = lines(draw_ratios(rows_of(tmp_path / "run", jobs)), tmp_path)
+        scores = {(line["ratio"], line["benchmark"]): float(line["score"]) for line in found}
+        assert scores["0.2", "GQA"] == 70
+        assert scores["0.05", "Mean"] < scores["0.2", "Mean"] < 100
+
+    def test_of_one_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="at two ratios or more"):
+            draw_ratios(rows_of(tmp_path, {"otprune": answered(0.5, method="otprune")}))
+
+
+class TestGamma:
+    def test_orders_its_values(self, tmp_path):
+        jobs = {
+            f"gamma{gamma}": answered(share, method="otprune", kept=56, options={"gamma": gamma})
+            for gamma, share in ((0.1, 0.6), (0.001, 0.5))
+        }
+        found = lines(draw_gamma(rows_of(tmp_path / "run", jobs)), tmp_path)
+        assert [line["gamma"] for line in found] == ["0.001", "0.1"]
+
+    def test_of_one_is_refused(self, tmp_path):
+        one = answered(0.5, method="otprune", options={"gamma": 0.01})
+        with pytest.raises(ValueError, match="two values of gamma"):
+            draw_gamma(rows_of(tmp_path, {"otprune": one}))
+
+
+class TestTime:
+    def test_names_what_is_no_slower_and_better(self, tmp_path):
+        jobs = {
+            "otprune": answered(0.6, method="otprune", kept=56, seconds=0.04),
+            "fastv": answered(0.5, method="fastv", kept=186, layer=2, seconds=0.05),
+        }
+        found = {line["method"]: line for line in lines(draw_time(rows_of(tmp_path / "run", jobs)), tmp_path)}
+        assert float(found["fastv 0.098, layer 2"]["milliseconds"]) == 50
+        assert found["fastv 0.098, layer 2"]["no_slower_and_better"] == "otprune 0.098"
+        assert found["otprune 0.098"]["no_slower_and_better"] == ""
+
+    def test_is_that_of_selection_and_prefill_where_it_was_measured(self, tmp_path):
+        times = {"timing": {"selection_ms": 1.0, "prefill_ms": 9.0}}
+        jobs = {"unpruned": job(FULL, **times), "otprune": answered(0.6, method="otprune", **times)}
+        rows = build_table(load_runs([write_run(tmp_path / "run", jobs)])).rows
+        assert {line["milliseconds"] for line in lines(draw_time(rows), tmp_path)} == {"10.0"}
+
+
+class TestCommand:
+    def test_writes_the_same_bytes_each_time(self, tmp_path):
+        run = write_run(tmp_path / "run", {"unpruned": job(FULL), "otprune": answered(0.6, method="otprune", kept=56)})
+        for name in ("a", "b"):
+            assert figures.main(["time", str(run), "--output", str(tmp_path / name)]) == 0
+        for file in ("time.png", "time.csv"):
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+    @pytest.mark.parametrize(
+        ("jobs", "said"),
+        [
+            ({"otprune": answered(0.6, method="otprune")}, "there is no unpruned run of llava-mini to compare with"),
+            ({"unpruned": job({"mini_gqa": [True]})}, "the run is not complete: llava-mini/unpruned: mini_pope is not"),
+            ({"unpruned": job({**FULL, "mini_gqa": [True]})}, "needs two runs with measured times"),
+            ({"unpruned": {"logs": {}, "metrics": {}}}, "the run is not complete: llava-mini/unpruned has no finished"),
+        ],
+        ids=["no unpruned", "unfinished", "one method", "nothing"],
+    )
+    def test_answers_runs_that_it_cannot_show_with_one_sentence(self, tmp_path, capsys, jobs, said):
+        assert figures.main(["time", str(write_run(tmp_path, jobs)), "--output", str(tmp_path / "figures")]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert len(error.splitlines()) == 1
+        assert not (tmp_path / "figures").exists()
+
+    def test_refuses_a_run_without_samples(self, tmp_path, capsys):
+        run = write_run(
+            tmp_path, {"unpruned": {"logs": {"mini_gqa": []}, "metrics": {"mini_gqa": {"exact_match": 0.0}}}}
+        )
+        assert figures.main(["time", str(run), "--no-intervals"]) == 2
+        assert "mini_gqa has no samples" in capsys.readouterr().err
+
+
+class TestSynthetic:
+    def test_finds_that_a_method_which_knows_the_tokens_beats_chance(self):
+        pytest.importorskip("ot")
+        from llava.eval import synthetic
+
+        outcomes = synthetic.run(settings=[(20, 10, 5)], methods=("divprune", "first_k"), trials=12, subsets=20)
+        wins = {one.method: one.win_rate for one in outcomes}
+        # The tokens are drawn independently: the first five are as good as any.
+        assert 20 < wins["first_k"] < 80
+        assert all(0 < one.optimality <= 100 for one in outcomes)
+        again = synthetic.run(settings=[(20, 10, 5)], methods=("divprune", "first_k"), trials=12, subsets=20)
+        assert outcomes == again
+
+    def test_shows_published_figures_beside_its_own(self, tmp_path):
+        pytest.importorskip("ot")
+        from llava.eval import synthetic
+
+        outcomes = [synthetic.Outcome("otprune", (20, 10, 5), 90.0, 80.0)]
+        [line] = lines(synthetic.draw(outcomes, 3, 4), tmp_path)
+        assert (line["win_rate"], line["published_win_rate"]) == ("90.0", "94.56")
+
+    def test_refuses_more_kept_tokens_than_there_are(self):
+        pytest.importorskip("ot")
+        from llava.eval import synthetic
+
+        with pytest.raises(ValueError, match="below m = 5, not 5"):
+            synthetic.run(settings=[(5, 3, 5)])

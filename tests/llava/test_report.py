@@ -1,0 +1,124 @@
+"""The report and the page of token maps: whole, self-contained, the same each time, and never half-empty."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava.eval.token_page import selection_html, token_page
+from run_folders import job, write_run
+
+pytest.importorskip("jinja2")
+pytest.importorskip("matplotlib")
+
+from llava.eval import report
+
+FULL = {"mini_gqa": [True] * 40 + [False] * 10, "mini_pope": [True] * 45 + [False] * 5}
+WORSE = {"mini_gqa": [True] * 20 + [False] * 30, "mini_pope": [True] * 25 + [False] * 25}
+JOBS = {
+    "unpruned": job(FULL),
+    "otprune": job(WORSE, method="otprune", kept=56, seconds=0.04),
+    "otprune-0.2": job(FULL, method="otprune", kept=115, ratio=0.2, seconds=0.06),
+}
+
+
+class Addresses(HTMLParser):
+    """Whatever a page would load or go to, and whether its tags close."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "img", "input", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    output = folder / "report.html"
+    assert report.main([str(write_run(folder / "run", JOBS)), "--no-model", "--output", str(output)]) == 0
+    return output.read_text()
+
+
+class TestReport:
+    def test_needs_nothing_from_elsewhere(self, text):
+        page = Addresses(text)
+        assert page.open == []
+        assert page.found
+        assert all(address.startswith(("data:", "#")) for address in page.found)
+        assert "@import" not in text and "url(" not in text
+
+    def test_holds_the_table_with_intervals_and_the_figures(self, text):
+        assert re.search(r"<td>40\.00<br><small>\[\d+\.\d+, \d+\.\d+\]\u2020</small></td>", text)
+        assert '<h2 id="ratios">' in text and '<h2 id="time">' in text
+        assert text.count("data:image/png;base64,") == 2
+
+    def test_says_what_is_not_in_it(self, text):
+        assert "the figure of gamma needs runs of otprune with two values of gamma" in text
+        assert '<h2 id="gamma">' not in text
+
+    def test_holds_the_numbers_as_files(self, text):
+        [address] = re.findall(r'download="table.json" href="data:application/json;base64,([^"]+)"', text)
+        rows = json.loads(base64.b64decode(address))["rows"]
+        assert [row["method"] for row in rows] == ["unpruned", "otprune", "otprune"]
+
+    def test_reads_on_a_phone_and_in_the_dark(self, text):
+        assert 'name="viewport" content="width=device-width' in text
+        assert "prefers-color-scheme:dark" in text
+
+    def test_says_what_the_runs_were_made_with(self, text):
+        assert "<th>version of torch</th><td>2.6</td>" in text
+
+    def test_is_the_same_each_time(self, text, tmp_path):
+        report.main([str(write_run(tmp_path / "run", JOBS)), "--no-model", "--output", str(tmp_path / "again.html")])
+        assert (tmp_path / "again.html").read_text() == text
+
+    @pytest.mark.parametrize(
+        ("jobs", "said"),
+        [
+            ({"unpruned": job({"mini_gqa": [True]})}, "the run is not complete: llava-mini/unpruned: mini_pope is not"),
+            ({"unpruned": {"logs": {}, "metrics": {}}}, "the run is not complete: llava-mini/unpruned has no finished"),
+        ],
+        ids=["unfinished", "nothing"],
+    )
+    def test_is_not_written_of_runs_that_are_not_complete(self, tmp_path, capsys, jobs, said):
+        output = tmp_path / "report.html"
+        assert report.main([str(write_run(tmp_path / "run", jobs)), "--no-model", "--output", str(output)]) == 2
+        assert said in capsys.readouterr().err
+        assert not output.exists()
+
+
+class View:
+    name = "image"
+    picture = Image.new("RGB", (40, 40), (10, 20, 30))
+    patches = np.arange(4).reshape(2, 2)
+
+
+class TestTokenPage:
+    def test_is_one_page_that_needs_nothing_from_elsewhere(self):
+        page = Addresses(token_page([View], {"otprune": [3, 0]}, "a <cat>.png"))
+        assert page.open == [] and page.found == []
+
+    def test_lists_places_in_the_order_of_the_selection_and_none_for_a_newline(self):
+        text = selection_html([View], {"otprune": [3, 0, 9]}, "cat.png")
+        data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text).group(1))
+        assert data["methods"] == [{"name": "otprune", "places": [[0, 1, 1], [0, 0, 0], None]}]
+        assert (data["views"][0]["rows"], data["views"][0]["columns"]) == (2, 2)
+
+    def test_cannot_be_broken_out_of_by_a_name(self):
+        assert "<b>" not in token_page([View], {"x": [0]}, "<b>")
+        assert "</script><b>" not in selection_html([View], {"</script><b>": [0]}, "x")

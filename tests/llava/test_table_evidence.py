@@ -1,0 +1,279 @@
+"""Intervals, tests, ranks, folded seeds and mixed runs, on result folders with per-sample logs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from llava.eval import table
+from llava.eval.bootstrap import compare, draw_scores, interval
+from llava.eval.columns import COLUMNS
+from llava.eval.samples import units_of
+from llava.eval.table import build_table, load_runs
+from run_folders import job, write_run
+
+BY_KEY = {column.key: column for column in COLUMNS}
+FULL = {"mini_gqa": [True] * 40 + [False] * 10, "mini_pope": [True] * 45 + [False] * 5}
+WORSE = {"mini_gqa": [True] * 20 + [False] * 30, "mini_pope": [True] * 25 + [False] * 25}
+SAME_BUT_ONE = {"mini_gqa": [True] * 39 + [False] * 11, "mini_pope": [True] * 45 + [False] * 5}
+RANDOM = {"method": "random", "kept": 56, "options": {"seed": 0}}
+
+
+def made(folder, jobs, **options):
+    return build_table(load_runs([write_run(folder, jobs)]), **options)
+
+
+def by_label(built):
+    return {row.label: row for row in built.rows}
+
+
+class TestIntervals:
+    def test_of_a_mean_are_the_percentiles_of_the_binomial(self):
+        units = units_of(BY_KEY["GQA"], [{"doc_id": n, "exact_match": float(n < 75)} for n in range(100)])
+        low, high = interval(draw_scores([units], "GQA", draws=4000)[0])
+        # 95 % of Binomial(100, 0.75) / 100 lies within 0.66 .. 0.83
+        assert low == pytest.approx(0.66, abs=0.015)
+        assert high == pytest.approx(0.83, abs=0.015)
+
+    def test_stand_beside_every_score_and_are_the_same_each_time(self, tmp_path):
+        jobs = {"unpruned": job(FULL), "otprune": job(WORSE, method="otprune", kept=56)}
+        first, second = (made(tmp_path, jobs, intervals=True).render("json") for _ in range(2))
+        assert first == second
+        evidence = json.loads(first)["rows"][1]["evidence"]
+        low, high = evidence["intervals"]["GQA"]
+        assert 25 < low < 40 < high < 55
+        assert set(evidence["intervals"]) == {"GQA", "POPE", "Mean"}
+
+    def test_of_another_seed_are_other_draws(self, tmp_path):
+        jobs = {"unpruned": job(FULL)}
+        rows = [made(tmp_path, jobs, intervals=True, seed=seed, draws=50).rows[0] for seed in (0, 1)]
+        assert rows[0].evidence.intervals != rows[1].evidence.intervals
+
+    def test_are_written_where_a_person_asked_for_them(self, tmp_path):
+        built = made(tmp_path, {"unpruned": job(FULL)}, intervals=True)
+        assert "80.00 [" in built.render("markdown", intervals=True)
+        assert "[" not in built.render("markdown")
+
+    def test_are_left_out_where_the_log_is_not_that_of_the_results(self, tmp_path):
+        wrong = job(FULL)
+        wrong["metrics"]["mini_gqa"] = {"exact_match": 0.5}
+        built = made(tmp_path, {"unpruned": wrong}, intervals=True)
+        assert "GQA" not in built.rows[0].evidence.intervals
+        assert "No interval of GQA, llava-mini/unpruned: the log gives 80, the results say 50." in built.remarks
+
+
+class TestUnits:
+    def test_of_mme_are_pictures_within_their_category(self):
+        records = [
+            ("ocr", "a", 1),
+            ("ocr", "a", 1),
+            ("ocr", "b", 1),
+            ("ocr", "b", 0),
+            ("count", "c", 0),
+            ("count", "c", 0),
+        ]
+        samples = [
+            {"doc_id": n, "mme_perception_score": {"category": category, "question_id": picture, "score": float(score)}}
+            for n, (category, picture, score) in enumerate(records)
+        ]
+        units = units_of(BY_KEY["MME-P"], samples)
+        assert units.value == (200 + 50) / 2 + 0
+        # The only picture of "sum" is always drawn once: the other category's two give 200, 125 or 50.
+        assert set(np.round(draw_scores([units], "MME-P", draws=200)[0], 6)) == {200.0, 125.0, 50.0}
+
+    def test_of_pope_give_f1_as_lmms_eval_counts_it(self):
+        said = (
+            [("yes", "yes")] * 6 + [("no", "yes")] * 2 + [("yes", "no")] * 3 + [("yes", "maybe")] + [("no", "no")] * 4
+        )
+        samples = [
+            {"doc_id": n, "pope_f1_score": {"ground_truth": truth, "prediction": told}}
+            for n, (truth, told) in enumerate(said)
+        ]
+        precision, recall = 6 / 8, 6 / 9
+        expected = 2 * precision * recall / (precision + recall)
+        assert units_of(BY_KEY["POPE"], samples).value == pytest.approx(expected)
+
+    def test_of_mmbench_are_questions_that_are_right_in_every_order(self):
+        letters = [(1, "A", "A"), (1_000_001, "B", "C"), (2, "D", "D"), (1_000_002, "A", "A")]
+        samples = [
+            {"doc_id": n, "gpt_eval_score": {"index": index, "answer": answer, "prediction": said}}
+            for n, (index, answer, said) in enumerate(letters)
+        ]
+        assert units_of(BY_KEY["MMB"], samples).value == 50.0
+
+    def test_of_mmmu_and_seed_are_questions(self):
+        mmmu = [
+            {
+                "doc_id": n,
+                "mmmu_acc": {"id": str(n), "question_type": "multiple-choice", "answer": "A", "parsed_pred": [said]},
+            }
+            for n, said in enumerate("AABA")
+        ]
+        seed = [{"doc_id": n, "seed_image": {"pred": said, "answer": "B"}} for n, said in enumerate("bBA")]
+        seed.append({"doc_id": 3, "seed_video": {"pred": "A", "answer": "B"}})
+        assert units_of(BY_KEY["MMMU"], mmmu).value == 0.75
+        assert units_of(BY_KEY["SEED-I"], seed).value == pytest.approx(2 / 3)
+
+    def test_of_captions_are_pictures_by_document_whatever_the_order_of_the_log(self):
+        samples = [{"doc_id": 1}, {"doc_id": 0}]
+        units = units_of(BY_KEY["COCO"], samples, cider=[0.5, 2.5])
+        assert units.parts[:, 0].tolist() == [2.5, 0.5]
+        assert units.value == 1.5
+
+
+class TestComparisons:
+    def test_find_a_large_difference_and_no_small_one(self, tmp_path):
+        jobs = {
+            "unpruned": job(FULL),
+            "otprune": job(WORSE, method="otprune", kept=56),
+            "divprune": job(SAME_BUT_ONE, method="divprune", kept=56),
+        }
+        rows = by_label(made(tmp_path, jobs, intervals=True))
+        worse = rows["otprune 0.098"].evidence.unpruned
+        assert worse["GQA"].difference == pytest.approx(-40)
+        assert worse["GQA"].p < 0.01
+        assert worse["GQA"].high < 0
+        assert worse["Mean"].p < 0.01
+        assert rows["divprune 0.098"].evidence.unpruned["GQA"].p > 0.05
+        assert rows["unpruned"].evidence.unpruned == {}
+
+    def test_with_itself_are_certain_of_no_difference(self):
+        draws = np.linspace(0, 1, 11)
+        assert compare(0.5, draws, 0.5, draws).p == 1.0
+
+    def test_are_paired(self, tmp_path):
+        """Ten questions more are a difference of one sign in every draw, though the intervals overlap."""
+        units = [
+            units_of(BY_KEY["GQA"], [{"doc_id": n, "exact_match": float(n < right)} for n in range(100)])
+            for right in (50, 60)
+        ]
+        one, other = draw_scores(units, "GQA", draws=500)
+        assert (other >= one).all()
+
+    def test_with_random_are_with_the_mean_of_its_seeds_at_the_same_budget(self, tmp_path):
+        jobs = {
+            "unpruned": job(FULL),
+            "otprune": job(SAME_BUT_ONE, method="otprune", kept=56),
+            "random0": job(WORSE, **RANDOM),
+            "random1": job(SAME_BUT_ONE, **{**RANDOM, "options": {"seed": 1}}),
+            "random-more": job(FULL, **{**RANDOM, "kept": 120, "ratio": 0.2}),
+        }
+        rows = by_label(made(tmp_path, jobs, intervals=True))
+        assert rows["otprune 0.098"].evidence.random["GQA"].difference == pytest.approx(78 - (40 + 78) / 2)
+        assert rows["random (seed 0) 0.098"].evidence.random == {}
+
+    def test_are_not_made_between_different_questions(self, tmp_path):
+        jobs = {"unpruned": job(FULL), "otprune": job(WORSE, method="otprune", data="2-bbbb")}
+        rows = by_label(made(tmp_path, jobs, intervals=True, allow_mixed=True))
+        assert rows["otprune 0.098"].evidence.unpruned == {}
+        assert set(rows["otprune 0.098"].evidence.intervals) == {"GQA", "POPE"}
+
+
+SEEDS = {
+    "unpruned": job(FULL),
+    "random0": job(WORSE, **RANDOM),
+    "random1": job(SAME_BUT_ONE, **{**RANDOM, "options": {"seed": 1}}),
+}
+
+
+class TestFoldedSeeds:
+    def test_are_one_row_of_means_with_their_spread(self, tmp_path):
+        rows = by_label(made(tmp_path, SEEDS, folded=True, intervals=True))
+        folded = rows["random (mean of 2 seeds) 0.098"]
+        assert folded.scores["GQA"] == pytest.approx((40 + 78) / 2)
+        assert folded.seed_spread["GQA"] == pytest.approx(38 / math.sqrt(2))
+        low, high = folded.evidence.intervals["GQA"]
+        assert low < 59 < high
+
+    def test_stay_apart_unless_asked(self, tmp_path):
+        assert len(made(tmp_path, SEEDS).rows) == 3
+
+
+class TestRanks:
+    def test_are_averaged_over_columns_among_rows_of_one_budget(self, tmp_path):
+        jobs = {
+            "unpruned": job(FULL),
+            "otprune": job(
+                {"mini_gqa": [True] * 30 + [False] * 20, "mini_pope": [True] * 50}, method="otprune", kept=56
+            ),
+            "divprune": job(SAME_BUT_ONE, method="divprune", kept=56),
+            "fastv": job(FULL, method="fastv", kept=186, layer=2),
+        }
+        rows = by_label(made(tmp_path, jobs))
+        assert rows["otprune 0.098"].rank == 1.5
+        assert rows["divprune 0.098"].rank == 1.5
+        assert rows["fastv 0.098, layer 2"].rank is None
+        assert rows["unpruned"].rank is None
+
+    def test_of_equal_scores_are_shared(self, tmp_path):
+        jobs = {name: job(FULL, method=name, kept=56) for name in ("otprune", "divprune", "uniform")}
+        assert {row.rank for row in made(tmp_path, jobs).rows} == {2.0}
+
+
+class TestMixedRuns:
+    def test_of_another_version_are_refused_or_marked(self, tmp_path):
+        jobs = {"unpruned": job(FULL), "otprune": job(WORSE, method="otprune", versions={"torch": "2.7"})}
+        said = r"not alike in version of torch \(2.6: llava-mini/unpruned; 2.7: llava-mini/otprune\)"
+        with pytest.raises(ValueError, match=said):
+            made(tmp_path, jobs)
+        remarks = made(tmp_path, jobs, allow_mixed=True).remarks
+        assert "Mixed: version of torch differs (2.6: llava-mini/unpruned; 2.7: llava-mini/otprune)." in remarks
+
+    def test_of_other_data_or_another_limit_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="not alike in data"):
+            made(tmp_path, {"a": job(FULL), "b": job(WORSE, method="otprune", data="2-bbbb")})
+        with pytest.raises(ValueError, match="not alike in limit on the documents"):
+            made(tmp_path, {"a": job(FULL), "b": job(WORSE, method="otprune", limit=8)})
+
+    def test_of_one_configuration_stand_once_or_are_refused(self, tmp_path):
+        first = write_run(tmp_path / "a", {"unpruned": job(FULL)})
+        again = write_run(tmp_path / "b", {"unpruned": job(FULL)})
+        other = write_run(tmp_path / "c", {"unpruned": job(WORSE)})
+        assert len(build_table(load_runs([first, again])).rows) == 1
+        with pytest.raises(ValueError, match="two runs of llava-mini, unpruned, have different scores"):
+            build_table(load_runs([first, other]))
+
+
+class TestTimes:
+    def test_have_columns_once_a_row_has_them(self, tmp_path):
+        timing = {"selection_ms": 1.25, "prefill_ms": 20.0}
+        built = made(tmp_path, {"unpruned": job(FULL), "otprune": job(WORSE, method="otprune", timing=timing)})
+        lines = built.render("markdown").splitlines()
+        assert "| Selection ms | Prefill ms |" in lines[0]
+        assert "| 1.25 | 20.00 |" in lines[3]
+        assert "| \N{EN DASH} | \N{EN DASH} |" in lines[2]
+        assert "Selection ms" not in made(tmp_path / "plain", {"unpruned": job(FULL)}).render("markdown")
+
+
+class TestFormats:
+    def test_latex_is_a_tabular_with_escaped_cells(self, tmp_path):
+        text = made(tmp_path, {"unpruned": job(FULL), "first_k": job(WORSE, method="first_k")}).render("latex")
+        assert text.startswith(r"\begin{tabular}{lll")
+        assert r"first\_k 0.098" in text and r"100.0 \%" in text
+
+    def test_html_is_one_page_without_anything_from_elsewhere(self, tmp_path):
+        text = made(tmp_path, {"unpruned": job(FULL)}).render("html")
+        assert text.startswith("<!doctype html>") and "<td>unpruned</td>" in text
+        assert "http" not in text and "<script" not in text
+
+
+class TestIncompleteRuns:
+    def test_are_said_under_the_table(self, tmp_path, capsys):
+        folder = write_run(tmp_path, {"unpruned": job({"mini_gqa": FULL["mini_gqa"]})})
+        assert table.main([str(folder)]) == 0
+        assert "Incomplete: llava-mini/unpruned: mini_pope is not finished." in capsys.readouterr().out
+
+    def test_with_nothing_finished_are_refused_in_one_sentence(self, tmp_path, capsys):
+        folder = write_run(tmp_path, {"unpruned": {"logs": {}, "metrics": {}}})
+        assert table.main([str(folder)]) == 2
+        assert capsys.readouterr().err == f"llava.eval.table: no finished task in {folder}\n"
+
+    def test_with_a_torn_log_are_refused_with_its_line(self, tmp_path, capsys):
+        folder = write_run(tmp_path, {"unpruned": job(FULL)})
+        [log] = folder.glob("llava-mini/unpruned/tasks/mini_gqa/*/*.jsonl")
+        log.write_text(log.read_text()[:-5])
+        assert table.main([str(folder), "--intervals"]) == 2
+        assert f"{log}, line 50, cannot be read" in capsys.readouterr().err
