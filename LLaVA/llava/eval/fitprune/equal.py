@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from llava.eval.flops import ModelShape, exact_flops, tokens_per_layer, visual_per_layer
@@ -78,21 +79,22 @@ def equal_ratio(prefill: Prefill, recipe: Recipe, method: str) -> float:
         If it cannot be had for as little: a method that drops late costs more than a small recipe.
     """
     wanted = prefill.with_recipe(recipe)
-    costs: dict[float, int] = {}
-    refusal = None
-    for kept in range(1, prefill.visual + 1):
-        ratio = round(kept / prefill.visual, 4)
+    # What is wrong with the method itself is found here, not taken for a ratio out of its reach.
+    prefill.with_method(method, 1.0)
+
+    def cost(ratio: float) -> int:
         try:
-            costs[ratio] = prefill.with_method(method, ratio)
-        except ValueError as error:
-            refusal = error
-    if not costs:
-        raise ValueError(f"{method}: {refusal}")
-    cheapest = min(costs.values())
-    if cheapest > (1 + CLOSE) * wanted:
+            return prefill.with_method(method, ratio)
+        except ValueError:
+            return 0
+
+    ratios = [round(kept / prefill.visual, 4) for kept in range(1, prefill.visual + 1)]
+    place = bisect_left(ratios, wanted, hi=len(ratios) - 1, key=cost)
+    closest = min(filter(cost, ratios[max(0, place - 1) : place + 1]), key=lambda ratio: abs(cost(ratio) - wanted))
+    if cost(closest) > (1 + CLOSE) * wanted:
         whole = prefill.unpruned()
         raise ValueError(
-            f"{method} costs more than {recipe.name} at any ratio: at least {cheapest / whole:.2%} of the unpruned "
-            f"prefill, not {wanted / whole:.2%}"
+            f"{method} costs more than {recipe.name} at any ratio: at least {cost(closest) / whole:.2%} of the "
+            f"unpruned prefill, not {wanted / whole:.2%}"
         )
-    return min(costs, key=lambda ratio: abs(costs[ratio] - wanted))
+    return closest
