@@ -15,7 +15,7 @@ from llava.pruning.base import INSIDE
 from llava.pruning.layout import FeatureMap, apportion, crop_numbers
 from llava.pruning.registry import method_class
 from tiny_llava import build, pad_rows, pixels, prompt, save_tower
-from tiny_ocvtp import save_pruner
+from tiny_ocvtp import WIDTH, save_pruner
 
 ALL = available_methods()
 N, DEPTH = 16, 4
@@ -43,9 +43,13 @@ def switched(model, method, layer, ratio=None, **options):
     return pruning(model, method, ratio=ratio, layer=layer, **OPTIONS.get(method, {}), **options)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pruner_for_the_tiny_tower(tmp_path_factory):
+    OPTIONS["ocvtp"] = {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}
+
+
 @pytest.fixture(scope="module")
 def tower(tmp_path_factory):
-    OPTIONS["ocvtp"] = {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}
     return save_tower(tmp_path_factory.mktemp("tower"))
 
 
@@ -312,6 +316,7 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
         "rater_attention": torch.rand(batch, n, generator=draw),
         "visual_attention": torch.rand(batch, n, generator=draw),
         "text_attention": torch.rand(batch, n, generator=draw),
+        "layer_features": torch.randn(batch, n, WIDTH, generator=draw),
     }
     for value in values.values():
         if kind == "duplicates":
@@ -319,9 +324,10 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
         elif kind == "zeros":
             value[:] = 0
     newlines = torch.cat([part.is_newline() for part in layout])
-    for name in ("encoder_features", "encoder_keys", "final_keys", "cls_attention", "received_attention"):
+    encoded = ("encoder_features", "layer_features", "encoder_keys", "final_keys")
+    for name in (*encoded, "cls_attention", "received_attention"):
         values[name][:, newlines] = 0
-    for name in ("features", "encoder_features", "encoder_keys", "final_keys"):
+    for name in ("features", *encoded):
         values[name] = values[name].to(dtype)
     question = tuple(torch.randn(5, 24, generator=draw).to(dtype) for _ in range(batch))
     return values | {

@@ -217,18 +217,20 @@ def published_weights_file(folder, pruner, extra=()):
 PUBLISHED_SIZES = {"enc_in_dim": 32, "enc_dims": [24, 16], "enc_ln": "pre", "agg_num_iter": 2, "agg_ffn_dim": 24}
 
 
-@pytest.mark.parametrize("with_sizes", [True, False])
-def test_a_published_checkpoint_loads_without_its_decoder(tmp_path, with_sizes):
+@pytest.mark.parametrize("sizes_file", ["sizes.json", "sizes.yaml", None])
+def test_a_published_checkpoint_loads_without_its_decoder(tmp_path, sizes_file):
     pruner = tiny_pruner()
-    file, sizes = published_weights_file(tmp_path, pruner), tmp_path / "sizes.json"
-    sizes.write_text(json.dumps(PUBLISHED_SIZES | {"init_num": 7, "backbone_nlayer": 4}))
-    loaded = load_published(file, sizes if with_sizes else None)
+    file, sizes = published_weights_file(tmp_path, pruner), sizes_file and tmp_path / sizes_file
+    if sizes is not None:
+        # What is JSON is YAML.
+        sizes.write_text(json.dumps(PUBLISHED_SIZES | {"init_num": 7, "backbone_nlayer": 4}))
+    loaded = load_published(file, sizes)
     # Nothing but the configuration file knows the iterations.
-    assert loaded.config.iterations == (2 if with_sizes else 3)
+    assert loaded.config.iterations == (3 if sizes is None else 2)
     pruner.attention.iterations = loaded.config.iterations
     features, noise = torch.randn(1, 9, 32), slot_noise(0, 4, 16)
     assert torch.equal(loaded(features, noise)[0], pruner(features, noise)[0])
-    files = PrunerFiles.find(str(file), str(sizes) if with_sizes else None)
+    files = PrunerFiles.find(str(file), sizes and str(sizes))
     assert files.config.layer == 8 and files.config.width == 32
 
 

@@ -28,9 +28,13 @@ def claims(slot_attention: torch.Tensor, top_k: int) -> torch.Tensor:
     Tensor (N,)
         The largest attention of a slot that claims the token; ``-inf`` for a token that none claims.
     """
-    best, places = slot_attention.sort(dim=-1, descending=True, stable=True)
-    unclaimed = torch.full_like(slot_attention[0], -torch.inf)
-    return unclaimed.scatter_reduce(0, places[:, :top_k].flatten(), best[:, :top_k].flatten(), "amax")
+    left = slot_attention.clone()
+    claimed = torch.full_like(left[0], -torch.inf)
+    for _ in range(min(top_k, left.shape[1])):
+        best, places = left.max(dim=-1)  # (S,) each; of equals the first
+        claimed.scatter_reduce_(0, places, best, "amax")
+        left.scatter_(1, places.unsqueeze(-1), -torch.inf)
+    return claimed
 
 
 def fill(claimed: torch.Tensor, padding: torch.Tensor | None, k: int) -> torch.Tensor:

@@ -111,18 +111,7 @@ def _read_sizes(file: Path) -> dict[str, Any]:
     """What a configuration file of the published code says of the pruner, under our names."""
     if not file.is_file():
         raise OSError(f"There is no pruner configuration {file}")
-    text = file.read_text(encoding="utf-8")
-    try:
-        if file.suffix in (".yaml", ".yml"):
-            import yaml
-
-            values = yaml.safe_load(text)
-        else:
-            values = json.loads(text)
-    except ImportError as error:
-        raise ImportError(f"reading {file} needs the package pyyaml: pip install 'llava[train]'") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    values = _read_yaml(file) if file.suffix in (".yaml", ".yml") else _read_json(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file} does not hold the settings of an OC-VTP pruner")
     if values.get("enc_ln", "pre") != "pre":
@@ -137,3 +126,21 @@ def _read_sizes(file: Path) -> dict[str, Any]:
         "slots": values.get("init_num"),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"reading {file} needs the package pyyaml: pip install 'llava[train]'") from error
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {error}") from error
