@@ -12,21 +12,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FIXED = ("otprune", "divprune", "random", "uniform", "first_k", "last_k", "dpp", "fastv", "unpruned", "grey picture")
-# After Okabe and Ito: told apart with any colour vision. Further methods go round it, with other markers.
-_PALETTE = (
-    "#D55E00",
-    "#0072B2",
-    "#595959",
-    "#009E73",
-    "#CC79A7",
-    "#B8860B",
-    "#56B4E9",
-    "#6A3D9A",
-    "#000000",
-    "#A0A0A0",
+# After Okabe and Ito: told apart with any colour vision.
+_FIXED = {
+    "otprune": ("#D55E00", "o"),
+    "divprune": ("#0072B2", "s"),
+    "random": ("#595959", "D"),
+    "uniform": ("#009E73", "^"),
+    "first_k": ("#CC79A7", "v"),
+    "last_k": ("#B8860B", "P"),
+    "dpp": ("#56B4E9", "*"),
+    "fastv": ("#6A3D9A", "X"),
+    "unpruned": ("#000000", "h"),
+    "grey picture": ("#A0A0A0", "h"),
+}
+_FURTHER = (
+    "#8C564B",
+    "#17A2B8",
+    "#9A9A00",
+    "#1F4E79",
+    "#AA3377",
+    "#228833",
+    "#EE6677",
+    "#4B0082",
+    "#FF9F40",
+    "#2F4F4F",
 )
-_MARKERS = "osD^vP*X<>hd"
+_FURTHER_MARKERS = "<>pdH8"
 
 
 @dataclass(frozen=True)
@@ -88,29 +99,32 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'llava[figures]'") from error
-    matplotlib.rcParams.update(matplotlib.rcParamsDefault)
+    matplotlib.rcdefaults()
     matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def styles(methods: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Colour and marker of each method; the well-known ones have the same in every figure."""
-    others = sorted(set(methods) - set(_FIXED))
-    place = {method: number for number, method in enumerate((*_FIXED, *others))}
-    return {
-        method: {
-            "color": _PALETTE[place[method] % len(_PALETTE)],
-            "marker": _MARKERS[(place[method] // len(_PALETTE) + place[method]) % len(_MARKERS)],
-        }
-        for method in methods
-    }
+def styles(series: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Colour and marker of each series; the first of a well-known method has the same in every figure."""
+    found: dict[str, dict[str, str]] = {}
+    free, further = dict(_FIXED), 0
+    for name in series:
+        if name in found:
+            continue
+        method = name.partition(" (")[0].partition(",")[0]
+        if method in free:
+            color, marker = free.pop(method)
+        else:
+            color, marker = _FURTHER[further % len(_FURTHER)], _FURTHER_MARKERS[further % len(_FURTHER_MARKERS)]
+            further += 1
+        found[name] = {"color": color, "marker": marker}
+    return found
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     """Rank correlation; ties share the mean of their ranks. nan where one side is all the same."""
-    ranks = [
-        [sum(b < a for b in values) + (values.count(a) - 1) / 2 for a in values] for values in map(list, (one, other))
-    ]
+    sides = [list(one), list(other)]
+    ranks = [[sum(b < a for b in values) + (values.count(a) - 1) / 2 for a in values] for values in sides]
     means = [sum(rank) / len(rank) for rank in ranks]
     centred = [[value - mean for value in rank] for rank, mean in zip(ranks, means, strict=True)]
     squares = [sum(value**2 for value in values) for values in centred]

@@ -128,20 +128,18 @@ def draw_distance(found: Sequence[Distance]) -> Drawn:
             f"the figure of distances needs {LEAST_METHODS} methods at one kept ratio, and unpruned; there is "
             f"{', '.join(names) or 'none'}"
         )
-    figure = new_figure(5.6 * len(groups), 4.6)
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    style = styles([one.row.family for one in found])
-    lines, said = [], []
-    for axis, (ratio, group) in zip(axes, groups.items(), strict=True):
+    wide = min(2, len(groups))
+    high = -(-len(groups) // wide)
+    figure = new_figure(4.4 * wide + 2.4, 3.6 * high + 0.4)
+    axes = figure.subplots(high, wide, squeeze=False).ravel()
+    for axis in axes[len(groups) :]:
+        axis.set_axis_off()
+    style = styles(one.row.method for group in groups.values() for one in group)
+    lines, said, handles = [], [], {}
+    for axis, (ratio, group) in zip(axes, groups.items(), strict=False):
         for one in group:
-            axis.plot(one.wasserstein, one.row.relative, linestyle="", **style[one.row.family])
-            axis.annotate(
-                one.row.method,
-                (one.wasserstein, one.row.relative),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
+            name = one.row.method
+            [handles[name]] = axis.plot(one.wasserstein, one.row.relative, linestyle="", label=name, **style[name])
         inside = [one for one in found if one.row.ratio == ratio]
         for benchmark in dict.fromkeys(one.benchmark for one in inside):
             lines += _correlated(benchmark, [one for one in inside if one.benchmark == benchmark])
@@ -149,8 +147,9 @@ def draw_distance(found: Sequence[Distance]) -> Drawn:
         said.append(f"{rho:.2f} at ratio {ratio:g} ({len(group)} configurations)")
         axis.set_title(f"kept ratio {ratio:g}: Spearman {rho:.2f}")
         axis.set_xlabel("exact 2-Wasserstein distance to all tokens")
-        axis.margins(x=0.2)
-    axes[0].set_ylabel("mean, % of unpruned")
+        axis.set_ylabel("mean, % of unpruned")
+        axis.margins(0.1)
+    figure.legend(handles=[handles[name] for name in style], loc="outside right upper", frameon=False)
     caption = (
         "Mean score against the exact 2-Wasserstein distance between all and the kept tokens, mean over pictures of "
         f"the benchmarks. Spearman's correlation of nearness and score: {', '.join(said)}."
@@ -175,14 +174,12 @@ def draw_relative_distance(found: Sequence[Distance]) -> Drawn:
     benchmarks = [key for key in (*_KEYS, MEAN) if key in reference]
     figure = new_figure(max(5.0, 0.85 * len(benchmarks) + 2), 4.4)
     axis = figure.subplots()
-    style = styles([one.row.family for one in others])
+    style = styles(one.row.method for one in others)
     lines = []
     for method in dict.fromkeys(one.row.method for one in others):
         own = {one.benchmark: one for one in others if one.row.method == method}
         shares = [own[key].wasserstein / reference[key] for key in benchmarks]
-        axis.plot(
-            range(len(benchmarks)), shares, linestyle="", label=method, **style[next(iter(own.values())).row.family]
-        )
+        axis.plot(range(len(benchmarks)), shares, linestyle="", label=method, **style[method])
         lines += [
             (ratio, key, method, own[key].wasserstein, share) for key, share in zip(benchmarks, shares, strict=True)
         ]

@@ -22,48 +22,43 @@ def draw_ratios(rows: Sequence[Row]) -> Drawn:
     for row in rows:
         if row.pruned and row.ratio is not None and row.relative is not None:
             series.setdefault(_series(row), []).append(row)
-    series = {name: sorted(several, key=lambda row: row.ratio) for name, several in series.items()}
-    if not any(len({row.ratio for row in several}) > 1 for several in series.values()):
+    series = {
+        name: sorted(several, key=lambda row: row.ratio)
+        for name, several in series.items()
+        if len({row.ratio for row in several}) > 1
+    }
+    if not series:
         raise ValueError("the figure of kept ratios needs runs of one method at two ratios or more, and unpruned")
     full = unpruned_of(rows[0], rows)
-    columns = [column for column in COLUMNS if column.key in full.scores]
-    style = styles([several[0].family for several in series.values()])
-    figure = new_figure(12, 9)
-    axes = figure.subplots(3, 4).ravel()
-    lines = []
-    for axis, column in zip(axes, columns, strict=False):
-        for name, several in series.items():
-            found = [row for row in several if column.key in row.scores]
-            _line(axis, name, found, column.key, style)
-            lines += [
-                (
-                    model,
-                    row.family,
-                    row.method,
-                    row.ratio,
-                    column.key,
-                    row.scores[column.key],
-                    *_interval(row, column.key),
-                )
-                for row in found
-            ]
-        axis.axhline(full.scores[column.key], color="black", linestyle="--", linewidth=1)
-        axis.set_title(column.key)
-    for axis in axes[len(columns) : -1]:
+    keys = [column.key for column in COLUMNS if column.key in full.scores] + ["Mean"]
+    style = styles(series)
+    wide = min(4, len(keys))
+    high = -(-len(keys) // wide)
+    figure = new_figure(3 * wide + 1, 2.7 * high + 1)
+    axes = figure.subplots(high, wide, squeeze=False).ravel()
+    for axis in axes[len(keys) :]:
         axis.set_axis_off()
-    for name, several in series.items():
-        _line(axes[-1], name, several, "Mean", style)
-        lines += [
-            (model, row.family, row.method, row.ratio, "Mean", row.relative, *_interval(row, "Mean")) for row in several
-        ]
-    axes[-1].axhline(100, color="black", linestyle="--", linewidth=1)
-    axes[-1].set_title("Mean, % of unpruned")
-    handles, labels = axes[-1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
-    figure.supxlabel("kept ratio")
+    lines = []
+    for axis, key in zip(axes, keys, strict=False):
+        for name, several in series.items():
+            found = [(row, _score(row, key)) for row in several if _score(row, key) is not None]
+            values = [value for _, value in found]
+            errors = _errors([row for row, _ in found], key)
+            axis.errorbar(
+                [row.ratio for row, _ in found], values, errors, capsize=2, markersize=4, label=name, **style[name]
+            )
+            lines += [
+                (model, row.family, row.method, row.ratio, key, value, *_interval(row, key)) for row, value in found
+            ]
+        axis.axhline(_score(full, key), color="black", linestyle="--", linewidth=1)
+        axis.set_title("Mean, % of unpruned" if key == "Mean" else key)
+        axis.set_xlabel("kept ratio")
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(series)), frameon=False
+    )
     caption = (
         f"{model}: score of each benchmark and mean relative to unpruned, by kept ratio. Dashed: unpruned. Bars: 95 % "
-        "bootstrap intervals, where the runs' logs were read."
+        "bootstrap intervals, where the runs' logs were read. Methods that were run at one ratio only are left out."
     )
     header = ("model", "method", "configuration", "ratio", "benchmark", "score", "low", "high")
     return Drawn("ratios", "Methods across kept ratios", caption, header, lines, figure)
@@ -128,19 +123,35 @@ def draw_time(rows: Sequence[Row]) -> Drawn:
     if len(timed) < 2:
         raise ValueError("the figure of times needs two runs with measured times, and unpruned")
     what = "selection and prefill" if parts else "a prompt to its answer"
-    style = styles([row.family for _, row in timed])
-    figure = new_figure(7, 4.6)
+    series: dict[str, list[tuple[float, Row]]] = {}
+    for time, row in sorted(timed, key=lambda pair: pair[0]):
+        series.setdefault(_series(row), []).append((time, row))
+    style = styles(dict.fromkeys(_series(row) for _, row in timed))
+    figure = new_figure(8.5, 4.8)
     axis = figure.subplots()
     lines = []
-    for time, row in sorted(timed, key=lambda pair: (pair[0], pair[1].label)):
-        faster = [other for spent, other in timed if spent <= time and other.relative > row.relative]
-        axis.errorbar(time, row.relative, _errors([row], "Mean"), linestyle="", capsize=3, **style[row.family])
-        axis.annotate(row.label, (time, row.relative), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        better = "; ".join(other.label for other in faster)
-        lines.append((model, row.label, what, time, row.relative, *_interval(row, "Mean"), better))
+    for name, several in series.items():
+        values = [row.relative for _, row in several]
+        errors = _errors([row for _, row in several], "Mean")
+        axis.errorbar(
+            [time for time, _ in several],
+            values,
+            errors,
+            linewidth=1,
+            elinewidth=0.6,
+            capsize=2,
+            label=name,
+            **style[name],
+        )
+        for time, row in several:
+            if row.pruned and row.ratio is not None:
+                place = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(f"{row.ratio:g}", (time, row.relative), **place)
+            better = [other.label for spent, other in timed if spent <= time and other.relative > row.relative]
+            lines.append((model, row.label, what, time, row.relative, *_interval(row, "Mean"), "; ".join(better)))
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     axis.set_xlabel(f"measured time, {what}, ms")
     axis.set_ylabel("mean, % of unpruned")
-    axis.margins(x=0.15)
     caption = (
         f"{model}: relative mean against the measured mean time of {what}. Rows in the upper left are better; the CSV "
         "names for each row those that are no slower and score higher."
@@ -163,19 +174,8 @@ def _series(row: Row) -> str:
     return row.method + (f", layer {row.layer}" if row.layer else "")
 
 
-def _line(axis, name: str, rows: Sequence[Row], key: str, style: dict[str, dict[str, str]]) -> None:
-    if not rows:
-        return
-    values = [row.relative if key == "Mean" else row.scores[key] for row in rows]
-    axis.errorbar(
-        [row.ratio for row in rows],
-        values,
-        _errors(rows, key),
-        capsize=2,
-        markersize=4,
-        label=name,
-        **style[rows[0].family],
-    )
+def _score(row: Row, key: str) -> float | None:
+    return row.relative if key == "Mean" else row.scores.get(key)
 
 
 def _interval(row: Row, key: str) -> tuple[float | None, float | None]:
@@ -187,7 +187,7 @@ def _errors(rows: Sequence[Row], key: str) -> list[list[float]] | None:
     spans = [_interval(row, key) for row in rows]
     if any(low is None for low, _ in spans):
         return None
-    values = [row.relative if key == "Mean" else row.scores[key] for row in rows]
+    values = [_score(row, key) for row in rows]
     low = [max(0.0, value - span[0]) for value, span in zip(values, spans, strict=True)]
     return [low, [max(0.0, span[1] - value) for value, span in zip(values, spans, strict=True)]]
 

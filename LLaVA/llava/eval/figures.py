@@ -21,6 +21,8 @@ from .table import add_arguments, build_table, load_runs
 
 FROM_SCORES = {"ratios": draw_ratios, "gamma": draw_gamma, "time": draw_time}
 FROM_DISTANCES = ("distance", "relative_distance")
+DEFAULT_RUN = "results/mini"
+"""Where ``run_OTPrune.sh mini`` leaves its results."""
 NAMES = (*FROM_DISTANCES, *FROM_SCORES, "synthetic")
 
 
@@ -105,7 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0, or 2 with one sentence when a figure cannot be drawn."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.figures", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)}, all")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="result folder of a run, or of one of its models")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        default=[DEFAULT_RUN],
+        metavar="RUN",
+        help=f"result folder of a run, or of one of its models (default: {DEFAULT_RUN})",
+    )
     parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
     parser.add_argument("--no-intervals", action="store_true", help="do not read the per-sample logs")
     add_picture_arguments(parser)
@@ -142,8 +150,6 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
 def _rows(found: argparse.Namespace) -> Sequence[Row]:
     if found.name == "synthetic":
         return []
-    if not found.runs:
-        raise ValueError(f"the figure {found.name!r} needs result folders")
     rows = load_runs(found.runs)
     for sentence in unfinished(found.runs):
         raise ValueError(f"the run is not complete: {sentence}")

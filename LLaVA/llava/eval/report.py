@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .drawing import Drawn
-from .figures import FROM_DISTANCES, FROM_SCORES, add_picture_arguments, check_complete, draw_figures
+from .figures import DEFAULT_RUN, FROM_DISTANCES, FROM_SCORES, add_picture_arguments, check_complete, draw_figures
 from .rows import Row
 from .runs import differences, unfinished
 from .table import Table, add_arguments, build_table, load_runs
@@ -192,7 +192,13 @@ def _facts(table: Table) -> list[tuple[str, str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0, or 2 with one sentence when there is nothing to report."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.report", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="result folder of a run, or of one of its models")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        default=[DEFAULT_RUN],
+        metavar="RUN",
+        help=f"result folder of a run, or of one of its models (default: {DEFAULT_RUN})",
+    )
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     parser.add_argument("--image", help="the picture of the token maps (default: one of the embedded suite)")
     parser.add_argument("--no-model", action="store_true", help="no distances and token maps, which load the model")
