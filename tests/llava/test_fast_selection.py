@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -84,6 +85,14 @@ class TestOTPrune:
         before = features.clone()
         assert ot_select(features, 9).tolist() == ot_select(before.contiguous(), 9).tolist()
         assert torch.equal(features, before)
+
+    def test_no_more_than_three_matrices_of_all_pairs_are_held(self):
+        features = random(600, 16)
+        tracemalloc.start()
+        ot_select(features, 60)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert 600 * 600 * 4 < peak < 3 * 600 * 600 * 4
 
     @pytest.mark.parametrize("k", [0, -3, 71])
     def test_a_budget_outside_the_image_is_refused(self, k):

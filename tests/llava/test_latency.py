@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llava.eval.latency import clock, pope, prefill, select
+from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
 from llava.eval.latency.methods import read_method, read_methods
 from llava.eval.latency.models import load, prompts
@@ -131,6 +133,50 @@ def test_a_run_of_many_questions_answers_alike_in_every_setting(tiny):
     assert [(row["hits"], row["misses"]) for row in rows[:4]] == [(0, 6), (4, 2), (0, 6), (4, 2)]
     assert rows[0]["times_plain"] == rows[4]["times_plain"] == rows[0]["times_unpruned"] == 1
     assert tiny.visual_cache is None
+
+
+class TestSuite:
+    @pytest.fixture
+    def runs(self, monkeypatch):
+        """lmms-eval, played: the commands and switches that it was started with; every run is faster than the last."""
+        started = []
+
+        def run(command, env, **_):
+            started.append((command, {name: env.get(name) for name in ("BASELINE", "SUBSET_RATIO")}))
+            folder = Path(command[command.index("--output_path") + 1], "model")
+            folder.mkdir(parents=True)
+            throughput = {"avg_latency": 1 / len(started), "avg_visual_cache_hits": 3.0}
+            (folder / "20260101_results.json").write_text(json.dumps({"throughput": throughput}))
+            return SimpleNamespace(returncode=0, stdout="")
+
+        monkeypatch.setattr(suite.subprocess, "run", run)
+        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setenv("BASELINE", "RANDOM")
+        return started
+
+    def measure(self, folder, **settings):
+        usual = {"ratio": 0.2, "batches": [8], "tasks": ["mini_pope"], "limit": 4, "device": "cpu", "folder": folder}
+        return suite.measure("llava-mini", ["otprune"], **{**usual, **settings})
+
+    def test_every_setting_is_a_run_beside_batches_of_1_without_a_cache(self, runs, tmp_path):
+        rows = self.measure(tmp_path)
+        settings = [(1, False), (1, True), (8, False), (8, True)]
+        assert [(row["method"], row["batch"], row["cached"]) for row in rows] == [
+            (method, *setting) for method in ("unpruned", "otprune") for setting in settings
+        ]
+        assert [round(row["times_unpruned"], 3) for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert [round(row["times_plain"], 3) for row in rows[4:]] == [1, 1.2, 1.4, 1.6]
+        assert [switch for _, switch in runs] == [{"BASELINE": "ORIG", "SUBSET_RATIO": None}] * 4 + [
+            {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.2"}
+        ] * 4
+        assert "pretrained=llava-mini,device=cpu,visual_cache=off" in runs[0][0]
+        assert runs[3][0][-4:] == ["--output_path", str(tmp_path / "unpruned_batch8_cache"), "--limit", "4"]
+
+    def test_a_run_that_fails_says_why(self, runs, tmp_path, monkeypatch):
+        failed = SimpleNamespace(returncode=3, stdout="so far so good\nno such task\n")
+        monkeypatch.setattr(suite.subprocess, "run", lambda *_, **__: failed)
+        with pytest.raises(RuntimeError, match="unpruned_batch1_no_cache: lmms-eval ended with status 3: no such task"):
+            self.measure(tmp_path)
 
 
 class TestCommandLine:

@@ -72,7 +72,7 @@ def measure(
             if method != UNPRUNED:
                 switch = {"BASELINE": method.upper(), "SUBSET_RATIO": str(ratio)}
             for batch, cached in settings:
-                arguments = f"pretrained={pretrained},device={device},visual_cache={'256MiB' if cached else 'off'}"
+                arguments = f"pretrained={pretrained},device={device},visual_cache={2**28 if cached else 'off'}"
                 place = folder / f"{method}_batch{batch}_{'cache' if cached else 'no_cache'}"
                 found = _run(arguments, tasks, batch, limit, place, switch)
                 row = {"method": method, "batch": batch, "cached": cached, **found}

@@ -59,24 +59,25 @@ def select_in_shape(kernel: torch.Tensor, k: int, shape: Shape) -> torch.Tensor:
     factor = kernel.new_empty(batch, k, pitch)
     bids = torch.zeros(batch, k if shape.blocks > 1 else 0, shape.blocks, dtype=torch.int64, device=kernel.device)
     order = torch.empty(batch, k, dtype=torch.int64, device=kernel.device)
-    _greedy[(batch * shape.blocks,)](
-        kernel,
-        factor,
-        bids,
-        order,
-        n,
-        pitch,
-        k,
-        EXHAUSTED=EXHAUSTED,
-        BLOCKS=shape.blocks,
-        COLUMNS=shape.columns,
-        ROWS=shape.rows,
-        LANES=32 * shape.warps,
-        num_warps=shape.warps,
-        enable_fp_fusion=True,
-        # Blocks that wait for each other have to run at the same time; the driver refuses a launch that cannot.
-        launch_cooperative_grid=shape.blocks > 1,
-    )
+    with torch.cuda.device_of(kernel):  # Triton launches on the current device
+        _greedy[(batch * shape.blocks,)](
+            kernel,
+            factor,
+            bids,
+            order,
+            n,
+            pitch,
+            k,
+            EXHAUSTED=EXHAUSTED,
+            BLOCKS=shape.blocks,
+            COLUMNS=shape.columns,
+            ROWS=shape.rows,
+            LANES=32 * shape.warps,
+            num_warps=shape.warps,
+            enable_fp_fusion=True,
+            # Blocks that wait for each other have to run at the same time; the driver refuses a launch that cannot.
+            launch_cooperative_grid=shape.blocks > 1,
+        )
     return order
 
 

@@ -22,7 +22,8 @@ def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
     order = torch.empty(batch, k, dtype=torch.int64, device=distance.device)
     columns = max(32, triton.next_power_of_2(n))
     warps = min(16, max(4, columns // 128))
-    _max_min[(batch,)](distance, lonely, order, n, k, COLUMNS=columns, num_warps=warps, enable_fp_fusion=True)
+    with torch.cuda.device_of(distance):  # Triton launches on the current device
+        _max_min[(batch,)](distance, lonely, order, n, k, COLUMNS=columns, num_warps=warps, enable_fp_fusion=True)
     return order
 
 

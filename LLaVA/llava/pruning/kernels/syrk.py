@@ -24,7 +24,8 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     product = x.new_empty(batch, n, n)
     precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
-    _gram[(tiles, batch)](x, product, n, d, TILE=TILE, DEPTH=32, PRECISION=precision, **options)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _gram[(tiles, batch)](x, product, n, d, TILE=TILE, DEPTH=32, PRECISION=precision, **options)
     return product
 
 
