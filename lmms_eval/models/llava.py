@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -17,12 +19,13 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval_otprune import cache_key, java
+from lmms_eval_otprune.ahead import ahead
 from lmms_eval_otprune.answers import Answer, AnswerLog, Question
 from lmms_eval_otprune.exit_status import fail_loudly, started_from_command_line
 from lmms_eval_otprune.fingerprint import model_fingerprint
 from lmms_eval_otprune.progress import Progress
 from lmms_eval_otprune.prompts import Row, conversation, make_row, pad_left, text_tokens
-from lmms_eval_otprune.settings import GenerationSettings, read_batch_size, read_dtype
+from lmms_eval_otprune.settings import GenerationSettings, read_batch_size, read_dtype, read_visual_cache
 from lmms_eval_otprune.token_counts import ImageCount, PromptCount, describe, layer_runs, summary
 from loguru import logger
 from PIL import Image
@@ -30,6 +33,7 @@ from PIL import Image
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model, resolve_model_path
+from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig
 
 if TYPE_CHECKING:
@@ -37,6 +41,8 @@ if TYPE_CHECKING:
 
 UNPRUNED = "none"
 GREY = (128, 128, 128)
+VISUAL_CACHE = 256 * 2**20
+"""Bytes that kept visual tokens may take by default: some 500 pruned images of LLaVA-1.5-7B."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,14 @@ class _Pending:
     position: int
     question: Question
     images_of: Callable[[Any], list[Image.Image] | None]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch's prompts and pixels, ready for the device."""
+
+    rows: list[Row]
+    pixels: torch.Tensor | list[torch.Tensor] | None
 
 
 class Llava(lmms):
@@ -80,6 +94,8 @@ class Llava(lmms):
         Folder for answers: each is on the disk before the next batch starts, and is not asked for again.
     grey_pictures : bool
         Show a grey picture of the same size in every picture's place: what can be answered without seeing.
+    visual_cache : int or str
+        Bytes that the kept visual tokens of pictures seen before may take (see `llava.model.visual_cache`), or "off".
 
     Attributes
     ----------
@@ -106,6 +122,7 @@ class Llava(lmms):
         use_cache: bool = True,
         resume_dir: str | None = None,
         grey_pictures: bool = False,
+        visual_cache: int | str = VISUAL_CACHE,
         **unknown: Any,
     ):
         super().__init__()
@@ -114,7 +131,7 @@ class Llava(lmms):
             names = "pretrained, model_base, model_name, batch_size, device, device_map, dtype, attn_implementation"
             raise ValueError(
                 f"unknown model argument {', '.join(sorted(unknown))}; allowed: {names}, conv_template, use_cache, "
-                "resume_dir, grey_pictures"
+                "resume_dir, grey_pictures, visual_cache"
             )
         # The loader reads the switch as well, but only after this process has joined the others.
         PruningConfig.from_env()
@@ -123,6 +140,7 @@ class Llava(lmms):
         self._batch_size = read_batch_size(batch_size)
         self._conv_template = conv_template
         self._use_cache = use_cache
+        cache_bytes = read_visual_cache(visual_cache)
         self._grey_pictures = grey_pictures
 
         self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))])
@@ -145,6 +163,7 @@ class Llava(lmms):
         )
         self.tokenizer.padding_side = "left"
         self.config.tokenizer_padding_side = "left"
+        self.model.visual_cache = None if cache_bytes is None else VisualCache(cache_bytes)
 
         self.model_fingerprint = model_fingerprint(
             resolve_model_path(pretrained),
@@ -210,6 +229,11 @@ class Llava(lmms):
         except ValueError:
             return None
 
+    def visual_cache_counts(self) -> Counter[str]:
+        """Pictures so far that were remembered, "hits", and that had to be encoded, "misses"; empty without a cache."""
+        cache = self.model.visual_cache
+        return Counter() if cache is None else Counter(hits=cache.hits, misses=cache.misses)
+
     def clean(self) -> None:
         """Give the memory back after a run, unless ``keep_model`` says that another run follows."""
         if self.keep_model:
@@ -249,18 +273,23 @@ class Llava(lmms):
 
         started = time.perf_counter()
         fresh: list[Answer] = []
+        prepare = partial(self._prepare, config=copy.copy(self.config))
+        used = self.visual_cache_counts()
         with self._progress(tasks.total(), tasks.total() - len(pending)) as progress:
-            for batch in self._batches(pending):
-                answers = self._answer(batch)
+            for batch, prepared in ahead(prepare, self._batches(pending)):
+                answers = self._answer(batch, prepared)
                 self._answers.append((item.question, answer) for item, answer in zip(batch, answers, strict=True))
                 for item, answer in zip(batch, answers, strict=True):
                     results[item.position] = self._deliver(item.question, answer)
                 fresh += answers
                 progress.advance(len(batch), [image for answer in answers for image in answer.visual_tokens])
-        self._report_speed(fresh, time.perf_counter() - started)
+        used = self.visual_cache_counts() - used
+        self._report_speed(fresh, time.perf_counter() - started, used)
         prompts.update(answer.prompt for answer in fresh)
         if self._rank == 0 and (counts := summary(prompts, self.model_shape())):
             logger.info(f"{self.label}: {describe(counts)}")
+        if self._rank == 0 and used:
+            logger.info(f"{self.label}: {used['hits']} of {used.total()} pictures were remembered, not encoded again")
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -338,19 +367,28 @@ class Llava(lmms):
             for start in range(0, len(group), self._batch_size):
                 yield group[start : start + self._batch_size]
 
-    def _answer(self, batch: Sequence[_Pending]) -> list[Answer]:
-        settings = GenerationSettings(**batch[0].question.settings)
+    def _prepare(self, batch: Sequence[_Pending], config: Any) -> _Prepared:
+        """Read a batch's pictures and tokenise its prompts; runs while the device works on the batch before."""
         rows = []
+        for item in batch:
+            document = self.task_dict[item.question.task][item.question.split][item.question.doc_id]
+            rows.append(self._row(item.question, item.images_of(document)))
+        settings = GenerationSettings(**batch[0].question.settings)
+        images = [image for row in rows for image in row.images]
+        return _Prepared(rows, self._pixels(images, settings.for_preparing(config)))
+
+    def _answer(self, batch: Sequence[_Pending], prepared: _Prepared) -> list[Answer]:
+        settings = GenerationSettings(**batch[0].question.settings)
+        rows = prepared.rows
         with settings.applied_to(self.config):
-            for item in batch:
-                document = self.task_dict[item.question.task][item.question.split][item.question.doc_id]
-                rows.append(self._row(item.question, item.images_of(document)))
             answers: list[Answer | None] = [None] * len(rows)
             # Rows with and without pictures go separately: a row of text takes no picture from its neighbours then.
             for has_images in (True, False):
                 chosen = [index for index, row in enumerate(rows) if bool(row.images) == has_images]
                 if chosen:
-                    for index, answer in zip(chosen, self._generate([rows[i] for i in chosen], settings), strict=True):
+                    pixels = prepared.pixels if has_images else None
+                    found = self._generate([rows[index] for index in chosen], pixels, settings)
+                    for index, answer in zip(chosen, found, strict=True):
                         answers[index] = answer
         return answers
 
@@ -364,24 +402,32 @@ class Llava(lmms):
         except ValueError as error:
             raise ValueError(f"{question.task}, document {question.doc_id}: {error}") from None
 
-    def _pixels(self, images: Sequence[Image.Image]) -> torch.Tensor | list[torch.Tensor] | None:
+    def _pixels(self, images: Sequence[Image.Image], config: Any) -> torch.Tensor | list[torch.Tensor] | None:
+        """What the vision tower takes, still on the host."""
         if not images:
             return None
-        pixels = process_images(list(images), self._loaded[2], self.config)
-        if isinstance(pixels, list):
-            return [image.to(self.device, self.dtype) for image in pixels]
-        return pixels.to(self.device, self.dtype)
+        pixels = process_images(list(images), self._loaded[2], config)
+        return [image.to(self.dtype) for image in pixels] if isinstance(pixels, list) else pixels.to(self.dtype)
+
+    def _on_device(self, pixels: torch.Tensor | Sequence[torch.Tensor] | None):
+        if pixels is None or isinstance(pixels, torch.Tensor):
+            return pixels if pixels is None else pixels.to(self.device)
+        return [image.to(self.device) for image in pixels]
 
     @torch.inference_mode()
-    def _generate(self, rows: Sequence[Row], settings: GenerationSettings) -> list[Answer]:
+    def _generate(
+        self,
+        rows: Sequence[Row],
+        pixels: torch.Tensor | Sequence[torch.Tensor] | None,
+        settings: GenerationSettings,
+    ) -> list[Answer]:
         input_ids, mask = pad_left(rows, self._pad_token_id())
         images = [image for row in rows for image in row.images]
-        pixels = self._pixels(images)
         generated = self.model.generate(
             input_ids.to(self.device),
             attention_mask=mask.to(self.device),
             pad_token_id=self._pad_token_id(),
-            images=pixels,
+            images=self._on_device(pixels),
             image_sizes=[image.size for image in images],
             use_cache=self._use_cache,
             **settings.arguments(),
@@ -414,12 +460,13 @@ class Llava(lmms):
         whole = conversation(self._conv_template, context, len(row.images), answer)
         input_ids = make_row(self.tokenizer, whole, row.images).input_ids
         continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)
-        pixels = self._pixels(row.images)
+        pixels = self._pixels(row.images, self.config)
         logits = self.model(
             input_ids=input_ids[None].to(self.device),
-            images=pixels,
+            images=self._on_device(pixels),
             image_sizes=[image.size for image in row.images],
-        ).logits[0, -len(continuation) - 1 : -1]  # (n, vocabulary)
+            logits_to_keep=len(continuation) + 1,
+        ).logits[0, :-1]  # (n, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits.float(), continuation)
         return (float(loss), bool((logits.argmax(-1) == continuation).all())), self._image_counts(pixels)
 
@@ -432,7 +479,7 @@ class Llava(lmms):
         ends = {self.tokenizer.eos_token_id} | set(ends if isinstance(ends, list) else [ends])
         return next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
 
-    def _report_speed(self, fresh: Sequence[Answer], seconds: float) -> None:
+    def _report_speed(self, fresh: Sequence[Answer], seconds: float, used: Counter[str]) -> None:
         """Speed and token counts of what was generated now; answers from an earlier run count in neither."""
         if not fresh:
             return
@@ -447,6 +494,8 @@ class Llava(lmms):
                 "samples_per_second": len(fresh) / seconds,
                 "visual_tokens": sum(image.total for image in images),
                 "kept_visual_tokens": sum(image.kept for image in images),
+                "visual_cache_hits": used["hits"],
+                "visual_cache_misses": used["misses"],
                 **self._budget_metrics(fresh),
             },
         )

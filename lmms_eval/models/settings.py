@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,20 @@ def read_batch_size(value: int | str) -> int:
     if str(value).isascii() and str(value).isdigit() and int(value) >= 1:
         return int(value)
     raise ValueError(f"batch_size={value}: must be a whole number >= 1")
+
+
+def read_visual_cache(value: int | str) -> int | None:
+    """Bytes that kept visual tokens may take; None for "off".
+
+    Raises
+    ------
+    ValueError
+    """
+    if str(value) == "off":
+        return None
+    if str(value).isascii() and str(value).isdigit():
+        return int(value)
+    raise ValueError(f"visual_cache={value}: must be a whole number of bytes, or off")
 
 
 def read_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -89,6 +104,13 @@ class GenerationSettings:
         if self.temperature > 0:
             arguments |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         return arguments
+
+    def for_preparing(self, config: Any) -> Any:
+        """A model's configuration as `applied_to` would leave it; what is given stays as it is."""
+        config = copy.copy(config)
+        if self.image_aspect_ratio is not None and "image_aspect_ratio" not in config.__dict__:
+            config.image_aspect_ratio = self.image_aspect_ratio
+        return config
 
     @contextmanager
     def applied_to(self, config: Any) -> Iterator[None]:

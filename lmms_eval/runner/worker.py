@@ -24,7 +24,7 @@ from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import get_datetime_str, load_yaml_config
 from lmms_eval_otprune.llava import Llava
-from lmms_eval_otprune.token_counts import PromptCount, summary
+from lmms_eval_otprune.token_counts import summary
 from lmms_eval_otprune_tasks.builtin import definition_file
 from loguru import logger
 from tenacity import RetryError
@@ -95,6 +95,7 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
     folder = records.task_folder(Path(spec["folder"]), task)
     started = time.perf_counter()
     lm.visual_tokens.clear()
+    cached_before = lm.visual_cache_counts()
     limit = spec["limit"]
     if limit is not None and task.removeprefix("mini_") == "mme":
         # Scored in pairs of questions, which stand side by side.
@@ -117,6 +118,7 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
         process_docs_parallel=1,
     )
     prompts = _gather(lm.visual_tokens[task], lm)
+    cache_use = _gather(lm.visual_cache_counts() - cached_before, lm)
     if results is None:
         return
     samples = results.pop("samples")
@@ -133,6 +135,7 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
             "metrics": _metrics(results["results"][task]),
             "samples": len(samples[task]),
             "visual_tokens": summary(prompts, lm.model_shape()),
+            "visual_cache": {"hits": cache_use["hits"], "misses": cache_use["misses"]},
             "throughput": results.get("throughput"),
             "seconds": round(time.perf_counter() - started, 1),
             "date": stamp,
@@ -163,12 +166,12 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _gather(prompts: Counter[PromptCount], lm: Llava) -> Counter[PromptCount]:
+def _gather(counts: Counter, lm: Llava) -> Counter:
     """Those of all processes on rank 0, nothing on the others."""
     if lm.world_size == 1:
-        return prompts
+        return counts
     gathered: list[Any] | None = [None] * lm.world_size if lm.rank == 0 else None
-    torch.distributed.gather_object(prompts, gathered)
+    torch.distributed.gather_object(counts, gathered)
     return sum(gathered or (), Counter())
 
 

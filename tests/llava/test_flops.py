@@ -14,7 +14,8 @@ from golden import golden_root
 from llava.eval import flops
 from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, exact_flops, literature_flops
 from llava.model import LlavaConfig, LlavaMistralConfig
-from llava.pruning import kept_count, pruning
+from llava.model.visual_cache import VisualCache
+from llava.pruning import PruningConfig, kept_count, pruning
 from tiny_llava import build, pixels, prompt, save_tower
 
 FILE = golden_root() / "pruning" / "flops_and_log_parser.json"
@@ -197,6 +198,30 @@ def test_a_text_only_prompt_has_no_crops(model):
 def test_generation_reads_the_logits_of_one_position(model):
     measured = counted(model, input_ids=IDS, images=pixels(1), logits_to_keep=1)
     assert exact_flops(shape_of(model), [TEXT + N] * 4).total == pytest.approx(measured, rel=MARGIN)
+
+
+@pytest.mark.parametrize("layer", [None, 0, 2])
+def test_generating_a_token_costs_a_prefill_with_one_position_s_logits(model, layer):
+    """Vision tower up to its layer, decoder, logits of one position; a second token one position of each layer."""
+    visual = [N] * 4 if layer is None else [N] * layer + [4] * (4 - layer)
+    tokens = flops.tokens_per_layer(TEXT, visual)
+    model.set_pruning(None if layer is None else PruningConfig("uniform", 0.25, layer))
+    try:
+        measured = counted(model.generate, IDS, images=pixels(1), max_new_tokens=1, do_sample=False)
+    finally:
+        model.set_pruning(None)
+    assert exact_flops(shape_of(model), tokens).total == pytest.approx(measured, rel=MARGIN)
+
+
+def test_a_remembered_image_costs_no_vision(model):
+    model.visual_cache = VisualCache(10**7)
+    try:
+        first = counted(model.generate, IDS, images=pixels(1), max_new_tokens=1, do_sample=False)
+        again = counted(model.generate, IDS, images=pixels(1), max_new_tokens=1, do_sample=False)
+    finally:
+        model.visual_cache = None
+    expected = exact_flops(shape_of(model), [TEXT + N] * 4)
+    assert first - again == expected.vision_tower + expected.projector
 
 
 def test_the_ratio_is_one_where_nothing_is_dropped():

@@ -82,6 +82,7 @@ class TestResults:
         assert tokens["kept"] == {"min": 8, "mean": 8, "max": 8}
         assert tokens["per_layer"] == [8, 8, 8]
         assert found["tasks"]["gqa"]["visual_tokens"]["images"] == ROWS
+        assert sum(found["tasks"]["gqa"]["visual_cache"].values()) == ROWS
         assert results(reference, "unpruned")["visual_tokens"]["kept"]["min"] == 16
         assert len(answers(reference, "gqa")) == ROWS
 

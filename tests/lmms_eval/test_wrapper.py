@@ -150,7 +150,7 @@ class TestAnswers:
         lm = load("llava-v1.6-vicuna-tiny")
         lm.generate_until(requests()[:1])
         [image] = images(lm)
-        pixels = lm._pixels(DOCUMENTS[0]["images"])
+        pixels = lm._pixels(DOCUMENTS[0]["images"], lm.config)
         assert image.crops == len(pixels[0]) > 1
         assert image.kept == image.total > 16
 
@@ -257,7 +257,7 @@ class TestLikelihood:
         labels = ids.clone()
         labels[0, : len(prompts.make_row(lm.tokenizer, question, row.images).input_ids)] = -100
         with torch.inference_mode():
-            pixels = lm._pixels(row.images)
+            pixels = lm._pixels(row.images, lm.config)
             expected = lm.model(input_ids=ids, labels=labels, images=pixels, image_sizes=[(80, 60)]).loss
         assert loss == pytest.approx(float(expected), rel=1e-5)
         assert isinstance(greedy, bool)

@@ -26,7 +26,7 @@ from llava.mm_utils import (
     load_image,
     process_images,
 )
-from llava.model.llava_arch import greedy_select, ot_kernel
+from llava.model.llava_arch import ot_select
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images, unpad_image
 from llava.pruning import PruningConfig, kept_count
 from llava.pruning.base import content_key
@@ -115,9 +115,8 @@ def listed(image: ImageTokens, facts: PromptFacts, config: PruningConfig) -> lis
     """`kept_order` of an image's tokens, given what the method needs beside them."""
     pruner = config.build_pruner()
     if config.method == "otprune" and not pruner.compat and not pruner.per_crop:
-        return greedy_select(
-            ot_kernel(image.features, pruner.gamma), kept_count(len(image.features), config.ratio)
-        ).tolist()
+        k = kept_count(len(image.features), config.ratio)
+        return ot_select(image.features, k, pruner.gamma).tolist()
     return reduce_images(pruner, [image], [facts], config.ratio)[0].indices.tolist()
 
 

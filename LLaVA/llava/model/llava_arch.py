@@ -32,6 +32,7 @@ from llava.model.visual_sequence import (
 from llava.model.visual_sequence import unpad_image as unpad_image
 from llava.pruning.base import ENCODER_NEEDS, INSIDE, Pruner, VisualTokens, content_key
 from llava.pruning.config import PruningConfig
+from llava.pruning.kernels import EXHAUSTED, fused, gram
 from llava.pruning.schedule import kept_after_attention, kept_per_layer
 
 GAMMA = 0.01
@@ -58,12 +59,14 @@ def ot_kernel(features: torch.Tensor, gamma: float = GAMMA) -> torch.Tensor:
 
     Source: OTPrune, arXiv 2602.20205.
     """
+    if features.ndim == 2:
+        return ot_kernel(features.unsqueeze(0), gamma)[0]
     with torch.autocast(features.device.type, enabled=False):
         x = features.float()
-        norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)  # (..., 1, D)
+        norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)  # (B, 1, D)
         x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
-        similarity = x @ x.mT  # (..., N, N)
-        kernel = gamma * (similarity @ similarity.mT)
+        similarity = gram(x)  # (B, N, N)
+        kernel = gram(similarity).mul_(gamma)
         kernel.diagonal(dim1=-2, dim2=-1).add_(1)
         return kernel
 
@@ -96,16 +99,18 @@ def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
     if kernel.ndim not in (2, 3) or kernel.shape[-1] != kernel.shape[-2]:
         raise ValueError(f"the kernel must be (N, N) or (B, N, N), not {tuple(kernel.shape)}")
     n = kernel.shape[-1]
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and N = {n}, not {k}")
+    _check_budget(k, n)
     if kernel.ndim == 2:
         return greedy_select(kernel.unsqueeze(0), k)[0]
 
     kernel = kernel if kernel.dtype == torch.float64 else kernel.float()
+    fast = fused("greedy_select", kernel)
+    if fast is not None:
+        return fast(kernel, k)
     batch = kernel.shape[0]
     rows = torch.arange(batch, device=kernel.device)
     gain = kernel.diagonal(dim1=-2, dim2=-1).clone()  # (B, N)
-    exhausted = 1e-6 * gain.amax(dim=-1, keepdim=True)  # below this a gain is rounding error
+    exhausted = EXHAUSTED * gain.amax(dim=-1, keepdim=True)  # below this a gain is rounding error
     factor = kernel.new_zeros(batch, k, n)
     order = torch.empty(batch, k, dtype=torch.int64, device=kernel.device)
     for step in range(k):
@@ -119,8 +124,47 @@ def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
         row = row.masked_fill(pivot <= exhausted, 0)
         factor[:, step] = row
         gain -= row.square()
-        gain[rows, chosen] = -math.inf
+        gain.scatter_(1, chosen.unsqueeze(-1), -math.inf)
     return order
+
+
+def ot_select(features: torch.Tensor, k: int, gamma: float = GAMMA) -> torch.Tensor:
+    """``greedy_select(ot_kernel(features, gamma), k)`` by the least work.
+
+    A GPU has the whole kernel sooner than it could read S once a step. A CPU computes the rows that the greedy reads,
+    about k of the N: ``K_j = e_j + gamma S S_j``. Tokens whose gains differ by no more than float32's rounding may come
+    in another order than from the kernel.
+
+    Parameters
+    ----------
+    features : Tensor (N, D) or (B, N, D), floating
+        Visual tokens.
+    k : int
+        How many to take, 1 <= k <= N.
+    gamma : float
+        Weight of the similarity term.
+
+    Returns
+    -------
+    Tensor (k,) or (B, k), int64
+        Indices in greedy order; ties go to the lowest index.
+
+    Raises
+    ------
+    ValueError
+        If k is out of range.
+    """
+    _check_budget(k, features.shape[-2])
+    if features.ndim == 2:
+        return ot_select(features.unsqueeze(0), k, gamma)[0]
+    features = features.float()
+    fast = fused("ot_select", features)
+    return greedy_select(ot_kernel(features, gamma), k) if fast is None else fast(features, k, gamma)
+
+
+def _check_budget(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and N = {n}, not {k}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +195,7 @@ class OTPrune(Pruner):
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         if not self.compat:
-            return greedy_select(ot_kernel(tokens.features, self.gamma), tokens.k)
+            return ot_select(tokens.features, tokens.k, self.gamma)
         chosen = [list(set(_published_order(image, tokens.k, self.gamma))) for image in tokens.features]
         return torch.tensor(chosen, dtype=torch.int64, device=tokens.features.device)
 

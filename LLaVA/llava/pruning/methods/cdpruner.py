@@ -38,7 +38,7 @@ def conditional_kernel(similarity: torch.Tensor, relevance: torch.Tensor) -> tor
 
     Source: CDPruner, NeurIPS 2025, arXiv 2506.10967.
     """
-    return relevance.unsqueeze(2) * similarity * relevance.unsqueeze(1)
+    return (relevance.unsqueeze(2) * similarity).mul_(relevance.unsqueeze(1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,14 @@ from typing import ClassVar
 import torch
 
 from llava.pruning.base import Pruner, VisualTokens
+from llava.pruning.kernels import fused, gram
 
 
 def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
     """Cosine of every pair of tokens: (B, N, D) -> (B, N, N), float32; 0 beside a token of zeros."""
     with torch.autocast(features.device.type, enabled=False):
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
-        return unit @ unit.mT
+        return gram(unit)
 
 
 def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
@@ -38,6 +39,9 @@ def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
 
     Source: DivPrune, CVPR 2025.
     """
+    fast = fused("max_min_select", distance)
+    if fast is not None:
+        return fast(distance, k)
     batch, n, _ = distance.shape
     rows = torch.arange(batch, device=distance.device)
     others = distance.clone()
@@ -47,7 +51,7 @@ def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
     order = [chosen]
     for _ in range(k - 1):
         nearest = torch.minimum(nearest, distance[rows, chosen])
-        nearest[rows, chosen] = -math.inf
+        nearest.scatter_(1, chosen.unsqueeze(-1), -math.inf)
         chosen = nearest.argmax(dim=-1)
         order.append(chosen)
     return torch.stack(order, dim=-1)
@@ -60,4 +64,4 @@ class DivPrune(Pruner):
     source: ClassVar[str] = "DivPrune (CVPR 2025)"
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
-        return max_min_select(1 - cosine_similarity(tokens.features), tokens.k)
+        return max_min_select(cosine_similarity(tokens.features).neg_().add_(1), tokens.k)

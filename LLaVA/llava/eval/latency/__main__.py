@@ -1,0 +1,219 @@
+"""The command line: ``python -m llava.eval.latency select|prefill|generate|suite``."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava.eval.latency import pope, prefill, select, suite
+from llava.eval.latency.methods import read_methods
+from llava.eval.latency.models import RANDOM, load
+from llava.eval.latency.report import Report, markdown, mebibytes, milliseconds
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, write, print; exits with 2 and one sentence when what was asked for cannot be."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.device = _device(arguments.device)
+        dtype = arguments.dtype or ("float16" if arguments.device.type == "cuda" else "float32")
+        settings = {
+            **{name: value for name, value in vars(arguments).items() if isinstance(value, (int, float, str, list))},
+            "command": shlex.join(["python", "-m", "llava.eval.latency", *(sys.argv[1:] if argv is None else argv)]),
+            "device": str(arguments.device),
+            "dtype": dtype,
+        }
+        arguments.dtype = getattr(torch, dtype)
+        report = Report(arguments.output, arguments.command, arguments.force)
+        rows, table = COMMANDS[arguments.command](arguments, report)
+        print(report.write(settings, rows, table))
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    return 0
+
+
+def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
+    sizes = [select.Size.read(text) for text in arguments.sizes] or select.SIZES
+    settings = {
+        "width": arguments.width,
+        "repetitions": arguments.repetitions,
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+    }
+    rows = select.measure(sizes, arguments.methods, **settings)
+    if arguments.curve:
+        points = {
+            axis: select.measure(along, arguments.methods, **settings) for axis, along in select.curve(sizes).items()
+        }
+        report.write_curve(points)
+        rows += [row | {"axis": axis} for axis, along in points.items() for row in along]
+    columns = {
+        "method": lambda row: row["method"],
+        "N -> k": lambda row: f"{row['n']} -> {row['k']}",
+        "images": lambda row: str(row["batch"]),
+        "times as fast as published": lambda row: f"{row['times_published']:.2f}",
+        _ms_column("ms", arguments.device): lambda row: milliseconds(row["ms"]),
+        "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
+    }
+    return rows, markdown(columns, [row for row in rows if "axis" not in row])
+
+
+def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
+    model = load(arguments.model, arguments.device, arguments.dtype, arguments.attention)
+    configs = read_methods(arguments.methods, arguments.ratio)
+    new_tokens = 1 if arguments.command == "prefill" else arguments.new_tokens
+    rows = []
+    for batch in arguments.batch:
+        settings = {"batch": batch, "new_tokens": new_tokens, "repetitions": arguments.repetitions}
+        rows += prefill.measure(model, configs, **settings)
+    parts = [prefill.TTFT, prefill.VISION, prefill.SELECTION, prefill.PREFILL]
+    parts += [prefill.DECODING] if new_tokens > 1 else []
+    columns = {
+        "method": lambda row: row["method"],
+        "batch": lambda row: str(row["batch"]),
+        "visual tokens": lambda row: f"{row['visual_tokens']:.1f}",
+        "TTFT / unpruned": lambda row: f"{row['ttft_ratio']:.3f}",
+        "total / unpruned": lambda row: f"{row['total_ratio']:.3f}",
+        "selection / prefill": lambda row: f"{100 * row['selection_share']:.1f} %",
+        **{_ms_column(part, arguments.device): _part(part) for part in parts},
+        "KV MiB": lambda row: mebibytes(row["kv_bytes"]),
+        "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
+    }
+    table = markdown(columns, rows)
+    if getattr(arguments, "pope", None):
+        images, questions = arguments.pope
+        asked = pope.measure(
+            model,
+            configs,
+            images=images,
+            questions=questions,
+            batches=arguments.batch,
+            cache_bytes=arguments.cache_mib * 2**20,
+        )
+        table += f"\n\n{images} pictures, {questions} questions each:\n\n{markdown(_run_columns(), asked)}"
+        rows += [row | {"run": "pope"} for row in asked]
+    return rows, table
+
+
+def _suite(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
+    rows = suite.measure(
+        arguments.model,
+        arguments.methods,
+        ratio=arguments.ratio,
+        batches=arguments.batch,
+        tasks=arguments.tasks,
+        limit=arguments.limit,
+        device=str(arguments.device),
+        folder=report.folder / "runs",
+    )
+    return rows, markdown(_run_columns(), rows)
+
+
+def _run_columns() -> dict[str, Any]:
+    return {
+        "method": lambda row: row["method"],
+        "batch": lambda row: str(row["batch"]),
+        "cache": lambda row: "on" if row["cached"] else "off",
+        "samples/s / its batch-1 run without a cache": lambda row: f"{row['times_plain']:.2f}",
+        "samples/s / unpruned batch-1 run without a cache": lambda row: f"{row['times_unpruned']:.2f}",
+        "hits": lambda row: f"{row['hits']:.0f}",
+        "same answers": lambda row: f"{100 * row['same_answers']:.1f} %" if "same_answers" in row else "",
+    }
+
+
+COMMANDS = {"select": _select, "prefill": _prefill, "generate": _prefill, "suite": _suite}
+
+
+def _part(name: str):
+    return lambda row: milliseconds(row["ms"][name])
+
+
+def _ms_column(part: str, device: torch.device) -> str:
+    name = part if part == "ms" else f"{part}, ms"
+    return name if device.type == "cuda" else f"{name} on this machine"
+
+
+def _device(text: str | None) -> torch.device:
+    if text is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(text)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {text}: this machine has no GPU that PyTorch can use")
+    return device
+
+
+def _pope(text: str) -> tuple[int, int]:
+    images, _, questions = text.partition("x")
+    if not (images.isdecimal() and questions.isdecimal() and int(images) and int(questions)):
+        raise argparse.ArgumentTypeError(f"must be IMAGESxQUESTIONS, such as 500x18, not {text!r}")
+    return int(images), int(questions)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, not {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava.eval.latency",
+        description="Measure selection, prefill, generation and whole runs; all variants take turns in one run.",
+        epilog="Compare ratios within one run. Milliseconds of a CPU mean nothing on another one.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, methods: list[str], repetitions: int | None) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        named = "registered method, NAME@LAYER, or published (OTPrune's published code)"
+        one.add_argument("--methods", nargs="+", default=methods, metavar="M", help=f"{named}; default: {methods}")
+        one.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+        one.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
+        place = Path("latency")
+        one.add_argument("--output", type=Path, default=place, metavar="DIR", help=f"results; default: {place}")
+        one.add_argument("--force", action="store_true", help="replace a finished measurement")
+        if repetitions is not None:
+            one.add_argument("--repetitions", type=_positive, default=repetitions, help=f"default: {repetitions}")
+        return one
+
+    def for_model(one: argparse.ArgumentParser, batch: list[int]) -> None:
+        models = f"{', '.join(RANDOM)} (random weights), llava-mini, or a checkpoint (folder or hub id)"
+        one.add_argument("--model", default="tiny", help=f"{models}; default: tiny")
+        one.add_argument("--ratio", type=float, default=0.098, help="kept ratio; default: 0.098")
+        one.add_argument("--batch", type=_positive, nargs="+", default=batch, help=f"batch sizes; default: {batch}")
+        one.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
+
+    one = command("select", "the selection alone, beside the published algorithm", select.METHODS, 20)
+    one.add_argument("--sizes", nargs="+", default=[], metavar="N:KxB", help="default: 576:56 2880:282 576:56x32")
+    one.add_argument("--width", type=_positive, default=4096, metavar="D", help="numbers a token; default: 4096")
+    one.add_argument("--curve", action="store_true", help="cost against N, k and batch around the first size: CSV, PNG")
+
+    one = command("prefill", "time to the first token: vision, selection, prefill", ["otprune"], 10)
+    for_model(one, [1, 8])
+
+    one = command("generate", "prefill and decoding; with --pope a run of many questions", ["otprune"], 5)
+    for_model(one, [1, 16])
+    one.add_argument("--new-tokens", type=_positive, default=32, help="default: 32")
+    questions = "also answer Q questions about each of I pictures, such as 500x18"
+    one.add_argument("--pope", type=_pope, metavar="IxQ", help=questions)
+    one.add_argument("--cache-mib", type=_positive, default=256, help="what the cache may hold; default: 256")
+
+    one = command("suite", "embedded benchmarks through lmms-eval", ["otprune"], None)
+    for_model(one, [16])
+    one.set_defaults(model="llava-mini")
+    one.add_argument("--tasks", nargs="+", default=suite.TASKS, help=f"default: {suite.TASKS}")
+    one.add_argument("--limit", type=_positive, help="samples a task; default: all")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

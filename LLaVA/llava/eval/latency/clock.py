@@ -1,0 +1,134 @@
+"""Time by part, on a device that works behind the host's back."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+TOTAL = "total"
+
+
+class Stopwatch:
+    """Adds up what parts of a call take.
+
+    On a GPU events are laid into its stream and nothing waits for them before `milliseconds`, so measuring parts does
+    not slow the whole.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._spans: dict[str, list[tuple]] = defaultdict(list)
+
+    def now(self):
+        """A moment, for `add`."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def add(self, part: str, begin, end) -> None:
+        """Count the time between two moments to a part."""
+        self._spans[part].append((begin, end))
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the block to a part."""
+        begin = self.now()
+        yield
+        self.add(name, begin, self.now())
+
+    def milliseconds(self) -> dict[str, float]:
+        """Part -> time; waits until the device has done it all."""
+        synchronize(self._device)
+        return {name: sum(self._length(*span) for span in spans) for name, spans in self._spans.items()}
+
+    def _length(self, begin, end) -> float:
+        return begin.elapsed_time(end) if self._device.type == "cuda" else 1e3 * (end - begin)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def take_turns(
+    variants: Mapping[str, Callable[[Stopwatch], None]],
+    repetitions: int,
+    device: torch.device,
+    warm_up: int = 2,
+    label: str = "",
+) -> dict[str, list[dict[str, float]]]:
+    """Run variants in turns, so that what else the machine does meets all of them.
+
+    Parameters
+    ----------
+    variants : mapping
+        Name -> what to run; it counts its parts on the stopwatch.
+    repetitions : int
+        Rounds that are measured.
+    device : torch.device
+    warm_up : int
+        Rounds before them.
+    label : str
+        What the progress bar says.
+
+    Returns
+    -------
+    dict
+        Name -> for every round milliseconds by part, `TOTAL` among them.
+    """
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    with torch.inference_mode(), tqdm(total=len(variants) * (warm_up + repetitions), desc=label, leave=False) as bar:
+        for round_ in range(-warm_up, repetitions):
+            for name, run in variants.items():
+                watch = Stopwatch(device)
+                synchronize(device)
+                with watch.part(TOTAL):
+                    run(watch)
+                measured = watch.milliseconds()
+                if round_ >= 0:
+                    times[name].append(measured)
+                bar.update()
+    return times
+
+
+def summarise(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Part -> "median" and "p95" over the rounds; a part that a round lacks took nothing there."""
+    parts = dict.fromkeys(name for measured in rounds for name in measured)
+    return {name: _spread([measured.get(name, 0.0) for measured in rounds]) for name in parts}
+
+
+def ratio(reference: Sequence[Mapping[str, float]], rounds: Sequence[Mapping[str, float]], part: str = TOTAL) -> float:
+    """How many times the reference's time the variant's is: the median over the rounds."""
+    return statistics.median(own[part] / other[part] for other, own in zip(reference, rounds, strict=True))
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {"median": statistics.median(ordered), "p95": ordered[math.ceil(0.95 * len(ordered)) - 1]}
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, int | None]]:
+    """Gives a dictionary that has, behind the block, the "bytes" that the device held at most; None on a CPU."""
+    measured: dict[str, int | None] = {"bytes": None}
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    yield measured
+    if device.type == "cuda":
+        synchronize(device)
+        measured["bytes"] = torch.cuda.max_memory_allocated(device)

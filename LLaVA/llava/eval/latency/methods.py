@@ -1,0 +1,35 @@
+"""Reading the methods to compare from a command line."""
+
+from __future__ import annotations
+
+from llava.pruning import PruningConfig
+from llava.pruning.registry import resolve_name
+
+UNPRUNED, PUBLISHED = "unpruned", "published"
+
+
+def read_method(text: str, ratio: float) -> PruningConfig:
+    """``NAME``, ``NAME@LAYER``, or "published", which is OTPrune's published code.
+
+    Parameters
+    ----------
+    text : str
+    ratio : float
+        Kept ratio.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, a layer that is no whole number, or a ratio that the method does not take.
+    """
+    if text == PUBLISHED:
+        return PruningConfig("otprune", ratio, options={"compat": True})
+    name, at, layer = text.partition("@")
+    if at and not layer.isdecimal():
+        raise ValueError(f"a method is NAME or NAME@LAYER, not {text!r}")
+    return PruningConfig(resolve_name(name), ratio, int(layer) if at else None)
+
+
+def read_methods(texts: list[str], ratio: float) -> dict[str, PruningConfig]:
+    """Label -> configuration, in the order given."""
+    return {text: read_method(text, ratio) for text in texts}

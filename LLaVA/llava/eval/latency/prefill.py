@@ -1,0 +1,147 @@
+"""``prefill`` and ``generate``: vision, selection, prefill and decoding of a model, method beside method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+
+from llava.eval.latency.clock import TOTAL, Stopwatch, peak_memory, ratio, summarise, take_turns
+from llava.eval.latency.methods import UNPRUNED
+from llava.eval.latency.models import prompts, replaced
+from llava.pruning import PruningConfig
+from llava.pruning.base import Pruner
+
+VISION, SELECTION, PREFILL, TTFT, DECODING = "vision", "selection", "prefill", "ttft", "decoding"
+
+
+def measure(
+    model: torch.nn.Module,
+    configs: Mapping[str, PruningConfig],
+    *,
+    batch: int,
+    new_tokens: int,
+    repetitions: int,
+) -> list[dict[str, Any]]:
+    """Time a batch of prompts, a picture each, up to the first token or up to the last.
+
+    Parameters
+    ----------
+    model
+    configs : mapping
+        Method -> configuration; unpruned runs in the same rounds.
+    batch : int
+    new_tokens : int
+        1 stops behind the prefill.
+    repetitions : int
+
+    Returns
+    -------
+    list of dict
+        One a method, `UNPRUNED` first: "ms" by part, median and p95 (vision is tower and projector, ttft the time to
+        the first token, prefill what vision and selection leave of it); "ttft_ratio" and "total_ratio" to unpruned;
+        "selection_share" of selection and prefill; "visual_tokens" an image in the mean over the layers; "kv_bytes"
+        behind the prefill, "peak_bytes" (None on a CPU), "samples_per_second".
+    """
+    device = model.get_input_embeddings().weight.device
+    asked = prompts(model, range(batch), range(batch)).arguments()
+    variants: dict[str, PruningConfig | None] = {UNPRUNED: None, **configs}
+    before = model.pruning
+    try:
+        runs = {name: _run(model, config, asked, new_tokens) for name, config in variants.items()}
+        times = take_turns(runs, repetitions, device, label=f"batch {batch}")
+        with torch.inference_mode():
+            return [
+                _row(model, name, config, asked, batch, new_tokens, times, runs) for name, config in variants.items()
+            ]
+    finally:
+        model.set_pruning(before)
+
+
+def _row(model, name, config, asked, batch, new_tokens, times, runs) -> dict[str, Any]:
+    device = model.get_input_embeddings().weight.device
+    with peak_memory(device) as memory:
+        runs[name](Stopwatch(device))
+    kept = [sum(layers) / len(layers) for layers in model.visual_tokens_per_layer]
+    ms = summarise([_split(measured) for measured in times[name]])
+    selection, rest = ms[SELECTION]["median"], ms[PREFILL]["median"]
+    return {
+        "method": name,
+        "pruning": config and config.to_dict(),
+        "batch": batch,
+        "new_tokens": new_tokens,
+        "ms": ms,
+        "ttft_ratio": ratio(times[UNPRUNED], times[name], TTFT),
+        "total_ratio": ratio(times[UNPRUNED], times[name]),
+        "selection_share": selection / (selection + rest),
+        "visual_tokens": sum(kept) / len(kept),
+        "kv_bytes": kv_bytes(model(**asked, use_cache=True, logits_to_keep=1).past_key_values),
+        "peak_bytes": memory["bytes"],
+        "samples_per_second": 1e3 * batch / ms[TOTAL]["median"],
+    }
+
+
+def _split(measured: Mapping[str, float]) -> dict[str, float]:
+    """With the prefill of the decoder apart from vision and selection."""
+    parts = {VISION: 0.0, SELECTION: 0.0} | dict(measured)
+    return parts | {PREFILL: parts[TTFT] - parts[VISION] - parts[SELECTION]}
+
+
+def kv_bytes(cache) -> int:
+    """Bytes of the keys and values of all layers."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _run(model, config: PruningConfig | None, asked: Mapping[str, Any], new_tokens: int) -> Callable:
+    def run(watch: Stopwatch) -> None:
+        model.set_pruning(config)
+        first = _FirstToken(watch)
+        begin = watch.now()
+        with parts_of(model, watch):
+            model.generate(
+                **asked,
+                do_sample=False,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                stopping_criteria=[first],
+                pad_token_id=0,
+            )
+        watch.add(TTFT, begin, first.moment)
+        watch.add(DECODING, first.moment, watch.now())
+
+    return run
+
+
+class _FirstToken(StoppingCriteria):
+    """Notes when the first token is there, and stops nothing."""
+
+    def __init__(self, watch: Stopwatch):
+        self._watch, self.moment = watch, None
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        if self.moment is None:
+            self.moment = self._watch.now()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def parts_of(model: torch.nn.Module, watch: Stopwatch) -> Iterator[None]:
+    """Count, inside the block, what the vision tower with its projector and what the selection take."""
+
+    def timed(part: str) -> Callable:
+        def wrap(function: Callable) -> Callable:
+            def call(*arguments, **options):
+                with watch.part(part):
+                    return function(*arguments, **options)
+
+            return call
+
+        return wrap
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(model, "_encode_and_observe", timed(VISION)))
+        stack.enter_context(replaced(Pruner, "reduce", timed(SELECTION)))
+        yield

@@ -1,0 +1,133 @@
+"""What a measurement leaves: JSON, a Markdown table, and for curves CSV and PNG."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NOT_MEASURED = "not measured"
+
+
+class Report:
+    """The folder of one measurement.
+
+    Parameters
+    ----------
+    folder : Path
+    name : str
+        Of the files.
+    force : bool
+        Replace a finished measurement.
+
+    Raises
+    ------
+    FileExistsError
+        If there is one and ``force`` is not set.
+    """
+
+    def __init__(self, folder: Path, name: str, force: bool):
+        self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
+        if self._json.exists() and not force:
+            raise FileExistsError(f"{self._json} is a finished measurement: choose another --output, or use --force")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.name = folder, name
+
+    def write(self, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], table: str) -> str:
+        """Write both files, the JSON last, and return the Markdown."""
+        machine = describe_machine(settings["device"])
+        where = f"{machine['name']}, PyTorch {machine['torch']}; times are median / 95th percentile"
+        text = f"`{settings['command']}`\n\n{where}\n\n{table}\n"
+        self._markdown.write_text(text, encoding="utf-8")
+        content = {"settings": dict(settings), "machine": machine, "rows": list(rows)}
+        part = self._json.with_suffix(".json.part")
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.replace(self._json)
+        return text
+
+    def write_curve(self, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Write ``<name>_curve.csv``, and a picture of it if matplotlib is there.
+
+        Parameters
+        ----------
+        points : mapping
+            What changes ("N", "k", "batch") -> rows as `select.measure` gives them.
+        """
+        with (self.folder / f"{self.name}_curve.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["axis", "method", "n", "k", "batch", "ms_median", "ms_p95", "times_published"])
+            for axis, rows in points.items():
+                for row in rows:
+                    size = [row["n"], row["k"], row["batch"]]
+                    writer.writerow(
+                        [axis, row["method"], *size, row["ms"]["median"], row["ms"]["p95"], row["times_published"]]
+                    )
+        _draw(points, self.folder / f"{self.name}_curve.png")
+
+
+def _draw(points: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{file.name} was not drawn: pip install matplotlib (or llava[figures])")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(points), figsize=(4 * len(points), 3.2), squeeze=False)
+    for plot, (axis, rows) in zip(axes[0], points.items(), strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            plot.plot([row[axis.lower()] for row in own], [row["ms"]["median"] for row in own], "o-", label=method)
+        plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms, this machine")
+    axes[0, 0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def markdown(columns: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table.
+
+    Parameters
+    ----------
+    columns : mapping
+        Heading -> function of a row that gives the cell's text.
+    rows : sequence
+    """
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join(["---"] + ["---:"] * (len(columns) - 1)) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows])
+
+
+def milliseconds(ms: Mapping[str, float]) -> str:
+    """Median and 95th percentile."""
+    return f"{ms['median']:.3g} / {ms['p95']:.3g}"
+
+
+def mebibytes(size: int | None) -> str:
+    """A size, or that there is none."""
+    return NOT_MEASURED if size is None else f"{size / 2**20:.1f}"
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What was measured on: "name", "torch", "threads"."""
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor()}, {os.cpu_count()} cores"
+    return {"name": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    """The CPU's name, as Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,125 @@
+"""``select``: what choosing the tokens costs, beside the published algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llava.eval.latency.clock import TOTAL, peak_memory, ratio, summarise, take_turns
+from llava.eval.latency.methods import PUBLISHED, read_method
+from llava.pruning.base import Pruner, VisualTokens, content_key
+
+METHODS = ["otprune", "divprune", "dpp"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """N tokens an image, k of them kept, in a batch of images."""
+
+    n: int
+    k: int
+    batch: int
+
+    @classmethod
+    def read(cls, text: str) -> Size:
+        """From ``N:K`` or ``N:KxBATCH``.
+
+        Raises
+        ------
+        ValueError
+        """
+        tokens, _, batch = text.partition("x")
+        n, _, k = tokens.partition(":")
+        if not (n.isdecimal() and k.isdecimal() and (batch or "1").isdecimal()):
+            raise ValueError(f"a size is N:K or N:KxBATCH, such as 576:56x32, not {text!r}")
+        size = cls(int(n), int(k), int(batch or 1))
+        if not 1 <= size.k <= size.n or size.batch < 1:
+            raise ValueError(f"a size needs 1 <= K <= N and at least one image, not {text!r}")
+        return size
+
+
+SIZES = [Size(576, 56, 1), Size(2880, 282, 1), Size(576, 56, 32)]
+
+
+def curve(sizes: Sequence[Size]) -> dict[str, list[Size]]:
+    """Sizes around the first one: of N at the same share kept, of k, and of the batch."""
+    n, k, batch = sizes[0].n, sizes[0].k, sizes[0].batch
+    return {
+        "N": [Size(max(1, n * i // 4), max(1, k * i // 4), batch) for i in (1, 2, 4, 8, 16)],
+        "k": [Size(n, max(1, min(n, k * i // 4)), batch) for i in (1, 2, 4, 8, 16)],
+        "batch": [Size(n, k, batch * i) for i in (1, 2, 4, 8)],
+    }
+
+
+def measure(
+    sizes: Sequence[Size],
+    methods: Sequence[str],
+    *,
+    width: int,
+    repetitions: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[dict[str, Any]]:
+    """Time selections on random tokens.
+
+    Parameters
+    ----------
+    sizes : sequence of Size
+    methods : sequence of str
+        Beside the published algorithm, which runs in the same rounds.
+    width : int
+        Numbers a token.
+    repetitions : int
+    device : torch.device
+    dtype : torch.dtype
+        Of the tokens.
+
+    Returns
+    -------
+    list of dict
+        One for each size and method: "method", "n", "k", "batch", "ms" (median and p95 of all images together),
+        "times_published" (how many times faster than the published algorithm) and "peak_bytes" (None on a CPU).
+
+    Raises
+    ------
+    ValueError
+        For a method that looks at more than the tokens.
+    """
+    pruners = {name: read_method(name, ratio=1.0).build_pruner() for name in dict.fromkeys([PUBLISHED, *methods])}
+    for name, pruner in pruners.items():
+        if lacking := pruner.needs - {"image_keys"}:
+            raise ValueError(f"{name} looks at more than the tokens ({', '.join(sorted(lacking))}): use prefill")
+    rows = []
+    for size in sizes:
+        features = torch.randn(size.batch, size.n, width, generator=torch.Generator().manual_seed(0))
+        features = features.to(device=device, dtype=dtype)
+        keys = tuple(content_key(image[:1]) for image in features)
+        tokens = VisualTokens(features, size.k, image_keys=keys)
+        runs = {name: _run(pruner, tokens) for name, pruner in pruners.items()}
+        label = f"{size.n} -> {size.k}, {size.batch} image{'s' * (size.batch > 1)}"
+        times = take_turns(runs, repetitions, device, label=label)
+        for name, run in runs.items():
+            with peak_memory(device) as memory, torch.inference_mode():
+                run(None)
+            rows.append(
+                {
+                    "method": name,
+                    "n": size.n,
+                    "k": size.k,
+                    "batch": size.batch,
+                    "ms": summarise(times[name])[TOTAL],
+                    "times_published": ratio(times[name], times[PUBLISHED]),
+                    "peak_bytes": memory["bytes"],
+                }
+            )
+    return rows
+
+
+def _run(pruner: Pruner, tokens: VisualTokens) -> Callable[[Any], None]:
+    def run(_watch) -> None:
+        pruner.select(tokens)
+
+    return run

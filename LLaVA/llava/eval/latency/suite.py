@@ -1,0 +1,108 @@
+"""``suite``: the embedded suite through lmms-eval, samples a second with and without pruning, batches and the cache."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llava.eval.latency.methods import UNPRUNED
+
+TASKS = ["mini_pope", "mini_gqa"]
+
+
+def measure(
+    pretrained: str,
+    methods: Sequence[str],
+    *,
+    ratio: float,
+    batches: Sequence[int],
+    tasks: Sequence[str],
+    limit: int | None,
+    device: str,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Run tasks with every method and batch size, and compare with an unpruned run of batches of 1 without a cache.
+
+    Every run is a process of its own. What it takes is lmms-eval's own measurement of the answering: loading the model
+    and scoring are left out, reading and preparing pictures is not.
+
+    Parameters
+    ----------
+    pretrained : str
+    methods : sequence of str
+        Registered names.
+    ratio : float
+        Kept ratio.
+    batches : sequence of int
+    tasks : sequence of str
+    limit : int or None
+        Samples a task.
+    device : str
+    folder : Path
+        Gets a folder a run with lmms-eval's results.
+
+    Returns
+    -------
+    list of dict
+        One a method, batch size and use of the cache: "method", "batch", "cached", "samples_per_second", "times_plain"
+        (over the method's first row), "times_unpruned" (over the unpruned run's first row), "hits", "misses".
+
+    Raises
+    ------
+    RuntimeError
+        If lmms-eval is not installed, or a run fails.
+    """
+    for package in ("lmms_eval", "lmms_eval_otprune"):
+        if importlib.util.find_spec(package) is None:
+            raise RuntimeError(f"suite runs the embedded benchmarks through {package}, which is not installed")
+    settings = dict.fromkeys((batch, cached) for batch in (1, *batches) for cached in (False, True))
+    rows: list[dict[str, Any]] = []
+    names = list(dict.fromkeys([UNPRUNED, *methods]))
+    with tqdm(total=len(names) * len(settings), desc="suite", unit=" runs") as bar:
+        for method in names:
+            switch = {"BASELINE": "ORIG"}
+            if method != UNPRUNED:
+                switch = {"BASELINE": method.upper(), "SUBSET_RATIO": str(ratio)}
+            for batch, cached in settings:
+                arguments = f"pretrained={pretrained},device={device},visual_cache={2**28 if cached else 'off'}"
+                place = folder / f"{method}_batch{batch}_{'cache' if cached else 'no_cache'}"
+                found = _run(arguments, tasks, batch, limit, place, switch)
+                row = {"method": method, "batch": batch, "cached": cached, **found}
+                rows.append(row)
+                own = next(other for other in rows if other["method"] == method)
+                row["times_plain"] = row["samples_per_second"] / own["samples_per_second"]
+                row["times_unpruned"] = row["samples_per_second"] / rows[0]["samples_per_second"]
+                bar.update()
+    return rows
+
+
+def _run(
+    model_args: str, tasks: Sequence[str], batch: int, limit: int | None, folder: Path, switch: dict[str, str]
+) -> dict[str, Any]:
+    command = [sys.executable, "-m", "lmms_eval", "--model", "llava", "--model_args", model_args]
+    command += ["--tasks", ",".join(tasks), "--batch_size", str(batch), "--output_path", str(folder)]
+    command += [] if limit is None else ["--limit", str(limit)]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
+    }
+    done = subprocess.run(
+        command, env=environment | switch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    files = sorted(folder.rglob("*_results.json"))
+    if done.returncode or not files:
+        last = done.stdout.strip().splitlines()[-1:] or ["nothing was printed"]
+        raise RuntimeError(f"{folder.name}: lmms-eval ended with status {done.returncode}: {last[0]}")
+    found = json.loads(files[-1].read_text(encoding="utf-8"))["throughput"]
+    return {
+        "samples_per_second": 1 / found["avg_latency"],
+        "hits": found.get("avg_visual_cache_hits", 0),
+        "misses": found.get("avg_visual_cache_misses", 0),
+    }

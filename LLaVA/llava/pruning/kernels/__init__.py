@@ -1,0 +1,68 @@
+"""Fast versions of the selections, each with the signature of the plain PyTorch one that it stands in for.
+
+The plain version is the specification. It runs wherever no fast one serves: in other dtypes than float32, where a
+gradient is wanted, and on a GPU without Triton.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+
+import torch
+
+EXHAUSTED = 1e-6
+"""Share of a kernel's largest diagonal entry below which a gain is rounding error."""
+
+_ON_GPU = {"greedy_select": "greedy", "max_min_select": "max_min", "gram": "syrk"}
+_ON_CPU = {"greedy_select": "host", "max_min_select": "host", "gram": "host", "ot_select": "host"}
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """``x x^T`` of every image, by half the work where the device allows it.
+
+    Parameters
+    ----------
+    x : Tensor (B, N, D), floating
+
+    Returns
+    -------
+    Tensor (B, N, N)
+        In the dtype of x.
+    """
+    fast = fused("gram", x)
+    return x @ x.mT if fast is None else fast(x)
+
+
+def fused(name: str, tensor: torch.Tensor) -> Callable | None:
+    """The fast version of the function ``name`` for input like ``tensor``; None where the plain one has to serve."""
+    if tensor.dtype != torch.float32 or (tensor.requires_grad and torch.is_grad_enabled()):
+        return None
+    if tensor.device.type == "cpu":
+        modules = _ON_CPU
+    elif tensor.device.type == "cuda" and _triton_serves(tensor.device.index):
+        modules = _ON_GPU
+    else:
+        return None
+    return getattr(import_module(f"{__name__}.{modules[name]}"), name) if name in modules else None
+
+
+@cache
+def _triton_serves(device: int) -> bool:
+    """Whether a GPU's kernels can be written in Triton: an NVIDIA one since Ampere, beside Triton 3.3 or later."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        import triton
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except ImportError:
+        return False
+    except Exception as error:
+        # Triton builds its launcher with the machine's C compiler, and says what it lacks in many ways.
+        warnings.warn(f"Triton does not work here ({error}): tokens are selected without fused kernels", stacklevel=2)
+        return False
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)

@@ -1,0 +1,240 @@
+"""The fused GPU kernels choose as the plain versions do: in Triton's interpreter, and compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from golden import golden_root
+from golden_features import load_features
+from interpreted import in_turns, interpreter
+from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
+from llava.pruning import select
+from llava.pruning.kernels import greedy, max_min, syrk
+from llava.pruning.methods.divprune import max_min_select
+from no_waiting import no_waiting
+from selections import assert_is_greedy
+
+ROOT = golden_root() / "pruning"
+META = json.loads((ROOT / "selection_meta.json").read_text())["otprune"]
+ON_GPU = torch.cuda.is_available()
+GOLDEN = [key for key in META if key.endswith("/float32") and int(key.split("/")[1].split("x")[0]) <= 576]
+
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="module")
+def run():
+    """``run(function, *arguments)`` on the GPU, or where Triton interprets its kernels; the result is on the CPU."""
+    if ON_GPU:
+        yield lambda function, *arguments: function(
+            *(value.cuda() if isinstance(value, torch.Tensor) else value for value in arguments)
+        ).cpu()
+        return
+    with interpreter() as interpreted:
+        yield interpreted
+
+
+@pytest.fixture(scope="module")
+def run_blocks(run):
+    """`run` for kernels whose blocks wait for each other."""
+    return run if ON_GPU else lambda function, *arguments: run(in_turns, function, *arguments)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def groups(sizes: list[int]) -> torch.Tensor:
+    """A kernel of duplicates: 1 between tokens of a group, 0 elsewhere. All that a greedy does to it is exact."""
+    label = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return (label[:, None] == label[None]).float()
+
+
+class TestGreedy:
+    @pytest.mark.parametrize(
+        ("batch", "n", "d", "k"),
+        [(1, 1, 3, 1), (1, 2, 3, 2), (1, 9, 4, 9), (3, 33, 7, 12), (2, 64, 80, 40), (1, 130, 20, 25)],
+        ids=str,
+    )
+    def test_every_step_takes_the_largest_gain(self, run, batch, n, d, k):
+        kernels = ot_kernel(random(batch, n, d), gamma=0.5)
+        order = run(greedy.greedy_select, kernels, k)
+        assert order.shape == (batch, k) and order.dtype == torch.int64
+        for kernel, one in zip(kernels, order, strict=True):
+            assert_is_greedy(kernel, one)
+
+    def test_it_stops_anywhere(self, run):
+        kernel = ot_kernel(random(1, 9, 30), gamma=1.0)
+        orders = [run(greedy.greedy_select, kernel, k)[0].tolist() for k in range(1, 10)]
+        assert all(order == orders[-1][: len(order)] for order in orders)
+
+    def test_ties_go_to_the_lowest_index(self, run):
+        diagonal = torch.tensor([1.0, 3, 2, 3, 0, 1, 3, -0.0, 0, 2] * 4)
+        order = run(greedy.greedy_select, torch.diag(diagonal)[None], 40)[0]
+        assert order.tolist() == diagonal.argsort(descending=True, stable=True).tolist()
+
+    def test_what_duplicates_leave_is_taken_in_order(self, run):
+        order = run(greedy.greedy_select, groups([3, 1, 4, 2])[None], 10)[0].tolist()
+        assert order == [0, 3, 4, 8, 1, 2, 5, 6, 7, 9]
+
+    def test_beyond_the_rank_tokens_are_still_distinct(self, run):
+        x = random(2, 20, 3)
+        for kernel, order in zip(x @ x.mT, run(greedy.greedy_select, x @ x.mT, 15), strict=True):
+            assert_is_greedy(kernel, order)
+
+    @pytest.mark.parametrize("spoilt", ["everything", "a row", "the diagonal"])
+    def test_values_that_are_not_numbers_give_distinct_tokens(self, run, spoilt):
+        kernel = ot_kernel(random(1, 40, 8))
+        place = {"everything": ..., "a row": (0, 7), "the diagonal": (0, range(40), range(40))}[spoilt]
+        kernel[place] = torch.nan
+        order = run(greedy.greedy_select, kernel, 12)[0]
+        assert len(order.unique()) == 12 and order.min() >= 0 and order.max() < 40
+
+    def test_a_transposed_kernel_is_read_as_it_is_meant(self, run):
+        kernel = ot_kernel(random(2, 24, 10), gamma=1.0)
+        order = run(greedy.greedy_select, kernel, 8)
+        assert torch.equal(run(greedy.greedy_select, kernel.mT, 8), order)
+
+    @pytest.mark.parametrize("key", GOLDEN)
+    def test_the_order_is_the_published_one(self, run, key):
+        kernel = ot_kernel(load_features(ROOT, key.rsplit("/", 1)[0]))
+        expected = np.load(ROOT / "otprune_selection.npz")[f"{key}/order_full"]
+        order = run(greedy.greedy_select, kernel[None], max(2, len(kernel) // 10))[0]
+        stable = min(len(order), META[key]["stable_prefix_1e-5"])
+        assert order[:stable].tolist() == expected[:stable].tolist()
+        assert_is_greedy(kernel, order)
+
+
+class TestTheHost:
+    def test_waits_for_no_step_of_a_kernel(self, run):
+        kernel = ot_kernel(random(2, 20, 8))
+        for function in (greedy.greedy_select, max_min.max_min_select):
+            assert run(no_waiting, function, kernel, 6).shape == (2, 6)
+
+    def test_would_be_caught_waiting(self, run):
+        with pytest.raises(RuntimeError, match="the host would wait"):
+            run(no_waiting, torch.Tensor.item, torch.tensor(1.0))
+
+
+class TestSeveralBlocks:
+    """An image over three blocks of 16 tokens, whose greedy needs all of them at every step."""
+
+    SHAPE = greedy.Shape(blocks=3, columns=16, rows=4, warps=4)
+
+    def test_every_step_takes_the_largest_gain(self, run_blocks):
+        kernels = ot_kernel(random(2, 45, 12), gamma=0.5)
+        for kernel, order in zip(kernels, run_blocks(greedy.select_in_shape, kernels, 14, self.SHAPE), strict=True):
+            assert_is_greedy(kernel, order)
+
+    def test_ties_go_to_the_lowest_index_of_all_blocks(self, run_blocks):
+        kernels = torch.stack([torch.eye(40), groups([20, 3, 17])])
+        order = run_blocks(greedy.select_in_shape, kernels, 6, self.SHAPE)
+        assert order.tolist() == [[0, 1, 2, 3, 4, 5], [0, 20, 23, 1, 2, 3]]
+
+    def test_one_block_would_have_chosen_the_same(self, run, run_blocks):
+        kernel = ot_kernel(random(1, 48, 60), gamma=1.0)
+        alone = run(greedy.greedy_select, kernel, 20)
+        assert torch.equal(run_blocks(greedy.select_in_shape, kernel, 20, self.SHAPE), alone)
+
+
+class TestShape:
+    @pytest.mark.parametrize("batch", [1, 2, 7, 32, 132, 500])
+    @pytest.mark.parametrize("n", [1, 33, 576, 1024, 1025, 2340, 2880, 20000])
+    def test_every_token_has_a_place_and_waiting_blocks_run_together(self, batch, n):
+        shape = greedy.shape_for(batch, n, multiprocessors=132)
+        assert shape.blocks * shape.columns >= n > (shape.blocks - 1) * shape.columns
+        assert all(size & (size - 1) == 0 for size in (shape.columns, shape.rows, shape.warps))
+        assert shape.blocks == 1 or shape.blocks * batch <= 132
+        # One thread reads one block's bid.
+        assert shape.blocks <= 32 * shape.warps
+
+    def test_a_small_image_has_one_block_and_a_large_one_shares_the_gpu(self):
+        assert [greedy.shape_for(1, n, 132).blocks for n in (576, 1024, 2880)] == [1, 1, 23]
+        assert [greedy.shape_for(batch, 2880, 132).blocks for batch in (1, 8, 32, 200)] == [23, 12, 3, 1]
+
+
+class TestMaxMin:
+    @pytest.mark.parametrize(("batch", "n", "k"), [(1, 1, 1), (1, 2, 2), (3, 20, 20), (2, 70, 30)], ids=str)
+    def test_it_takes_the_tokens_of_the_plain_version(self, run, batch, n, k):
+        distance = random(batch, n, n)  # of any sign: nothing is computed with it
+        distance = distance + distance.mT
+        expected = max_min_select(distance.double(), k)
+        assert torch.equal(run(max_min.max_min_select, distance, k), expected)
+
+    def test_ties_go_to_the_lowest_index(self, run):
+        distance = 1 - groups([2, 3, 1, 2])[None]
+        distance[0, 5, :5] = distance[0, :5, 5] = -0.0
+        expected = max_min_select(distance.double(), 8)
+        assert torch.equal(run(max_min.max_min_select, distance, 8), expected)
+
+    def test_the_diagonal_is_not_read(self, run):
+        distance = random(1, 30, 30).abs()
+        expected = run(max_min.max_min_select, distance + distance.mT, 30)
+        distance.diagonal(dim1=1, dim2=2).fill_(torch.nan)
+        assert torch.equal(run(max_min.max_min_select, distance + distance.mT, 30), expected)
+
+
+class TestGram:
+    @pytest.mark.parametrize(("batch", "n", "d"), [(1, 1, 1), (2, 40, 70), (1, 128, 32), (1, 300, 33)], ids=str)
+    def test_it_is_the_product_with_the_transpose(self, run, batch, n, d):
+        x = random(batch, n, d)
+        found = run(syrk.gram, x)
+        # float32: some units in the last place of a sum of d terms
+        torch.testing.assert_close(found.double(), x.double() @ x.double().mT, rtol=1e-5, atol=1e-5 * d**0.5)
+
+
+@needs_gpu
+class TestOnAGpu:
+    @pytest.mark.parametrize(
+        ("batch", "n", "k"), [(1, 576, 56), (32, 576, 56), (1, 2880, 282), (7, 2340, 100)], ids=str
+    )
+    def test_real_sizes_choose_as_the_plain_version_in_float64(self, batch, n, k):
+        kernels = ot_kernel(random(batch, n, 1024).cuda())
+        for kernel, order in zip(kernels[:2], greedy_select(kernels, k)[:2], strict=True):
+            assert_is_greedy(kernel, order)
+
+    @pytest.mark.parametrize("n", [1, 100, 576, 2880])
+    def test_the_tiled_product_is_the_whole_one(self, n):
+        x = random(8, n, 1000).cuda()
+        torch.testing.assert_close(syrk.gram(x).double(), x.double() @ x.double().mT, rtol=1e-4, atol=1e-3)
+
+    @pytest.mark.parametrize("method", ["otprune", "divprune", "dpp"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_the_choice_is_that_of_a_cpu(self, method, dtype):
+        x = random(2, 576, 256).to(dtype)
+        found, expected = select(x.cuda(), k=56, method=method).cpu(), select(x, k=56, method=method)
+        shared = [len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
+        assert min(shared) >= 55  # near-ties
+
+    @pytest.mark.parametrize("n", [576, 2880])
+    def test_the_host_waits_for_nothing(self, n):
+        x = random(1, n, 64).cuda()
+
+        def choose():
+            return ot_select(x, n // 10), max_min_select(torch.cdist(x, x), n // 10)
+
+        choose()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            choose()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("n", [576, 2880])
+    def test_launches_do_not_depend_on_the_budget(self, n):
+        kernel = ot_kernel(random(1, n, 64).cuda())
+        assert count_launches(lambda: greedy_select(kernel, 4)) == count_launches(lambda: greedy_select(kernel, n // 4))
+
+
+def count_launches(function) -> int:
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)

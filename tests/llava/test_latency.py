@@ -1,0 +1,231 @@
+"""The measurements: what they run, what they report, what they refuse. No time is asserted."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava.eval.latency import clock, pope, prefill, select, suite
+from llava.eval.latency.__main__ import main
+from llava.eval.latency.methods import read_method, read_methods
+from llava.eval.latency.models import load, prompts
+from llava.eval.latency.report import mebibytes
+from llava.pruning import available_methods, kept_count
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load("tiny", CPU, torch.float32, "sdpa")
+
+
+class TestClock:
+    def test_variants_take_turns_behind_a_warm_up(self):
+        calls = []
+        runs = {name: lambda watch, name=name: calls.append(name) for name in "ab"}
+        times = clock.take_turns(runs, repetitions=3, device=CPU, warm_up=1)
+        assert calls == ["a", "b"] * 4
+        assert [len(rounds) for rounds in times.values()] == [3, 3]
+
+    def test_the_median_the_95th_percentile_and_a_part_that_is_not_always_there(self):
+        rounds = [{"total": float(i)} for i in range(1, 101)]
+        rounds[0]["vision"] = 7.0
+        assert clock.summarise(rounds) == {
+            "total": {"median": 50.5, "p95": 95.0},
+            "vision": {"median": 0.0, "p95": 0.0},
+        }
+
+    def test_a_ratio_is_that_of_the_rounds(self):
+        reference = [{"total": t} for t in (1.0, 10.0, 100.0)]
+        assert clock.ratio(reference, [{"total": t} for t in (2.0, 30.0, 100.0)]) == 2.0
+
+    def test_a_part_that_runs_twice_is_added_up(self, monkeypatch):
+        moments = iter([0.0, 1.0, 5.0, 7.0])
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: next(moments))
+        watch = clock.Stopwatch(CPU)
+        for _ in range(2):
+            with watch.part("vision"):
+                pass
+        assert watch.milliseconds() == {"vision": 3000.0}
+
+
+class TestSelect:
+    def test_every_size_is_compared_with_the_published_algorithm(self):
+        sizes = [select.Size(20, 3, 1), select.Size(12, 2, 4)]
+        rows = select.measure(sizes, ["divprune"], width=8, repetitions=2, device=CPU, dtype=torch.float16)
+        assert [(row["method"], row["n"], row["k"], row["batch"]) for row in rows] == [
+            ("published", 20, 3, 1),
+            ("divprune", 20, 3, 1),
+            ("published", 12, 2, 4),
+            ("divprune", 12, 2, 4),
+        ]
+        assert all(row["times_published"] == 1 for row in rows if row["method"] == "published")
+
+    def test_a_method_that_looks_at_more_is_refused(self):
+        with pytest.raises(ValueError, match=r"fastv looks at more than the tokens \(last_attention\)"):
+            select.measure([select.Size(9, 2, 1)], ["fastv"], width=4, repetitions=1, device=CPU, dtype=torch.float32)
+
+    @pytest.mark.parametrize("text", ["576", "56:576", "576:0", "576:56x0", "a:b", "576:56x"])
+    def test_a_size_that_is_none_is_refused(self, text):
+        if text == "576:56x":
+            assert select.Size.read(text) == select.Size(576, 56, 1)
+            return
+        with pytest.raises(ValueError, match=f"not '{text}'"):
+            select.Size.read(text)
+
+    def test_a_curve_changes_one_thing_at_a_time(self):
+        points = select.curve([select.Size(576, 56, 1)])
+        assert {size.batch for size in points["N"]} == {1} and len({size.n for size in points["N"]}) == 5
+        assert {size.n for size in points["k"]} == {576} and {size.k for size in points["batch"]} == {56}
+
+
+class TestModels:
+    def test_prompts_about_a_picture_share_it(self, tiny):
+        asked = prompts(tiny, pictures=[3, 3, 4], questions=[0, 1, 1])
+        assert torch.equal(asked.images[0], asked.images[1]) and not torch.equal(asked.images[1], asked.images[2])
+        assert not torch.equal(asked.input_ids[0], asked.input_ids[1])
+        assert torch.equal(asked.input_ids[1], asked.input_ids[2])
+        assert int((asked.input_ids[0] > 0).sum()) == 60
+
+    # CDPruner asks for CLIP's text tower, which a random one has not.
+    @pytest.mark.parametrize("name", sorted(available_methods().keys() - {"cdpruner"}))
+    def test_every_method_can_be_measured_on_it(self, tiny, name):
+        tiny.set_pruning(read_method(name, 0.5))
+        try:
+            tiny.generate(**prompts(tiny, [0], [0]).arguments(), max_new_tokens=2, pad_token_id=0)
+        finally:
+            tiny.set_pruning(None)
+
+
+class TestPrefill:
+    def test_parts_add_up_and_kept_tokens_save_keys_and_values(self, tiny):
+        configs = read_methods(["otprune", "published", "fastv@2"], 0.25)
+        rows = prefill.measure(tiny, configs, batch=2, new_tokens=3, repetitions=2)
+        unpruned, otprune, published, fastv = rows
+        assert [row["method"] for row in rows] == ["unpruned", *configs]
+        # 4 layers of keys and values of 64 numbers, 4 bytes each
+        assert unpruned["kv_bytes"] == 2 * 2 * 4 * 64 * 4 * (60 + 64)
+        assert otprune["kv_bytes"] == published["kv_bytes"] == 2 * 2 * 4 * 64 * 4 * (60 + kept_count(64, 0.25))
+        assert (otprune["visual_tokens"], fastv["visual_tokens"]) == (16, 40)
+        assert unpruned["ttft_ratio"] == 1 and unpruned["selection_share"] == 0
+        for row in rows[1:]:
+            assert 0 < row["selection_share"] < 1 and row["ms"]["decoding"]["median"] > 0
+        assert tiny.pruning is None and "_encode_and_observe" not in vars(tiny)
+
+    def test_one_token_ends_with_the_prefill(self, tiny):
+        [row] = prefill.measure(tiny, {}, batch=1, new_tokens=1, repetitions=1)
+        assert row["ms"]["ttft"]["median"] <= row["ms"]["total"]["median"]
+
+
+def test_a_run_of_many_questions_answers_alike_in_every_setting(tiny):
+    rows = pope.measure(tiny, read_methods(["otprune"], 0.25), images=2, questions=3, batches=[4], cache_bytes=10**7)
+    settings = [(1, False), (1, True), (4, False), (4, True)]
+    assert [(row["method"], row["batch"], row["cached"]) for row in rows] == [
+        (method, *setting) for method in ("unpruned", "otprune") for setting in settings
+    ]
+    assert all(row["same_answers"] == 1 for row in rows)
+    assert [(row["hits"], row["misses"]) for row in rows[:4]] == [(0, 6), (4, 2), (0, 6), (4, 2)]
+    assert rows[0]["times_plain"] == rows[4]["times_plain"] == rows[0]["times_unpruned"] == 1
+    assert tiny.visual_cache is None
+
+
+class TestSuite:
+    @pytest.fixture
+    def runs(self, monkeypatch):
+        """lmms-eval, played: the commands and switches that it was started with; every run is faster than the last."""
+        started = []
+
+        def run(command, env, **_):
+            started.append((command, {name: env.get(name) for name in ("BASELINE", "SUBSET_RATIO")}))
+            folder = Path(command[command.index("--output_path") + 1], "model")
+            folder.mkdir(parents=True)
+            throughput = {"avg_latency": 1 / len(started), "avg_visual_cache_hits": 3.0}
+            (folder / "20260101_results.json").write_text(json.dumps({"throughput": throughput}))
+            return SimpleNamespace(returncode=0, stdout="")
+
+        monkeypatch.setattr(suite.subprocess, "run", run)
+        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setenv("BASELINE", "RANDOM")
+        return started
+
+    def measure(self, folder, **settings):
+        usual = {"ratio": 0.2, "batches": [8], "tasks": ["mini_pope"], "limit": 4, "device": "cpu", "folder": folder}
+        return suite.measure("llava-mini", ["otprune"], **{**usual, **settings})
+
+    def test_every_setting_is_a_run_beside_batches_of_1_without_a_cache(self, runs, tmp_path):
+        rows = self.measure(tmp_path)
+        settings = [(1, False), (1, True), (8, False), (8, True)]
+        assert [(row["method"], row["batch"], row["cached"]) for row in rows] == [
+            (method, *setting) for method in ("unpruned", "otprune") for setting in settings
+        ]
+        assert [round(row["times_unpruned"], 3) for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert [round(row["times_plain"], 3) for row in rows[4:]] == [1, 1.2, 1.4, 1.6]
+        assert [switch for _, switch in runs] == [{"BASELINE": "ORIG", "SUBSET_RATIO": None}] * 4 + [
+            {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.2"}
+        ] * 4
+        assert "pretrained=llava-mini,device=cpu,visual_cache=off" in runs[0][0]
+        assert runs[3][0][-4:] == ["--output_path", str(tmp_path / "unpruned_batch8_cache"), "--limit", "4"]
+
+    def test_a_run_that_fails_says_why(self, runs, tmp_path, monkeypatch):
+        failed = SimpleNamespace(returncode=3, stdout="so far so good\nno such task\n")
+        monkeypatch.setattr(suite.subprocess, "run", lambda *_, **__: failed)
+        with pytest.raises(RuntimeError, match="unpruned_batch1_no_cache: lmms-eval ended with status 3: no such task"):
+            self.measure(tmp_path)
+
+
+class TestCommandLine:
+    def test_select_writes_tables_and_a_curve(self, tmp_path, capsys):
+        command = ["select", "--sizes", "16:4", "--width", "8", "--repetitions", "1", "--curve", "--device", "cpu"]
+        assert main([*command, "--output", str(tmp_path)]) == 0
+        report = json.loads((tmp_path / "select.json").read_text())
+        assert report["settings"]["command"].startswith("python -m llava.eval.latency select --sizes 16:4")
+        assert {"name", "torch", "threads"} == set(report["machine"])
+        table = (tmp_path / "select.md").read_text()
+        assert table.strip() in capsys.readouterr().out
+        assert "| ms on this machine |" in table and "| not measured |" in table
+        rows = list(csv.DictReader((tmp_path / "select_curve.csv").open()))
+        assert {row["axis"] for row in rows} == {"N", "k", "batch"}
+
+    def test_generate_runs_on_the_tiny_shape(self, tmp_path, capsys):
+        command = ["generate", "--batch", "2", "--new-tokens", "2", "--repetitions", "1", "--pope", "2x2"]
+        assert main([*command, "--device", "cpu", "--output", str(tmp_path)]) == 0
+        printed = capsys.readouterr().out
+        assert "| TTFT / unpruned |" in printed and "2 pictures, 2 questions each:" in printed
+
+    def test_a_finished_measurement_stays(self, tmp_path, capsys):
+        command = ["select", "--sizes", "9:2", "--width", "4", "--repetitions", "1", "--output", str(tmp_path)]
+        assert main(command) == 0
+        before = (tmp_path / "select.json").read_bytes()
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "is a finished measurement" in capsys.readouterr().err
+        assert (tmp_path / "select.json").read_bytes() == before
+        assert main([*command, "--force"]) == 0
+
+    @pytest.mark.parametrize(
+        ("wrong", "sentence"),
+        [
+            (["select", "--sizes", "7"], "a size is N:K"),
+            (["select", "--methods", "best"], "best"),
+            (["prefill", "--ratio", "1.5"], "0 < r <= 1, not 1.5"),
+            (["prefill", "--methods", "fastv@two"], "NAME@LAYER, not 'fastv@two'"),
+            (["generate", "--pope", "5"], "IMAGESxQUESTIONS, such as 500x18, not '5'"),
+            (["prefill", "--model", "/nowhere"], "There is no checkpoint folder /nowhere"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_what_cannot_be_is_refused_in_a_sentence(self, wrong, sentence, tmp_path, capsys):
+        with pytest.raises(SystemExit) as ended:
+            main([*wrong, "--output", str(tmp_path / "results")])
+        assert ended.value.code == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_memory_that_nobody_measured_says_so():
+    assert (mebibytes(None), mebibytes(3 * 2**19)) == ("not measured", "1.5")

@@ -1,0 +1,122 @@
+"""What makes a run fast and must not change it: pictures prepared ahead, and kept tokens that are remembered."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval_otprune import llava as wrapper
+from lmms_eval_otprune.ahead import ahead
+from lmms_eval_otprune.llava import Llava
+from PIL import Image
+
+SETTINGS = {"max_new_tokens": 4, "temperature": 0, "until": ["\n\n"], "do_sample": False}
+
+
+def picture(seed: int) -> Image.Image:
+    values = torch.randint(0, 256, (60, 80, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(values.numpy())
+
+
+# Seven questions about two pictures: one document shows both, one none.
+DOCUMENTS = [
+    {"question": f"What is {number} here?", "images": [picture(seed) for seed in seeds]}
+    for number, seeds in enumerate(([0], [1], [0], [], [0, 1], [1], [0]))
+]
+SHOWN, DIFFERENT = 7, 2
+
+
+def requests(images_of: Callable = lambda document: document["images"]) -> list[Instance]:
+    return [
+        Instance(
+            "generate_until",
+            (document["question"], SETTINGS, images_of, index, "looks", "test"),
+            0,
+            metadata={"task": "looks", "doc_id": index, "repeats": 1},
+        )
+        for index, document in enumerate(DOCUMENTS)
+    ]
+
+
+@pytest.fixture(scope="module")
+def load(tiny_checkpoint) -> Callable[..., Llava]:
+    def build(**arguments: Any) -> Llava:
+        lm = Llava(pretrained=tiny_checkpoint("llava-v1.5-tiny"), **{"device": "cpu", **arguments})
+        lm.task_dict["looks"] = {"test": DOCUMENTS}
+        return lm
+
+    return build
+
+
+class TestAhead:
+    def test_results_come_in_order_from_another_thread(self):
+        found = list(ahead(lambda item: (item * item, threading.current_thread().name), range(6)))
+        assert [(item, square) for item, (square, _) in found] == [(item, item * item) for item in range(6)]
+        assert {thread for _, (_, thread) in found} == {"ahead_0"}
+
+    def test_it_is_ahead_and_not_further_than_told(self):
+        begun: list[int] = []
+        results = ahead(begun.append, range(10), depth=2)
+        next(results)
+        assert len(begun) <= 3
+        next(results)
+        assert 2 <= len(begun) <= 4
+        results.close()
+        assert len(begun) <= 4
+
+    def test_an_error_comes_where_its_item_s_turn_comes(self):
+        results = ahead(lambda item: 1 // item, [2, 1, 0, 1])
+        assert [next(results), next(results)] == [(2, 0), (1, 1)]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+
+    def test_nothing_of_nothing(self):
+        assert list(ahead(str, [])) == []
+
+
+class TestPicturesPreparedAhead:
+    def test_are_read_by_another_thread(self, load):
+        readers = set()
+
+        def images_of(document):
+            readers.add(threading.current_thread())
+            return document["images"]
+
+        load(batch_size=2).generate_until(requests(images_of))
+        assert readers and threading.main_thread() not in readers
+
+    def test_give_the_answers_of_pictures_read_in_turn(self, load, monkeypatch):
+        answers = load(batch_size=2).generate_until(requests())
+        monkeypatch.setattr(wrapper, "ahead", lambda work, items: ((item, work(item)) for item in items))
+        assert load(batch_size=2).generate_until(requests()) == answers
+
+
+class TestRememberedPictures:
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    @pytest.mark.parametrize("method", ["ORIG", "OURS", "VISIONZIP"])
+    def test_answers_are_those_of_a_run_without(self, load, monkeypatch, method, batch_size):
+        monkeypatch.setenv("BASELINE", method)
+        if method != "ORIG":
+            monkeypatch.setenv("SUBSET_RATIO", "0.5")
+        cached, plain = load(batch_size=batch_size), load(batch_size=batch_size, visual_cache="off")
+        assert cached.generate_until(requests()) == plain.generate_until(requests())
+        assert cached.visual_cache_counts() == {"hits": SHOWN - DIFFERENT, "misses": DIFFERENT}
+        assert plain.visual_cache_counts() == {} and plain.model.visual_cache is None
+        assert cached.visual_tokens == plain.visual_tokens
+
+    def test_are_reported_to_lmms_eval(self, load, monkeypatch):
+        reports = []
+        monkeypatch.setattr(wrapper, "log_metrics", lambda **metrics: reports.append(metrics["additional_metrics"]))
+        lm = load()
+        lm.generate_until(requests())
+        lm.generate_until(requests())
+        assert [(report["visual_cache_hits"], report["visual_cache_misses"]) for report in reports] == [(5, 2), (7, 0)]
+
+    @pytest.mark.parametrize("value", ["on", "-1", "1.5", "256MiB"])
+    def test_a_wrong_size_is_refused(self, load, value):
+        with pytest.raises(ValueError, match=f"visual_cache={value}: must be a whole number of bytes, or off"):
+            load(visual_cache=value)
