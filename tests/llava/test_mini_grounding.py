@@ -82,6 +82,15 @@ def test_a_side_that_is_asked_for_is_no_part_of_the_phrase():
     assert pointed_at("Is the red circle at the top or at the bottom ?", FIRST).keys() == {"circle"}
 
 
+def test_two_things_are_compared_and_a_told_number_is_checked():
+    second = pointed_at("Is the red circle above the red ring ?", FIRST)["ring"]
+    assert [second[name] for name in ("further_right", "lower", "larger", "same_color")] == [1, 1, 1, 1]
+    level = pointed_at("Is the star above the green sign ?", FIRST)["sign"]
+    assert level["further_right"] == 1 and "lower" not in level and "larger" not in level and level["same_color"] == 0
+    assert pointed_at("Are there two red shapes ?", FIRST)["shapes"]["told_count"] == 1
+    assert pointed_at("Are there exactly three red shapes ?", FIRST)["shapes"]["told_count"] == 0
+
+
 def test_of_two_pictures_each_is_counted_alone():
     both = pointed_at("Which image shows a circle ?", FIRST, SECOND)["circle"]
     assert both == {"count": 1, "second_count": 1}
@@ -135,7 +144,7 @@ def test_heads_without_anything_to_say_have_gradients_of_zero():
     heads = GroundingHeads(8)
     hidden = torch.randn(3, 8)
     targets = torch.full((3, len(COLUMNS)), -1)
-    sum(value for name, value in heads(hidden, hidden, targets).items() if "/" not in name).backward()
+    sum(value for name, value in heads(hidden, hidden, hidden, targets).items() if "/" not in name).backward()
 
     for name, parameter in heads.named_parameters():
         if not name.startswith("norms"):
@@ -152,7 +161,7 @@ def test_heads_can_be_told():
     targets[:, COLUMNS.index("x") :] = torch.arange(18).view(6, 3) * 18
     optimizer = torch.optim.Adam(heads.parameters(), lr=0.03)
     for _ in range(300):
-        report = heads(hidden, -hidden, targets)
+        report = heads(hidden, hidden, -hidden, targets)
         sum(value for name, value in report.items() if "/" not in name).backward()
         optimizer.step()
         optimizer.zero_grad()

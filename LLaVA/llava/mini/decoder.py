@@ -126,7 +126,7 @@ class ConversationTask(nn.Module):
     def _taps(self) -> Iterator[dict[int, torch.Tensor]]:
         """Hidden states behind the layers where the heads read, filled in by the next forward pass."""
         taps: dict[int, torch.Tensor] = {}
-        depths = () if self.grounding is None else {self.grounding.phrases, self.grounding.options}
+        depths = () if self.grounding is None else set(self.grounding.depths)
         layers = self.model.get_model().layers
 
         def tap(depth: int):
@@ -144,8 +144,7 @@ class ConversationTask(nn.Module):
         # Every picture stands before the questions, and takes more places than its mark.
         more = (batch.ids == IMAGE_TOKEN_INDEX).sum(1) * (self.model.get_vision_tower().num_patches - 1)
         places = places + more[rows]
-        states = (taps[depth][rows, places] for depth in (self.grounding.phrases, self.grounding.options))
-        return self.heads(*states, targets)
+        return self.heads(*(taps[depth][rows, places] for depth in self.grounding.depths), targets)
 
     def answer_logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Predictions of all answers' tokens.

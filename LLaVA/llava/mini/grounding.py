@@ -2,8 +2,9 @@
 
 "Is the red star above the small ring?" is answered in steps: find each thing, see where it is, compare. From answers
 alone a small model needs very long to find these steps. So, while it is trained, linear heads read its hidden state at
-the end of every noun phrase (how many things fit, and of a single one its attributes and its box) and of every option
-(whether it is the right one). The heads are thrown away afterwards; questions stay as they are.
+the end of every noun phrase (how many things fit, and of a single one its attributes and its box; a little deeper, how
+it compares with the phrase before) and of every option (whether it is the right one). The heads are thrown away
+afterwards; questions stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llava.mini.captions import PLURALS, at
+from llava.mini.captions import COUNT_WORDS, PLURALS, at
+from llava.mini.forms.naming import INSIDE
 from llava.mini.scenes import COLORS, IMAGE_SIZE, NUMBERS, PLACES, SHAPES, SIGN, SIZES, TEXTS, WORDS, Scene, SceneObject
 
 __all__ = ["COLUMNS", "GroundingHeads", "grounding_targets"]
@@ -34,8 +36,15 @@ CLASSES = {
     "size": len(SIZES),
     "place": len(PLACES),
     "text": len(TEXTS),
+    # One thing beside that of the phrase before.
+    "further_right": 2,
+    "lower": 2,
+    "larger": 2,
+    "same_color": 2,
+    "told_count": 2,  # whether "three stars" are three
     "right": 2,
 }
+COMPARISONS = ("further_right", "lower", "larger", "same_color", "told_count")
 LENGTHS = ("x", "y", "width")
 COLUMNS = (*CLASSES, *LENGTHS)
 NOTHING = -1
@@ -62,9 +71,19 @@ def grounding_targets(pieces: Sequence[str], scenes: Sequence[Scene], right: str
     """
     words = [piece.replace("▁", " ").strip() for piece in pieces]
     targets: dict[int, dict[str, int]] = {}
-    for end, attributes in _phrases(words):
-        if scenes:
-            targets[end] = _pointed_at(attributes, scenes)
+    before = None
+    for end, attributes, told in _phrases(words) if scenes else ():
+        things = [[thing for thing in scene.objects if _fits(thing, attributes)] for scene in scenes]
+        target = {"count": min(len(things[0]), MOST)}
+        if told:
+            target["told_count"] = int(len(things[0]) == told)
+        if len(scenes) > 1:
+            target["second_count"] = min(len(things[1]), MOST)
+        elif len(things[0]) == 1:
+            (thing,) = things[0]
+            target |= _facts(thing) | ({} if before is None else _comparison(thing, before))
+            before = thing
+        targets[end] = target
     for end, letter in _options(words):
         targets.setdefault(end, {})["right"] = int(letter == right)
     return [(end, *(values.get(name, NOTHING) for name in COLUMNS)) for end, values in sorted(targets.items())]
@@ -81,25 +100,27 @@ def _options(words: Sequence[str]) -> list[tuple[int, str]]:
     return found
 
 
-def _phrases(words: Sequence[str]) -> list[tuple[int, dict[str, object]]]:
-    """Last token of every noun phrase, and the attributes that it gives."""
+def _phrases(words: Sequence[str]) -> list[tuple[int, dict[str, object], int]]:
+    """Last token of every noun phrase, the attributes that it gives, and the number that it tells (0: none)."""
     found = []
     for i, word in enumerate(words):
         if word in HEADS:
             attributes = dict(HEADS[word])
-            before = words[max(0, i - 2) : i]
+            before = words[max(0, i - 3) : i]
             if before and before[-1] in COLORS:
                 attributes["color"] = before.pop()
+                attributes.setdefault("shape", SHAPES)  # "the red shape"; a sign is called a sign
             if before and before[-1] in SIZES:
                 attributes["size"] = before.pop()
+            told = COUNT_WORDS.index(before[-1]) if before and before[-1] in COUNT_WORDS else 0
             end = i + _suffix(words[i + 1 : i + 6], attributes, bare=word == "shape" and "color" not in attributes)
             # "A polygon is a shape ..." and "the object above ..." name no thing by themselves.
             if attributes or word in ("shapes", "objects"):
-                found.append((end, attributes))
+                found.append((end, attributes, told))
         elif word in TEXTS and words[i - 1] == '"':
-            found.append((i, {"text": word}))
+            found.append((i, {"text": word}, 0))
         elif word in ALPHABETS and words[i - 1] in ("the", "The") and words[i + 1 : i + 2] != ['"']:
-            found.append((i, {"text": ALPHABETS[word]}))
+            found.append((i, {"text": ALPHABETS[word]}, 0))
     return found
 
 
@@ -136,21 +157,28 @@ def _fits(thing: SceneObject, attributes: dict[str, object]) -> bool:
     )
 
 
-def _pointed_at(attributes: dict[str, object], scenes: Sequence[Scene]) -> dict[str, int]:
-    if "color" in attributes and "shape" not in attributes:  # "the red shape"; a sign is called a sign
-        attributes = attributes | {"shape": SHAPES}
-    things = [[thing for thing in scene.objects if _fits(thing, attributes)] for scene in scenes]
-    target = {"count": min(len(things[0]), MOST)}
-    if len(scenes) > 1:
-        target["second_count"] = min(len(things[1]), MOST)
-    elif len(things[0]) == 1:
-        thing = things[0][0]
-        target["shape"], target["color"] = KINDS.index(thing.shape), tuple(COLORS).index(thing.color)
-        target["size"], target["place"] = tuple(SIZES).index(thing.size), PLACES.index(thing.place)
-        if thing.is_sign:
-            target["text"] = TEXTS.index(thing.text)
-        target["x"], target["y"], target["width"] = *thing.center, thing.width
-    return target
+def _facts(thing: SceneObject) -> dict[str, int]:
+    facts = {
+        "shape": KINDS.index(thing.shape),
+        "color": tuple(COLORS).index(thing.color),
+        "size": tuple(SIZES).index(thing.size),
+        "place": PLACES.index(thing.place),
+        "x": thing.center[0],
+        "y": thing.center[1],
+        "width": thing.width,
+    }
+    return facts | ({"text": TEXTS.index(thing.text)} if thing.is_sign else {})
+
+
+def _comparison(thing: SceneObject, before: SceneObject) -> dict[str, int]:
+    """What is beyond doubt."""
+    facts = {"same_color": int(thing.color == before.color)}
+    for axis, name in enumerate(("further_right", "lower")):
+        if abs(thing.center[axis] - before.center[axis]) >= INSIDE:
+            facts[name] = int(thing.center[axis] > before.center[axis])
+    if thing.size != before.size and not thing.is_sign and not before.is_sign:
+        facts["larger"] = int(thing.width > before.width)
+    return facts
 
 
 @dataclass(frozen=True)
@@ -161,13 +189,19 @@ class Grounding:
     ----------
     weight : float
         Of the heads' summed losses, beside the answers' loss.
-    phrases, options : int
-        How many decoder layers a noun phrase and an option have gone through when they are read.
+    phrases, comparisons, options : int
+        How many decoder layers a noun phrase, what it is compared with, and an option have gone through when read.
     """
 
     weight: float
     phrases: int
+    comparisons: int
     options: int
+
+    @property
+    def depths(self) -> tuple[int, int, int]:
+        """Layers gone through, in the order of `GroundingHeads.forward`."""
+        return self.phrases, self.comparisons, self.options
 
 
 class GroundingHeads(nn.Module):
@@ -183,23 +217,26 @@ class GroundingHeads(nn.Module):
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in CLASSES.items()})
         self.box = nn.Linear(width, len(LENGTHS))
-        self.norms = nn.ModuleDict({name: nn.RMSNorm(width) for name in ("phrases", "options")})
+        self.norms = nn.ModuleDict({name: nn.RMSNorm(width) for name in ("phrases", "comparisons", "options")})
 
-    def forward(self, phrases: torch.Tensor, options: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, phrases: torch.Tensor, comparisons: torch.Tensor, options: torch.Tensor, targets: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Losses by name, and accuracies under ``accuracy/<name>``.
 
         Parameters
         ----------
-        phrases, options : Tensor (G, width)
-            Hidden states of the same tokens, of the layers where phrases and options are read.
+        phrases, comparisons, options : Tensor (G, width)
+            Hidden states of the same tokens, of the layers where phrases, comparisons and options are read.
         targets : Tensor (G, len(COLUMNS)), int64
         """
         phrases, options = self.norms["phrases"](phrases), self.norms["options"](options)
+        read = {"right": options} | dict.fromkeys(COMPARISONS, self.norms["comparisons"](comparisons))
         out: dict[str, torch.Tensor] = {}
         for number, (name, head) in enumerate(self.heads.items()):
             target = targets[:, number]
             told = target >= 0
-            scores = head((options if name == "right" else phrases)[told]).float()
+            scores = head(read.get(name, phrases)[told]).float()
             # A sum over nothing is 0: every process of a run has gradients of every head.
             out[name] = F.cross_entropy(scores, target[told], reduction="sum") / told.sum().clamp_min(1)
             out[f"accuracy/{name}"] = (scores.argmax(-1) == target[told]).float().mean().detach()

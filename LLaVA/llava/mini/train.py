@@ -70,7 +70,7 @@ SMOKE = {
             "steps": 2,
             "batch": 2,
             "layers": 4,
-            "grounding": {"phrases": 2, "options": 3},
+            "grounding": {"phrases": 2, "comparisons": 3, "options": 3},
             "mixture": {"questions": 3, "pair_every": 2},
         },
     },
