@@ -712,12 +712,13 @@ REMAKE = (
 )
 
 
+@pytest.fixture(scope="module")
+def embedded():
+    return load_pretrained_model("llava-mini", None, "llava-mini", device="cpu", dtype="float32")
+
+
 @pytest.mark.parametrize("file", sorted(SHIPPED_FOLDER.glob("*.json")), ids=lambda file: file.stem)
 class TestShipped:
-    @pytest.fixture(scope="class")
-    def embedded(self):
-        return load_pretrained_model("llava-mini", None, "llava-mini", device="cpu", dtype="float32")
-
     def test_is_of_the_shipped_model_and_data_as_they_are(self, file, embedded):
         recipe = read_recipe(f"llava-mini/{file.stem}")
         model, data = recipe.facts["model"], recipe.facts["data"]

@@ -90,11 +90,11 @@ def equal_ratio(prefill: Prefill, recipe: Recipe, method: str) -> float:
 
     ratios = [round(kept / prefill.visual, 4) for kept in range(1, prefill.visual + 1)]
     place = bisect_left(ratios, wanted, hi=len(ratios) - 1, key=cost)
-    closest = min(filter(cost, ratios[max(0, place - 1) : place + 1]), key=lambda ratio: abs(cost(ratio) - wanted))
-    if cost(closest) > (1 + CLOSE) * wanted:
+    near = [ratio for ratio in ratios[max(0, place - 1) : place + 1] if cost(ratio)]
+    if (cheaper := cost(near[0])) > (1 + CLOSE) * wanted:
         whole = prefill.unpruned()
         raise ValueError(
-            f"{method} costs more than {recipe.name} at any ratio: at least {cost(closest) / whole:.2%} of the "
-            f"unpruned prefill, not {wanted / whole:.2%}"
+            f"{method} costs more than {recipe.name} at any ratio: at least {cheaper / whole:.2%} of the unpruned "
+            f"prefill, not {wanted / whole:.2%}"
         )
-    return closest
+    return min(near, key=lambda ratio: abs(cost(ratio) - wanted))
