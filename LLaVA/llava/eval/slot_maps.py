@@ -93,7 +93,7 @@ def draw_slots(views: list[View], found: SlotMap):
         )
         tinted = (1 - TINT) * picture + TINT * colour
         left.imshow(tinted.astype(np.uint8), interpolation="nearest")
-        left.set_title(f"{len(np.unique(slot))} slots ({view.name})", fontsize=11)
+        left.set_title(f"{len(np.unique(slot))} slots win patches ({view.name})", fontsize=11)
         right.imshow(np.where(_enlarged(kept[..., None], scale), tinted, 235).astype(np.uint8), interpolation="nearest")
         y, x = claimed.nonzero()
         right.scatter((x + 0.5) * scale, (y + 0.5) * scale, s=9, c="white", edgecolors="black", linewidths=0.6)

@@ -227,6 +227,7 @@ def main(argv: list[str] | None = None) -> Path:
 
         found = slot_map(model, pixels, image.size, arguments.configs["ocvtp"])
         draw_slots(views, found).savefig(stem.with_name(stem.name + "_slots.png"), dpi=110)
+        print(f"slots: {stem}_slots.png")
     for method, indices in kept.items():
         print(f"{method}: {len(indices)} of {total} visual tokens kept")
     print(f"written: {stem}.png, {stem}.csv")
