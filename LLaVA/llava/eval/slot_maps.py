@@ -88,10 +88,12 @@ def draw_slots(views: list[View], found: SlotMap):
         slot, claimed, kept = (part[view.patches] for part in (found.slot, found.claimed, found.kept))
         scale = max(1, round(480 / max(rows, columns)))
         picture = np.asarray(view.picture.resize((columns * scale, rows * scale)), dtype=np.float32)
-        colour = _enlarged(np.array([_colour(number) for number in slot.ravel()]).reshape(rows, columns, 3), scale)
+        colour = _enlarged(
+            np.array([_colour(number) for number in slot.ravel().tolist()]).reshape(rows, columns, 3), scale
+        )
         tinted = (1 - TINT) * picture + TINT * colour
         left.imshow(tinted.astype(np.uint8), interpolation="nearest")
-        left.set_title(f"{len(np.unique(slot))} slots ({view.name})", fontsize=11)
+        left.set_title(f"{len(np.unique(slot))} slots win patches ({view.name})", fontsize=11)
         right.imshow(np.where(_enlarged(kept[..., None], scale), tinted, 235).astype(np.uint8), interpolation="nearest")
         y, x = claimed.nonzero()
         right.scatter((x + 0.5) * scale, (y + 0.5) * scale, s=9, c="white", edgecolors="black", linewidths=0.6)

@@ -37,5 +37,5 @@ def draw_curve(folder: Path, lines: list[dict[str, Any]]) -> None:
     axis.axvline(best["epoch"], color="grey", linewidth=0.8, linestyle=":")
     axis.set(xlabel="epoch", ylabel="area-weighted squared error")
     axis.set_title(f"best validation {best['validation']:.4g} after epoch {best['epoch']}", fontsize=10)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper right")
     figure.savefig(folder / CURVE, dpi=110)

@@ -117,7 +117,7 @@ class SlotPruner(nn.Module):
         ----------
         features : Tensor (B, N, C)
             Output of the encoder layer that the network reads, without [CLS].
-        noise : Tensor (B, S, D)
+        noise : Tensor (B, S, D) or (1, S, D)
             Standard normal draws, which tell the slots apart.
         visible : Tensor (B, N), bool, optional
             See `SlotAttention`.
@@ -135,7 +135,8 @@ class SlotPruner(nn.Module):
             raise ValueError(f"the pruner reads features of width {self.config.width}, not {features.shape[-1]}")
         if noise.shape[1] > features.shape[1]:
             raise ValueError(f"{noise.shape[1]} slots are more than the {features.shape[1]} tokens they would share")
-        return self.attention(self.project(features), self.initial(noise), visible)
+        slots = self.initial(noise).expand(len(features), -1, -1)
+        return self.attention(self.project(features), slots, visible)
 
     def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
         """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
