@@ -164,7 +164,7 @@ def _embedded(figure: Drawn) -> dict[str, Any]:
         "caption": figure.caption,
         "png": data_uri(figure.png(), "image/png"),
         "csv": data_uri(figure.csv().encode(), "text/csv"),
-        "small": figure.figure.get_figwidth() < 8,
+        "small": figure.figure.get_figwidth() < 9,
     }
 
 
