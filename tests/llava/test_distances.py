@@ -62,7 +62,8 @@ def test_of_a_second_picture_are_its_own(encoder, picture):
 
 
 def test_are_measured_of_rows_that_only_need_the_picture(tmp_path):
-    assert picture_configs(row(tmp_path / "a", method="otprune")) == [PruningConfig("otprune", 0.098)]
+    otprune = PruningConfig("otprune", 0.098, options={"gamma": 0.01})
+    assert picture_configs(row(tmp_path / "a", method="otprune")) == [otprune]
     assert len(picture_configs(row(tmp_path / "b", method="visionzip"))) == 1
     assert picture_configs(row(tmp_path / "c", method="fastv", layer=2)) == []
     assert picture_configs(row(tmp_path / "d", method="otprune", layer=2)) == []

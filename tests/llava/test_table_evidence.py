@@ -277,3 +277,14 @@ class TestIncompleteRuns:
         log.write_text(log.read_text()[:-5])
         assert table.main([str(folder), "--intervals"]) == 2
         assert f"{log}, line 50, cannot be read" in capsys.readouterr().err
+
+
+def test_a_draw_in_which_the_unpruned_model_scores_nothing_leaves_the_mean_without_an_interval(tmp_path):
+    jobs = {
+        "unpruned": job({"mini_gqa": [True, False, False]}),
+        "otprune": job({"mini_gqa": [True, True, False]}, method="otprune"),
+    }
+    row = made(tmp_path, jobs, intervals=True).rows[1]
+    assert row.relative == pytest.approx(200)
+    assert set(row.evidence.intervals) == {"GQA"}
+    assert set(row.evidence.unpruned) == {"GQA"}

@@ -119,15 +119,20 @@ def _randoms(row: Row, rows: Sequence[Row]) -> list[Row]:
 
 
 def _relative(row: Row, own: Mapping[str, _Drawn], full: Row, full_drawn: Mapping[str, _Drawn]) -> _Drawn | None:
-    """Draws of the relative mean; None unless all the columns that it is taken over are there, on the same units."""
+    """Draws of the relative mean, or None.
+
+    It needs all the columns that the mean is taken over, on the same units, and no draw in which the unpruned model
+    scores nothing.
+    """
     keys = [key for key, score in full.scores.items() if score and key in row.scores]
     if row.relative is None or any(
         key not in own or key not in full_drawn or own[key].asked != full_drawn[key].asked for key in keys
     ):
         return None
-    shares = [own[key].draws / np.where(full_drawn[key].draws > 0, full_drawn[key].draws, np.nan) for key in keys]
-    # A draw in which the unpruned model scores nothing says nothing about shares.
-    return _Drawn(row.relative, 100 * np.nanmean(shares, axis=0), tuple(own[key].asked for key in keys))
+    if any((full_drawn[key].draws <= 0).any() for key in keys):
+        return None
+    shares = [own[key].draws / full_drawn[key].draws for key in keys]
+    return _Drawn(row.relative, 100 * np.mean(shares, axis=0), tuple(own[key].asked for key in keys))
 
 
 def _drawn(column: Column, rows: Sequence[Row], seed: int, draws: int, remarks: list[str]) -> dict[int, _Drawn]:

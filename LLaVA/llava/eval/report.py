@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,11 @@ def _figures(
         except (ImportError, OSError) as error:
             found, missing = draw_figures(tuple(FROM_SCORES), own, pictures, any_of=True)
             missing = [str(error), *missing]
+        if len(models) > 1:
+            found = [replace(one, name=f"{one.name}-{model}", title=f"{one.title}: {model}") for one in found]
+            missing = [f"{model}: {sentence}" for sentence in missing]
         drawn += found
-        left_out += [f"{model}: {sentence}" if len(models) > 1 else sentence for sentence in missing]
+        left_out += missing
     if synthetic:
         drawn += draw_figures(("synthetic",), rows, pictures)[0]
     return drawn, left_out
@@ -135,6 +139,8 @@ def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str
     from .distances import Encoder, picture_configs, pictures_of_suite
     from .tokens import kept_order, views_of
 
+    # One picture, one model: the first.
+    rows = [row for row in rows if row.model == rows[0].model]
     wanted = {row.label: configs[0] for row in rows if (configs := picture_configs(row))}
     if not wanted:
         raise ValueError("none of the runs drops tokens before the decoder by what is in the picture alone")
@@ -158,7 +164,7 @@ def _embedded(figure: Drawn) -> dict[str, Any]:
         "caption": figure.caption,
         "png": data_uri(figure.png(), "image/png"),
         "csv": data_uri(figure.csv().encode(), "text/csv"),
-        "small": figure.figure.get_figwidth() < 8,
+        "small": figure.figure.get_figwidth() < 9,
     }
 
 

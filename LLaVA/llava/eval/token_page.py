@@ -19,8 +19,8 @@ WIDEST = 672
 """Pixels that a view's picture is shrunk to."""
 
 STYLE = """
-.maps{display:flex;flex-wrap:wrap;gap:1rem}
-.maps figure{margin:0;max-width:336px;flex:1 1 240px}
+.maps{display:flex;flex-wrap:wrap;gap:.8rem}
+.maps figure{margin:0;max-width:336px;flex:1 1 160px}
 .maps canvas{width:100%;height:auto;display:block;border-radius:4px}
 .maps figcaption{font-size:.9em;margin:.3rem 0}
 .steps{display:flex;flex-wrap:wrap;align-items:center;gap:.6rem;margin:.6rem 0}
