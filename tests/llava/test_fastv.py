@@ -13,16 +13,11 @@ from golden import golden_root
 from llava.model.language_model.observed_attention import last_token_attention
 from llava.pruning import VisualTokens, kept_count, pruning
 from llava.pruning.methods.fastv import FastV
-from tiny_llava import build, pad_rows, pixels, prompt, save_tower
+from tiny_llava import build, pad_rows, pixels, prompt
 
 FILE = golden_root() / "pruning" / "attention_methods.json"
 CASES = json.loads(FILE.read_text())["fastv"] if FILE.exists() else []
 N = 16
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return save_tower(tmp_path_factory.mktemp("tower"))
 
 
 def published_row(case, cases=CASES):

@@ -24,7 +24,7 @@ from llava.model.language_model.observed_attention import observed_attention
 from llava.pruning import PruningConfig, VisualTokens, pruning
 from llava.pruning.methods.fitprune import FitPrune, deletable, expendable, importance
 from llava.pruning.recipes import Recipe, known_recipes, parse_recipe, read_recipe
-from tiny_llava import build, pad_rows, pixels, prompt, save_tower
+from tiny_llava import build, pad_rows, pixels, prompt
 
 FILE = golden_root() / "pruning" / "fitprune.json"
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
@@ -248,16 +248,6 @@ class TestRecipes:
     def test_known_names_can_be_read(self):
         assert {"llava-1.5-7b/0", "llava-1.5-7b/90"} <= set(known_recipes())
         assert all(isinstance(read_recipe(name), Recipe) for name in known_recipes())
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return save_tower(tmp_path_factory.mktemp("tower"))
-
-
-@pytest.fixture(scope="module")
-def model(tower):
-    return build(tower)
 
 
 @pytest.fixture(scope="module")

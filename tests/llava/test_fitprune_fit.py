@@ -26,7 +26,7 @@ from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, pruning
 from llava.pruning.recipes import SHIPPED_FOLDER, describe, model_fingerprint, parse_recipe, read_recipe
-from tiny_llava import build, pixels, prompt, save_tower
+from tiny_llava import build, pixels, prompt
 
 N, LAYERS = 16, 4
 TINY = Path(__file__).parents[1] / "support" / "recipe_of_four_layers.json"
@@ -52,11 +52,6 @@ def questions(count: int, read=None) -> Source:
         return f"sample {number}", " ".join(["what", "is", "this"] * (number + 1)), picture(number)
 
     return Source("pictures", "1", 0, count, read or usual)
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return save_tower(tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, exact
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig, kept_count, pruning
-from tiny_llava import build, pixels, prompt, save_tower
+from tiny_llava import build, pixels, prompt
 
 FILE = golden_root() / "pruning" / "flops_and_log_parser.json"
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {"find_flop": [], "find_tflop_ratio": [], "report": {}}
@@ -100,26 +100,6 @@ def counted(work, *arguments, **options):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         work(*arguments, **options)
     return counter.get_total_flops()
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return save_tower(tmp_path_factory.mktemp("tower"))
-
-
-@pytest.fixture(scope="module")
-def model(tower):
-    return build(tower)
-
-
-@pytest.fixture(scope="module")
-def anyres(tower):
-    return build(
-        tower,
-        image_aspect_ratio="anyres",
-        mm_patch_merge_type="spatial_unpad",
-        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
-    )
 
 
 def shape_of(model):

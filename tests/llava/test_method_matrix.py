@@ -14,7 +14,7 @@ from llava.pruning import Pruner, PruningConfig, VisualTokens, available_methods
 from llava.pruning.base import INSIDE
 from llava.pruning.layout import FeatureMap, apportion, crop_numbers
 from llava.pruning.registry import method_class
-from tiny_llava import build, pad_rows, pixels, prompt, save_tower
+from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_ocvtp import WIDTH, save_pruner
 
 ALL = available_methods()
@@ -46,26 +46,6 @@ def switched(model, method, layer, ratio=None, **options):
 @pytest.fixture(scope="module", autouse=True)
 def pruner_for_the_tiny_tower(tmp_path_factory):
     OPTIONS["ocvtp"] = {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return save_tower(tmp_path_factory.mktemp("tower"))
-
-
-@pytest.fixture(scope="module")
-def model(tower):
-    return build(tower)
-
-
-@pytest.fixture(scope="module")
-def anyres(tower):
-    return build(
-        tower,
-        image_aspect_ratio="anyres",
-        mm_patch_merge_type="spatial_unpad",
-        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
-    )
 
 
 def answer(model, ids, images, mask=None, **kwargs):

@@ -8,30 +8,10 @@ from transformers import DynamicCache
 
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.pruning import PruningConfig, kept_count, pruning, select
-from tiny_llava import build, pad_rows, pixels, prompt, save_tower
+from tiny_llava import build, pad_rows, pixels, prompt
 
 N = 16
 LAYERS = (0, 1, 3)
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return save_tower(tmp_path_factory.mktemp("tower"))
-
-
-@pytest.fixture(scope="module")
-def model(tower):
-    return build(tower)
-
-
-@pytest.fixture(scope="module")
-def anyres(tower):
-    return build(
-        tower,
-        image_aspect_ratio="anyres",
-        mm_patch_merge_type="spatial_unpad",
-        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
-    )
 
 
 def logits_of(model, ids, images, mask=None, **kwargs):

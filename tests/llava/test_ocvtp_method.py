@@ -14,7 +14,7 @@ from llava.pruning import PruningConfig, VisualTokens, pruning
 from llava.pruning.layout import FeatureMap
 from llava.pruning.methods.ocvtp import OCVTP, claims, fill
 from llava.pruning.ocvtp.variables import translated
-from tiny_llava import build, pad_rows, pixels, prompt, save_tower
+from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_ocvtp import save_pruner
 
 FILE = golden_root() / "pruning" / "ocvtp.json"
@@ -85,23 +85,6 @@ def test_ties_go_to_the_lowest_index():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return save_pruner(tmp_path_factory.mktemp("pruner"))
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return save_tower(tmp_path_factory.mktemp("tower"))
-
-
-@pytest.fixture(scope="module")
-def model(tower):
-    return build(tower)
-
-
-@pytest.fixture(scope="module")
-def anyres(tower):
-    grid = [[56, 112], [112, 56], [112, 112]]
-    settings = {"mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": grid}
-    return build(tower, image_aspect_ratio="anyres", **settings)
 
 
 def seen(model, config: PruningConfig, images, sizes=None):

@@ -7,7 +7,7 @@ import torch
 
 from llava.model.visual_cache import Span, VisualCache
 from llava.pruning import pruning
-from tiny_llava import build, pad_rows, pixels, prompt, save_tower
+from tiny_llava import build, pad_rows, pixels, prompt
 
 
 def span(k: int, value: float = 0.0) -> Span:
@@ -56,11 +56,6 @@ class TestCache:
     def test_less_than_nothing_is_refused(self):
         with pytest.raises(ValueError, match="cannot hold -1 bytes"):
             VisualCache(-1)
-
-
-@pytest.fixture(scope="module")
-def tower(tmp_path_factory):
-    return save_tower(tmp_path_factory.mktemp("tower"))
 
 
 @pytest.fixture

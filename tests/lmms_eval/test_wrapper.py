@@ -285,7 +285,7 @@ class TestResuming:
 
         resumed = load(resume_dir=str(tmp_path / "cut"))
         generate, asked = resumed._generate, []
-        monkeypatch.setattr(resumed, "_generate", lambda rows, s: asked.extend(rows) or generate(rows, s))
+        monkeypatch.setattr(resumed, "_generate", lambda rows, *rest: asked.extend(rows) or generate(rows, *rest))
         answers = resumed.generate_until(requests())
         assert len(asked) < len(DOCUMENTS)
         assert answers == whole
