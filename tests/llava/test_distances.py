@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from llava.eval.distances import Encoder, picture_configs, pictures_of_folder
-from llava.eval.rows import row_of
-from llava.eval.runs import Run
+from llava.eval.results.rows import row_of
+from llava.eval.results.runs import Run
 from llava.eval.transport import gaussian_distance, objective, wasserstein
 from llava.pruning import PruningConfig, select
 from run_folders import job, write_job

@@ -8,9 +8,9 @@ import math
 import pytest
 
 from llava.eval import figures
-from llava.eval.drawing import spearman
-from llava.eval.figure_distances import MEAN, Distance, draw_distance, draw_relative_distance
-from llava.eval.figure_scores import draw_gamma, draw_ratios, draw_time
+from llava.eval.plots.distances import MEAN, Distance, draw_distance, draw_relative_distance
+from llava.eval.plots.drawing import spearman
+from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
 from llava.eval.table import build_table, load_runs
 from run_folders import job, write_run
 
@@ -169,7 +169,7 @@ class TestCommand:
 class TestSynthetic:
     def test_finds_that_a_method_which_knows_the_tokens_beats_chance(self):
         pytest.importorskip("ot")
-        from llava.eval import synthetic
+        from llava.eval.plots import synthetic
 
         outcomes = synthetic.run(settings=[(20, 10, 5)], methods=("divprune", "first_k"), trials=12, subsets=20)
         wins = {one.method: one.win_rate for one in outcomes}
@@ -181,7 +181,7 @@ class TestSynthetic:
 
     def test_shows_published_figures_beside_its_own(self, tmp_path):
         pytest.importorskip("ot")
-        from llava.eval import synthetic
+        from llava.eval.plots import synthetic
 
         outcomes = [synthetic.Outcome("otprune", (20, 10, 5), 90.0, 80.0)]
         [line] = lines(synthetic.draw(outcomes, 3, 4), tmp_path)
@@ -189,7 +189,7 @@ class TestSynthetic:
 
     def test_refuses_more_kept_tokens_than_there_are(self):
         pytest.importorskip("ot")
-        from llava.eval import synthetic
+        from llava.eval.plots import synthetic
 
         with pytest.raises(ValueError, match="below m = 5, not 5"):
             synthetic.run(settings=[(5, 3, 5)])

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.eval.results.columns import COLUMNS
+from llava.eval.results.rows import Row
+from llava.eval.transport import gaussian_distance, log_det, wasserstein
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.llava_arch import ot_kernel
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig
 from llava.pruning.base import ENCODER_NEEDS, content_key
-
-from .columns import COLUMNS
-from .rows import Row
-from .transport import gaussian_distance, log_det, wasserstein
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

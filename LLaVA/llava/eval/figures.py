@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .drawing import Drawn
-from .figure_scores import draw_gamma, draw_ratios, draw_time
-from .rows import Row
-from .runs import missing_tasks, unfinished
-from .table import add_arguments, build_table, load_runs
+from llava.eval.plots.drawing import Drawn
+from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
+from llava.eval.results.rows import Row
+from llava.eval.results.runs import missing_tasks, unfinished
+from llava.eval.table import add_arguments, build_table, load_runs
 
 FROM_SCORES = {"ratios": draw_ratios, "gamma": draw_gamma, "time": draw_time}
 FROM_DISTANCES = ("distance", "relative_distance")

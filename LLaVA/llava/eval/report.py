@@ -13,13 +13,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .drawing import Drawn
-from .figures import DEFAULT_RUN, FROM_DISTANCES, FROM_SCORES, add_picture_arguments, check_complete, draw_figures
-from .rows import Row
-from .runs import differences, unfinished
-from .table import Table, add_arguments, build_table, load_runs
-from .table_formats import table_html
-from .token_page import SCRIPT, STYLE, data_uri, selection_html
+from llava.eval.figures import (
+    DEFAULT_RUN,
+    FROM_DISTANCES,
+    FROM_SCORES,
+    add_picture_arguments,
+    check_complete,
+    draw_figures,
+)
+from llava.eval.plots.drawing import Drawn
+from llava.eval.results.formats import table_html
+from llava.eval.results.rows import Row
+from llava.eval.results.runs import differences, unfinished
+from llava.eval.table import Table, add_arguments, build_table, load_runs
+from llava.eval.token_page import SCRIPT, STYLE, data_uri, selection_html
 
 TEMPLATE = "report.html.jinja"
 MOST_MAPS = 6
@@ -134,10 +141,9 @@ def _figures(
 
 def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str]:
     """Token maps of the methods in the runs at one kept ratio, and what picture they are of."""
+    from llava.eval.distances import Encoder, picture_configs, pictures_of_suite
+    from llava.eval.tokens import kept_order, views_of
     from llava.mm_utils import load_image
-
-    from .distances import Encoder, picture_configs, pictures_of_suite
-    from .tokens import kept_order, views_of
 
     # One picture, one model: the first.
     rows = [row for row in rows if row.model == rows[0].model]

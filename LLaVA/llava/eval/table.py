@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .bootstrap import DRAWS
-from .columns import COLUMNS
-from .rows import (
+from llava.eval.results.bootstrap import DRAWS
+from llava.eval.results.columns import COLUMNS
+from llava.eval.results.formats import BUDGET, FORMATS, named
+from llava.eval.results.rows import (
     Row,
     fold_seeds,
     published_rows,
@@ -23,8 +24,7 @@ from .rows import (
     unpruned_of,
     without_repeats,
 )
-from .runs import Run, check_alike, differences, read_runs, unfinished
-from .table_formats import BUDGET, FORMATS, named
+from llava.eval.results.runs import Run, check_alike, differences, read_runs, unfinished
 
 __all__ = ["BUDGET", "COLUMNS", "Row", "Table", "build_table", "load_runs", "main", "published_rows"]
 
@@ -115,7 +115,7 @@ def build_table(
     ordered = [replace(row, relative=relative_score(row, unpruned_of(row, ordered))) for row in ordered]
     why_not: list[str] = []
     if intervals:
-        from .evidence import with_evidence
+        from llava.eval.results.evidence import with_evidence
 
         ordered, why_not = with_evidence(ordered, seed, draws)
     said = [*_remarks(ordered), *_evidence_remarks(ordered, seed, draws), *why_not, *_mixed(runs), *remarks]

@@ -20,10 +20,9 @@ from statistics import mean
 import numpy as np
 import torch
 
+from llava.eval.plots.drawing import Drawn, new_figure, styles
+from llava.eval.transport import squared_distances, transport_cost
 from llava.pruning import select
-
-from .drawing import Drawn, new_figure, styles
-from .transport import squared_distances, transport_cost
 
 SETTINGS = ((20, 10, 5), (30, 20, 10), (100, 50, 30), (1000, 256, 100))
 """(tokens m, width d, kept k) of the paper."""

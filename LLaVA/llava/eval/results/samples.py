@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from .columns import Column
+from llava.eval.results.columns import Column
 
 Samples = Sequence[Mapping[str, Any]]
 
@@ -91,7 +91,7 @@ def units_of(column: Column, samples: Samples, cider: Sequence[float] | None = N
     samples : sequence of dict
         Of a log (`read_log`).
     cider : sequence of float, optional
-        CIDEr of each sample, for caption benchmarks (see `llava.eval.cider`).
+        CIDEr of each sample, for caption benchmarks (see `llava.eval.results.cider`).
 
     Raises
     ------

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .bootstrap import DRAWS, Comparison, compare, draw_scores, interval
-from .cider import CaptionsCannotBeScored, cider_of_runs
-from .columns import COLUMNS, Column
-from .rows import Row, same_budget, unpruned_of
-from .runs import Run
-from .samples import Units, caption_texts, read_log, units_of
+from llava.eval.results.bootstrap import DRAWS, Comparison, compare, draw_scores, interval
+from llava.eval.results.cider import CaptionsCannotBeScored, cider_of_runs
+from llava.eval.results.columns import COLUMNS, Column
+from llava.eval.results.rows import Row, same_budget, unpruned_of
+from llava.eval.results.runs import Run
+from llava.eval.results.samples import Units, caption_texts, read_log, units_of
 
 MEAN = "Mean"
 CAPTIONS = ("COCO", "Flickr30k", "NoCaps")

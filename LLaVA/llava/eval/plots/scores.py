@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .columns import COLUMNS
-from .drawing import Drawn, new_figure, styles
-from .rows import Row, unpruned_of
+from llava.eval.plots.drawing import Drawn, new_figure, styles
+from llava.eval.results.columns import COLUMNS
+from llava.eval.results.rows import Row, unpruned_of
 
 
 def draw_ratios(rows: Sequence[Row]) -> Drawn:

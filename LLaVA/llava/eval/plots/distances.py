@@ -9,12 +9,12 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from .columns import COLUMNS
-from .drawing import Drawn, new_figure, spearman, styles
-from .rows import Row
+from llava.eval.plots.drawing import Drawn, new_figure, spearman, styles
+from llava.eval.results.columns import COLUMNS
+from llava.eval.results.rows import Row
 
 if TYPE_CHECKING:
-    from .distances import Measured
+    from llava.eval.distances import Measured
 
 PICTURES = 16
 LEAST_METHODS = 3
@@ -68,7 +68,7 @@ def measure(
     ValueError
         If the runs are of several models, or not of the mini suite and no folder is given.
     """
-    from .distances import Encoder, picture_configs, pictures_of_folder, pictures_of_suite
+    from llava.eval.distances import Encoder, picture_configs, pictures_of_folder, pictures_of_suite
 
     configs = [(row, config) for row in rows for config in picture_configs(row)]
     if not configs:

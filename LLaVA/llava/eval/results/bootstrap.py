@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
-from .samples import Units
+from llava.eval.results.samples import Units
 
 DRAWS = 2000
 LEVEL = 0.95

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .columns import COLUMNS
-from .rows import Row
+from llava.eval.results.columns import COLUMNS
+from llava.eval.results.rows import Row
 
 MISSING = "\N{EN DASH}"
 FLOPS = "Prefill FLOPs / unpruned"

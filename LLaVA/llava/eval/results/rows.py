@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from .columns import COLUMNS
-from .runs import Run, short_name
+from llava.eval.results.columns import COLUMNS
+from llava.eval.results.runs import Run, short_name
 
 if TYPE_CHECKING:
-    from .evidence import Evidence
+    from llava.eval.results.evidence import Evidence
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
 UNPRUNED, GREY = "unpruned", "grey picture"
