@@ -12,6 +12,7 @@ from llava.eval.plots.distances import MEAN, Distance, draw_distance, draw_relat
 from llava.eval.plots.drawing import spearman
 from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
 from llava.eval.table import build_table, load_runs
+from llava.mini.scenes import render, sample_scene
 from run_folders import job, write_run
 
 pytest.importorskip("matplotlib")
@@ -140,6 +141,28 @@ class TestCommand:
             assert figures.main(["time", str(run), "--output", str(tmp_path / name)]) == 0
         for file in ("time.png", "time.csv"):
             assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+    def test_measures_distances_with_the_runs_model(self, tmp_path):
+        pytest.importorskip("ot")
+        jobs = {"unpruned": job(FULL)} | {
+            name: answered(share, method=name, kept=56) for name, share in (("otprune", 0.6), ("uniform", 0.5))
+        }
+        jobs["first_k"] = answered(0.2, method="first_k", kept=56)
+        (tmp_path / "pictures").mkdir()
+        render(sample_scene(0, "validation")).save(tmp_path / "pictures" / "scene.png")
+        given = [str(write_run(tmp_path / "run", jobs)), "--picture-folder", str(tmp_path / "pictures")]
+        for name in ("distance", "relative_distance"):
+            assert figures.main([name, *given, "--output", str(tmp_path / "figures")]) == 0
+            assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 0
+        said = (tmp_path / "figures" / "distance.csv").read_text()
+        assert all(name in said for name in ("otprune", "uniform", "first_k"))
+
+    def test_draws_the_synthetic_experiment_without_a_run(self, tmp_path, monkeypatch):
+        synthetic = pytest.importorskip("llava.eval.plots.synthetic")
+        outcomes = [synthetic.Outcome("otprune", (20, 10, 5), 90.0, 80.0)]
+        monkeypatch.setattr(synthetic, "run", lambda: outcomes)
+        assert figures.main(["synthetic", "--output", str(tmp_path)]) == 0
+        assert {file.name for file in tmp_path.iterdir()} == {"synthetic.png", "synthetic.csv"}
 
     @pytest.mark.parametrize(
         ("jobs", "said"),

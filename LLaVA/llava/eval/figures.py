@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.eval.plots import distances
 from llava.eval.plots.drawing import Drawn
 from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
 from llava.eval.results.rows import Row
@@ -20,7 +21,10 @@ from llava.eval.results.runs import missing_tasks, unfinished
 from llava.eval.table import add_arguments, build_table, load_runs
 
 FROM_SCORES = {"ratios": draw_ratios, "gamma": draw_gamma, "time": draw_time}
-FROM_DISTANCES = ("distance", "relative_distance")
+FROM_DISTANCES = {
+    "distance": distances.draw_distance,
+    "relative_distance": distances.draw_relative_distance,
+}
 DEFAULT_RUN = "results/mini"
 """Where ``run_OTPrune.sh mini`` leaves its results."""
 NAMES = (*FROM_DISTANCES, *FROM_SCORES, "synthetic")
@@ -64,7 +68,7 @@ def draw_figures(
     rows : sequence of Row
         Of a table, intervals included where they are to be shown.
     pictures, folder, device
-        See `figure_distances.measure`.
+        See `llava.eval.plots.distances.measure`.
     any_of : bool
         Leave out a figure that the rows have no data for, and say why.
 
@@ -80,22 +84,19 @@ def draw_figures(
     """
     drawn: list[Drawn] = []
     left_out: list[str] = []
-    distances = None
+    measured = None
     for name in names:
         try:
             if name == "synthetic":
-                from . import synthetic
+                from llava.eval.plots import synthetic
 
                 drawn.append(synthetic.draw(synthetic.run()))
             elif name in FROM_SCORES:
                 drawn.append(FROM_SCORES[name](rows))
             else:
-                from . import figure_distances
-
-                if distances is None:
-                    distances = figure_distances.measure(rows, pictures, folder, device, progress=True)
-                draw = {"distance": figure_distances.draw_distance}.get(name, figure_distances.draw_relative_distance)
-                drawn.append(draw(distances))
+                if measured is None:
+                    measured = distances.measure(rows, pictures, folder, device, progress=True)
+                drawn.append(FROM_DISTANCES[name](measured))
         except ValueError as error:
             if not any_of:
                 raise

@@ -56,7 +56,7 @@ def write_report(
     folded, allow_mixed, seed, draws
         See `table.build_table`.
     pictures, picture_folder, device
-        See `figure_distances.measure`.
+        See `llava.eval.plots.distances.measure`.
     image : str, optional
         The picture of the token maps; by default the first of the embedded suite's captions.
     with_model : bool
