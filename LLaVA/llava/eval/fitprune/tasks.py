@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.eval.benchmark_tasks import load_tasks
 from llava.eval.fitprune.samples import Question, Source, chosen, digest_of
-
-PLUGIN_TASKS = "lmms_eval_otprune_tasks"
-"""Package whose folder defines the embedded tasks, beside lmms-eval's own."""
-
-PUBLISHED_GROUP = "otprune_paper.yaml"
 
 
 def open_tasks(name: str, count: int, seed: int) -> Source:
@@ -50,46 +45,10 @@ def _load(name: str) -> dict[str, Any]:
         raise ValueError(
             f"--data {name}: neither a file nor mini, and for a benchmark task lmms-eval must be installed"
         )
-    from lmms_eval.tasks import TaskManager, get_task_dict
-    from loguru import logger
-    from tenacity import RetryError
-
-    plugin = find_spec(PLUGIN_TASKS)
-    folders = list(plugin.submodule_search_locations) if plugin else []
-    logger.disable("lmms_eval")
     try:
-        # All of lmms-eval's definitions take long to index.
-        manager = TaskManager(include_defaults=False, include_path=folders, model_name="llava")
-        if name not in manager.all_tasks:
-            manager = TaskManager(include_path=folders, model_name="llava")
-        if name not in manager.all_tasks:
-            raise ValueError(f"--data {name}: neither mini, nor a file, nor a task that lmms-eval knows")
-        return dict(_flat(get_task_dict([_changed(name, folders)], manager)))
-    except RetryError as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise OSError(f"--data {name}: the task's data cannot be had: {reason}") from None
-    finally:
-        logger.enable("lmms_eval")
-
-
-def _changed(name: str, folders: list[str]) -> str | dict[str, Any]:
-    """A task as our group of published benchmarks defines it, where it does: without a login for its data."""
-    from lmms_eval.utils import load_yaml_config
-
-    for folder in folders:
-        group = load_yaml_config(yaml_path=str(Path(folder, PUBLISHED_GROUP)), mode="full")
-        for entry in group["task"]:
-            if entry["task"] == name:
-                return dict(entry)
-    return name
-
-
-def _flat(tasks: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    for name, task in tasks.items():
-        if isinstance(task, dict):
-            yield from _flat(task)
-        else:
-            yield str(name), task
+        return load_tasks(name)
+    except ValueError as error:
+        raise ValueError(f"--data {name}: neither mini nor a file, and {error}") from None
 
 
 def _places(tasks: dict[str, Any], count: int, seed: int) -> Iterator[tuple[str, int]]:

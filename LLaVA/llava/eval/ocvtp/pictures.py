@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from llava.eval.benchmark_tasks import load_tasks
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SCENES = "scenes:"
@@ -43,7 +45,7 @@ class Pictures:
         """
         try:
             return self.opener(number).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except OSError as error:
             raise OSError(f"Cannot read the picture {self.names[number]}: {error}") from error
 
     def first(self, count: int | None) -> Pictures:
@@ -58,12 +60,12 @@ def find_pictures(source: str) -> Pictures:
     ----------
     source : str
         A folder, searched with all that is in it; "scenes:N" for N pictures of llava-mini's world, which are drawn from
-        numbers that its own training never sees; else a task of lmms-eval, with each of its pictures once.
+        numbers that its own training never sees; else a task or group of lmms-eval, with each picture of a task once.
 
     Raises
     ------
     OSError
-        If there is no such folder or task.
+        If there is no such folder or task, or its data cannot be had.
     ValueError
         If there is no picture in it.
     """
@@ -74,9 +76,10 @@ def find_pictures(source: str) -> Pictures:
     elif "/" in source or source.startswith("."):
         raise OSError(f"There is no folder {source}")
     else:
-        found = _task(source)
+        found = _tasks(source)
     if len(found) == 0:
-        raise ValueError(f"{source} holds no picture ({', '.join(sorted(SUFFIXES))})")
+        kinds = f" ({', '.join(sorted(SUFFIXES))})" if Path(source).is_dir() else ""
+        raise ValueError(f"{source} holds no picture{kinds}")
     return found
 
 
@@ -95,30 +98,30 @@ def _scenes(source: str) -> Pictures:
     return Pictures([f"scene {seed}" for seed in seeds], lambda number: render(sample_scene(seeds[number], "train")))
 
 
-def _task(name: str) -> Pictures:
+def _tasks(source: str) -> Pictures:
     try:
-        from lmms_eval.tasks import TaskManager, get_task_dict
+        tasks = load_tasks(source)
     except ImportError as error:
-        raise ImportError(f"{name} is no folder, and a task needs the package lmms-eval: {error}") from error
-    # The embedded benchmarks are tasks of this project's plug-in, where it is installed.
-    plugin = find_spec("lmms_eval_otprune_tasks")
-    folders = [] if plugin is None else list(plugin.submodule_search_locations)
-    manager = TaskManager(include_path=folders, include_defaults=False, model_name="llava")
-    if name not in manager.all_tasks:
-        manager = TaskManager(model_name="llava")
-    if name not in manager.all_tasks or name in manager.all_groups + manager.all_tags:
-        raise OSError(f"{name} is neither a folder, nor scenes:N, nor a single task of lmms-eval")
-    task = get_task_dict([name], manager)[name]
-    documents = task.eval_docs
-    first_use: dict[str, tuple[int, int]] = {}
+        raise ImportError(f"{source} is no folder, and a task needs the package lmms-eval: {error}") from error
+    except ValueError as error:
+        raise OSError(f"{source} is neither a folder nor scenes:N, and {error}") from None
+    first_use: dict[str, tuple[str, int, int]] = {}
     # A benchmark asks many questions about one picture.
-    for row in range(len(documents)):
-        for place, picture in enumerate(task.doc_to_visual(documents[row])):
-            first_use.setdefault(hashlib.sha256(picture.tobytes()).hexdigest()[:16], (row, place))
+    for name, task in tasks.items():
+        for row in range(len(task.eval_docs)):
+            for place, picture in enumerate(_shown(task, row)):
+                digest = hashlib.sha256(picture.tobytes()).hexdigest()[:16]
+                first_use.setdefault(f"{name} {digest}", (name, row, place))
     uses = list(first_use.values())
 
     def opener(number: int) -> Image.Image:
-        row, place = uses[number]
-        return task.doc_to_visual(documents[row])[place]
+        name, row, place = uses[number]
+        return _shown(tasks[name], row)[place]
 
-    return Pictures([f"{name} {digest}" for digest in first_use], opener)
+    return Pictures(list(first_use), opener)
+
+
+def _shown(task: Any, row: int) -> list[Image.Image]:
+    """The pictures of a task's document: some have none, and some have other media."""
+    shown = task.doc_to_visual(task.eval_docs[row]) or []
+    return [picture for picture in shown if isinstance(picture, Image.Image)]
