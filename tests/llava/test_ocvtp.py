@@ -12,6 +12,7 @@ import torch
 from golden import golden_root
 from llava.eval.ocvtp.loss import slot_weights, weighted_error
 from llava.eval.ocvtp.objective import Draws, Reconstruction, seeded
+from llava.pruning import PruningConfig, VisualTokens
 from llava.pruning.ocvtp.checkpoint import PrunerFiles
 from llava.pruning.ocvtp.config import DecoderConfig, SlotConfig
 from llava.pruning.ocvtp.decoder import RandomOrderDecoder
@@ -234,9 +235,87 @@ def test_a_published_checkpoint_loads_without_its_decoder(tmp_path, sizes_file):
     assert files.config.layer == 8 and files.config.width == 32
 
 
+CLIP_L = {
+    "encode_project.mlp.0.weight": (1024,),
+    "encode_project.mlp.0.bias": (1024,),
+    "encode_project.mlp.1.weight": (2048, 1024),
+    "encode_project.mlp.1.bias": (2048,),
+    "encode_project.mlp.4.weight": (512, 2048),
+    "encode_project.mlp.4.bias": (512,),
+    "initializ.mean": (1, 1, 512),
+    "initializ.logstd": (1, 1, 512),
+    **{f"aggregat.norm_{name}.{part}": (512,) for name in ("in", "slots_0", "slots_1") for part in ("weight", "bias")},
+    **{f"aggregat.proj_{name}.weight": (512, 512) for name in "qkv"},
+    **{f"aggregat.gru.weight_{name}": (1536, 512) for name in ("ih", "hh")},
+    **{f"aggregat.gru.bias_{name}": (1536,) for name in ("ih", "hh")},
+    "aggregat.ffn.mlp.0.weight": (2048, 512),
+    "aggregat.ffn.mlp.0.bias": (2048,),
+    "aggregat.ffn.mlp.3.weight": (512, 2048),
+    "aggregat.ffn.mlp.3.bias": (512,),
+}
+"""The published pruner for LLaVA-1.5 and LLaVA-NeXT; what differs between them is in the decoder."""
+CLIP_L_DECODER = {
+    "decode.mask_token": (1, 1, 1024),
+    "decode.project1.project.weight": (1024, 1024),
+    "decode.project2.project.weight": (1024, 512),
+    "decode.norm0.weight": (1024,),
+    "decode.backbone.layers.3.linear1.weight": (4096, 1024),
+}
+CLIP_L_SIZES = """\
+enc_in_dim: 1024
+enc_dims: [2048, 512]
+enc_ln: pre
+agg_num_iter: 3
+agg_embed_dim: 512
+agg_ffn_dim: 2048
+agg_trunc_bp: bi-level
+"""
+
+
+@pytest.mark.parametrize("with_sizes", [False, True])
+@pytest.mark.parametrize(("tokens", "kept"), [(576, 64), (2880, 160)], ids=["1.5", "next"])
+def test_a_published_pruner_for_clip_l_chooses_tokens(tmp_path, tokens, kept, with_sizes):
+    draw = torch.Generator().manual_seed(5)
+    weights = {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in CLIP_L.items()}
+    decoder = CLIP_L_DECODER | {"decode.posit_embed._pe": (1, tokens, 1024)}
+    weights |= {name: torch.zeros(()).expand(shape) for name, shape in decoder.items()}
+    torch.save(weights, tmp_path / "best.pth")
+    environ = {"OCL_ENABLE": "1", "OCL_CKPT": str(tmp_path / "best.pth"), "OCL_TARGET_NUM": str(kept)}
+    if with_sizes:
+        (tmp_path / "sizes.yml").write_text(CLIP_L_SIZES)
+        environ["OCL_CONFIG"] = str(tmp_path / "sizes.yml")
+    pruner = PruningConfig.from_env(environ).build_pruner()
+    assert pruner.feature_layer == 8
+    pruner.check_encoder(1024)
+    found = pruner.indices(
+        VisualTokens(
+            torch.zeros(1, tokens, 4),
+            tokens,
+            layer_features=torch.randn(1, tokens, 1024, generator=draw),
+            received_attention=torch.rand(1, tokens, 1, generator=draw),
+        )
+    )
+    assert found.shape == (1, kept) and found.unique().numel() == kept
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "model.", "model._orig_mod."])
+@pytest.mark.parametrize("file_holds", ["weights", "state_dict", "model"])
+def test_a_pruner_that_was_saved_inside_another_module_loads(tmp_path, wrapper, file_holds):
+    pruner = tiny_pruner()
+    weights = torch.load(published_weights_file(tmp_path, pruner))
+    weights = {name.replace("module.", wrapper, 1): value for name, value in weights.items()}
+    torch.save(weights if file_holds == "weights" else {file_holds: weights, "epoch": 3}, tmp_path / "best.pth")
+    loaded = load_published(tmp_path / "best.pth").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in pruner.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"enc_in_dim": "32"}, "sizes.json: enc_in_dim must be a whole number >= 1, not '32'"),
+        ({"enc_dims": 5}, "sizes.json: enc_dims must be the widths of two layers, not 5"),
+        ({"enc_dims": [24, 0]}, "sizes.json: enc_dims must be a whole number >= 1, not 0"),
+        ({"agg_num_iter": 0}, "sizes.json: agg_num_iter must be a whole number >= 1, not 0"),
         ({"enc_in_dim": 1024}, "says width 1024, but the weights in .* have 32"),
         ({"enc_ln": "post"}, "enc_ln must be 'pre'.*not 'post'"),
     ],
@@ -254,6 +333,13 @@ def test_files_that_are_no_pruner_are_named(tmp_path):
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(OSError, match=r"Cannot read .*text.pth"):
         load_published(tmp_path / "text.pth")
+    torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")
+    with pytest.raises(ValueError, match=r"numbers.pth holds no state dict"):
+        load_published(tmp_path / "numbers.pth")
+    flat = {"encode_project.mlp.1.weight": torch.zeros(3), "encode_project.mlp.4.weight": 3}
+    torch.save(flat | {"aggregat.ffn.mlp.0.weight": torch.zeros(2, 2)}, tmp_path / "flat.pth")
+    with pytest.raises(ValueError, match=r"flat.pth is no OC-VTP pruner: its weights have other shapes"):
+        load_published(tmp_path / "flat.pth")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth is no OC-VTP pruner: it has no weights 'project"):
         load_published(tmp_path / "other.pth")

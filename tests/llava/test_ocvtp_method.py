@@ -20,6 +20,7 @@ from tiny_ocvtp import save_pruner
 FILE = golden_root() / "pruning" / "ocvtp.json"
 META = json.loads(FILE.read_text()) if FILE.exists() else {}
 STORED = np.load(FILE.with_suffix(".npz")) if FILE.exists() else {}
+PROJECTIONS = ("encode_project.mlp.1.weight", "encode_project.mlp.4.weight", "aggregat.ffn.mlp.0.weight")
 SELECTIONS = [pytest.param(case, id=case["key"].partition("/")[2]) for case in META.get("selection", [])]
 TRIMMED = META.get("trim", [])
 
@@ -314,9 +315,35 @@ def test_switched_off_they_mean_nothing():
         ({"OCL_ENABLE": "1", "OCL_TARGET_NUM": "all"}, "OCL_TARGET_NUM=all: must be a whole number >= 1"),
         ({"OCL_ENABLE": "1", "OCL_PAD_MODE": "zero"}, "OCL_PAD_MODE=zero: must be att_score or random or none"),
         ({"OCL_ENABLE": "1", "OCL_LAYER_IDX": "-3"}, "OCL_LAYER_IDX=-3: must be a layer"),
+        ({"OCL_ENABLE": "1", "OCL_LAYER_IDX": "9th"}, "OCL_LAYER_IDX=9th: must be a layer"),
+        ({"OCL_ENABLE": "1", "OCL_LAYER_IDX": "8"}, "OCL_ENABLE=1: .* was trained on layer 2 .* not 8"),
+        ({"OCL_ENABLE": "1", "OCL_HAS_CLS": "2"}, "OCL_HAS_CLS=2: must be 1 or true or 0 or false"),
+        ({"OCL_ENABLE": "1", "OCL_ATTSEL": "max"}, "OCL_ATTSEL=max: must be meanq or cls"),
+        ({"OCL_ENABLE": "1", "OCL_ATTSEL": "cls", "OCL_HAS_CLS": "0"}, "OCL_ENABLE=1: .* has_cls must be 1"),
+        ({"OCL_ENABLE": "1", "OCL_CKPT": "/no/best.pth"}, "^OCL_ENABLE=1: .*There is no pruner /no/best.pth$"),
+        ({"OCL_ENABLE": "1", "OCL_CONFIG": "/no/sizes.json"}, "leave out /no/sizes.json"),
         ({"OCL_ENABLE": "1", "OCL_COLOUR": "red"}, "OCL_COLOUR=red: OC-VTP has no such variable"),
     ],
 )
 def test_a_wrong_variable_is_named(environ, said):
     with pytest.raises(ValueError, match=said):
         PruningConfig.from_env(environ)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("sizes.json", None, "There is no .*sizes.json"),
+        ("sizes.json", "{", "sizes.json is not valid JSON"),
+        ("sizes.yaml", "a: [", "sizes.yaml is not valid YAML"),
+        ("sizes.yaml", "- a", "sizes.yaml does not hold the settings of an OC-VTP pruner"),
+    ],
+)
+def test_a_published_configuration_that_cannot_be_read_is_named(tmp_path, name, content, said):
+    torch.save({key: torch.zeros(2, 2) for key in PROJECTIONS}, tmp_path / "best.pth")
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    environ = {"OCL_ENABLE": "1", "OCL_CKPT": str(tmp_path / "best.pth"), "OCL_CONFIG": str(tmp_path / name)}
+    with pytest.raises(ValueError, match=rf"^OCL_ENABLE=1: .*{said}") as caught:
+        PruningConfig.from_env(environ)
+    assert len(str(caught.value).splitlines()) == 1

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llava.pruning.base import Pruner
+from llava.pruning.ocvtp.variables import SWITCH as OCL_SWITCH
 from llava.pruning.ocvtp.variables import translated
 from llava.pruning.registry import method_class, method_names, resolve_name
 
@@ -94,7 +95,7 @@ class PruningConfig:
             Names the variable, its value and what is allowed: an unknown method, half of the switch, a number out of
             range, an unknown option.
         """
-        environ = translated(environ)
+        given, environ = environ, translated(environ)
         baseline = environ.get("BASELINE", "").strip()
         if not baseline:
             for name in ("SUBSET_RATIO", "LAYER_INDEX"):
@@ -114,7 +115,8 @@ class PruningConfig:
         try:
             return cls(method=method, **settings)
         except ValueError as error:
-            raise ValueError(f"BASELINE={baseline}: {error}") from None
+            switch = f"BASELINE={baseline}" if given.get("BASELINE") else OCL_SWITCH + "=1"
+            raise ValueError(f"{switch}: {error}") from None
 
     def build_pruner(self) -> Pruner:
         """The method with these options."""

@@ -39,11 +39,21 @@ DECODER_NAMES = {
 }
 
 
+SIZE_NAMES = {
+    "enc_in_dim": "width",
+    "agg_ffn_dim": "feed_forward",
+    "agg_num_iter": "iterations",
+    "init_num": "slots",
+}
+"""Of a published configuration, beside ``enc_dims``, which holds two sizes."""
+
+_EVERY_PRUNER_HAS = "encode_project.mlp.1.weight"
+
+
 def renamed(weights: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """The weights whose published names begin as in ``names``, under ours; the others are left out."""
     found = {}
     for name, value in weights.items():
-        name = name.removeprefix("module.")
         for published, own in names.items():
             if name.startswith(published):
                 found[own + name.removeprefix(published)] = value
@@ -75,14 +85,14 @@ def load_published(file: Path, sizes: Path | None = None) -> SlotPruner:
     """
     weights = renamed(_read_weights(file), PRUNER_NAMES)
     try:
-        found = {
-            "width": weights["project.1.weight"].shape[1],
-            "hidden": weights["project.1.weight"].shape[0],
-            "slot_width": weights["project.4.weight"].shape[0],
-            "feed_forward": weights["attention.feed_forward.0.weight"].shape[0],
-        }
+        (hidden, width), (slot_width, _), (feed_forward, _) = (
+            weights[name].shape for name in ("project.1.weight", "project.4.weight", "attention.feed_forward.0.weight")
+        )
     except KeyError as error:
         raise ValueError(f"{file} is no OC-VTP pruner: it has no weights {error}") from None
+    except (AttributeError, ValueError):
+        raise ValueError(f"{file} is no OC-VTP pruner: its weights have other shapes") from None
+    found = {"width": width, "hidden": hidden, "slot_width": slot_width, "feed_forward": feed_forward}
     given = {} if sizes is None else _read_sizes(sizes)
     for name, size in found.items():
         if given.get(name, size) != size:
@@ -97,14 +107,21 @@ def _read_weights(file: Path) -> Mapping[str, torch.Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"Cannot read {file} as PyTorch weights: {reason}") from error
+        # What PyTorch says here recommends to run the code in the file.
+        raise OSError(f"Cannot read {file} as PyTorch weights: it is damaged, or holds more than weights") from error
     for name in ("state_dict", "model"):
         if isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping):
             weights = weights[name]
-    if not isinstance(weights, Mapping):
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{file} holds no state dict")
-    return weights
+    return _unwrapped(weights)
+
+
+def _unwrapped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without what stands before every name where the network was saved inside another module, as ``module.``."""
+    wrappers = [name.removesuffix(_EVERY_PRUNER_HAS) for name in weights if name.endswith(_EVERY_PRUNER_HAS)]
+    wrapper = min(wrappers, key=len, default="")
+    return {name.removeprefix(wrapper): value for name, value in weights.items() if name.startswith(wrapper)}
 
 
 def _read_sizes(file: Path) -> dict[str, Any]:
@@ -116,16 +133,20 @@ def _read_sizes(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} does not hold the settings of an OC-VTP pruner")
     if values.get("enc_ln", "pre") != "pre":
         raise ValueError(f"{file}: enc_ln must be 'pre', the published layout, not {values['enc_ln']!r}")
-    dims = values.get("enc_dims") or [None, None]
-    found = {
-        "width": values.get("enc_in_dim"),
-        "hidden": dims[0],
-        "slot_width": dims[-1],
-        "feed_forward": values.get("agg_ffn_dim"),
-        "iterations": values.get("agg_num_iter"),
-        "slots": values.get("init_num"),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    found = {own: _size(file, name, values[name]) for name, own in SIZE_NAMES.items() if values.get(name) is not None}
+    dims = values.get("enc_dims")
+    if dims is None:
+        return found
+    if not isinstance(dims, list) or len(dims) != 2:
+        raise ValueError(f"{file}: enc_dims must be the widths of two layers, not {dims!r}")
+    hidden, slot_width = (_size(file, "enc_dims", size) for size in dims)
+    return found | {"hidden": hidden, "slot_width": slot_width}
+
+
+def _size(file: Path, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{file}: {name} must be a whole number >= 1, not {value!r}")
+    return value
 
 
 def _read_json(file: Path) -> Any:
@@ -142,5 +163,5 @@ def _read_yaml(file: Path) -> Any:
         raise ImportError(f"reading {file} needs the package pyyaml: pip install 'llava[train]'") from error
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
