@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava.eval.ocvtp import pictures
 from llava.eval.ocvtp.__main__ import main
 from llava.eval.ocvtp.cost import cost, pruner_flops
 from llava.eval.ocvtp.extract import default_layer, extract
@@ -52,10 +53,8 @@ def features(tower, folder, tmp_path_factory):
 
 
 def run_extract(tower, folder, output, **settings):
-    pictures = find_pictures(str(folder))
-    return extract(
-        tower, "tiny", pictures, "pictures", output, **{"layer": 0, "shard": 4, "batch": 3, "quiet": True} | settings
-    )
+    settings = {"layer": 0, "shard": 4, "batch": 3, "quiet": True} | settings
+    return extract(tower, "tiny", find_pictures(str(folder)), "pictures", output, **settings)
 
 
 def sizes(description) -> SlotConfig:
@@ -76,10 +75,10 @@ def test_features_are_the_towers_and_lie_in_shards(tower, folder, features):
         "features.json",
     ]
     assert len(found) == 9 and found.description.layer == 0 and found[8].dtype == torch.float16
-    pictures = find_pictures(str(folder))
-    assert pictures.names[:5] == ["0.png", "2.png", "4.png", "6.png", "8.png"] and "more/1.png" in pictures.names
+    source = find_pictures(str(folder))
+    assert source.names[:5] == ["0.png", "2.png", "4.png", "6.png", "8.png"] and "more/1.png" in source.names
     for number in (0, 6):
-        square = pictures.open(number).resize((56, 56), Image.Resampling.BICUBIC)
+        square = source.open(number).resize((56, 56), Image.Resampling.BICUBIC)
         values = tower.image_processor.preprocess([square], return_tensors="pt")["pixel_values"]
         torch.testing.assert_close(found[number].float(), tower.layer_output(values, 0)[0], rtol=1e-3, atol=1e-3)
 
@@ -112,6 +111,45 @@ def test_drawn_pictures_are_the_same_every_time():
     found = find_pictures("scenes:2")
     assert len(found) == 2 and found.open(1).size == (336, 336)
     assert found.open(0).tobytes() == find_pictures("scenes:1").open(0).tobytes() != found.open(1).tobytes()
+
+
+class FakeTask:
+    """Four questions about two pictures, one about a film and one about nothing."""
+
+    eval_docs = ("a", "b", "a", "film", "none", "ab")
+
+    def doc_to_visual(self, document):
+        shown = {"film": ["film.mp4"], "none": None}
+        return shown[document] if document in shown else [picture("ab".index(letter)) for letter in document]
+
+
+def test_a_task_shows_each_of_its_pictures_once(tower, monkeypatch, tmp_path):
+    monkeypatch.setattr(pictures, "load_tasks", lambda name: {"one": FakeTask(), "two": FakeTask()})
+    found = find_pictures("group")
+    assert [name.split()[0] for name in found.names] == ["one", "one", "two", "two"]
+    for number in range(4):
+        assert found.open(number).tobytes() == picture(number % 2).tobytes()
+    run_extract(tower, "group", tmp_path, shard=2)
+    assert len(Features(tmp_path)) == 4
+
+
+def test_an_interrupted_extraction_leaves_whole_shards_and_goes_on(tower, folder, features, tmp_path, monkeypatch):
+    whole, opened = pictures.Pictures.open, []
+
+    def until_the_sixth(self, number):
+        opened.append(number)
+        if len(opened) == 6:
+            raise KeyboardInterrupt
+        return whole(self, number)
+
+    monkeypatch.setattr(pictures.Pictures, "open", until_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        run_extract(tower, folder, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["features-00000.safetensors", "features.json"]
+    run_extract(tower, folder, tmp_path)
+    assert opened[6:] == [4, 5, 6, 7, 8]
+    for file in features.iterdir():
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 # ---- training
@@ -206,6 +244,12 @@ def test_a_recipe_that_does_not_fit_the_features_is_named(features, tmp_path, ch
         (["train", "--features", "{}", "--warmup", "30"], "--warmup 30: must be at least 0 and below --epochs 30"),
         (["extract", "--images", "{}"], "holds no picture"),
         (["extract", "--images", "{}/none"], "There is no folder"),
+        (["extract", "--images", "scenes:0"], "scenes:0 holds no picture"),
+        (["extract", "--images", "scenes:few"], "scenes:few: the number of scenes must be a whole number"),
+        (["extract", "--images", "scenes:1", "--device", "gpu"], "device must be cpu, cuda, cuda:0"),
+        (["cost", "--time", "--device", "gpu"], "--device gpu: must be cpu, cuda, cuda:1 or the like"),
+        (["cost", "--time", "--device", "mps"], "--device mps: must be cpu, cuda, cuda:1 or the like"),
+        (["cost", "--time", "--device", "cuda:99"], "--device cuda:99: this machine has"),
         (["cost", "--model", "1.5-7b", "--checkpoint", "{}/none"], "There is no pruner"),
         (["cost", "--kept", "577"], "--kept 577: 1.5-7b has 576 visual tokens"),
     ],
@@ -214,6 +258,44 @@ def test_a_wrong_command_ends_with_one_sentence(arguments, said, tmp_path, capsy
     assert main([text.format(tmp_path) for text in arguments]) == 2
     told = capsys.readouterr().err
     assert said in told and told.startswith("ocvtp: ") and len(told.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--slots", "0", "must be a whole number >= 1, not 0"),
+        ("--warmup", "-1", "must be a whole number >= 0, not -1"),
+        ("--learning-rate", "nan", "must be a number > 0, not nan"),
+        ("--learning-rate", "much", "must be a number > 0, not much"),
+        ("--minutes", "-1", "must be a number > 0, not -1"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named(option, value, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", option, value])
+    assert f"error: argument {option}: {said}" in capsys.readouterr().err
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(features, tmp_path, capsys):
+    arguments = ["train", "--features", str(features), "--output", str(tmp_path), "--decoder-heads", "5"]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "ocvtp: the decoder's 5 heads do not divide its width, 32\n"
+
+
+def test_an_interruption_is_no_traceback(monkeypatch, tmp_path, capsys):
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llava.eval.ocvtp.train.Features", interrupted)
+    assert main(["train", "--features", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "ocvtp: interrupted\n"
+
+
+@pytest.mark.parametrize("content", [b"", b"no state"])
+def test_a_damaged_state_is_named(features, tmp_path, content):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(OSError, match=r"Cannot read the run in .*state.pt: "):
+        run_train(features, tmp_path, resume=True)
 
 
 def test_an_empty_folder_of_features_says_so(features, tmp_path):
@@ -243,6 +325,17 @@ def test_the_published_pruner_is_under_one_per_cent_of_a_7b_prefill():
     for model in ("1.5-7b", "1.6-7b"):
         share = float(cost(model, None, None, 60, "cpu", timed=False).split("The pruner is ")[1].split(" %")[0])
         assert 0 < share < 1
+
+
+def test_milliseconds_stand_beside_the_flops():
+    told = cost("llava-mini", None, None, 60, "cpu", timed=True).splitlines()
+    assert told[0].endswith(("thread", "threads"))
+    times = {line[:22].strip(): float(line.split()[-1]) for line in told[3:8] if not line.startswith("projector")}
+    assert set(times) == {"pruner", "vision tower", "decoder, unpruned", "decoder, pruned"}
+    assert all(time > 0 for time in times.values())
+    share = 100 * times["pruner"] / (times["vision tower"] + times["decoder, unpruned"])
+    # The table has one decimal.
+    assert float(told[-2].split()[-4]) == pytest.approx(share, rel=0.1)
 
 
 def test_a_pruner_of_another_width_is_refused(tmp_path):

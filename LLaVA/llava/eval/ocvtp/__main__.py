@@ -1,4 +1,4 @@
-"""``python -m llava.eval.ocvtp``: train OC-VTP's pruner for a model, and say what it costs."""
+"""Train OC-VTP's pruner for a model, and say what it costs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, ImportError, FloatingPointError) as error:
         print(f"ocvtp: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("ocvtp: interrupted", file=sys.stderr)
+        return 130
 
 
 def _extract(arguments: argparse.Namespace) -> int:
@@ -100,7 +103,7 @@ def _cost(arguments: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.ocvtp", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.ocvtp", description=__doc__)
     steps = parser.add_subparsers(required=True, metavar="extract, train or cost")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -108,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     step.set_defaults(run=_extract)
     add = step.add_argument
     add("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
-    add("--images", required=True, help="a folder of pictures, scenes:N (drawn ones), or a task of lmms-eval")
+    add("--images", required=True, help="a folder, scenes:N (drawn ones), or a task or group of lmms-eval")
     add("--layer", type=int, help="of the vision tower, from 0 (default: 8 for CLIP-L, else at the same depth)")
     add("--output", type=Path, default=Path("features"), help="folder (default: features); the same command goes on")
     add("--count", type=_positive, metavar="N", help="only the first N pictures")
@@ -129,12 +132,12 @@ def _parser() -> argparse.ArgumentParser:
     text = "slots of the validation; training draws S/4, S/2, S or 2S of them (default: 64)"
     add("--slots", type=_positive, default=64, metavar="S", help=text)
     add("--epochs", type=_positive, default=30, metavar="N", help="default: 30")
-    add("--warmup", type=int, default=4, metavar="N", help="epochs of rising learning rate (default: 4)")
+    add("--warmup", type=_whole, default=4, metavar="N", help="epochs of rising learning rate (default: 4)")
     add("--batch-size", type=_positive, default=12, metavar="N", help="pictures a step, of all processes (default: 12)")
-    add("--learning-rate", type=float, default=1e-3, metavar="R", help="default: 0.001")
+    add("--learning-rate", type=_above_zero, default=1e-3, metavar="R", help="default: 0.001")
     add("--patience", type=_positive, default=5, metavar="N", help="epochs without a better loss (default: 5)")
     add("--seed", type=int, default=42, metavar="N", help="default: 42")
-    add("--minutes", type=float, default=math.inf, metavar="M", help="save and stop after this long")
+    add("--minutes", type=_above_zero, default=math.inf, metavar="M", help="save and stop after this long")
     add("--precision", choices=("no", "bf16"), default="no", help="of matrix products (default: no, float32)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights (default: float32)")
     add("--hidden", type=_positive, metavar="N", help="width of the projection (default: twice the features')")
@@ -156,9 +159,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, not {text}")
+    return int(text)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, not {text}")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number > 0, not {text}")
     return value
 
 

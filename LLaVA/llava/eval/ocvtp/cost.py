@@ -57,8 +57,11 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int, device
     OSError
         If there is no such model or pruner.
     ValueError
-        If the pruner is not for features of this width, or more tokens are to be kept than there are.
+        If the pruner is not for features of this width, more tokens are to be kept than there are, or the device is
+        not there.
     """
+    if timed:
+        _check_device(device)
     shape = load_shape(model)
     if checkpoint is None and model == EMBEDDED:
         checkpoint = EMBEDDED
@@ -84,7 +87,7 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int, device
         "decoder, pruned": pruned.decoder + pruned.lm_head,
     }
     times = _milliseconds(shape, config, (text + tokens, text + kept), slots, device) if timed else {}
-    where = f", {_device_name(device)}, {torch.get_num_threads()} threads" if timed else ""
+    where = f", {_device_name(device)}" if timed else ""
     lines = [f"{model}: {tokens} visual tokens, {kept} kept, {slots} slots, {text} text tokens{where}", ""]
     lines.append(f"{'':22}{'GFLOPs':>12}" + (f"{'ms':>12}" if times else ""))
     for part, count in flops.items():
@@ -157,14 +160,28 @@ def _timed(work: Callable[[], object], device: str) -> float:
         began = time.perf_counter()
         work()
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
     return 1000 * min(times[1:])
 
 
+def _check_device(device: str) -> None:
+    """A CPU, or a GPU of this machine: the clock waits for no other device."""
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: must be cpu, cuda, cuda:1 or the like")
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+
+
 def _device_name(device: str) -> str:
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else device
+    name = names[0].partition(":")[2].strip() if names else device
+    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"

@@ -221,11 +221,16 @@ class _Training:
             return None
         if not file.is_file():
             raise OSError(f"{self.run.folder} holds no run to resume (no {STATE})")
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            identity = state["identity"]
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise OSError(f"Cannot read the run in {file}: {reason}") from error
         for name, value in self._identity.items():
-            if state["identity"][name] != value:
+            if identity.get(name) != value:
                 raise ValueError(
-                    f"{self.run.folder} was trained with {name} {state['identity'][name]}, not {value}: the same "
+                    f"{self.run.folder} was trained with {name} {identity.get(name)}, not {value}: the same "
                     "features and options are needed to resume it"
                 )
         return state

@@ -21,6 +21,11 @@ class DecoderConfig:
     width, heads, layers, feed_forward : int
     context : int
         Tokens that are shown where their number is not drawn.
+
+    Raises
+    ------
+    ValueError
+        If the heads do not divide the width.
     """
 
     tokens: int
@@ -29,6 +34,10 @@ class DecoderConfig:
     layers: int = 4
     feed_forward: int = 4096
     context: int = 24
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"the decoder's {self.heads} heads do not divide its width, {self.width}")
 
 
 @dataclass(frozen=True)
