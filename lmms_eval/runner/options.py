@@ -128,6 +128,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     switch = os.environ
+    method = "ocvtp" if switch.get("OCL_ENABLE", "").lower() in ("1", "true") else "otprune"
     parser = _Parser(
         prog="run_OTPrune.sh",
         description="Evaluate LLaVA with and without visual token pruning on eleven benchmarks, and write the table. "
@@ -148,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--method",
-        default=switch.get("BASELINE") or ("ocvtp" if switch.get("OCL_ENABLE") in ("1", "true") else "otprune"),
+        default=switch.get("BASELINE") or method,
         metavar="NAME[,NAME]",
         help="pruning methods, with options as random:seed=1, and a ratio or layer of their own as "
         "fastv:ratio=0.2:layer=3; none: unpruned only (default: %(default)s)",

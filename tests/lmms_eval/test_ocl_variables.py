@@ -15,6 +15,12 @@ def switched_on(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
+def test_the_switch_may_be_written_in_capitals(switched_on, monkeypatch, tmp_path):
+    monkeypatch.setenv("OCL_ENABLE", "True")
+    made = plan.make_plan(options.read(["mini", "--output", str(tmp_path)]))
+    assert [job.pruning and job.pruning.method for job in made.jobs] == [None, "ocvtp"]
+
+
 def test_the_pruned_run_gets_them_and_the_unpruned_one_does_not(switched_on, tmp_path):
     chosen = options.read(["mini", "--output", str(tmp_path)])
     made = plan.make_plan(chosen)
