@@ -12,6 +12,7 @@ from llava.mini.captions import COUNT_WORDS, PLURALS, caption_references, dense_
 from llava.mini.forms.counting import COUNT_SHARES, countable_kinds
 from llava.mini.forms.knowing import CATEGORIES, CORNERS, FRUITS
 from llava.mini.questions import (
+    DESCRIBE,
     FORMS,
     PAIR_FORMS,
     QA,
@@ -389,3 +390,21 @@ def test_dense_captions_tell_everything_in_order(scenes):
         for part, o in zip(parts, scene.objects, strict=True):
             assert part.startswith(f"{o.place}: a {o.size} {o.color} {o.shape}")
             assert part.endswith(f" that says {o.text}") or not o.is_sign
+
+
+def test_plain_questions_are_asked_as_people_ask(scenes):
+    asked = [
+        qa for n, scene in enumerate(scenes[:20]) for qa in sample_questions(scene, Dice("plain", n), 8, None, 0, 100)
+    ]
+    open_ones = [qa for qa in asked if not qa.choices]
+    assert open_ones and {qa.style for qa in open_ones} == {"plain"}
+    assert all(qa.prompt == qa.question and qa.prompt.endswith(("?", ".")) for qa in open_ones)
+    described = {qa.prompt for qa in open_ones if qa.form == "caption"}
+    assert described <= set(DESCRIBE) and len(described) > 1
+
+
+def test_a_share_of_the_questions_is_plain(scenes):
+    styles = [
+        qa.style for n, scene in enumerate(scenes) for qa in sample_questions(scene, Dice(n), 8, ("exists",), 0, 30)
+    ]
+    assert 0.15 < styles.count("plain") / len(styles) < 0.45

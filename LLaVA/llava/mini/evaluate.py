@@ -18,6 +18,7 @@ __all__ = ["accuracy_by_form", "evaluate"]
 GREY = 128
 MIXTURES = {
     "open": Mixture(questions=20, choice_percent=0, dense_percent=0),
+    "plain": Mixture(questions=20, choice_percent=0, plain_percent=100, dense_percent=0),
     "choice": Mixture(questions=20, choice_percent=100, dense_percent=0),
     "pair": Mixture(questions=10, pair_every=1),
     "text": Mixture(questions=10, text_every=1),
@@ -81,7 +82,7 @@ def evaluate(checkpoint: Path, scenes: int, report: Path) -> dict:
     result: dict[str, dict] = {}
     for sort, mixture in MIXTURES.items():
         data = PackedScenes(
-            "validation", 0, scenes if sort in ("open", "choice") else scenes // 4, 4, mixture, tokenizer
+            "validation", 0, scenes if sort in ("open", "plain", "choice") else scenes // 4, 4, mixture, tokenizer
         )
         seen, grey = accuracy_by_form(task, data), accuracy_by_form(task, data, grey=True)
         result[sort] = {

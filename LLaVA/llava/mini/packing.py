@@ -116,6 +116,8 @@ class Mixture:
         How many about a picture, besides a dense caption.
     choice_percent : int
         How many of them come with options.
+    plain_percent : int
+        How many of the others are asked without a benchmark's wording.
     forms : tuple of str, or None
         The forms to draw from; None for the generator's own mixture.
     dense_percent : int
@@ -128,6 +130,7 @@ class Mixture:
 
     questions: int = 14
     choice_percent: int = 45
+    plain_percent: int = 0
     forms: tuple[str, ...] | None = None
     dense_percent: int = 50
     pair_every: int = 0
@@ -169,10 +172,11 @@ class PackedScenes(Dataset):
             asked = sample_pair_questions(scene, other, dice, self.mixture.questions)
             if asked:
                 return pack(asked, [scene, other], self.tokenizer)
+        mixture = self.mixture
         asked = sample_questions(
-            scene, dice, self.mixture.questions, self.mixture.forms, choice_percent=self.mixture.choice_percent
+            scene, dice, mixture.questions, mixture.forms, mixture.choice_percent, mixture.plain_percent
         )
-        if dice.chance(self.mixture.dense_percent) and all(qa.form != "dense" for qa in asked):
+        if dice.chance(mixture.dense_percent) and all(qa.form != "dense" for qa in asked):
             asked += sample_questions(scene, dice, 1, ("dense",))
         return pack(asked, [scene], self.tokenizer)
 

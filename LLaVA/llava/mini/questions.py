@@ -19,6 +19,7 @@ from llava.mini.scenes import Dice, Scene
 __all__ = [
     "CAPTION_PROMPT",
     "DENSE_PROMPT",
+    "DESCRIBE",
     "FORMS",
     "PAIR_FORMS",
     "QA",
@@ -34,6 +35,7 @@ __all__ = [
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
+DESCRIBE = ("Describe this image.", "Describe the image.", "What is in this image?", "What do you see?")
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 # Whose layout a question follows; MMMU asks both ways.
@@ -104,7 +106,7 @@ def as_open(fact: Fact, style: str = "short") -> QA:
     ----------
     fact : Fact
     style : str
-        ``short`` (GQA, MME, POPE), ``okvqa``, ``mmmu`` or ``plain`` (captions).
+        ``short`` (GQA, MME, POPE), ``okvqa``, ``mmmu`` or ``plain`` (captions, and as people ask).
 
     Raises
     ------
@@ -156,7 +158,12 @@ def _with_image_token(question: str, style: str) -> str:
 
 
 def sample_questions(
-    scene: Scene, rng: Dice, n: int, forms: Iterable[str] | None = None, choice_percent: int = 40
+    scene: Scene,
+    rng: Dice,
+    n: int,
+    forms: Iterable[str] | None = None,
+    choice_percent: int = 40,
+    plain_percent: int = 0,
 ) -> list[QA]:
     """Up to `n` different questions about a scene, in the benchmarks' layouts.
 
@@ -171,6 +178,8 @@ def sample_questions(
         Keys of `FORMS` to draw from; by default all, ``caption`` and ``exists`` more often than the others.
     choice_percent : int
         How many of a hundred questions come with options, where that is possible.
+    plain_percent : int
+        How many of a hundred open ones are asked as people ask, without a benchmark's wording behind them.
 
     Raises
     ------
@@ -187,12 +196,14 @@ def sample_questions(
             break
         fact = FORMS[rng.choice(names)](scene, rng)
         if fact is not None:
-            qa = _styled(fact, rng, choice_percent)
+            qa = _styled(fact, rng, choice_percent, plain_percent)
             asked.setdefault(qa.question, qa)
     return list(asked.values())
 
 
-def _styled(fact: Fact, dice: Dice, choice_percent: int) -> QA:
+def _styled(fact: Fact, dice: Dice, choice_percent: int, plain_percent: int) -> QA:
+    if fact.form == "caption" and plain_percent and dice.chance(plain_percent):
+        return QA(fact.form, "plain", dice.choice(DESCRIBE), fact.answer)
     if fact.form in ("caption", "dense"):
         return as_open(fact, "plain")
     if fact.hint or (fact.wrong and fact.answer not in ("yes", "no") and dice.chance(choice_percent)):
@@ -203,6 +214,8 @@ def _styled(fact: Fact, dice: Dice, choice_percent: int) -> QA:
         qa = as_choice(fact, dice, style, n_choices)
         if qa is not None:
             return qa
+    if plain_percent and dice.chance(plain_percent):
+        return as_open(fact, "plain")
     return as_open(fact, dice.weighted({"short": 76, "okvqa": 14, "mmmu": 10}))
 
 
