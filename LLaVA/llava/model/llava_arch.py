@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -17,9 +18,9 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
-from llava.model.language_model.visual_drop import TEXT
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.splice import assign_images, embed, lay_out, stack
 from llava.model.visual_cache import Span, VisualCache
 from llava.model.visual_sequence import (
     ImageTokens,
@@ -512,35 +513,32 @@ class LlavaMetaForCausalLM:
         else:
             label_rows = [row[mask] for row, mask in zip(labels, valid, strict=True)]
 
-        images_of_rows = _assign_images([int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in ids_rows], len(images))
+        images_of_rows = assign_images([int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in ids_rows], len(images))
         # A row that takes an image and has no mark for it does not use it.
         asked = [(image, ids_rows[row], label_rows[row]) for row, own in enumerate(images_of_rows) for image in own]
         spans = self._cached_spans(asked, images, image_sizes)
         self._count(spans)
 
         limit = getattr(self.config, "tokenizer_model_max_length", None)
-        embeds, new_labels, image_index, positions, taken = [], [], [], [], 0
-        for ids, row_labels, row_images in zip(ids_rows, label_rows, images_of_rows, strict=True):
-            numbered = list(enumerate(spans))[taken : taken + len(row_images)]
-            taken += len(row_images)
-            row = self._splice(ids, row_labels, numbered)
-            for column, values in zip((embeds, new_labels, image_index, positions), row, strict=True):
-                column.append(values[:limit])
-
-        left = getattr(self.config, "tokenizer_padding_side", "right") == "left"
-        new_mask = _pad([torch.ones_like(row, dtype=torch.bool) for row in new_labels], False, left)
-        self.visual_index = _pad(image_index, TEXT, left)
+        numbered = iter(enumerate(spans))
+        prompts = stack(
+            [
+                lay_out(ids, row_labels, list(islice(numbered, len(row_images)))).cut(limit)
+                for ids, row_labels, row_images in zip(ids_rows, label_rows, images_of_rows, strict=True)
+            ],
+            left=getattr(self.config, "tokenizer_padding_side", "right") == "left",
+        )
+        self.visual_index = prompts.images
         gaps = self.prunes_before_decoder and self._pruner.position_ids == "original"
-        if not gaps:
-            positions = [torch.arange(len(row), device=row.device) for row in new_labels]
+        positions = prompts.positions if gaps else (prompts.mask.cumsum(1) - 1).clamp_min(0) * prompts.mask
         return (
             None,
-            None if position_ids is None and not gaps else _pad(positions, 0, left),
+            None if position_ids is None and not gaps else positions,
             # Without a mask, gaps in the positions would be read as borders between packed sequences.
-            (new_mask if gaps else None) if attention_mask is None else new_mask.to(attention_mask.dtype),
+            (prompts.mask if gaps else None) if attention_mask is None else prompts.mask.to(attention_mask.dtype),
             past_key_values,
-            _pad(embeds, 0.0, left),
-            None if labels is None else _pad(new_labels, IGNORE_INDEX, left),
+            embed(prompts, self.get_model().embed_tokens),
+            None if labels is None else prompts.labels,
         )
 
     def _cached_spans(self, asked: Sequence[tuple[int, torch.Tensor, torch.Tensor]], images, image_sizes) -> list[Span]:
@@ -634,42 +632,6 @@ class LlavaMetaForCausalLM:
             (span.total, layers[-1]) for span, layers in zip(spans, self.visual_tokens_per_layer, strict=True)
         ]
 
-    def _splice(
-        self, ids: torch.Tensor, labels: torch.Tensor, visual: list[tuple[int, Span]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Put images in the place of one row's marks.
-
-        Parameters
-        ----------
-        ids, labels : Tensor (T,), int64
-            Text with image marks, and what is to be predicted.
-        visual : list of (number, span)
-            The images that the marks stand for.
-
-        Returns
-        -------
-        embeddings (T', D), labels (T',), the number of the image at each position, `TEXT` elsewhere (T',), and where
-        each position would stand if nothing had been dropped (T',)
-        """
-        is_text = ids != IMAGE_TOKEN_INDEX
-        text = self.get_model().embed_tokens(ids[is_text])
-        marks = (~is_text).nonzero().flatten().tolist()
-        embeds, new_labels, index, positions, begin, taken, place = [], [], [], [], 0, 0, 0
-        for mark, (number, span) in zip(marks, visual, strict=True):
-            length, kept = mark - begin, len(span.features)
-            embeds += [text[taken : taken + length], span.features.to(text)]
-            new_labels += [labels[begin:mark], labels.new_full((kept,), IGNORE_INDEX)]
-            index += [ids.new_full((length,), TEXT), ids.new_full((kept,), number)]
-            positions += [place + torch.arange(length, device=ids.device), place + length + span.indices.to(ids.device)]
-            begin, taken, place = mark + 1, taken + length, place + length + span.total
-        rest = len(ids) - begin
-        return (
-            torch.cat([*embeds, text[taken:]]),
-            torch.cat([*new_labels, labels[begin:]]),
-            torch.cat([*index, ids.new_full((rest,), TEXT)]),
-            torch.cat([*positions, place + torch.arange(rest, device=ids.device)]),
-        )
-
     def initialize_vision_tokenizer(self, model_args, tokenizer) -> None:
         """Add the image marker tokens that ``model_args`` asks for, before training.
 
@@ -715,23 +677,3 @@ def left_padding_order(mask: torch.Tensor) -> torch.Tensor | None:
     if bool(mask[:, -1].all()):
         return None
     return mask.bool().int().argsort(dim=1, stable=True)
-
-
-def _assign_images(marks_of_rows: list[int], available: int) -> list[list[int]]:
-    """Which images stand in each row: rows take them in order, a row without a mark passes over one."""
-    rows, taken = [], 0
-    for marks in marks_of_rows:
-        rows.append(list(range(taken, taken + marks)))
-        taken += max(1, marks)
-    if taken > available:
-        raise IndexError(
-            f"The prompts take {taken} images ({marks_of_rows} image marks a row, and one for a row without), "
-            f"but only {available} came"
-        )
-    return rows
-
-
-def _pad(rows: list[torch.Tensor], value, left: bool) -> torch.Tensor:
-    """Stack rows (T_i, ...) to (B, max T, ...)."""
-    side = "left" if left else "right"
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)

@@ -1,0 +1,184 @@
+"""Where text and visual tokens stand in the prompts that a language model reads.
+
+A prompt is laid out as integers first: what each position holds, which image it belongs to, what is to be predicted and
+where it would stand if nothing had been dropped. The embeddings are then written into their places, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.language_model.visual_drop import TEXT
+from llava.model.visual_cache import Span
+
+__all__ = ["Prompt", "Prompts", "assign_images", "embed", "lay_out", "stack"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, every image mark replaced by its image's tokens.
+
+    Attributes
+    ----------
+    ids : Tensor (T,), int64
+        Text, and `IMAGE_TOKEN_INDEX` at each visual token.
+    labels : Tensor (T,), int64
+        What is to be predicted.
+    images : Tensor (T,), int64
+        The image that each position belongs to, `TEXT` elsewhere.
+    positions : Tensor (T,), int64
+        Where each position would stand if nothing had been dropped.
+    spans : tuple of (int, Tensor (k, D))
+        Where the visual tokens of each image begin, and their features.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    images: torch.Tensor
+    positions: torch.Tensor
+    spans: tuple[tuple[int, torch.Tensor], ...]
+
+    def cut(self, length: int | None) -> Prompt:
+        """The first `length` positions; all of them for None."""
+        if length is None or len(self.ids) <= length:
+            return self
+        spans = tuple((begin, features[: length - begin]) for begin, features in self.spans if begin < length)
+        return Prompt(self.ids[:length], self.labels[:length], self.images[:length], self.positions[:length], spans)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, padded on one side: tensors (B, T) as in `Prompt`, and what is content.
+
+    Attributes
+    ----------
+    ids, labels, images, positions : Tensor (B, T), int64
+    mask : Tensor (B, T), bool
+    spans : list of (row, begin, Tensor (k, D))
+        Where the visual tokens of each image begin, padding counted, and their features.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    images: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    spans: list[tuple[int, int, torch.Tensor]]
+
+
+def lay_out(ids: torch.Tensor, labels: torch.Tensor, visual: Sequence[tuple[int, Span]]) -> Prompt:
+    """Put images in the place of one prompt's marks.
+
+    Parameters
+    ----------
+    ids, labels : Tensor (T,), int64
+        Text with image marks, and what is to be predicted.
+    visual : sequence of (number, span)
+        The images that the marks stand for.
+    """
+    columns: list[list[torch.Tensor]] = [[], [], [], []]
+    spans = []
+    begin = place = length = 0
+
+    def text(end: int) -> None:
+        nonlocal place, length
+        rows = (
+            ids[begin:end],
+            labels[begin:end],
+            ids.new_full((end - begin,), TEXT),
+            place + torch.arange(end - begin, device=ids.device),
+        )
+        for column, row in zip(columns, rows, strict=True):
+            column.append(row)
+        place, length = place + end - begin, length + end - begin
+
+    marks = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+    for mark, (number, span) in zip(marks, visual, strict=True):
+        text(mark)
+        kept = len(span.features)
+        rows = (
+            ids.new_full((kept,), IMAGE_TOKEN_INDEX),
+            labels.new_full((kept,), IGNORE_INDEX),
+            ids.new_full((kept,), number),
+            place + span.indices.to(ids.device),
+        )
+        for column, row in zip(columns, rows, strict=True):
+            column.append(row)
+        spans.append((length, span.features))
+        begin, place, length = mark + 1, place + span.total, length + kept
+    text(len(ids))
+    return Prompt(*(torch.cat(column) for column in columns), tuple(spans))
+
+
+def stack(prompts: Sequence[Prompt], left: bool) -> Prompts:
+    """Prompts of different lengths as one batch, padded on the left or on the right."""
+    longest = max(len(prompt.ids) for prompt in prompts)
+    begins = [longest - len(prompt.ids) if left else 0 for prompt in prompts]
+    return Prompts(
+        ids=_pad([prompt.ids for prompt in prompts], IMAGE_TOKEN_INDEX, left),
+        labels=_pad([prompt.labels for prompt in prompts], IGNORE_INDEX, left),
+        images=_pad([prompt.images for prompt in prompts], TEXT, left),
+        positions=_pad([prompt.positions for prompt in prompts], 0, left),
+        mask=_pad([torch.ones_like(prompt.ids, dtype=torch.bool) for prompt in prompts], False, left),
+        spans=[
+            (row, begins[row] + begin, features)
+            for row, prompt in enumerate(prompts)
+            for begin, features in prompt.spans
+        ],
+    )
+
+
+def embed(prompts: Prompts, embed_tokens: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The embeddings (B, T, D) of a batch, zero where there is padding; each is written into its place once.
+
+    Parameters
+    ----------
+    prompts : Prompts
+    embed_tokens : callable
+        Ids (M,) -> (M, D); asked once.
+    """
+    is_text = prompts.ids != IMAGE_TOKEN_INDEX
+    text = embed_tokens(prompts.ids[is_text])
+    embeds = text.new_zeros(*prompts.ids.shape, text.shape[-1])
+    embeds[is_text] = text
+    for row, begin, features in prompts.spans:
+        embeds[row, begin : begin + len(features)] = features.to(text)
+    return embeds
+
+
+def assign_images(marks_of_rows: Sequence[int], available: int) -> list[list[int]]:
+    """Which images stand in each row: rows take them in order, a row without a mark passes over one.
+
+    Parameters
+    ----------
+    marks_of_rows : sequence of int
+        Image marks in each row.
+    available : int
+        How many images there are.
+
+    Raises
+    ------
+    IndexError
+        If the rows take more.
+    """
+    rows, taken = [], 0
+    for marks in marks_of_rows:
+        rows.append(list(range(taken, taken + marks)))
+        taken += max(1, marks)
+    if taken > available:
+        raise IndexError(
+            f"The prompts take {taken} images ({list(marks_of_rows)} image marks a row, and one for a row without), "
+            f"but only {available} came"
+        )
+    return rows
+
+
+def _pad(rows: Sequence[torch.Tensor], value: float, left: bool) -> torch.Tensor:
+    """Stack rows (T_i, ...) to (B, max T, ...)."""
+    side = "left" if left else "right"
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
