@@ -80,6 +80,7 @@ def run_job(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
         "batch_size": plan.batch_size,
         "limit": options.limit,
         "grey": job.grey,
+        "all_metrics": options.all_metrics,
         "seed": options.seed,
         "identities": identities,
     }

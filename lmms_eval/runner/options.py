@@ -47,6 +47,7 @@ class Options:
     tasks: tuple[str, ...]
     unpruned: bool
     grey: bool
+    all_metrics: bool
     limit: int | None
     batch_size: int | None
     num_processes: int | None
@@ -105,6 +106,7 @@ def _check(found: argparse.Namespace) -> Options:
         tasks=tasks,
         unpruned=not found.no_unpruned,
         grey=found.grey,
+        all_metrics=found.all_metrics,
         limit=found.limit,
         batch_size=found.batch_size,
         num_processes=found.num_processes,
@@ -174,6 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tasks", default="", metavar="TASK[,TASK]", help="a choice of the suite's tasks (default: all)"
+    )
+    parser.add_argument(
+        "--all-metrics",
+        action="store_true",
+        help="of captions, also the metrics that the table does not show (BLEU, METEOR, ROUGE-L): about 15 s a task",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lmms_eval_otprune.fingerprint import model_fingerprint
+from lmms_eval_otprune.java import needs_java
 
 from llava.model.builder import resolve_model_path
 
@@ -23,7 +24,8 @@ def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[st
         "seed": options.seed,
         "data": data_version(plan.suite),
     }
-    return {task: {"task": task, **common} for task in plan.tasks}
+    metrics = "all" if options.all_metrics else "table"
+    return {task: {"task": task, **common, **({"metrics": metrics} if needs_java(task) else {})} for task in plan.tasks}
 
 
 def data_version(suite: Suite) -> str:

@@ -17,23 +17,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import datasets
-import lmms_eval_otprune_tasks
 import torch.distributed
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.tasks import TaskManager
-from lmms_eval.utils import get_datetime_str, load_yaml_config
+from lmms_eval.utils import get_datetime_str
 from lmms_eval_otprune.llava import Llava
 from lmms_eval_otprune.token_counts import summary
-from lmms_eval_otprune_tasks.builtin import definition_file
 from loguru import logger
 from tenacity import RetryError
 
 from . import records
+from .entries import task_entry, task_manager
 from .manifest import describe_machine
-from .suites import PAPER_TASKS
-
-TASKS = Path(lmms_eval_otprune_tasks.__file__).parent
 
 
 def main(specification: str) -> None:
@@ -51,7 +47,7 @@ def main(specification: str) -> None:
     tasks = _agree_on(spec["tasks"])
     if lm.rank == 0:
         records.write_json(folder / "machine.json", describe_machine(lm, spec["model"]))
-    manager = _task_manager(tasks)
+    manager = task_manager(tasks)
     for number, task in enumerate(tasks, start=1):
         _note(spec, {"task": task})
         lm.label = f"{spec['label']} [{number}/{len(tasks)}] {task}"
@@ -104,7 +100,7 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
     results = simple_evaluate(
         model=lm,
         model_args=f"pretrained={spec['model']}",
-        tasks=[_task(task)],
+        tasks=[task_entry(task, spec["all_metrics"])],
         task_manager=manager,
         batch_size=spec["batch_size"],
         limit=limit,
@@ -141,20 +137,6 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
             "date": stamp,
         },
     )
-
-
-def _task(name: str) -> str | dict[str, Any]:
-    """How lmms-eval is asked for a task: an embedded one by name, a published one with our group's changes."""
-    if name not in PAPER_TASKS:
-        return name
-    group = load_yaml_config(yaml_path=str(TASKS / "otprune_paper.yaml"), mode="full")
-    return next(dict(entry) for entry in group["task"] if entry["task"] == name)
-
-
-def _task_manager(tasks: list[str]) -> TaskManager:
-    """Indexes the folders that are needed; all of lmms-eval's take four seconds."""
-    builtin = {str(definition_file(task).parent) for task in tasks if task in PAPER_TASKS}
-    return TaskManager(include_defaults=False, include_path=[str(TASKS), *sorted(builtin)], model_name="llava")
 
 
 def _metrics(results: dict[str, Any]) -> dict[str, float]:

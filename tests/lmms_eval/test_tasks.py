@@ -10,6 +10,7 @@ import pytest
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.tasks.mmmu import utils as builtin_mmmu
 from lmms_eval.utils import load_yaml_config
+from lmms_eval_otprune_runner.entries import task_entry
 from lmms_eval_otprune_runner.suites import PAPER_TASKS, SUITES
 from lmms_eval_otprune_tasks import mmmu
 from lmms_eval_otprune_tasks.builtin import definition
@@ -57,6 +58,21 @@ def test_the_published_group_needs_no_login():
     assert [entry["task"] for entry in group["task"]] == list(PAPER_TASKS)
     for entry in group["task"]:
         assert not ({**definition(entry["task"]), **entry}.get("dataset_kwargs") or {}).get("token")
+
+
+@pytest.mark.parametrize("name", ["mini_coco2017_cap_val", "mini_flickr30k_test", "mini_nocaps_val"])
+def test_captions_are_scored_by_the_table_s_metric_unless_all_are_asked_for(manager, name):
+    [shown] = get_task_dict([task_entry(name, all_metrics=False)], manager, "simple").values()
+    assert list(shown.aggregation()) == [suite.TASKS[name].metric]
+    assert len(shown.eval_docs) >= 200
+    [whole] = get_task_dict([task_entry(name, all_metrics=True)], manager, "simple").values()
+    assert list(whole.aggregation()) == list(load(manager, name).aggregation())
+    assert len(whole.aggregation()) > 5
+
+
+@pytest.mark.parametrize("name", ["mini_mme", "gqa", "mmbench_en_dev_static"])
+def test_other_tasks_keep_their_metrics(name):
+    assert task_entry(name, all_metrics=False) == task_entry(name, all_metrics=True)
 
 
 def test_gqa_opens_the_picture_of_the_question(manager):
