@@ -90,7 +90,7 @@ def draw_figures(
             if name == "synthetic":
                 from llava.eval.plots import synthetic
 
-                drawn.append(synthetic.draw(synthetic.run()))
+                drawn.append(synthetic.draw(synthetic.run(progress=True)))
             elif name in FROM_SCORES:
                 drawn.append(FROM_SCORES[name](rows))
             else:
