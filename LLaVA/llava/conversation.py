@@ -92,8 +92,7 @@ class Conversation:
         }
         if self.sep_style not in writers:
             raise ValueError(f"Invalid style: {self.sep_style!r}; allowed: {', '.join(map(str, SeparatorStyle))}")
-        turns = [(role, message[0] if isinstance(message, tuple) else message) for role, message in self._turns()]
-        return writers[self.sep_style](turns)
+        return writers[self.sep_style]([(role, _text(message)) for role, message in self._turns()])
 
     def _turns(self) -> list:
         """The messages, with the mark for the image put where the format wants it if the first one has an image."""
@@ -111,30 +110,30 @@ class Conversation:
         ends = (self.sep, self.sep) if self.sep_style is SeparatorStyle.SINGLE else (self.sep, self.sep2)
         prompt = self.system + self.sep
         for index, (role, text) in enumerate(turns):
-            prompt += f"{role}: " + text + ends[index % 2] if text else f"{role}:"
+            prompt += f"{role}:" if text is None else f"{role}: " + text + ends[index % 2]
         return prompt
 
     def _write_mpt(self, turns: list) -> str:
         prompt = self.system + self.sep
         for role, text in turns:
-            prompt += role + text + self.sep if text else role
+            prompt += role if text is None else role + text + self.sep
         return prompt
 
     def _write_plain(self, turns: list) -> str:
         ends = (self.sep, self.sep2)
         prompt = self.system
         for index, (_, text) in enumerate(turns):
-            prompt += text + ends[index % 2] if text else ""
+            prompt += "" if text is None else text + ends[index % 2]
         return prompt
 
     def _write_llama_2(self, turns: list) -> str:
-        if turns and not turns[0][1]:
+        if turns and turns[0][1] is None:
             raise AssertionError("the first message of a LLAMA_2 conversation must not be empty")
         if turns and turns[0][0] != self.roles[0]:
             raise AssertionError(f"the first message must come from {self.roles[0]!r}, not from {turns[0][0]!r}")
         prompt = ""
         for index, (_, text) in enumerate(turns):
-            if not text:
+            if text is None:
                 continue
             if index == 0 and self.system:
                 text = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n{text}"
@@ -244,6 +243,11 @@ class Conversation:
             "sep": self.sep,
             "sep2": self.sep2,
         }
+
+
+def _text(message: str | tuple | None) -> str | None:
+    """What a turn says; None if the model is to write it, which an image without words does not mean."""
+    return message[0] if isinstance(message, tuple) else message or None
 
 
 def _pad_to_square(image: Image.Image) -> Image.Image:

@@ -90,6 +90,19 @@ def test_prompt(case):
         assert conv.get_prompt() == case["prompt"], "writing the prompt must not change the conversation"
 
 
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [("vicuna_v1", "USER:  "), ("llava_v0", "Human: ###"), ("llava_llama_2", "<s>[INST]  [/INST]"), ("plain", "\n")],
+)
+def test_an_image_without_words_is_a_turn_and_not_an_invitation_to_the_model(template, turn):
+    conv = conv_templates[template].copy()
+    conv.append_message(conv.roles[0], "What is it?")
+    conv.append_message(conv.roles[1], None)
+    before = conv.get_prompt()
+    conv.append_message(conv.roles[0], ("", Image.new("RGB", (4, 4)), "Default"))
+    assert conv.get_prompt() == before + turn
+
+
 @pytest.mark.parametrize("case", [pytest.param(case, id=case_id(case)) for case in GOLDEN["prompts"] if "dict" in case])
 def test_images_log_and_chatbot(case):
     conv = converse(case)
