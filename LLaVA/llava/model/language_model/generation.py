@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.visual_drop import LayerDrop
@@ -27,8 +30,11 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         images=None,
         image_sizes: list[tuple[int, int]] | None = None,
+        return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache_position=None,
         visual_index: torch.LongTensor | None = None,
@@ -45,6 +51,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             See `LlavaMetaForCausalLM.visual_tokens`.
         labels : Tensor (B, T), int64, optional
             -100 where no loss is wanted; the loss is the mean over the others, shifted by one.
+        output_attentions, output_hidden_states, return_dict
+            As the language model's forward takes them; their places among the arguments are the original's.
         logits_to_keep : int or Tensor
             How many of the last positions get logits; 0 means all.
         cache_position
@@ -58,6 +66,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         -------
         transformers.modeling_outputs.CausalLMOutputWithPast
         """
+        wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        kwargs |= {name: value for name, value in wanted.items() if value is not None}
         if inputs_embeds is None:
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
@@ -82,14 +92,16 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             labels=None if drops_inside else labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            return_dict=True,
             **kwargs,
         )
         if drops_inside and labels is not None:
             prefix = self.get_model().kept_prefix
             after_padding = ~nn.functional.pad(prefix.mask[:, :-1], (1, 0), value=True)
             kept_labels = labels.gather(1, prefix.positions).masked_fill(after_padding, IGNORE_INDEX)
-            outputs.loss = self.loss_function(outputs.logits, kept_labels, vocab_size=self.config.vocab_size)
-        return outputs
+            loss = self.loss_function(outputs.logits, kept_labels, vocab_size=self.config.vocab_size)
+            outputs = type(outputs)(**{**outputs, "loss": loss})
+        return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, images=None, image_sizes=None, **kwargs) -> torch.Tensor:
@@ -128,12 +140,18 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             raise ValueError("generate needs input_ids")
         position_ids = kwargs.pop("position_ids", None)
         mask = kwargs.pop("attention_mask", None)
+        config = kwargs["generation_config"] = _counting_new_tokens(kwargs.get("generation_config"))
+        given = [kwargs, {} if config is None else config.to_dict(), self.generation_config.to_dict()]
+        pad_token_id, do_sample = (
+            next((settings[name] for settings in given if settings.get(name) is not None), None)
+            for name in ("pad_token_id", "do_sample")
+        )
         if mask is None:
-            mask = _mask_of_padding(inputs, kwargs.get("pad_token_id", self.generation_config.pad_token_id))
+            mask = _mask_of_padding(inputs, pad_token_id)
         if "max_length" in kwargs and kwargs.get("max_new_tokens") is None:
             kwargs["max_new_tokens"] = max(1, kwargs.pop("max_length") - 1)
 
-        if not kwargs.get("do_sample", self.generation_config.do_sample):
+        if not do_sample:
             # Meaningless without sampling, and warned about at every call; evaluation harnesses pass temperature=0.
             for name in ("temperature", "top_p", "top_k"):
                 kwargs.pop(name, None)
@@ -156,6 +174,14 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             kwargs["position_ids"] = position_ids
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
+        """What the next step's forward pass takes, ``images`` and ``image_sizes`` included where they are given."""
+        handed_on = {name: kwargs[name] for name in ("images", "image_sizes") if kwargs.get(name) is not None}
+        prepared = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return prepared | handed_on
+
     def get_model(self):
         """The decoder stack, which carries vision tower and projector."""
         return self.model
@@ -164,6 +190,17 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         super().use_pruner(pruner, stages)
         inside = bool(stages) and not self.prunes_before_decoder
         self.get_model().layer_drop = LayerDrop(pruner, stages) if inside else None
+
+
+def _counting_new_tokens(config: GenerationConfig | None) -> GenerationConfig | None:
+    """The same settings with ``max_new_tokens`` for ``max_length``, from which the prompt would be taken off."""
+    if config is None or config.max_length is None:
+        return config
+    config = copy.deepcopy(config)
+    if config.max_new_tokens is None:
+        config.max_new_tokens = max(1, config.max_length - 1)
+    config.max_length = None
+    return config
 
 
 def _mask_of_padding(ids: torch.Tensor, pad_token_id: int | None) -> torch.Tensor:
