@@ -34,6 +34,8 @@ from llava.pruning.config import options_from_env
 from llava.pruning.registry import resolve_name
 
 DIMMED = 0.22
+WIDTH, TITLE = 4.2, 0.3
+"""Of a map and of the line above it, in inches."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ def draw(views: list[View], kept: dict[str, list[int]], order: bool = False):
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * len(kept), 4.5 * len(views)), layout="constrained")
-    axes = figure.subplots(len(views), len(kept), squeeze=False)
+    heights = [WIDTH * view.patches.shape[0] / view.patches.shape[1] + TITLE for view in views]
+    figure = Figure(figsize=(WIDTH * len(kept), sum(heights)), layout="constrained")
+    axes = figure.subplots(len(views), len(kept), squeeze=False, height_ratios=heights)
     for row, view in enumerate(views):
         for column, (method, indices) in enumerate(kept.items()):
             axis = axes[row][column]
@@ -163,11 +166,13 @@ def _dimmed(view: View, indices: list[int]) -> np.ndarray:
 def _number(axis, view: View, indices: list[int]) -> None:
     scale = _scale(view)
     place = {int(index): (x, y) for (y, x), index in np.ndenumerate(view.patches)}
+    # Three digits fit a patch; 72 points are an inch.
+    size = min(5.0, 0.4 * 72 * WIDTH / view.patches.shape[1])
     box = {"boxstyle": "round,pad=0.1", "facecolor": "black", "linewidth": 0, "alpha": 0.6}
     for rank, index in enumerate(indices, start=1):
         if index in place:
             x, y = ((coordinate + 0.5) * scale for coordinate in place[index])
-            axis.text(x, y, rank, fontsize=5, ha="center", va="center", color="white", bbox=box)
+            axis.text(x, y, rank, fontsize=size, ha="center", va="center", color="white", bbox=box)
 
 
 def _scale(view: View) -> int:
