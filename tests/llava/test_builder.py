@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from golden import golden_root
-from llava.model import LlavaMptForCausalLM
+from llava.model import LlavaLlamaForCausalLM, LlavaMptConfig, LlavaMptForCausalLM
 from llava.model.builder import load_pretrained_model, resolve_model_path
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 ROOT = golden_root() / "llava"
 NAME = "llava-v1.5-tiny"
@@ -204,6 +208,90 @@ def test_weights_of_another_shape_are_named(checkpoint):
         load(checkpoint)
 
 
+def adapters_on(base: Path, folder: Path, added_tokens: int, extras: tuple[str, ...]) -> Path:
+    """A LoRA checkpoint on ``base`` whose vocabulary is larger, with the named weights beside the adapters."""
+    model = load(base, dtype=torch.float32)[1]
+    adapters = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    get_peft_model(model, adapters).save_pretrained(folder)
+    shutil.copy(base / "config.json", folder)
+    edit_config(folder, vocab_size=model.config.vocab_size + added_tokens, mm_use_im_start_end=True)
+    shutil.copytree(base / "openai", folder / "openai")
+    weights = load_file(as_safetensors(base))
+    larger = {name: torch.nn.functional.pad(weights[name], (0, 0, 0, added_tokens), value=0.5) for name in extras}
+    torch.save({f"base_model.model.{name}": w for name, w in larger.items()}, folder / "non_lora_trainables.bin")
+    return folder
+
+
+VOCABULARY_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def test_tokens_added_in_lora_training_come_with_their_embeddings(checkpoint, tmp_path):
+    folder = adapters_on(checkpoint, tmp_path / "lora", 2, VOCABULARY_WEIGHTS)
+    tokenizer, model, _, _ = load_pretrained_model(str(folder), str(checkpoint), "llava-lora", device="cpu")
+    assert len(tokenizer) == model.config.vocab_size == 1002
+    for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+        assert len(weight) == 1002 and (weight[1000:] == 0.5).all()
+
+
+def test_a_larger_vocabulary_without_embeddings_is_named(checkpoint, tmp_path):
+    folder = adapters_on(checkpoint, tmp_path / "lora", 2, VOCABULARY_WEIGHTS[:1])
+    with pytest.raises(ValueError, match=r"does not hold all weights.*lm_head\.weight missing"):
+        load_pretrained_model(str(folder), str(checkpoint), "llava-lora", device="cpu")
+
+
+def test_a_checkpoint_without_a_tower_in_its_configuration_is_named(checkpoint):
+    edit_config(checkpoint, mm_vision_tower=None)
+    with pytest.raises(ValueError, match=r"names no vision tower \(mm_vision_tower\)"):
+        load(checkpoint)
+
+
+def test_a_tower_at_several_scales_is_refused(checkpoint):
+    edit_config(checkpoint, s2=True, s2_scales="56,112")
+    with pytest.raises(ValueError, match="s2 is not supported"):
+        load(checkpoint)
+
+
+def test_a_plain_language_model_gets_the_tokenizer_it_was_trained_with(checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    plain = {key: value for key, value in config.items() if "mm_" not in key}
+    (checkpoint / "config.json").write_text(json.dumps(plain | {"model_type": "llama"}))
+    tokenizer, model, processor, context_len = load_pretrained_model(str(checkpoint), None, "vicuna-tiny", device="cpu")
+    assert type(model).__name__ == "LlamaForCausalLM" and processor is None and context_len == 2048
+    assert tokenizer.tokenize("What") == ["▁What"]
+
+
+class TestWithoutTheLoader:
+    """What a program that calls ``from_pretrained`` and ``load_model`` itself gets."""
+
+    @pytest.fixture
+    def own_tower(self, checkpoint, tmp_path) -> Path:
+        """A checkpoint with its own vision tower, all ones where the tower's folder has other weights."""
+        model = load(checkpoint, dtype=torch.float32)[1]
+        for parameter in model.get_vision_tower().parameters():
+            parameter.data.fill_(1)
+        model.save_pretrained(tmp_path / "own")
+        edit_config(tmp_path / "own", mm_vision_tower=str(checkpoint / "openai" / "clip-vit-tiny-patch14-56"))
+        return tmp_path / "own"
+
+    def test_a_tower_inside_the_checkpoint_stays(self, own_tower):
+        tower = LlavaLlamaForCausalLM.from_pretrained(own_tower).get_vision_tower()
+        tower.load_model()
+        assert tower.is_loaded and tower.image_processor.crop_size["height"] == 56
+        assert all((parameter == 1).all() and not parameter.requires_grad for parameter in tower.parameters())
+
+    def test_a_tower_outside_waits_for_load_model(self, checkpoint):
+        model, info = LlavaLlamaForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+        assert not model.get_vision_tower().is_loaded and info["missing_keys"]
+        model.get_vision_tower().load_model()
+        assert model.get_vision_tower().is_loaded
+
+    @pytest.mark.parametrize("unfreeze", [True, False])
+    def test_a_tower_that_training_unfroze_is_loaded_at_once(self, checkpoint, unfreeze):
+        folder = str(checkpoint / "openai" / "clip-vit-tiny-patch14-56")
+        args = SimpleNamespace(mm_vision_select_layer=-2, unfreeze_mm_vision_tower=unfreeze)
+        assert CLIPVisionTower(folder, args, delay_load=True).is_loaded is unfreeze
+
+
 def test_a_pickle_with_code_is_not_run(checkpoint, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -219,6 +307,11 @@ def test_a_pickle_with_code_is_not_run(checkpoint, tmp_path):
 def test_mpt_says_that_it_is_not_supported():
     with pytest.raises(NotImplementedError, match="not supported"):
         LlavaMptForCausalLM.from_pretrained("anything")
+
+
+def test_a_configuration_of_mpt_can_be_read(tmp_path):
+    LlavaMptConfig(d_model=16, n_heads=2, n_layers=1).save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), LlavaMptConfig)
 
 
 def test_importing_llava_is_light():

@@ -108,11 +108,16 @@ def load_pretrained_model(
     with _quiet():
         config = config_class.from_pretrained(path)
     config.name_or_path = path
+    if getattr(config, "mm_vision_tower", None) is None:
+        raise ValueError(f"{path} is no LLaVA: its config.json names no vision tower (mm_vision_tower)")
     if pruning is not None:
         pruning.stages(config.num_hidden_layers)
 
     weights_path = resolve_model_path(model_base) if model_base else path
     tokenizer = load_tokenizer(weights_path)
+    if model_base and is_lora:
+        # Training may have added tokens; the embeddings of all of them then lie beside the adapters.
+        kwargs["ignore_mismatched_sizes"] = True
     model, missing = _load_weights(model_class, weights_path, config, kwargs)
     if model_base and is_lora:
         missing -= _load_extra(model, _lora_extras(path))
@@ -228,13 +233,13 @@ def _classes(raw_config: dict[str, Any], path: str):
 def _load_weights(
     model_class: type[PreTrainedModel], path: str, config, kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The model with what the checkpoint holds of it, and the names of the weights it does not hold."""
+    """The model with what the checkpoint holds of it, and the names of the weights it does not hold in this shape."""
     try:
         with _quiet():
             model, info = model_class.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     except (RuntimeError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
         raise OSError(f"Cannot read the weights in {path}: {error}") from error
-    return model, set(info["missing_keys"])
+    return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
 
 
 @contextmanager
@@ -319,7 +324,7 @@ def _finish_vision_tower(model: PreTrainedModel, tower_missing: bool):
     if tower_missing:
         weight = next(model.get_model().mm_projector.parameters(), model.get_input_embeddings().weight)
         tower.load_model(device_map={"": weight.device}, dtype=weight.dtype)
-    else:
+    elif not tower.is_loaded:  # its weights lay beside the adapters
         tower.mark_loaded()
     return tower.image_processor
 
@@ -347,7 +352,8 @@ def _announce(model: PreTrainedModel) -> None:
 def _load_plain(path: str, model_base: str | None, kwargs: dict[str, Any]):
     """A language model without vision, with adapters where ``model_base`` is given."""
     weights_path = resolve_model_path(model_base) if model_base else path
-    tokenizer = AutoTokenizer.from_pretrained(weights_path)
+    is_llama = read_config(weights_path).get("model_type") in _CLASSES
+    tokenizer = load_tokenizer(weights_path) if is_llama else AutoTokenizer.from_pretrained(weights_path)
     model = AutoModelForCausalLM.from_pretrained(weights_path, **kwargs)
     if model_base:
         from peft import PeftModel

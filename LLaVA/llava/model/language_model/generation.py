@@ -21,6 +21,18 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
     that replaces them on `LlavaMetaForCausalLM` takes effect here.
     """
 
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in ``transformers``; a vision tower whose weights the checkpoint holds then counts as loaded.
+
+        Otherwise a caller's ``load_model`` would put the untrained tower in the place of the checkpoint's own.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        tower = model.get_vision_tower()
+        if tower is not None and not any(".vision_tower." in key for key in info["missing_keys"]):
+            tower.mark_loaded()
+        return (model, info) if output_loading_info else model
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

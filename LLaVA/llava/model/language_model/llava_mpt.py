@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import MptConfig
+from transformers import AutoConfig, MptConfig
 
 
 class LlavaMptConfig(MptConfig):
@@ -22,3 +22,6 @@ class LlavaMptForCausalLM:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         return cls()
+
+
+AutoConfig.register(LlavaMptConfig.model_type, LlavaMptConfig, exist_ok=True)

@@ -16,8 +16,10 @@ def build_vision_tower(vision_tower_cfg, **kwargs) -> CLIPVisionTower:
     Raises
     ------
     ValueError
-        If the name is none of these.
+        If the name is none of these, or the configuration asks for features at several scales (``s2``).
     """
+    if getattr(vision_tower_cfg, "s2", False):
+        raise ValueError("s2 is not supported: a vision tower at several scales, which no published checkpoint has")
     name = getattr(vision_tower_cfg, "mm_vision_tower", None) or getattr(vision_tower_cfg, "vision_tower", None)
     if name is None:
         raise ValueError("The configuration names no vision tower (mm_vision_tower)")

@@ -24,7 +24,7 @@ class CLIPVisionTower(nn.Module):
         ``mm_vision_select_feature`` ("patch", the default, or "cls_patch").
     delay_load : bool
         Build the modules from the tower's configuration only; the weights follow from the LLaVA checkpoint or from
-        `load_model`.
+        `load_model`. Not with ``args.unfreeze_mm_vision_tower``, unless a checkpoint is just being loaded.
 
     Raises
     ------
@@ -42,7 +42,9 @@ class CLIPVisionTower(nn.Module):
             self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
         except (OSError, ValueError) as error:
             raise ValueError(f"Cannot read the configuration of the vision tower {vision_tower!r}: {error}") from error
-        if delay_load:
+        # transformers builds a model on the meta device to fill it from a checkpoint, and loads no other model there.
+        being_filled = torch.get_default_device().type == "meta"
+        if delay_load and (being_filled or not getattr(args, "unfreeze_mm_vision_tower", False)):
             self.vision_tower = _with_vision_model_alias(CLIPVisionModel(self.cfg_only))
             self.vision_tower.requires_grad_(False)
         else:
@@ -67,11 +69,11 @@ class CLIPVisionTower(nn.Module):
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"Cannot load the vision tower {self.vision_tower_name!r}: {error}") from error
         self.vision_tower = _with_vision_model_alias(model).eval()
-        self.vision_tower.requires_grad_(False)
         self.mark_loaded()
 
     def mark_loaded(self) -> None:
-        """Declare that the weights are in place (they came with the LLaVA checkpoint) and read the image processor."""
+        """Declare that the weights are in place, freeze them, and read the image processor."""
+        self.vision_tower.requires_grad_(False)
         # The PIL processor resizes as the published models were trained; the torchvision one is a grey level off.
         self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name)
         self.is_loaded = True
