@@ -9,14 +9,18 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
+from llava.eval.flops import TowerShape
 from llava.eval.ocvtp import pictures
 from llava.eval.ocvtp.__main__ import main
-from llava.eval.ocvtp.cost import cost, pruner_flops
+from llava.eval.ocvtp.cost import cost, padding_flops, pruner_flops
 from llava.eval.ocvtp.extract import default_layer, extract
 from llava.eval.ocvtp.features import Features, shard_file
 from llava.eval.ocvtp.pictures import find_pictures
 from llava.eval.ocvtp.train import Recipe, Run, split, train
+from llava.model.multimodal_encoder.observations import received_attention
 from llava.pruning.ocvtp.config import SlotConfig
 from llava.pruning.ocvtp.network import SlotPruner, slot_noise
 from tiny_llava import build, save_tower
@@ -321,21 +325,32 @@ def test_the_count_is_what_torch_counts(tokens, slots):
     assert pruner_flops(config, tokens, slots) == counter.get_total_flops()
 
 
+def test_the_padding_is_counted_as_torch_counts_it():
+    vision = CLIPVisionConfig(
+        hidden_size=32, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1, image_size=56, patch_size=14
+    )
+    tower = TowerShape.of(vision, -1, "patch")
+    with FlopCounterMode(display=False) as counter:
+        received_attention(CLIPEncoderLayer(vision), torch.randn(1, 17, 32))
+    assert padding_flops(tower) == counter.get_total_flops()
+
+
 def test_the_published_pruner_is_under_one_per_cent_of_a_7b_prefill():
     for model in ("1.5-7b", "1.6-7b"):
-        share = float(cost(model, None, None, 60, "cpu", timed=False).split("The pruner is ")[1].split(" %")[0])
-        assert 0 < share < 1
+        told = cost(model, None, None, 60, "cpu", timed=False).split("The pruner is ")[1]
+        alone, padded = (float(share.split()[-1].lstrip("(")) for share in told.split(" %")[:2])
+        assert 0 < alone < padded < 1
 
 
 def test_milliseconds_stand_beside_the_flops():
     told = cost("llava-mini", None, None, 60, "cpu", timed=True).splitlines()
     assert told[0].endswith(("thread", "threads"))
-    times = {line[:22].strip(): float(line.split()[-1]) for line in told[3:8] if not line.startswith("projector")}
-    assert set(times) == {"pruner", "vision tower", "decoder, unpruned", "decoder, pruned"}
+    times = {line[:22].strip(): float(line.split()[-1]) for line in told[3:9] if not line.startswith("projector")}
+    assert set(times) == {"pruner", "padding attention", "vision tower", "decoder, unpruned", "decoder, pruned"}
     assert all(time > 0 for time in times.values())
     share = 100 * times["pruner"] / (times["vision tower"] + times["decoder, unpruned"])
     # The table has one decimal.
-    assert float(told[-2].split()[-4]) == pytest.approx(share, rel=0.1)
+    assert float(told[-2].split("in FLOPs, ")[1].split()[0]) == pytest.approx(share, rel=0.1)
 
 
 def test_a_pruner_of_another_width_is_refused(tmp_path):

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import torch
 
-from llava.eval.flops import ModelShape, exact_flops, load_shape, tokens_per_layer
+from llava.eval.flops import ModelShape, TowerShape, exact_flops, load_shape, tokens_per_layer
+from llava.model.multimodal_encoder.observations import received_attention
 from llava.pruning import kept_count
+from llava.pruning.methods.ocvtp import claims, fill
 from llava.pruning.ocvtp.checkpoint import EMBEDDED, PrunerFiles
 from llava.pruning.ocvtp.config import SlotConfig
 from llava.pruning.ocvtp.network import SlotPruner, slot_noise
 
 RATIO = 0.098
-REPEATS = 3
+REPEATS, SECONDS = 3, 0.2
+"""Runs of a part after the first, at least, and how long they take together: what is short is repeated more often."""
 
 
 def pruner_flops(config: SlotConfig, tokens: int, slots: int) -> int:
@@ -32,6 +35,15 @@ def pruner_flops(config: SlotConfig, tokens: int, slots: int) -> int:
     keys_and_values = 2 * tokens * d**2
     per_iteration = slots * d**2 + 2 * slots * tokens * d + 6 * slots * d**2 + 2 * slots * d * config.feed_forward
     return 2 * (projection + keys_and_values + config.iterations * per_iteration)
+
+
+def padding_flops(tower: TowerShape) -> int:
+    """FLOPs of a crop's attention in one layer, queries and keys included: what the rest of the budget is ranked by.
+
+    The layer computes them too, but its fused kernel keeps them to itself.
+    """
+    rows = tower.patches + 1
+    return 2 * (2 * rows * tower.hidden**2 + rows**2 * tower.hidden)
 
 
 def cost(model: str, checkpoint: str | None, kept: int | None, text: int, device: str, timed: bool) -> str:
@@ -81,30 +93,35 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int, device
     )
     flops = {
         "pruner": pruner_flops(config, tokens, slots),
+        "padding attention": shape.crops * padding_flops(shape.tower),
         "vision tower": full.vision_tower,
         "projector": full.projector,
         "decoder, unpruned": full.decoder + full.lm_head,
         "decoder, pruned": pruned.decoder + pruned.lm_head,
     }
-    times = _milliseconds(shape, config, (text + tokens, text + kept), slots, device) if timed else {}
+    times = _milliseconds(shape, config, text, kept, slots, device) if timed else {}
     where = f", {_device_name(device)}" if timed else ""
     lines = [f"{model}: {tokens} visual tokens, {kept} kept, {slots} slots, {text} text tokens{where}", ""]
     lines.append(f"{'':22}{'GFLOPs':>12}" + (f"{'ms':>12}" if times else ""))
     for part, count in flops.items():
         lines.append(f"{part:22}{count / 1e9:12.3f}" + (f"{times[part]:12.1f}" if part in times else ""))
-    unpruned = full.total
-    lines += ["", f"The pruner is {100 * flops['pruner'] / unpruned:.3f} % of the unpruned prefill in FLOPs"]
+    lines += ["", f"The pruner is {_shares(flops, full.total, 3)} of the unpruned prefill in FLOPs"]
     if times:
-        whole = times["vision tower"] + times["decoder, unpruned"]
-        lines[-1] += f", {100 * times['pruner'] / whole:.2f} % in time"
+        lines[-1] += f", {_shares(times, times['vision tower'] + times['decoder, unpruned'], 2)} in time"
         lines.append("(one layer of vision tower and decoder with random weights was timed, times their number).")
     return "\n".join(lines)
 
 
+def _shares(amounts: dict[str, float], whole: float, decimals: int) -> str:
+    """The pruner's share, and the one with the attention that pads its choice."""
+    alone, padding = (100 * amounts[part] / whole for part in ("pruner", "padding attention"))
+    return f"{alone:.{decimals}f} % ({alone + padding:.{decimals}f} % with the padding attention)"
+
+
 def _milliseconds(
-    shape: ModelShape, config: SlotConfig, lengths: tuple[int, int], slots: int, device: str
+    shape: ModelShape, config: SlotConfig, text: int, kept: int, slots: int, device: str
 ) -> dict[str, float]:
-    """Of the pruner, and of the towers' layers; ``lengths`` of the prompt, unpruned and pruned."""
+    """Of the pruner with its choice of tokens, and of the towers' layers."""
     from transformers import CLIPVisionConfig, LlamaConfig
     from transformers.models.clip.modeling_clip import CLIPEncoderLayer
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -143,20 +160,23 @@ def _milliseconds(
             lambda: language(hidden, position_ids=positions, position_embeddings=around), device
         )
 
-    crop, features = rows(tower.patches + 1, tower.hidden), rows(shape.visual_tokens, tower.hidden, torch.float32)
+    tokens = shape.visual_tokens
+    crop, features = rows(tower.patches + 1, tower.hidden), rows(tokens, tower.hidden, torch.float32)
+    padding = torch.rand(tokens, device=device)
     return {
-        "pruner": _timed(lambda: pruner(features, noise), device),
+        "pruner": _timed(lambda: fill(claims(pruner(features, noise)[1][0], top_k=1), padding, kept), device),
+        "padding attention": shape.crops * _timed(lambda: received_attention(vision, crop), device),
         "vision tower": shape.crops * tower.layers * _timed(lambda: vision(crop, None), device),
-        "decoder, unpruned": decode(lengths[0]),
-        "decoder, pruned": decode(lengths[1]),
+        "decoder, unpruned": decode(text + tokens),
+        "decoder, pruned": decode(text + kept),
     }
 
 
 @torch.no_grad()
 def _timed(work: Callable[[], object], device: str) -> float:
-    """Milliseconds of the fastest of a few runs after a first one."""
+    """Milliseconds of the fastest of several runs after a first one."""
     times = []
-    for _ in range(REPEATS + 1):
+    while len(times) <= REPEATS or sum(times[1:]) < SECONDS:
         began = time.perf_counter()
         work()
         if device.startswith("cuda"):
