@@ -119,11 +119,13 @@ def test_surplus_images_are_named(stub, caplog):
     assert "2 images, but the query has a place for 1 only" in caplog.text
 
 
-def test_more_places_than_images_are_refused_before_loading(stub):
+def test_more_places_than_images_are_left_to_the_model(stub):
+    """As in the original; which number of images it takes is for the model behind the loader to say."""
     made = stub()
-    with pytest.raises(IndexError, match="places for 2 images, but 1 given"):
-        run_llava.eval_model(arguments(query="<image-placeholder> or <image-placeholder>?"))
-    assert made.loads == []
+    run_llava.eval_model(arguments(query="<image-placeholder> or <image-placeholder>?"))
+    run_llava.eval_model(arguments(query="<image>\nWhat is it?"))
+    assert [(call["input_ids"] == -200).sum().item() for call in made.calls] == [2, 2]
+    assert [len(call["images"]) for call in made.calls] == [1, 1]
 
 
 def run(*options: str) -> int:
@@ -152,6 +154,14 @@ def test_a_bad_image_is_one_sentence_and_a_non_zero_exit_before_loading(name, wr
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
+    assert made.loads == []
+
+
+def test_more_places_than_images_are_one_sentence_before_loading(stub, capsys):
+    made = stub()
+    options = ["--image-file", "images/im2_97x61.png", "--model-path", "x/llava-v1.5-7b"]
+    assert run_llava.main([*options, "--query", "<image-placeholder> or <image-placeholder>?"]) == 1
+    assert "places for 2 images, but 1 given" in capsys.readouterr().err
     assert made.loads == []
 
 

@@ -55,14 +55,19 @@ def eval_model(args: Any) -> str:
     ValueError
         If an image is damaged, or ``conv_mode`` is unknown.
     IndexError
-        If the query has more places for images than there are images.
+        If the query has more places for images than there are images; the model says so.
     """
     disable_torch_init()
-    # Everything that can be wrong with the request is found before any weight is loaded.
     model_name = get_model_name_from_path(args.model_path)
     args.conv_mode = choose_conv_mode(model_name, args.conv_mode)
     images = load_images(image_parser(args))
-    _check_places(args.query, len(images))
+    if _places(args.query) < len(images):
+        logger.warning(
+            "%d images, but the query has a place for %d only: the others are ignored; write %s once for each image",
+            len(images),
+            _places(args.query),
+            IMAGE_PLACEHOLDER,
+        )
 
     device = getattr(args, "device", None)
     options = {"device": device} if device else {}
@@ -93,20 +98,17 @@ def eval_model(args: Any) -> str:
     return answer
 
 
-def _check_places(query: str, images: int) -> None:
-    placeholders = query.count(IMAGE_PLACEHOLDER)
-    places = (placeholders or 1) + query.count(DEFAULT_IMAGE_TOKEN)
+def _places(query: str) -> int:
+    """How many images a query will have marks for."""
+    return (query.count(IMAGE_PLACEHOLDER) or 1) + query.count(DEFAULT_IMAGE_TOKEN)
+
+
+def _refuse_places_without_images(args: argparse.Namespace) -> None:
+    places, images = _places(args.query), len(image_parser(args))
     if places > images:
         raise IndexError(
             f"the query has places for {places} images, but {images} given; without {IMAGE_PLACEHOLDER}, which says "
             "where an image goes, the first one is put in front"
-        )
-    if places < images:
-        logger.warning(
-            "%d images, but the query has a place for %d only: the others are ignored; write %s once for each image",
-            images,
-            places,
-            IMAGE_PLACEHOLDER,
         )
 
 
@@ -146,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
+        _refuse_places_without_images(args)  # before any weight is loaded
         eval_model(args)
     except (OSError, ValueError, IndexError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
