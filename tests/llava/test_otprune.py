@@ -216,6 +216,16 @@ def test_gamma_must_be_positive(gamma):
         OTPrune(gamma=gamma)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e-30, 1e-42])
+def test_a_column_too_small_to_be_normalised_counts_as_zero(size):
+    features = torch.randn(40, 16, generator=torch.Generator().manual_seed(4))
+    zero, small = features.clone(), features.clone()
+    zero[:, 5] = 0
+    small[:, 5] *= size
+    assert select(small, k=12).tolist() == select(zero, k=12).tolist()
+    torch.testing.assert_close(ot_kernel(small), ot_kernel(zero))
+
+
 def test_selection_does_not_touch_its_input():
     features = torch.randn(20, 6, generator=torch.Generator().manual_seed(3))
     before = features.clone()

@@ -33,7 +33,7 @@ from llava.model.visual_sequence import (
 from llava.model.visual_sequence import unpad_image as unpad_image
 from llava.pruning.base import ENCODER_NEEDS, INSIDE, Pruner, VisualTokens, content_key
 from llava.pruning.config import PruningConfig
-from llava.pruning.kernels import EXHAUSTED, fused, gram
+from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM, fused, gram
 from llava.pruning.schedule import kept_after_attention, kept_per_layer
 
 GAMMA = 0.01
@@ -65,7 +65,7 @@ def ot_kernel(features: torch.Tensor, gamma: float = GAMMA) -> torch.Tensor:
     with torch.autocast(features.device.type, enabled=False):
         x = features.float()
         norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)  # (B, 1, D)
-        x = x / norm.clamp_min(torch.finfo(x.dtype).tiny)
+        x = x / norm.clamp_min(SMALLEST_NORM)
         similarity = gram(x)  # (B, N, N)
         kernel = gram(similarity).mul_(gamma)
         kernel.diagonal(dim1=-2, dim2=-1).add_(1)

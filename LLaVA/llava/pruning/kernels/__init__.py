@@ -16,6 +16,10 @@ import torch
 EXHAUSTED = 1e-6
 """Share of a kernel's largest diagonal entry below which a gain is rounding error."""
 
+SMALLEST_NORM = 1e-19
+"""Norm of a feature column below which it fades to zero: squares so small leave float32's range, and with them the norm
+that would bring the column to length 1."""
+
 _ON_GPU = {"greedy_select": "greedy", "max_min_select": "max_min", "gram": "syrk"}
 _ON_CPU = {"greedy_select": "host", "max_min_select": "host", "gram": "host", "ot_select": "host"}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from llava.pruning.kernels import EXHAUSTED
+from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM
 
 BLOCK = 64
 """How many kernel rows are computed at once: enough for a matrix product, few enough to be used up."""
@@ -113,7 +113,7 @@ def _nearest_neighbour(distance: np.ndarray) -> np.ndarray:
 def _ot_rows(x: np.ndarray, gamma: float) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
     """Diagonal and row function of OTPrune's kernel ``I + gamma S S^T`` for tokens (N, D)."""
     norm = np.sqrt(np.einsum("nd,nd->d", x, x))
-    x = x / np.maximum(norm, np.finfo(x.dtype).tiny)
+    x = x / np.maximum(norm, SMALLEST_NORM)
     similarity = x @ x.T
     gamma = x.dtype.type(gamma)
 
