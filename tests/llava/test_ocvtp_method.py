@@ -299,6 +299,7 @@ def test_switched_off_they_mean_nothing():
     environ = {"OCL_ENABLE": "0", "OCL_TOPK": "3", "BASELINE": "RANDOM", "SUBSET_RATIO": "0.5"}
     assert PruningConfig.from_env(environ).method == "random"
     assert translated({"HOME": "/x"}) == {"HOME": "/x"}
+    assert PruningConfig.from_env({"OCL_ENABLE": "", "OCL_CKPT": ""}) is None
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -54,6 +56,7 @@ def test_layer_and_options_are_read():
         (ON | {"LAYER_INDEX": "x"}, r"LAYER_INDEX=x: .*whole number"),
         (ON | {"LAYER_INDEX": "1.5"}, r"LAYER_INDEX=1.5: .*whole number"),
         (ON | {"OTPRUNE_GAMA": "1"}, r"OTPRUNE_GAMA=1: .*OTPRUNE_GAMMA, OTPRUNE_COMPAT"),
+        (ON | {"OURS_GAMMA": "1"}, r"OURS_GAMMA=1: OURS is otprune, whose options are named OTPRUNE_"),
         (ON | {"OTPRUNE_GAMMA": "much"}, r"OTPRUNE_GAMMA=much: must be a number"),
         (ON | {"OTPRUNE_GAMMA": "-1"}, r"gamma must be a finite number > 0, not -1"),
         (ON | {"OTPRUNE_COMPAT": "perhaps"}, r"OTPRUNE_COMPAT=perhaps: must be 1 or 0"),
@@ -75,6 +78,8 @@ def test_a_wrong_value_is_named_with_what_is_allowed(environ, said):
     ("settings", "said"),
     [
         ({"method": "nope", "ratio": 0.1}, "unknown method 'nope'"),
+        ({"method": None, "ratio": 0.1}, "unknown method None"),
+        ({"method": "otprune", "ratio": 0.1, "options": ["gamma"]}, r"must be a mapping.*not \['gamma'\]"),
         ({"method": "otprune", "ratio": 0}, "0 < r <= 1, not 0"),
         ({"method": "otprune", "ratio": float("nan")}, "0 < r <= 1, not nan"),
         ({"method": "otprune", "ratio": "0.1"}, "must be a number"),
@@ -97,6 +102,21 @@ def test_a_configuration_cannot_be_changed():
         config.ratio = 0.2
     with pytest.raises(TypeError):
         config.options["gamma"] = 1.0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruningConfig("otprune", 0.1, 2, {"gamma": 0.5}),
+        PruningConfig("pyramiddrop", 0.5),
+        PruningConfig("vtw", layer=3),
+        PruningConfig("prumerge", options={"adaptive": True}),
+    ],
+    ids=lambda config: config.method,
+)
+def test_a_configuration_can_be_copied_and_sent_to_another_process(config):
+    for same in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert same == config and hash(same) == hash(config) and same.fingerprint() == config.fingerprint()
 
 
 def test_the_fingerprint_tells_configurations_apart():

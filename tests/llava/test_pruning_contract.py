@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,9 +69,11 @@ def test_one_token_is_kept_of_one(method):
     [
         ({"k": 0}, "k must be a whole number >= 1, not 0"),
         ({"k": 2.0}, "k must be a whole number >= 1, not 2.0"),
+        ({"k": True}, "k must be a whole number >= 1, not True"),
         ({"k": 2, "ratio": 0.5}, "either ratio or k"),
         ({"ratio": 1.5}, "0 < r <= 1, not 1.5"),
         ({"method": "nope"}, "unknown method 'nope'"),
+        ({"method": None}, "unknown method None"),
         ({"gama": 1}, "no option 'gama'"),
     ],
 )
@@ -79,10 +82,22 @@ def test_wrong_arguments_are_named(arguments, said):
         select(torch.ones(4, 2), **arguments)
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2, 4, 3), (0, 4)])
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 4, 3), (0, 4), (0, 4, 3)])
 def test_wrong_shapes_are_named(shape):
     with pytest.raises(ValueError, match=r"\(B, N, D\)"):
         select(torch.ones(shape), ratio=0.5)
+
+
+@pytest.mark.parametrize("features", [np.ones((4, 3), np.float32), [[1.0, 2.0]]], ids=["array", "list"])
+def test_what_is_no_tensor_is_named(features):
+    with pytest.raises(ValueError, match=rf"tensor \(N, D\).*not {type(features).__name__}"):
+        select(features, ratio=0.5)
+
+
+def test_numbers_may_be_numpys():
+    x = features("normal", torch.float32)
+    assert torch.equal(select(x, k=np.int64(5)), select(x, k=5))
+    assert torch.equal(select(x, ratio=np.float32(0.25)), select(x, ratio=0.25))
 
 
 def test_a_method_that_chooses_nothing_says_so():

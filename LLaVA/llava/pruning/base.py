@@ -394,9 +394,9 @@ class Pruner:
 
     def _check(self, tokens: VisualTokens) -> None:
         features = tokens.features
-        if features.ndim != 3 or not features.is_floating_point() or features.shape[1] == 0:
+        if features.ndim != 3 or not features.is_floating_point() or 0 in features.shape[:2]:
             raise ValueError(
-                f"Visual tokens must be a floating (B, N, D) tensor with N >= 1, not {features.dtype} "
+                f"Visual tokens must be a floating (B, N, D) tensor with B, N >= 1, not {features.dtype} "
                 f"{tuple(features.shape)}"
             )
         if tokens.k < 1:

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from llava.pruning.base import Pruner
@@ -48,15 +49,15 @@ class PruningConfig:
     method: str
     ratio: float | None = None
     layer: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         method = resolve_name(self.method)
         ratio, layer = self.ratio, self.layer
-        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1):
+        if ratio is not None and (isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1):
             raise ValueError(f"the kept ratio must be a number with 0 < r <= 1, not {ratio!r}")
         cls = method_class(method)
-        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+        if layer is not None and (isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0):
             raise ValueError(f"the layer must be a whole number >= 0, not {layer!r}")
         if layer is not None and layer < cls.first_layer:
             default = "" if cls.default_layer is None else f" (default {cls.default_layer})"
@@ -65,6 +66,8 @@ class PruningConfig:
                 f"not {layer}"
             )
         types_by_option = option_types(cls)
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"the options of {method} must be a mapping of names to values, not {self.options!r}")
         for name, value in self.options.items():
             if name not in types_by_option:
                 raise ValueError(
@@ -73,12 +76,16 @@ class PruningConfig:
             _check_type(f"option {name!r} of {method}", value, types_by_option[name])
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "ratio", None if ratio is None else float(ratio))
-        object.__setattr__(self, "layer", cls.default_layer if layer is None else layer)
+        object.__setattr__(self, "layer", cls.default_layer if layer is None else int(layer))
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
         try:
             self.build_pruner().check_budget(self.ratio, layer)
         except ValueError as error:
             raise ValueError(f"{method}: {error}") from None
+
+    def __reduce__(self):
+        # The read-only view of the options can be neither copied nor pickled, as a model's copies need.
+        return type(self), (self.method, self.ratio, self.layer, dict(self.options))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> PruningConfig | None:
@@ -111,6 +118,7 @@ class PruningConfig:
             method = resolve_name(baseline)
         except ValueError as error:
             raise ValueError(f"BASELINE={baseline}: {error}, or ORIG for no pruning") from None
+        _refuse_options_of_an_alias(baseline, method, environ)
         settings = {"ratio": _ratio(environ), "layer": _layer(environ), "options": options_from_env(method, environ)}
         try:
             return cls(method=method, **settings)
@@ -197,6 +205,18 @@ def _layer(environ: Mapping[str, str]) -> int | None:
     if layer < 0:
         raise ValueError(f"LAYER_INDEX={text}: must be a whole number, 0 <= L < the number of decoder layers")
     return layer
+
+
+def _refuse_options_of_an_alias(baseline: str, method: str, environ: Mapping[str, str]) -> None:
+    """Options carry the method's own name: under another one they would silently do nothing."""
+    alias = f"{baseline.upper()}_"
+    if alias == f"{method.upper()}_":
+        return
+    for name in sorted(environ):
+        if name.startswith(alias):
+            raise ValueError(
+                f"{name}={environ[name]}: {baseline} is {method}, whose options are named {method.upper()}_..."
+            )
 
 
 def options_from_env(method: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:

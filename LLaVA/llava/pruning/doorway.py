@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -48,15 +49,16 @@ def select(
     """
     if ratio is not None and k is not None:
         raise ValueError(f"give either ratio or k, not both (ratio={ratio!r}, k={k!r})")
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
+    if k is not None and (isinstance(k, bool) or not isinstance(k, Integral) or k < 1):
         raise ValueError(f"k must be a whole number >= 1, not {k!r}")
-    if features.ndim not in (2, 3):
-        raise ValueError(f"features must be (N, D) or (B, N, D), not {tuple(features.shape)}")
+    if not isinstance(features, torch.Tensor) or features.ndim not in (2, 3):
+        found = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        raise ValueError(f"features must be a tensor (N, D) or (B, N, D), not {found}")
     if ratio is None:
         ratio = 0.098 if k is None else 1.0
     config = PruningConfig(method=method, ratio=ratio, options=options)
     batch = features if features.ndim == 3 else features.unsqueeze(0)
-    budget = kept_count(batch.shape[1], config.ratio) if k is None else k
+    budget = kept_count(batch.shape[1], config.ratio) if k is None else int(k)
     pruner = config.build_pruner()
     keys = tuple(content_key(row) for row in batch) if "image_keys" in pruner.needs else None
     indices = pruner.indices(VisualTokens(batch, budget, image_keys=keys))

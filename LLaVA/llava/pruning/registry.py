@@ -93,7 +93,7 @@ def resolve_name(name: str) -> str:
     ValueError
         If there is none; the message lists what there is.
     """
-    lowered = name.strip().lower()
+    lowered = str(name).strip().lower()
     lowered = _ALIASES.get(lowered, lowered)
     if lowered not in _targets():
         raise ValueError(f"unknown method {name!r}; available: {', '.join(method_names())}")

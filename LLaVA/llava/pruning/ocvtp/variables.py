@@ -20,7 +20,7 @@ def translated(environ: Mapping[str, str]) -> Mapping[str, str]:
     Parameters
     ----------
     environ : mapping
-        As it stands; returned unchanged where it has no such variable.
+        As it stands; returned unchanged where it has no such variable, or only empty ones.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def translated(environ: Mapping[str, str]) -> Mapping[str, str]:
         For an unknown variable, a value that is not allowed, variables without the switch, or a second switch beside
         it.
     """
-    given = {name: value for name, value in environ.items() if name.startswith("OCL_")}
+    given = {name: value for name, value in environ.items() if name.startswith("OCL_") and value}
     if not given:
         return environ
     unknown = sorted(set(given) - {SWITCH, "OCL_MODE", *_OPTIONS})
@@ -37,7 +37,7 @@ def translated(environ: Mapping[str, str]) -> Mapping[str, str]:
             f"{unknown[0]}={given[unknown[0]]}: OC-VTP has no such variable; it knows {SWITCH}, OCL_MODE, "
             f"{', '.join(_OPTIONS)}"
         )
-    if not given.get(SWITCH):
+    if SWITCH not in given:
         name = next(iter(given))
         raise ValueError(f"{name}={given[name]} is set but {SWITCH} is not: {SWITCH}=1 prunes, {SWITCH}=0 does not")
     rest = {name: value for name, value in environ.items() if name not in given}
@@ -49,12 +49,12 @@ def translated(environ: Mapping[str, str]) -> Mapping[str, str]:
                 f"{name}={rest[name]} is set beside {SWITCH}=1: use one switch or the other (OCL_TARGET_NUM says how "
                 "many tokens are kept)"
             )
-    mode = given.get("OCL_MODE") or "pruning"
+    mode = given.get("OCL_MODE", "pruning")
     if mode != "pruning":
         raise ValueError(f"OCL_MODE={mode}: must be pruning, the only mode that the published code has")
     own = {"OCVTP_TARGET": DEFAULT_TARGET}
     for name, (option, read) in _OPTIONS.items():
-        if given.get(name):
+        if name in given:
             own[option] = read(name, given[name])
     if given.get("OCL_LAYER_IDX") == LAST_LAYER:
         own["OCVTP_PAD"] = "random"
