@@ -494,7 +494,7 @@ def visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[l
         raise ValueError(f"how many tokens {config.method} keeps in each layer is fitted to a model: give a recipe")
     pruner.check_tokens(visual)
     stages = config.stages(layers)
-    entering = kept_per_layer(stages, visual, layers)
+    entering = kept_per_layer(stages, visual, layers, pruner.budget)
     return entering, kept_after_attention(stages, visual, layers) if pruner.after_attention else entering
 
 

@@ -31,7 +31,7 @@ from llava.model.visual_sequence import (
     reduce_images,
 )
 from llava.model.visual_sequence import unpad_image as unpad_image
-from llava.pruning.base import ENCODER_NEEDS, INSIDE, Pruner, VisualTokens, content_key
+from llava.pruning.base import ENCODER_NEEDS, INSIDE, Pruner, VisualTokens, content_key, kept_count
 from llava.pruning.config import PruningConfig
 from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM, fused, gram
 from llava.pruning.schedule import kept_after_attention, kept_per_layer
@@ -622,7 +622,10 @@ class LlavaMetaForCausalLM:
         if self.prunes_before_decoder:
             self.visual_tokens_per_layer = [(len(span.features),) * depth for span in spans]
         else:
-            self.visual_tokens_per_layer = [tuple(kept_per_layer(self._stages, span.total, depth)) for span in spans]
+            budget = kept_count if self._pruner is None else self._pruner.budget
+            self.visual_tokens_per_layer = [
+                tuple(kept_per_layer(self._stages, span.total, depth, budget)) for span in spans
+            ]
         self.visual_tokens_after_attention = self.visual_tokens_per_layer
         if self._pruner is not None and self._pruner.after_attention:
             self.visual_tokens_after_attention = [

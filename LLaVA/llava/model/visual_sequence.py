@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.pruning.base import KeptTokens, Pruner, VisualTokens, kept_count
+from llava.pruning.base import KeptTokens, Pruner, VisualTokens
 from llava.pruning.layout import FeatureMap, Layout, crop_numbers
 
 
@@ -204,7 +204,7 @@ def reduce_images(
     kept: dict[int, KeptTokens] = {}
     for members in groups.values():
         features = torch.stack([images[i].features for i in members])
-        k = kept_count(features.shape[1], fraction)
+        k = pruner.budget(features.shape[1], fraction)
         batch = as_visual_tokens(features, k, [images[i] for i in members], [facts[i] for i in members])
         left = pruner.reduce(batch)
         for number, tokens, indices in zip(members, left.features, left.indices, strict=True):

@@ -285,6 +285,10 @@ class Pruner:
         """
         return ((self.default_layer if layer is None else layer, ratio),)
 
+    def budget(self, n: int, fraction: float) -> int:
+        """How many of an image's ``n`` tokens are left where ``fraction`` of them is to be there."""
+        return kept_count(n, fraction)
+
     @property
     def fits(self) -> bool:
         """Whether the method, with these options, learns from the model where to drop before it can prune it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from llava.pruning.base import kept_count
 
@@ -31,9 +32,11 @@ def mean_fraction(stages: Stages, num_layers: int) -> float:
     return math.fsum(fractions_per_layer(stages, num_layers)) / num_layers
 
 
-def kept_per_layer(stages: Stages, n: int, num_layers: int) -> list[int]:
-    """Visual tokens that every decoder layer sees of an image that has ``n``."""
-    return [kept_count(n, fraction) for fraction in fractions_per_layer(stages, num_layers)]
+def kept_per_layer(
+    stages: Stages, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
+) -> list[int]:
+    """Visual tokens that every decoder layer sees of an image that has ``n``; see `Pruner.budget`."""
+    return [budget(n, fraction) for fraction in fractions_per_layer(stages, num_layers)]
 
 
 def kept_after_attention(stages: Stages, n: int, num_layers: int) -> list[int]:

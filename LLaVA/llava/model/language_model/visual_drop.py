@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llava.model.visual_sequence import ImageTokens, PromptFacts, as_visual_tokens
-from llava.pruning.base import Pruner, kept_count
+from llava.pruning.base import Pruner
 
 TEXT = -1
 """What `visual_index` holds where no image stands."""
@@ -45,7 +45,7 @@ class LayerDrop:
             return False
         present = min((fraction for stage, fraction in self.stages if stage <= layer), default=1.0)
         left = fractions[layer + 1]
-        return self.pruner.varies or any(kept_count(n, left) < kept_count(n, present) for n in totals)
+        return self.pruner.varies or any(self.pruner.budget(n, left) < self.pruner.budget(n, present) for n in totals)
 
     @property
     def compact(self) -> bool:
@@ -160,7 +160,7 @@ def drop_visual_tokens(
         tokens = as_visual_tokens(
             hidden[row, places],
             # Rounded as before the decoder: a fraction of what the image had, at most what is left of it.
-            min(places.shape[1], kept_count(total, fraction)),
+            min(places.shape[1], pruner.budget(total, fraction)),
             [facts[image][0] for image in images],
             [facts[image][1] for image in images],
             alive=rows.ordinal[row, places] if total != places.shape[1] else None,

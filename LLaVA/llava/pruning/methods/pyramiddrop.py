@@ -40,7 +40,8 @@ class PyramidDrop(Pruner):
     ----------
     schedule : str
         "published": half of the tokens from a quarter of the decoder on, a quarter from half, an eighth from three
-        quarters; a budget of its own. "scaled": the same, scaled to SUBSET_RATIO by `llava.pruning.schedule.scaled`.
+        quarters, rounded down; a budget of its own. "scaled": the same, scaled to SUBSET_RATIO by
+        `llava.pruning.schedule.scaled`.
     """
 
     stage: ClassVar[str] = INSIDE
@@ -61,6 +62,9 @@ class PyramidDrop(Pruner):
         if self.schedule == "published":
             return at_relative_depth(PUBLISHED, num_layers, self.first_layer)
         return scaled(PUBLISHED, ratio, num_layers, self.first_layer)
+
+    def budget(self, n: int, fraction: float) -> int:
+        return max(1, int(n * fraction)) if self.schedule == "published" else super().budget(n, fraction)
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         return rank(tokens.next_attention)[:, : tokens.k]
