@@ -275,6 +275,7 @@ def process_anyres_image(
     Parameters
     ----------
     image : PIL.Image.Image
+        Of any mode; brought to RGB by :func:`load_rgb`.
     processor
         A CLIP image processor.
     grid_pinpoints : sequence of (int, int), or str
@@ -286,6 +287,7 @@ def process_anyres_image(
         (1 + crops, 3, s, s) float32. The base view is the whole picture squeezed to a square; the crops, row by row,
         are the picture fitted into the best resolution.
     """
+    image = load_rgb(image)
     best = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
     crops = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
     side = processor.size["shortest_edge"]

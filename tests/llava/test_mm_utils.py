@@ -174,6 +174,15 @@ def test_process_anyres_image_takes_the_grid_as_text():
     )
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P"])
+def test_process_anyres_image_takes_every_mode(mode):
+    picture = noise(70, 30).convert("L" if mode == "LA" else "RGB").convert(mode)
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(noise(70, 30, "L"))
+    expected = process_anyres_image(picture.convert("RGB"), processor(), GRID)
+    assert torch.equal(process_anyres_image(picture, processor(), GRID), expected)
+
+
 EXTREME = pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (3, 100), (1, 5000), (5000, 1)], ids=str)
 
 
