@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from golden import golden_root
-from llava.model import LlavaLlamaForCausalLM, LlavaMptConfig, LlavaMptForCausalLM
+from llava.model import LlavaConfig, LlavaLlamaForCausalLM, LlavaMptConfig
 from llava.model.builder import load_pretrained_model, resolve_model_path
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.language_model import llava_mpt
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
+from llava.model.utils import auto_upgrade
 
 ROOT = golden_root() / "llava"
 NAME = "llava-v1.5-tiny"
@@ -304,9 +306,41 @@ def test_a_pickle_with_code_is_not_run(checkpoint, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_mpt_says_that_it_is_not_supported():
+@pytest.mark.parametrize("name", ["LlavaMptModel", "LlavaMptForCausalLM"])
+def test_mpt_says_that_it_is_not_supported(name):
     with pytest.raises(NotImplementedError, match="not supported"):
-        LlavaMptForCausalLM.from_pretrained("anything")
+        getattr(llava_mpt, name).from_pretrained("anything")
+
+
+def test_the_class_of_a_tower_at_several_scales_says_that_it_is_not_supported():
+    with pytest.raises(NotImplementedError, match="s2 is not supported"):
+        CLIPVisionTowerS2("anything", None)
+
+
+class TestFirstGeneration:
+    """A checkpoint whose configuration says "llama"."""
+
+    @pytest.fixture
+    def first(self, checkpoint) -> Path:
+        edit_config(checkpoint, model_type="llama", architectures=["LlamaForCausalLM"])
+        return checkpoint
+
+    def test_it_loads_as_it_is(self, first):
+        assert type(load(first)[1]) is LlavaLlamaForCausalLM
+
+    def test_upgraded_it_is_found_by_name(self, first, monkeypatch):
+        monkeypatch.setattr("builtins.input", lambda question: "Y")
+        auto_upgrade(str(first))
+        assert isinstance(AutoConfig.from_pretrained(first), LlavaConfig)
+        monkeypatch.delattr("builtins.input")
+        auto_upgrade(str(first))
+
+    def test_it_is_left_alone_when_the_answer_is_no(self, first, monkeypatch):
+        before = (first / "config.json").read_text()
+        monkeypatch.setattr("builtins.input", lambda question: "")
+        with pytest.raises(SystemExit):
+            auto_upgrade(str(first))
+        assert (first / "config.json").read_text() == before
 
 
 def test_a_configuration_of_mpt_can_be_read(tmp_path):

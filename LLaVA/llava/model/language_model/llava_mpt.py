@@ -11,7 +11,7 @@ class LlavaMptConfig(MptConfig):
     model_type = "llava_mpt"
 
 
-class LlavaMptForCausalLM:
+class LlavaMptModel:
     """LLaVA on MPT cannot run: in the original, too, its forward pass fails with images."""
 
     config_class = LlavaMptConfig
@@ -22,6 +22,10 @@ class LlavaMptForCausalLM:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         return cls()
+
+
+class LlavaMptForCausalLM(LlavaMptModel):
+    """The same with a language modelling head."""
 
 
 AutoConfig.register(LlavaMptConfig.model_type, LlavaMptConfig, exist_ok=True)

@@ -211,6 +211,13 @@ class CLIPVisionTower(nn.Module):
         return self.num_patches_per_side**2
 
 
+class CLIPVisionTowerS2(CLIPVisionTower):
+    """The tower at several scales: the name exists, and says that it is not supported."""
+
+    def __init__(self, *args, **kwargs):
+        raise NotImplementedError("s2 is not supported; no published checkpoint has a vision tower at several scales")
+
+
 def _with_vision_model_alias(model: CLIPVisionModel) -> CLIPVisionModel:
     """Let ``tower.vision_model.encoder`` name what transformers 5 calls ``tower.encoder``.
 
