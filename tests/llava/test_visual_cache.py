@@ -131,3 +131,12 @@ def test_gradients_reach_the_projector_all_the_same(model):
         model(input_ids=ids, labels=ids.where(ids > 0, -100), images=pixels(1)).loss.backward()
         assert model.get_model().mm_projector[0].weight.grad.abs().sum() > 0
     assert len(model.visual_cache) == 0
+
+
+def test_sizes_may_be_lists(model):
+    """As JSON and other data sets give them."""
+    model.visual_cache = VisualCache(10**7)
+    ids, mask = pad_rows([prompt(3, 9, seed=1)])
+    for sizes in ([[16, 16]], [(16, 16)], torch.tensor([[16, 16]])):
+        model.generate(ids, images=pixels(1), image_sizes=sizes, attention_mask=mask, max_new_tokens=1, do_sample=False)
+    assert (model.visual_cache.hits, model.visual_cache.misses) == (2, 1)

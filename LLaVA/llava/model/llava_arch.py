@@ -548,7 +548,7 @@ class LlavaMetaForCausalLM:
         if self.visual_cache is None or torch.is_grad_enabled() or not by_image_alone:
             return self._spans(asked, images, image_sizes)
         switch = None if self._pruning is None else self._pruning.fingerprint()
-        sizes = image_sizes if image_sizes is not None else [None] * len(images)
+        sizes = [None] * len(images) if image_sizes is None else [tuple(map(int, size)) for size in image_sizes]
         keys = [(content_key(images[image]), tuple(images[image].shape), sizes[image], switch) for image, _, _ in asked]
         spans: dict[object, Span | None] = {}
         for key in keys:
