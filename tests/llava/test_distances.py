@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from llava.eval import distances
 from llava.eval.distances import Encoder, picture_configs, pictures_of_folder
 from llava.eval.results.rows import row_of
 from llava.eval.results.runs import Run
@@ -83,3 +84,31 @@ def test_of_a_folder_take_its_first_pictures_by_name(tmp_path):
 def test_of_a_folder_without_pictures_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has no pictures"):
         pictures_of_folder(tmp_path, 1)
+
+
+class TestCommand:
+    def test_prints_a_line_a_method_and_the_guarantee(self, encoder, picture, tmp_path, monkeypatch, capsys):
+        picture.save(tmp_path / "noise.png")
+        monkeypatch.setattr(Encoder, "load", classmethod(lambda cls, path, device: encoder))
+        given = ["--image", str(tmp_path / "noise.png"), "--method", "otprune,uniform", "--ratio", "0.25"]
+        assert distances.main(given) == 0
+        printed = capsys.readouterr().out
+        assert "16 visual tokens, kept ratio 0.25" in printed
+        assert [line.split()[1] for line in printed.splitlines() if line.startswith(("otprune", "uniform"))] == [
+            "4",
+            "4",
+        ]
+        assert "greedy: log det" in printed
+
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            (["--image", "none.png"], "none.png"),
+            (["--image", "x.png", "--method", "otprun"], "otprun"),
+            (["--image", "x.png", "--ratio", "0"], "kept ratio"),
+        ],
+    )
+    def test_answers_a_wrong_value_with_one_sentence(self, arguments, said, capsys):
+        assert distances.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error and len(error.splitlines()) == 1

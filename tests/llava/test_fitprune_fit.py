@@ -18,8 +18,9 @@ from llava.eval.fitprune import __main__ as command_line
 from llava.eval.fitprune import observation, statistics, tasks
 from llava.eval.fitprune.equal import Prefill, equal_ratio
 from llava.eval.fitprune.fit import Budget, fit, write_recipe
-from llava.eval.fitprune.samples import Samples, Source, open_source
+from llava.eval.fitprune.samples import Samples, Source
 from llava.eval.fitprune.search import TOKENS, Found, Walk, kept_by, least_share, search, settle, visual_flops
+from llava.eval.fitprune.sources import open_source
 from llava.eval.fitprune.statistics import Statistics
 from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, load_shape
 from llava.mm_utils import process_images

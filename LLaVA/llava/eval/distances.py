@@ -1,13 +1,17 @@
 """Transport distances of methods on the pictures of benchmarks, measured with the model of the runs.
 
+    python -m llava.eval.distances --image cat.jpg --method otprune,divprune,random --ratio 0.098
+
 The pictures are those of the embedded suite, or of a folder. Methods that need a question, or attention inside the
 decoder, have no distance before the decoder, and are left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,11 @@ from PIL import Image
 
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.rows import Row
-from llava.eval.transport import gaussian_distance, log_det, wasserstein
-from llava.mm_utils import get_model_name_from_path, process_images
+from llava.eval.transport import gaussian_distance, guarantee, log_det, wasserstein
+from llava.mm_utils import get_model_name_from_path, load_image, process_images
 from llava.model.llava_arch import ot_kernel
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
-from llava.pruning import PruningConfig
+from llava.pruning import PruningConfig, kept_count
 from llava.pruning.base import ENCODER_NEEDS, content_key
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -184,3 +188,41 @@ def _stored(path: Path) -> Iterator[bytes]:
 
 def _opened(png: bytes) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGB")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.distances", description=__doc__.splitlines()[0])
+    parser.add_argument("--image", required=True, help="a picture: a local file or an http(s) address")
+    parser.add_argument("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
+    parser.add_argument("--method", default="otprune,divprune,random,uniform", help="methods, with commas between")
+    parser.add_argument("--ratio", type=float, default=0.098, help="kept ratio, 0 < r <= 1 (default: 0.098)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: one line a method; 2 and one sentence when it cannot be."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        configs = [PruningConfig(method=name, ratio=arguments.ratio) for name in arguments.method.split(",")]
+        image = load_image(arguments.image)
+        encoder = Encoder.load(arguments.model, arguments.device)
+        full = encoder.encode(image, configs[0])
+        print(f"{len(full.features)} visual tokens, kept ratio {arguments.ratio:g}")
+        print(f"{'method':16}{'kept':>6}{'exact W2':>12}{'Gaussian W2':>14}{'log det':>12}")
+        for config in configs:
+            found = encoder.measure(image, config)
+            print(
+                f"{config.method:16}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}"
+            )
+        sure = guarantee(ot_kernel(full.features), kept_count(len(full.features), arguments.ratio))
+        print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")
+    except (ImportError, OSError, ValueError) as error:
+        print(f"llava.eval.distances: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

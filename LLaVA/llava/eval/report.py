@@ -142,7 +142,8 @@ def _figures(
 def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str]:
     """Token maps of the methods in the runs at one kept ratio, and what picture they are of."""
     from llava.eval.distances import Encoder, picture_configs, pictures_of_suite
-    from llava.eval.tokens import kept_order, views_of
+    from llava.eval.tokens import kept_order
+    from llava.eval.views import views_of
     from llava.mm_utils import load_image
 
     # One picture, one model: the first.

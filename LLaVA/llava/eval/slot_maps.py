@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llava.eval.tokens import View
+from llava.eval.views import View
 from llava.model.visual_sequence import PromptFacts, as_visual_tokens
 from llava.pruning import PruningConfig, kept_count
 from llava.pruning.base import content_key

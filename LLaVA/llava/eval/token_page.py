@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from llava.eval.tokens import View
+    from llava.eval.views import View
 
 WIDEST = 672
 """Pixels that a view's picture is shrunk to."""

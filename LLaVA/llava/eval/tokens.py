@@ -11,23 +11,16 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from llava.eval.token_page import token_page
-from llava.mm_utils import (
-    expand2square,
-    get_anyres_image_grid_shape,
-    get_model_name_from_path,
-    load_image,
-    process_images,
-)
+from llava.eval.views import View, views_of
+from llava.mm_utils import get_model_name_from_path, load_image, process_images
 from llava.model.llava_arch import ot_select
-from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images, unpad_image
+from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count
 from llava.pruning.base import content_key
 from llava.pruning.config import options_from_env
@@ -36,60 +29,6 @@ from llava.pruning.registry import resolve_name
 DIMMED = 0.22
 WIDTH, TITLE = 4.2, 0.3
 """Of a map and of the line above it, in inches."""
-
-
-@dataclass(frozen=True)
-class View:
-    """One picture that a run of visual tokens covers.
-
-    Attributes
-    ----------
-    name : str
-        "image", "base view" or "crops".
-    picture : PIL.Image
-        RGB, what the patches lie on.
-    patches : ndarray (rows, columns), int
-        Index of the visual token at each patch.
-    """
-
-    name: str
-    picture: Image.Image
-    patches: np.ndarray
-
-
-def views_of(image: Image.Image, config, tower) -> list[View]:
-    """The pictures behind an image's visual tokens, in the order of the tokens.
-
-    Parameters
-    ----------
-    image : PIL.Image
-        RGB.
-    config
-        The model's configuration (``image_aspect_ratio``, ``image_grid_pinpoints``, ``mm_patch_merge_type``).
-    tower : CLIPVisionTower
-
-    Returns
-    -------
-    list of View
-        One for a model that pads or squares its images; base view and crops for anyres. Newline tokens belong to no
-        patch.
-    """
-    side = tower.num_patches_per_side
-    base = np.arange(side * side).reshape(side, side)
-    aspect = getattr(config, "image_aspect_ratio", None)
-    if aspect == "pad":
-        return [View("image", expand2square(image, (122, 116, 104)), base)]
-    square = image.resize((tower.config.image_size,) * 2)
-    if aspect != "anyres":
-        return [View("image", square, base)]
-    columns, rows = get_anyres_image_grid_shape(image.size, config.image_grid_pinpoints, tower.config.image_size)
-    grid = torch.zeros(1, rows * side, columns * side)
-    newline = 0
-    if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
-        grid, newline = unpad_image(grid, image.size), 1
-    height, width = grid.shape[1:]
-    crops = side * side + np.arange(height * (width + newline)).reshape(height, width + newline)
-    return [View("base view", square, base), View("crops", image, crops[:, :width])]
 
 
 @torch.no_grad()

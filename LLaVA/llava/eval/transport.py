@@ -1,15 +1,11 @@
 """How far the kept tokens are from all of them: optimal-transport distances, and what the greedy selection guarantees.
 
-    python -m llava.eval.transport --image cat.jpg --method otprune,divprune,random --ratio 0.098
-
 Both distances take the tokens as uniformly weighted points. All arithmetic is in float64 on the CPU: distances between
 nearly equal sets are differences of large numbers.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -232,45 +228,3 @@ def _check(full: torch.Tensor, kept: torch.Tensor) -> None:
     for name, points in (("full", full), ("kept", kept)):
         if not torch.isfinite(points).all():
             raise ValueError(f"the {name} set has values that are not finite")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.transport", description=__doc__.splitlines()[0])
-    parser.add_argument("--image", required=True, help="a picture: a local file or an http(s) address")
-    parser.add_argument("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
-    parser.add_argument("--method", default="otprune,divprune,random,uniform", help="methods, with commas between")
-    parser.add_argument("--ratio", type=float, default=0.098, help="kept ratio, 0 < r <= 1 (default: 0.098)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: one line a method; 2 and one sentence when it cannot be."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    from llava.eval.distances import Encoder, Measured
-    from llava.mm_utils import load_image
-    from llava.pruning import PruningConfig, kept_count
-
-    try:
-        configs = [PruningConfig(method=name, ratio=arguments.ratio) for name in arguments.method.split(",")]
-        image = load_image(arguments.image)
-        encoder = Encoder.load(arguments.model, arguments.device)
-        full = encoder.encode(image, configs[0])
-        print(f"{len(full.features)} visual tokens, kept ratio {arguments.ratio:g}")
-        print(f"{'method':16}{'kept':>6}{'exact W2':>12}{'Gaussian W2':>14}{'log det':>12}")
-        for config in configs:
-            found: Measured = encoder.measure(image, config)
-            print(
-                f"{config.method:16}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}"
-            )
-        sure = guarantee(ot_kernel(full.features), kept_count(len(full.features), arguments.ratio))
-        print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")
-    except (ImportError, OSError, ValueError) as error:
-        print(f"llava.eval.transport: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.fitprune.samples import CONVERSATION, MINI
+from llava.eval.fitprune.samples import CONVERSATION
+from llava.eval.fitprune.sources import MINI
 from llava.pruning.recipes import SHIPPED_MODEL, describe, known_recipes, read_recipe
 
 SAMPLES = 655
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fit(arguments: argparse.Namespace) -> None:
     from llava.eval.fitprune.fit import Budget, fit, write_recipe
-    from llava.eval.fitprune.samples import Samples, open_source
+    from llava.eval.fitprune.samples import Samples
+    from llava.eval.fitprune.sources import open_source
     from llava.eval.fitprune.statistics import Statistics, cache_root
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model

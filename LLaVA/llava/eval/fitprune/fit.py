@@ -13,8 +13,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from llava.eval.fitprune.samples import MINI, Samples, open_source
+from llava.eval.fitprune.samples import Samples
 from llava.eval.fitprune.search import TOKENS, Cost, Walk, kept_by, least_share, search, settle, visual_flops
+from llava.eval.fitprune.sources import MINI, open_source
 from llava.eval.fitprune.statistics import Statistics, cache_root
 from llava.eval.flops import DecoderShape, ModelShape, exact_flops, tokens_per_layer
 from llava.mm_utils import get_model_name_from_path

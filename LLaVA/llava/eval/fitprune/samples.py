@@ -7,24 +7,17 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates, image_mark
 from llava.mm_utils import load_rgb, tokenizer_image_token
 
-MINI = "mini"
 CONVERSATION = "vicuna_v1"
 """The template that benchmarks use with LLaVA."""
-
-FIRST_SEED = 700_000_000
-"""Of the embedded world's pictures; far from those that the embedded model is trained and evaluated on."""
-
-SEEDS_APART = 1_000_000
 
 Question = tuple[str, str, Image.Image]
 """Name of a sample, what is asked, and the picture."""
@@ -133,96 +126,17 @@ class Samples:
         }
 
 
-def open_source(data: str, count: int, seed: int = 0, image_folder: str | Path | None = None) -> Source:
-    """Choose samples.
-
-    Parameters
-    ----------
-    data : str
-        "mini": pictures and questions of the embedded suite's kind, none of which it is trained or scored on. A JSON
-        file in LLaVA's format: the first question of conversations about one picture. Anything else: a benchmark task
-        of lmms-eval, or a group of tasks (otprune_mini: the embedded suite itself), which share the samples.
-    count : int
-        How many; fewer where there are fewer.
-    seed : int
-        Of the choice among them.
-    image_folder : path, optional
-        What a JSON file's picture names are relative to; by default the file's folder.
-
-    Raises
-    ------
-    ValueError
-        If no sample is asked for, or there is none.
-    OSError
-        If a file cannot be read.
-    """
-    if count < 1:
-        raise ValueError(f"a recipe needs at least one sample to be fitted on, not {count}")
-    if data == MINI:
-        return _mini(count, seed)
-    if data.endswith(".json") or Path(data).is_file():
-        return _conversations(Path(data), count, seed, image_folder)
-    from llava.eval.fitprune.tasks import open_tasks
-
-    return open_tasks(data, count, seed)
-
-
 def chosen(number: int, count: int, seed: int, *key: str) -> list[int]:
     """Up to ``count`` of ``number``, in random order, the same everywhere."""
     generator = random.Random("/".join([str(seed), *key]))
     return generator.sample(range(number), min(count, number))
 
 
-def _mini(count: int, seed: int) -> Source:
-    from llava.mini.questions import sample_questions
-    from llava.mini.scenes import WORLD_VERSION, Dice, Scene, render, sample_scene
-
-    def drawn(number: int) -> tuple[Scene, str]:
-        scene = sample_scene(FIRST_SEED + SEEDS_APART * seed + number, "validation")
-        # The first that the scene allows; of some thousand scenes one does not allow any of the first few tries.
-        asked = next(filter(None, (sample_questions(scene, Dice("fitprune", seed, number), n) for n in (4, 64))))
-        return scene, asked[0].prompt
-
-    def read(number: int) -> Question:
-        scene, asked = drawn(number)
-        return f"picture {number} of the embedded world", asked, render(scene)
-
-    digest = digest_of(WORLD_VERSION, [drawn(number)[1] for number in range(count)])
-    return Source(MINI, digest, seed, count, read)
-
-
-def _conversations(file: Path, count: int, seed: int, image_folder: str | Path | None) -> Source:
-    from llava.train.data import read_entries
-
-    entries = [entry for entry in read_entries(file) if _pictures(entry) == 1]
-    if not entries:
-        raise ValueError(f"{file} holds no conversation about exactly one picture")
-    folder = file.parent if image_folder is None else Path(image_folder)
-    numbers = chosen(len(entries), count, seed)
-
-    def read(number: int) -> Question:
-        entry = entries[numbers[number]]
-        (picture,) = [entry["image"]] if isinstance(entry["image"], str) else entry["image"]
-        name = f"{file}, conversation {entry.get('id', numbers[number])}"
-        question = entry["conversations"][0]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-        try:
-            image = load_rgb(folder / picture)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-        return name, question, image
-
-    return Source(str(file), _digest(file.read_bytes()), seed, len(numbers), read)
-
-
-def _pictures(entry: dict[str, Any]) -> int:
-    image = entry.get("image")
-    return 1 if isinstance(image, str) else len(image or ())
-
-
-def _digest(content: bytes) -> str:
+def digest_of_bytes(content: bytes) -> str:
+    """Twelve hexadecimal digits of a file's content."""
     return hashlib.sha256(content).hexdigest()[:12]
 
 
 def digest_of(*parts: Any) -> str:
     """Twelve hexadecimal digits of JSON-serialisable values."""
-    return _digest(json.dumps(parts, sort_keys=True, default=str).encode())
+    return digest_of_bytes(json.dumps(parts, sort_keys=True, default=str).encode())

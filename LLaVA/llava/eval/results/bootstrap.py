@@ -6,7 +6,7 @@ distribution of differences, shifted to no difference).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -35,6 +35,23 @@ class Comparison:
     low: float
     high: float
     p: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of one row; columns without a usable log are missing.
+
+    Attributes
+    ----------
+    intervals : dict of (low, high)
+        By column key, and "Mean" (the relative mean, in percent).
+    unpruned, random : dict of Comparison
+        Against the same model unpruned, and against Random at the same budget, by column key and "Mean".
+    """
+
+    intervals: Mapping[str, tuple[float, float]]
+    unpruned: Mapping[str, Comparison]
+    random: Mapping[str, Comparison]
 
 
 def draw_scores(group: Sequence[Units], label: str, seed: int = 0, draws: int = DRAWS) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llava.eval.results.bootstrap import DRAWS, Comparison, compare, draw_scores, interval
+from llava.eval.results.bootstrap import DRAWS, Comparison, Evidence, compare, draw_scores, interval
 from llava.eval.results.cider import CaptionsCannotBeScored, cider_of_runs
 from llava.eval.results.columns import COLUMNS, Column
 from llava.eval.results.rows import Row, same_budget, unpruned_of
@@ -18,23 +18,6 @@ MEAN = "Mean"
 CAPTIONS = ("COCO", "Flickr30k", "NoCaps")
 # MMMU's score is rounded to five decimals by lmms-eval, and a percent has a hundred times as many.
 _SAME = 1e-3
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Of one row; columns without a usable log are missing.
-
-    Attributes
-    ----------
-    intervals : dict of (low, high)
-        By column key, and "Mean" (the relative mean, in percent).
-    unpruned, random : dict of Comparison
-        Against the same model unpruned, and against Random at the same budget, by column key and "Mean".
-    """
-
-    intervals: Mapping[str, tuple[float, float]]
-    unpruned: Mapping[str, Comparison]
-    random: Mapping[str, Comparison]
 
 
 @dataclass(frozen=True)

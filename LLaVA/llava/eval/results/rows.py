@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llava.eval.results.bootstrap import Evidence
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.runs import Run, short_name
-
-if TYPE_CHECKING:
-    from llava.eval.results.evidence import Evidence
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
 UNPRUNED, GREY = "unpruned", "grey picture"
