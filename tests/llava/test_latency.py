@@ -150,7 +150,8 @@ class TestSuite:
             return SimpleNamespace(returncode=0, stdout="")
 
         monkeypatch.setattr(suite.subprocess, "run", run)
-        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name)
+        found = SimpleNamespace(submodule_search_locations=["tasks"])
+        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: found)
         monkeypatch.setenv("BASELINE", "RANDOM")
         return started
 

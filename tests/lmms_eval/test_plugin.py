@@ -11,6 +11,8 @@ from lmms_eval.models import get_model
 from lmms_eval_otprune import manifests
 from lmms_eval_otprune.llava import Llava
 
+from llava.eval.latency import suite
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -67,3 +69,10 @@ class TestCommand:
         assert status == 1
         assert printed.splitlines()[-1] == "llava: SUBSET_RATIO=1.5: must be a number with 0 < r <= 1"
         assert "Traceback" not in printed
+
+    def test_is_what_the_measurement_of_speed_starts(self, tiny_checkpoint, tmp_path):
+        arguments = f"pretrained={tiny_checkpoint()},device=cpu,visual_cache={2**20}"
+        found = suite._run(arguments, ["mini_pope"], 2, 4, tmp_path, {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.5"})
+        assert found["samples_per_second"] > 0
+        # The first questions of the embedded POPE are about one picture.
+        assert found["hits"] + found["misses"] == 4 and found["hits"] > 0

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llava.eval.benchmark_tasks import PLUGIN_TASKS
 from llava.eval.latency.methods import UNPRUNED
 
 TASKS = ["mini_pope", "mini_gqa"]
@@ -89,6 +90,8 @@ def _run(
 ) -> dict[str, Any]:
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava", "--model_args", model_args]
     command += ["--tasks", ",".join(tasks), "--batch_size", str(batch), "--output_path", str(folder)]
+    # lmms-eval looks for tasks in its own folder and in those that it is told.
+    command += ["--include_path", *importlib.util.find_spec(PLUGIN_TASKS).submodule_search_locations]
     command += [] if limit is None else ["--limit", str(limit)]
     environment = {
         name: value for name, value in os.environ.items() if name not in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
