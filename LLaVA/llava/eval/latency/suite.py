@@ -89,9 +89,9 @@ def _run(
     model_args: str, tasks: Sequence[str], batch: int, limit: int | None, folder: Path, switch: dict[str, str]
 ) -> dict[str, Any]:
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava", "--model_args", model_args]
-    command += ["--tasks", ",".join(tasks), "--batch_size", str(batch), "--output_path", str(folder)]
     # lmms-eval looks for tasks in its own folder and in those that it is told.
     command += ["--include_path", *importlib.util.find_spec(PLUGIN_TASKS).submodule_search_locations]
+    command += ["--tasks", ",".join(tasks), "--batch_size", str(batch), "--output_path", str(folder)]
     command += [] if limit is None else ["--limit", str(limit)]
     environment = {
         name: value for name, value in os.environ.items() if name not in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")

@@ -158,7 +158,7 @@ def draw(outcomes: Sequence[Outcome], trials: int = TRIALS, subsets: int = SUBSE
                     mfc="none",
                     **style[method],
                 )
-            axis.set_xticks(range(len(settings)), [f"({m}, {d}, {k})" for m, d, k in settings])
+            axis.set_xticks(range(len(settings)), [f"({m}, {d}, {k})" for m, d, k in settings], fontsize=8)
             axis.set_ylabel(f"{name.replace('_', ' ')}, %")
             axis.set_title(f"by {MEASURES[measure]}", fontsize=10)
     for axis in axes[-1]:
