@@ -232,3 +232,9 @@ def test_selection_does_not_touch_its_input():
     select(features, k=5)
     select(features, k=5, compat=True)
     assert torch.equal(features, before)
+
+
+def test_gamma_is_relative_to_the_square_of_the_width():
+    """As docs/evidence.md says: the kernel of tokens three times as wide is that of a gamma nine times as large."""
+    features = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ot_kernel(features.repeat(1, 3), gamma=0.01), ot_kernel(features, gamma=0.09))
