@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from llava.eval.token_page import selection_html, token_page
+from llava.pruning import PruningConfig
 from run_folders import job, write_run
 
 pytest.importorskip("jinja2")
@@ -122,3 +123,12 @@ class TestTokenPage:
     def test_cannot_be_broken_out_of_by_a_name(self):
         assert "<b>" not in token_page([View], {"x": [0]}, "<b>")
         assert "</script><b>" not in selection_html([View], {"</script><b>": [0]}, "x")
+
+
+def test_maps_are_of_one_ratio():
+    """Of several, that at which most methods were run; the smaller one of two."""
+    named = [(f"{name} {ratio}", PruningConfig(name, ratio)) for name in ("otprune", "uniform") for ratio in (0.2, 0.1)]
+    assert [label for label, _ in report.at_one_ratio(named)] == ["otprune 0.1", "uniform 0.1"]
+    more = [*named, ("random 0.2", PruningConfig("random", 0.2))]
+    assert [label for label, _ in report.at_one_ratio(more)] == ["otprune 0.2", "uniform 0.2", "random 0.2"]
+    assert report.at_one_ratio([]) == []

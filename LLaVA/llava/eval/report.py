@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -27,6 +28,7 @@ from llava.eval.results.rows import Row
 from llava.eval.results.runs import differences, unfinished
 from llava.eval.table import Table, add_arguments, build_table, load_runs
 from llava.eval.token_page import SCRIPT, STYLE, data_uri, selection_html
+from llava.pruning import PruningConfig
 
 TEMPLATE = "report.html.jinja"
 MOST_MAPS = 6
@@ -148,7 +150,7 @@ def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str
 
     # One picture, one model: the first.
     rows = [row for row in rows if row.model == rows[0].model]
-    wanted = {row.label: configs[0] for row in rows if (configs := picture_configs(row))}
+    wanted = at_one_ratio([(row.label, configs[0]) for row in rows if (configs := picture_configs(row))])
     if not wanted:
         raise ValueError("none of the runs drops tokens before the decoder by what is in the picture alone")
     if image is None and not rows[0].runs[0].mini:
@@ -158,10 +160,17 @@ def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str
     pixels = encoder.pixels(picture)
     views = views_of(picture, encoder.model.config, encoder.model.get_vision_tower())
     kept = {}
-    for label, config in list(wanted.items())[:MOST_MAPS]:
+    for label, config in wanted[:MOST_MAPS]:
         kept[label] = kept_order(encoder.model, pixels, picture.size, config)
     name = Path(image).name if image else "the first picture of the suite's captions"
     return selection_html(views, kept, name), name
+
+
+def at_one_ratio(named: Sequence[tuple[str, PruningConfig]]) -> list[tuple[str, PruningConfig]]:
+    """Those configurations whose kept ratio the most of them have, the smallest such ratio, in their order."""
+    counts = Counter(config.ratio for _, config in named)
+    chosen = min(counts, key=lambda ratio: (-counts[ratio], ratio), default=None)
+    return [(label, config) for label, config in named if config.ratio == chosen]
 
 
 def _embedded(figure: Drawn) -> dict[str, Any]:
