@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import lmms_eval_otprune_tasks
 from lmms_eval.tasks import TaskManager
-from lmms_eval.utils import load_yaml_config
 from lmms_eval_otprune.java import needs_java
 from lmms_eval_otprune_tasks.builtin import definition, definition_file
 
+from llava.eval.benchmark_tasks import published_entry, task_folders
 from llava.eval.results.columns import COLUMNS
 
 from .suites import PAPER_TASKS
-
-TASKS = Path(lmms_eval_otprune_tasks.__file__).parent
 
 
 def task_entry(name: str, all_metrics: bool) -> dict[str, Any]:
@@ -24,10 +20,7 @@ def task_entry(name: str, all_metrics: bool) -> dict[str, Any]:
     Of the caption metrics only the table's is left, unless all are asked for: each of the others starts Java anew, and
     METEOR alone takes as long as a small task's answers.
     """
-    entry: dict[str, Any] = {"task": name}
-    if name in PAPER_TASKS:
-        group = load_yaml_config(yaml_path=str(TASKS / "otprune_paper.yaml"), mode="full")
-        entry = next(dict(entry) for entry in group["task"] if entry["task"] == name)
+    entry = published_entry(name) or {"task": name}
     if needs_java(name) and not all_metrics:
         [shown] = [column.metric for column in COLUMNS if name in column.tasks]
         metrics = definition(name.removeprefix("mini_"))["metric_list"]
@@ -38,4 +31,4 @@ def task_entry(name: str, all_metrics: bool) -> dict[str, Any]:
 def task_manager(tasks: list[str]) -> TaskManager:
     """Indexes the folders that are needed; all of lmms-eval's take four seconds."""
     builtin = {str(definition_file(task).parent) for task in tasks if task in PAPER_TASKS}
-    return TaskManager(include_defaults=False, include_path=[str(TASKS), *sorted(builtin)], model_name="llava")
+    return TaskManager(include_defaults=False, include_path=[*task_folders(), *sorted(builtin)], model_name="llava")

@@ -150,8 +150,8 @@ class TestSuite:
             return SimpleNamespace(returncode=0, stdout="")
 
         monkeypatch.setattr(suite.subprocess, "run", run)
-        found = SimpleNamespace(submodule_search_locations=["tasks"])
-        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: found)
+        monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: name)
+        monkeypatch.setattr(suite, "task_folders", lambda: ["tasks"])
         monkeypatch.setenv("BASELINE", "RANDOM")
         return started
 

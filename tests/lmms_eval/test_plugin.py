@@ -72,6 +72,8 @@ class TestCommand:
 
     def test_is_what_the_measurement_of_speed_starts(self, tiny_checkpoint, tmp_path):
         arguments = f"pretrained={tiny_checkpoint()},device=cpu,visual_cache={2**20}"
-        found = suite._run(arguments, ["mini_pope"], 2, 4, tmp_path, {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.5"})
+        found = suite.run_tasks(
+            arguments, ["mini_pope"], 2, 4, tmp_path, {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.5"}
+        )
         assert found["samples_per_second"] > 0
         assert found["hits"] + found["misses"] == 4

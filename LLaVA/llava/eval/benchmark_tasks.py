@@ -29,8 +29,7 @@ def load_tasks(name: str) -> dict[str, Any]:
     from loguru import logger
     from tenacity import RetryError
 
-    plugin = find_spec(PLUGIN_TASKS)
-    folders = list(plugin.submodule_search_locations) if plugin else []
+    folders = task_folders()
     logger.disable("lmms_eval")
     try:
         # All of lmms-eval's definitions take long to index.
@@ -39,7 +38,7 @@ def load_tasks(name: str) -> dict[str, Any]:
             manager = TaskManager(include_path=folders, model_name="llava")
         if name not in manager.all_tasks:
             raise ValueError(f"{name} is no task that lmms-eval knows")
-        return dict(_flat(get_task_dict([_changed(name, folders)], manager)))
+        return dict(_flat(get_task_dict([published_entry(name) or name], manager)))
     except RetryError as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise OSError(f"the data of the task {name} cannot be had: {reason}") from None
@@ -47,16 +46,22 @@ def load_tasks(name: str) -> dict[str, Any]:
         logger.enable("lmms_eval")
 
 
-def _changed(name: str, folders: list[str]) -> str | dict[str, Any]:
-    """A task as our group of published benchmarks defines it, where it does: without a login for its data."""
+def task_folders() -> list[str]:
+    """Where lmms-eval finds the plug-in's tasks, beside its own; none without the plug-in."""
+    plugin = find_spec(PLUGIN_TASKS)
+    return list(plugin.submodule_search_locations) if plugin else []
+
+
+def published_entry(name: str) -> dict[str, Any] | None:
+    """A task as our group of published benchmarks defines it: without a login for its data. None if it does not."""
     from lmms_eval.utils import load_yaml_config
 
-    for folder in folders:
+    for folder in task_folders():
         group = load_yaml_config(yaml_path=str(Path(folder, PUBLISHED_GROUP)), mode="full")
         for entry in group["task"]:
             if entry["task"] == name:
                 return dict(entry)
-    return name
+    return None
 
 
 def _flat(tasks: dict[Any, Any]) -> Iterator[tuple[str, Any]]:

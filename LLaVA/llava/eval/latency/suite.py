@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.eval.benchmark_tasks import PLUGIN_TASKS
+from llava.eval.benchmark_tasks import task_folders
 from llava.eval.latency.methods import UNPRUNED
 
 TASKS = ["mini_pope", "mini_gqa"]
@@ -75,7 +75,7 @@ def measure(
             for batch, cached in settings:
                 arguments = f"pretrained={pretrained},device={device},visual_cache={2**28 if cached else 'off'}"
                 place = folder / f"{method}_batch{batch}_{'cache' if cached else 'no_cache'}"
-                found = _run(arguments, tasks, batch, limit, place, switch)
+                found = run_tasks(arguments, tasks, batch, limit, place, switch)
                 row = {"method": method, "batch": batch, "cached": cached, **found}
                 rows.append(row)
                 own = next(other for other in rows if other["method"] == method)
@@ -85,12 +85,32 @@ def measure(
     return rows
 
 
-def _run(
+def run_tasks(
     model_args: str, tasks: Sequence[str], batch: int, limit: int | None, folder: Path, switch: dict[str, str]
 ) -> dict[str, Any]:
+    """One run in a process of its own, and its "samples_per_second", "hits" and "misses".
+
+    Parameters
+    ----------
+    model_args : str
+        Of our lmms-eval model.
+    tasks : sequence of str
+    batch : int
+    limit : int or None
+        Samples a task.
+    folder : Path
+        Gets lmms-eval's results.
+    switch : dict
+        `BASELINE` and what belongs to it.
+
+    Raises
+    ------
+    RuntimeError
+        If the run fails.
+    """
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava", "--model_args", model_args]
     # lmms-eval looks for tasks in its own folder and in those that it is told.
-    command += ["--include_path", *importlib.util.find_spec(PLUGIN_TASKS).submodule_search_locations]
+    command += ["--include_path", *task_folders()]
     command += ["--tasks", ",".join(tasks), "--batch_size", str(batch), "--output_path", str(folder)]
     command += [] if limit is None else ["--limit", str(limit)]
     environment = {
