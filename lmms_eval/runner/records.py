@@ -32,9 +32,10 @@ def task_folder(job_folder: Path, task: str) -> Path:
 
 
 def finished(job_folder: Path, task: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A task's result, if it is there and was made with the same settings."""
+    """A task's result, if it is there and was made with the same settings; all metrics serve for the table's, too."""
     result = read_json(task_folder(job_folder, task) / RESULT)
-    return result if isinstance(result, dict) and result.get("identity") == identity else None
+    enough = (identity, {**identity, "metrics": "all"}) if "metrics" in identity else (identity,)
+    return result if isinstance(result, dict) and result.get("identity") in enough else None
 
 
 def failure(job_folder: Path, task: str) -> str | None:

@@ -415,3 +415,10 @@ class TestRecords:
         records.write_json(tmp_path / "tasks" / "gqa" / "result.json", {"identity": {"limit": 8}})
         assert records.finished(tmp_path, "gqa", {"limit": 8})
         assert records.finished(tmp_path, "gqa", {"limit": 9}) is None
+
+    def test_with_all_metrics_serves_where_the_table_s_are_asked_for(self, tmp_path):
+        captions = tmp_path / "tasks" / "mini_nocaps_val" / "result.json"
+        records.write_json(captions, {"identity": {"limit": 8, "metrics": "all"}})
+        assert records.finished(tmp_path, "mini_nocaps_val", {"limit": 8, "metrics": "table"})
+        records.write_json(captions, {"identity": {"limit": 8, "metrics": "table"}})
+        assert records.finished(tmp_path, "mini_nocaps_val", {"limit": 8, "metrics": "all"}) is None
