@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava.runtime import device_name
+
 if TYPE_CHECKING:
     from lmms_eval_otprune.llava import Llava
 
@@ -32,7 +34,7 @@ _PACKAGES = (
 def describe_machine(lm: Llava, model: str) -> dict[str, Any]:
     """Device, types, versions and code of the process that evaluates, and the model it has loaded."""
     return {
-        "device": torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else _cpu_name(),
+        "device": device_name(str(lm.device)),
         "device_type": lm.device.type,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "batch_size": lm.batch_size,
@@ -80,11 +82,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from llava.runtime import device_name
 
 NOT_MEASURED = "not measured"
 
@@ -117,17 +118,5 @@ def mebibytes(size: int | None) -> str:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """What was measured on: "name", "torch", "threads"."""
-    if torch.device(device).type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{_processor()}, {os.cpu_count()} cores"
-    return {"name": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def _processor() -> str:
-    """The CPU's name, as Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    cores = "" if torch.device(device).type == "cuda" else f", {os.cpu_count()} cores"
+    return {"name": device_name(device) + cores, "torch": torch.__version__, "threads": torch.get_num_threads()}

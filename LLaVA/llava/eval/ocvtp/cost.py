@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from llava.pruning.methods.ocvtp import claims, fill
 from llava.pruning.ocvtp.checkpoint import EMBEDDED, PrunerFiles
 from llava.pruning.ocvtp.config import SlotConfig
 from llava.pruning.ocvtp.network import SlotPruner, slot_noise
+from llava.runtime import device_name
 
 RATIO = 0.098
 REPEATS, SECONDS = 3, 0.2
@@ -100,7 +100,7 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int, device
         "decoder, pruned": pruned.decoder + pruned.lm_head,
     }
     times = _milliseconds(shape, config, text, kept, slots, device) if timed else {}
-    where = f", {_device_name(device)}" if timed else ""
+    where = f", {_place(device)}" if timed else ""
     lines = [f"{model}: {tokens} visual tokens, {kept} kept, {slots} slots, {text} text tokens{where}", ""]
     lines.append(f"{'':22}{'GFLOPs':>12}" + (f"{'ms':>12}" if times else ""))
     for part, count in flops.items():
@@ -197,11 +197,9 @@ def _check_device(device: str) -> None:
         raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
 
 
-def _device_name(device: str) -> str:
+def _place(device: str) -> str:
+    """What was measured on."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+        return device_name(device)
     threads = torch.get_num_threads()
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    name = names[0].partition(":")[2].strip() if names else device
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{device_name(device)}, {threads} {'thread' if threads == 1 else 'threads'}"
