@@ -495,7 +495,7 @@ def visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[l
     pruner.check_tokens(visual)
     stages = config.stages(layers)
     entering = kept_per_layer(stages, visual, layers, pruner.budget)
-    return entering, kept_after_attention(stages, visual, layers) if pruner.after_attention else entering
+    return entering, kept_after_attention(stages, visual, layers, pruner.budget) if pruner.after_attention else entering
 
 
 def _prompt(

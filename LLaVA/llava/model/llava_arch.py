@@ -175,7 +175,8 @@ class OTPrune(Pruner):
     Attributes
     ----------
     gamma : float
-        Weight of the similarity term in `ot_kernel`, > 0.
+        Weight of the similarity term in `ot_kernel`, > 0. It counts with the square of the tokens' width: the paper's
+        0.01 was chosen at 4,096.
     compat : bool
         Reproduce the published implementation token for token: Cholesky rows in the features' own precision, and the
         kept tokens handed on in the iteration order of a Python set instead of raster order.
@@ -530,10 +531,12 @@ class LlavaMetaForCausalLM:
         )
         self.visual_index = prompts.images
         gaps = self.prunes_before_decoder and self._pruner.position_ids == "original"
-        positions = prompts.positions if gaps else (prompts.mask.cumsum(1) - 1).clamp_min(0) * prompts.mask
+        positions = prompts.positions if gaps else None
+        if position_ids is not None and not gaps:
+            positions = (prompts.mask.cumsum(1) - 1).masked_fill(~prompts.mask, 0)
         return (
             None,
-            None if position_ids is None and not gaps else positions,
+            positions,
             # Without a mask, gaps in the positions would be read as borders between packed sequences.
             (prompts.mask if gaps else None) if attention_mask is None else prompts.mask.to(attention_mask.dtype),
             past_key_values,
@@ -629,7 +632,7 @@ class LlavaMetaForCausalLM:
         self.visual_tokens_after_attention = self.visual_tokens_per_layer
         if self._pruner is not None and self._pruner.after_attention:
             self.visual_tokens_after_attention = [
-                tuple(kept_after_attention(self._stages, span.total, depth)) for span in spans
+                tuple(kept_after_attention(self._stages, span.total, depth, self._pruner.budget)) for span in spans
             ]
         self.visual_token_counts = [
             (span.total, layers[-1]) for span, layers in zip(spans, self.visual_tokens_per_layer, strict=True)

@@ -81,38 +81,24 @@ def lay_out(ids: torch.Tensor, labels: torch.Tensor, visual: Sequence[tuple[int,
     visual : sequence of (number, span)
         The images that the marks stand for.
     """
-    columns: list[list[torch.Tensor]] = [[], [], [], []]
+    marks = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+    stretches: list[tuple[torch.Tensor, ...]] = []  # of ids, labels, images and positions
     spans = []
     begin = place = length = 0
-
-    def text(end: int) -> None:
-        nonlocal place, length
-        rows = (
-            ids[begin:end],
-            labels[begin:end],
-            ids.new_full((end - begin,), TEXT),
-            place + torch.arange(end - begin, device=ids.device),
-        )
-        for column, row in zip(columns, rows, strict=True):
-            column.append(row)
-        place, length = place + end - begin, length + end - begin
-
-    marks = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-    for mark, (number, span) in zip(marks, visual, strict=True):
-        text(mark)
-        kept = len(span.features)
-        rows = (
-            ids.new_full((kept,), IMAGE_TOKEN_INDEX),
-            labels.new_full((kept,), IGNORE_INDEX),
-            ids.new_full((kept,), number),
-            place + span.indices.to(ids.device),
-        )
-        for column, row in zip(columns, rows, strict=True):
-            column.append(row)
+    for end, image in zip([*marks, len(ids)], [*visual, None], strict=True):
+        n = end - begin
+        images, positions = ids.new_full((n,), TEXT), torch.arange(place, place + n, device=ids.device)
+        stretches.append((ids[begin:end], labels[begin:end], images, positions))
+        begin, place, length = end + 1, place + n, length + n
+        if image is None:
+            break
+        number, span = image
+        k = len(span.features)
+        marked, unasked = ids.new_full((k,), IMAGE_TOKEN_INDEX), labels.new_full((k,), IGNORE_INDEX)
+        stretches.append((marked, unasked, ids.new_full((k,), number), place + span.indices.to(ids.device)))
         spans.append((length, span.features))
-        begin, place, length = mark + 1, place + span.total, length + kept
-    text(len(ids))
-    return Prompt(*(torch.cat(column) for column in columns), tuple(spans))
+        place, length = place + span.total, length + k
+    return Prompt(*(torch.cat(column) for column in zip(*stretches, strict=True)), tuple(spans))
 
 
 def stack(prompts: Sequence[Prompt], left: bool) -> Prompts:

@@ -39,12 +39,14 @@ def kept_per_layer(
     return [budget(n, fraction) for fraction in fractions_per_layer(stages, num_layers)]
 
 
-def kept_after_attention(stages: Stages, n: int, num_layers: int) -> list[int]:
+def kept_after_attention(
+    stages: Stages, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
+) -> list[int]:
     """Visual tokens in every layer's output projection and feed-forward block, for drops behind the attention.
 
     What a layer's input lacks has left in the layer before; a stage at ``num_layers`` is a drop in the last layer.
     """
-    return [kept_count(n, fraction) for fraction in fractions_per_layer(stages, num_layers + 1)[1:]]
+    return [budget(n, fraction) for fraction in fractions_per_layer(stages, num_layers + 1)[1:]]
 
 
 def at_relative_depth(
