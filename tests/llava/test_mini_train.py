@@ -287,3 +287,28 @@ def test_a_run_is_not_overwritten(run, capsys):
     with pytest.raises(SystemExit):
         main([*SMOKE, "--output", str(run)])
     assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("plain_percent: 20", "plain_percent: 120", "stage ground: plain_percent must be a whole number from 0 to 100"),
+        ("plain_percent: 20", "plain_precent: 20", "stage ground: there is no setting 'plain_precent'"),
+        ("steps: 4169", "steps: many", "stage ground: steps must be a whole number >= 1, not 'many'"),
+        ("{weight: 0.08,", "{weigth: 0.08,", "stage ground: there is no setting 'weigth'"),
+        ("farthest: 6", "farest: 6", "stage ground: form must be one of"),
+        ("decay: 0.7\n", "decay: 7\n", "stage deepen: decay must be a number from 0 to 1, not 7"),
+        ("  deepen:", "  deeper:", "stage deepen: 'deepen' is missing"),
+        ("stages:", "stage:", "it needs seed, tokenizer, tower, decoder and stages"),
+        ("seed: 0", "seed: [", "is not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_the_first_stage(tmp_path, capsys, before, after, said):
+    text = CONFIG.read_text()
+    assert before in text
+    (tmp_path / "recipe.yaml").write_text(text.replace(before, after))
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

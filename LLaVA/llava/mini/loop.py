@@ -43,6 +43,11 @@ class Stage:
     weight_decay : float
     clip : float
         Largest norm of a step's gradient.
+
+    Raises
+    ------
+    ValueError
+        For a number out of range.
     """
 
     name: str
@@ -54,6 +59,15 @@ class Stage:
     decay: float = 0.3
     weight_decay: float = 0.01
     clip: float = 1.0
+
+    def __post_init__(self):
+        for name in ("steps", "batch"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, not {getattr(self, name)!r}")
+        for name in ("learning_rate", "matrix_learning_rate", "warmup", "decay", "weight_decay", "clip"):
+            value, most = getattr(self, name), 1 if name in ("warmup", "decay") else math.inf
+            if not isinstance(value, (int, float)) or not 0 <= value <= most:
+                raise ValueError(f"{name} must be a number {'from 0 to 1' if most == 1 else '>= 0'}, not {value!r}")
 
 
 @dataclass

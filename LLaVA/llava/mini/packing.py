@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini.drills import sample_drills
 from llava.mini.grounding import COLUMNS, grounding_targets
-from llava.mini.questions import QA, sample_pair_questions, sample_questions, sample_text_questions
+from llava.mini.questions import FORMS, QA, sample_pair_questions, sample_questions, sample_text_questions
 from llava.mini.scenes import Dice, Scene, render, sample_scene
 from llava.mini.vocabulary import conversation_texts
 
@@ -126,6 +126,11 @@ class Mixture:
         One batch in so many asks about two pictures, or about none; 0 for never.
     drills : int
         How many exercises (`llava.mini.drills`) are added where there is no picture.
+
+    Raises
+    ------
+    ValueError
+        For a number out of range, or an unknown form.
     """
 
     questions: int = 14
@@ -136,6 +141,17 @@ class Mixture:
     pair_every: int = 0
     text_every: int = 0
     drills: int = 0
+
+    def __post_init__(self):
+        least = {"questions": 1, "pair_every": 0, "text_every": 0, "drills": 0}
+        for name in ("choice_percent", "plain_percent", "dense_percent", *least):
+            value, most = getattr(self, name), math.inf if name in least else 100
+            if not isinstance(value, int) or not least.get(name, 0) <= value <= most:
+                what = f">= {least[name]}" if name in least else "from 0 to 100"
+                raise ValueError(f"{name} must be a whole number {what}, not {value!r}")
+        for form in self.forms or ():
+            if form not in FORMS:
+                raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
 
 
 class PackedScenes(Dataset):

@@ -16,12 +16,14 @@ import os
 import socket
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import yaml
 from torch import distributed, nn
 
+from llava.arguments import positive, whole
 from llava.mini.attention import attention_for
 from llava.mini.decoder import ConversationTask, build_llava
 from llava.mini.evaluate import evaluate
@@ -78,9 +80,30 @@ SMOKE = {
 
 
 def read_config(file: Path, smoke: bool = False) -> dict:
-    """The recipe in a YAML file; with `smoke`, shrunk to seconds."""
-    config = yaml.safe_load(file.read_text())
-    return _merged(config, SMOKE) if smoke else config
+    """The recipe in a YAML file; with `smoke`, shrunk to seconds.
+
+    Raises
+    ------
+    OSError
+        If there is no such file.
+    ValueError
+        If it holds no recipe, or one with a setting that cannot be: a stage is hours away when it is read.
+    """
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict) or not {"seed", "tokenizer", "tower", "decoder", "stages"} <= config.keys():
+        raise ValueError(f"{file} holds no recipe: it needs seed, tokenizer, tower, decoder and stages")
+    config = _merged(config, SMOKE) if smoke else config
+    for name in STAGES:
+        try:
+            parse_stage(name, config)
+            _grounding(name, config)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{file}: stage {name}: {said}") from error
+    return config
 
 
 def _merged(base: dict, over: dict) -> dict:
@@ -92,9 +115,15 @@ def parse_stage(name: str, config: dict) -> tuple[Stage, Mixture | None]:
     settings = {key: value for key, value in config["stages"][name].items() if key not in ("layers", "grounding")}
     mixture = settings.pop("mixture", None)
     if mixture is not None:
-        weights = mixture["forms"]
-        mixture = Mixture(**mixture | {"forms": tuple(form for form, n in weights.items() for _ in range(n))})
-    return Stage(name, **settings), mixture
+        forms = tuple(form for form, n in mixture["forms"].items() for _ in range(n))
+        mixture = Mixture(**_known(mixture, Mixture) | {"forms": forms})
+    return Stage(name, **_known(settings, Stage)), mixture
+
+
+def _known(settings: dict, of: type) -> dict:
+    for name in settings.keys() - {one.name for one in fields(of)}:
+        raise ValueError(f"there is no setting {name!r}; there are {', '.join(one.name for one in fields(of))}")
+    return settings
 
 
 def train(name: str, config: dict, run: Run) -> bool:
@@ -122,9 +151,13 @@ def conversation_task(stage: str, config: dict, vocabulary: int, run: Run) -> Co
     """The model on the exported tower, with new weights and as many decoder layers as the stage has."""
     layers = config["stages"][stage]["layers"]
     deep = config | {"decoder": config["decoder"] | {"layers": layers}}
-    grounding = config["stages"][stage].get("grounding")
     model = build_llava(deep, vocabulary, run.folder / "checkpoint", run.device)
-    return ConversationTask(model, Grounding(**grounding) if grounding else None).to(run.device)
+    return ConversationTask(model, _grounding(stage, config)).to(run.device)
+
+
+def _grounding(stage: str, config: dict) -> Grounding | None:
+    settings = config["stages"][stage].get("grounding")
+    return Grounding(**_known(settings, Grounding)) if settings else None
 
 
 def grow(task: ConversationTask, state: dict[str, torch.Tensor]) -> None:
@@ -217,12 +250,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--stage", choices=(*STAGES, "export", "evaluate", "all"), default="all")
     add("--resume", action="store_true", help="go on from the last saved state")
     add("--minutes", type=float, default=math.inf, help="save and stop after this long")
-    add("--processes", type=int, default=1, help="split each batch over so many processes (CPU)")
-    add("--threads", type=int, default=os.cpu_count(), help="threads a process")
+    add("--processes", type=positive, default=1, help="split each batch over so many processes (CPU)")
+    add("--threads", type=positive, default=os.cpu_count(), help="threads a process")
     add("--device", default="cpu", help="cpu, or cuda with one process")
-    add("--workers", type=int, default=0, help="processes that draw the pictures of later steps; for a GPU, one a core")
+    add(
+        "--workers",
+        type=whole,
+        default=0,
+        help="processes that draw later pictures; for a GPU, one a core",
+    )
     add("--fp32", action="store_true", help="no bfloat16 products")
-    add("--scenes", type=int, default=200, help="scenes to evaluate on")
+    add("--scenes", type=positive, default=200, help="scenes to evaluate on")
     add("--smoke", action="store_true", help="tiny sizes, few steps: try everything out in seconds")
     return parser
 
@@ -232,7 +270,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     folder = Path(arguments.output)
-    config = read_config(Path(arguments.config), arguments.smoke)
+    try:
+        config = read_config(Path(arguments.config), arguments.smoke)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     wanted = STAGES if arguments.stage == "all" else [name for name in STAGES if name == arguments.stage]
     started = [name for name in wanted if (folder / f"{name}.pt").exists()]
     if started and not arguments.resume:
