@@ -15,7 +15,7 @@ from llava.eval.latency.__main__ import main
 from llava.eval.latency.methods import read_method, read_methods
 from llava.eval.latency.models import load, prompts
 from llava.eval.latency.report import mebibytes
-from llava.pruning import available_methods, kept_count
+from llava.pruning import PruningConfig, available_methods, kept_count
 
 CPU = torch.device("cpu")
 
@@ -135,6 +135,9 @@ def test_a_run_of_many_questions_answers_alike_in_every_setting(tiny):
     assert tiny.visual_cache is None
 
 
+SWITCH = ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX", "OTPRUNE_", "FASTV_")
+
+
 class TestSuite:
     @pytest.fixture
     def runs(self, monkeypatch):
@@ -142,7 +145,7 @@ class TestSuite:
         started = []
 
         def run(command, env, **_):
-            started.append((command, {name: env.get(name) for name in ("BASELINE", "SUBSET_RATIO")}))
+            started.append((command, {name: value for name, value in env.items() if name.startswith(SWITCH)}))
             folder = Path(command[command.index("--output_path") + 1], "model")
             folder.mkdir(parents=True)
             throughput = {"avg_latency": 1 / len(started), "avg_visual_cache_hits": 3.0}
@@ -156,8 +159,16 @@ class TestSuite:
         return started
 
     def measure(self, folder, **settings):
-        usual = {"ratio": 0.2, "batches": [8], "tasks": ["mini_pope"], "limit": 4, "device": "cpu", "folder": folder}
-        return suite.measure("llava-mini", ["otprune"], **{**usual, **settings})
+        usual = {
+            "methods": ["otprune"],
+            "ratio": 0.2,
+            "batches": [8],
+            "tasks": ["mini_pope"],
+            "limit": 4,
+            "device": "cpu",
+            "folder": folder,
+        }
+        return suite.measure("llava-mini", **{**usual, **settings})
 
     def test_every_setting_is_a_run_beside_batches_of_1_without_a_cache(self, runs, tmp_path):
         rows = self.measure(tmp_path)
@@ -167,11 +178,29 @@ class TestSuite:
         ]
         assert [round(row["times_unpruned"], 3) for row in rows] == [1, 2, 3, 4, 5, 6, 7, 8]
         assert [round(row["times_plain"], 3) for row in rows[4:]] == [1, 1.2, 1.4, 1.6]
-        assert [switch for _, switch in runs] == [{"BASELINE": "ORIG", "SUBSET_RATIO": None}] * 4 + [
-            {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.2"}
+        assert [switch for _, switch in runs] == [{"BASELINE": "ORIG"}] * 4 + [
+            {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.2", "LAYER_INDEX": "0"}
         ] * 4
         assert "pretrained=llava-mini,device=cpu,visual_cache=off" in runs[0][0]
         assert runs[3][0][-4:] == ["--output_path", str(tmp_path / "unpruned_batch8_cache"), "--limit", "4"]
+
+    def test_a_method_is_switched_on_as_the_other_commands_read_it(self, runs, tmp_path):
+        self.measure(tmp_path, methods=["published", "fastv@3"])
+        switches = [switch for _, switch in runs]
+        assert switches[4] == {
+            "BASELINE": "OTPRUNE",
+            "SUBSET_RATIO": "0.2",
+            "LAYER_INDEX": "0",
+            "OTPRUNE_COMPAT": "True",
+        }
+        assert switches[8] == {"BASELINE": "FASTV", "SUBSET_RATIO": "0.2", "LAYER_INDEX": "3"}
+        assert PruningConfig.from_env(switches[4]).build_pruner().compat
+
+    @pytest.mark.parametrize("wrong", [{"methods": ["nope"]}, {"ratio": 2}])
+    def test_what_cannot_be_is_refused_before_the_first_run(self, runs, tmp_path, wrong):
+        with pytest.raises(ValueError, match=r"nope|0 < r <= 1"):
+            self.measure(tmp_path, **wrong)
+        assert not runs
 
     def test_a_run_that_fails_says_why(self, runs, tmp_path, monkeypatch):
         failed = SimpleNamespace(returncode=3, stdout="so far so good\nno such task\n")

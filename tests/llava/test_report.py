@@ -132,3 +132,10 @@ def test_maps_are_of_one_ratio():
     more = [*named, ("random 0.2", PruningConfig("random", 0.2))]
     assert [label for label, _ in report.at_one_ratio(more)] == ["otprune 0.2", "uniform 0.2", "random 0.2"]
     assert report.at_one_ratio([]) == []
+
+
+def test_a_picture_that_is_not_there_is_told_first(tmp_path, capsys):
+    run = write_run(tmp_path, {"unpruned": job({"mini_gqa": [True]})})
+    assert report.main([str(run), "--image", "none.png", "--output", str(tmp_path / "report.html")]) == 2
+    assert "none.png" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava.arguments import positive
 from llava.eval.plots import distances
 from llava.eval.plots.drawing import Drawn
 from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
@@ -140,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """How distances are measured: for the figures and the report."""
     parser.add_argument(
-        "--pictures", type=int, default=16, metavar="N", help="pictures a benchmark for distances (default: 16)"
+        "--pictures", type=positive, default=16, metavar="N", help="pictures a benchmark for distances (default: 16)"
     )
     parser.add_argument(
         "--picture-folder", type=Path, metavar="DIR", help="pictures for distances (default: the embedded suite's)"

@@ -14,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from llava.eval.figures import (
     DEFAULT_RUN,
     FROM_DISTANCES,
@@ -28,10 +30,12 @@ from llava.eval.results.rows import Row
 from llava.eval.results.runs import differences, unfinished
 from llava.eval.table import Table, add_arguments, build_table, load_runs
 from llava.eval.token_page import SCRIPT, STYLE, data_uri, selection_html
+from llava.mm_utils import load_image
 from llava.pruning import PruningConfig
 
 TEMPLATE = "report.html.jinja"
 MOST_MAPS = 6
+FIRST_CAPTIONED = "the first picture of the suite's captions"
 
 
 def write_report(
@@ -83,6 +87,7 @@ def write_report(
     except ImportError as error:
         raise ImportError("the report needs jinja2: pip install 'llava[figures]'") from error
 
+    picture = load_image(image) if image else None
     for sentence in unfinished(folders):
         raise ValueError(f"the run is not complete: {sentence}")
     table = build_table(
@@ -90,10 +95,10 @@ def write_report(
     )
     check_complete(table.rows)
     figures, left_out = _figures(table.rows, pictures, picture_folder, device, with_model, synthetic)
-    maps, maps_of = "", ""
+    maps, maps_of = "", Path(image).name if image else FIRST_CAPTIONED
     if with_model:
         try:
-            maps, maps_of = _maps(table.rows, image, device)
+            maps = _maps(table.rows, picture, maps_of, device)
         except (ImportError, OSError, ValueError) as error:
             left_out.append(f"token maps: {error}")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
@@ -141,29 +146,27 @@ def _figures(
     return drawn, left_out
 
 
-def _maps(rows: Sequence[Row], image: str | None, device: str) -> tuple[str, str]:
-    """Token maps of the methods in the runs at one kept ratio, and what picture they are of."""
+def _maps(rows: Sequence[Row], picture: Image.Image | None, name: str, device: str) -> str:
+    """Token maps of the methods in the runs at one kept ratio, on a picture or on the suite's first captioned one."""
     from llava.eval.distances import Encoder, picture_configs, pictures_of_suite
     from llava.eval.tokens import kept_order
     from llava.eval.views import views_of
-    from llava.mm_utils import load_image
 
     # One picture, one model: the first.
     rows = [row for row in rows if row.model == rows[0].model]
     wanted = at_one_ratio([(row.label, configs[0]) for row in rows if (configs := picture_configs(row))])
     if not wanted:
         raise ValueError("none of the runs drops tokens before the decoder by what is in the picture alone")
-    if image is None and not rows[0].runs[0].mini:
+    if picture is None and not rows[0].runs[0].mini:
         raise ValueError("the pictures of the published benchmarks are not at hand: give one (--image)")
-    picture = load_image(image) if image else pictures_of_suite(1)["COCO"][0]
+    picture = picture or pictures_of_suite(1)["COCO"][0]
     encoder = Encoder.load(rows[0].runs[0].content["model"], device)
     pixels = encoder.pixels(picture)
     views = views_of(picture, encoder.model.config, encoder.model.get_vision_tower())
     kept = {}
     for label, config in wanted[:MOST_MAPS]:
         kept[label] = kept_order(encoder.model, pixels, picture.size, config)
-    name = Path(image).name if image else "the first picture of the suite's captions"
-    return selection_html(views, kept, name), name
+    return selection_html(views, kept, name)
 
 
 def at_one_ratio(named: Sequence[tuple[str, PruningConfig]]) -> list[tuple[str, PruningConfig]]:

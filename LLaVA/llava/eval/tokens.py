@@ -191,4 +191,5 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, ValueError) as error:
-        sys.exit(f"tokens: {error}")
+        print(f"llava.eval.tokens: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llava.arguments import positive
 from llava.eval.latency import pope, prefill, select, suite
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import RANDOM, load
@@ -158,12 +159,6 @@ def _pope(text: str) -> tuple[int, int]:
     return int(images), int(questions)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, not {text!r}")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llava.eval.latency",
@@ -182,19 +177,19 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--output", type=Path, default=place, metavar="DIR", help=f"results; default: {place}")
         one.add_argument("--force", action="store_true", help="replace a finished measurement")
         if repetitions is not None:
-            one.add_argument("--repetitions", type=_positive, default=repetitions, help=f"default: {repetitions}")
+            one.add_argument("--repetitions", type=positive, default=repetitions, help=f"default: {repetitions}")
         return one
 
     def for_model(one: argparse.ArgumentParser, batch: list[int]) -> None:
         models = f"{', '.join(RANDOM)} (random weights), llava-mini, or a checkpoint (folder or hub id)"
         one.add_argument("--model", default="tiny", help=f"{models}; default: tiny")
         one.add_argument("--ratio", type=float, default=0.098, help="kept ratio; default: 0.098")
-        one.add_argument("--batch", type=_positive, nargs="+", default=batch, help=f"batch sizes; default: {batch}")
+        one.add_argument("--batch", type=positive, nargs="+", default=batch, help=f"batch sizes; default: {batch}")
         one.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
 
     one = command("select", "the selection alone, beside the published algorithm", select.METHODS, 20)
     one.add_argument("--sizes", nargs="+", default=[], metavar="N:KxB", help="default: 576:56 2880:282 576:56x32")
-    one.add_argument("--width", type=_positive, default=4096, metavar="D", help="numbers a token; default: 4096")
+    one.add_argument("--width", type=positive, default=4096, metavar="D", help="numbers a token; default: 4096")
     one.add_argument("--curve", action="store_true", help="cost against N, k and batch around the first size: CSV, PNG")
 
     one = command("prefill", "time to the first token: vision, selection, prefill", ["otprune"], 10)
@@ -202,16 +197,16 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("generate", "prefill and decoding; with --pope a run of many questions", ["otprune"], 5)
     for_model(one, [1, 16])
-    one.add_argument("--new-tokens", type=_positive, default=32, help="default: 32")
+    one.add_argument("--new-tokens", type=positive, default=32, help="default: 32")
     questions = "also answer Q questions about each of I pictures, such as 500x18"
     one.add_argument("--pope", type=_pope, metavar="IxQ", help=questions)
-    one.add_argument("--cache-mib", type=_positive, default=256, help="what the cache may hold; default: 256")
+    one.add_argument("--cache-mib", type=positive, default=256, help="what the cache may hold; default: 256")
 
     one = command("suite", "embedded benchmarks through lmms-eval", ["otprune"], None)
     for_model(one, [16])
     one.set_defaults(model="llava-mini")
     one.add_argument("--tasks", nargs="+", default=suite.TASKS, help=f"default: {suite.TASKS}")
-    one.add_argument("--limit", type=_positive, help="samples a task; default: all")
+    one.add_argument("--limit", type=positive, help="samples a task; default: all")
     return parser
 
 

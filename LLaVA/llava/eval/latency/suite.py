@@ -14,7 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.eval.benchmark_tasks import task_folders
-from llava.eval.latency.methods import UNPRUNED
+from llava.eval.latency.methods import UNPRUNED, read_methods
+from llava.pruning import PruningConfig
 
 TASKS = ["mini_pope", "mini_gqa"]
 
@@ -39,7 +40,7 @@ def measure(
     ----------
     pretrained : str
     methods : sequence of str
-        Registered names.
+        As `llava.eval.latency.methods.read_method` reads them.
     ratio : float
         Kept ratio.
     batches : sequence of int
@@ -58,20 +59,21 @@ def measure(
 
     Raises
     ------
+    ValueError
+        For a method or ratio that cannot be.
     RuntimeError
         If lmms-eval is not installed, or a run fails.
     """
+    configs = read_methods([method for method in methods if method != UNPRUNED], ratio)
     for package in ("lmms_eval", "lmms_eval_otprune"):
         if importlib.util.find_spec(package) is None:
             raise RuntimeError(f"suite runs the embedded benchmarks through {package}, which is not installed")
     settings = dict.fromkeys((batch, cached) for batch in (1, *batches) for cached in (False, True))
     rows: list[dict[str, Any]] = []
-    names = list(dict.fromkeys([UNPRUNED, *methods]))
+    names = list(dict.fromkeys([UNPRUNED, *configs]))
     with tqdm(total=len(names) * len(settings), desc="suite", unit=" runs") as bar:
         for method in names:
-            switch = {"BASELINE": "ORIG"}
-            if method != UNPRUNED:
-                switch = {"BASELINE": method.upper(), "SUBSET_RATIO": str(ratio)}
+            switch = _switch(configs.get(method))
             for batch, cached in settings:
                 arguments = f"pretrained={pretrained},device={device},visual_cache={2**28 if cached else 'off'}"
                 place = folder / f"{method}_batch{batch}_{'cache' if cached else 'no_cache'}"
@@ -83,6 +85,17 @@ def measure(
                 row["times_unpruned"] = row["samples_per_second"] / rows[0]["samples_per_second"]
                 bar.update()
     return rows
+
+
+def _switch(config: PruningConfig | None) -> dict[str, str]:
+    """The environment variables that say the same."""
+    if config is None:
+        return {"BASELINE": "ORIG"}
+    name = config.method.upper()
+    switch = {"BASELINE": name, "SUBSET_RATIO": str(config.ratio)}
+    if config.layer is not None:
+        switch["LAYER_INDEX"] = str(config.layer)
+    return switch | {f"{name}_{option.upper()}": str(value) for option, value in config.options.items()}
 
 
 def run_tasks(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from llava.arguments import above_zero, positive, whole
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; exits with 2 and one sentence when what was asked for cannot be."""
@@ -114,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", required=True, help="a folder, scenes:N (drawn ones), or a task or group of lmms-eval")
     add("--layer", type=int, help="of the vision tower, from 0 (default: 8 for CLIP-L, else at the same depth)")
     add("--output", type=Path, default=Path("features"), help="folder (default: features); the same command goes on")
-    add("--count", type=_positive, metavar="N", help="only the first N pictures")
-    add("--shard", type=_positive, default=64, metavar="N", help="pictures a file (default: 64)")
-    add("--batch-size", type=_positive, default=16, metavar="N", help="pictures at a time (default: 16)")
+    add("--count", type=positive, metavar="N", help="only the first N pictures")
+    add("--shard", type=positive, default=64, metavar="N", help="pictures a file (default: 64)")
+    add("--batch-size", type=positive, default=16, metavar="N", help="pictures at a time (default: 16)")
     add("--device", default=device, help=f"default: {device}")
 
     step = steps.add_parser(
@@ -130,54 +132,32 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=Path("pruner"), help="the pruner's folder (default: pruner)")
     add("--resume", action="store_true", help="go on from the last saved state")
     text = "slots of the validation; training draws S/4, S/2, S or 2S of them (default: 64)"
-    add("--slots", type=_positive, default=64, metavar="S", help=text)
-    add("--epochs", type=_positive, default=30, metavar="N", help="default: 30")
-    add("--warmup", type=_whole, default=4, metavar="N", help="epochs of rising learning rate (default: 4)")
-    add("--batch-size", type=_positive, default=12, metavar="N", help="pictures a step, of all processes (default: 12)")
-    add("--learning-rate", type=_above_zero, default=1e-3, metavar="R", help="default: 0.001")
-    add("--patience", type=_positive, default=5, metavar="N", help="epochs without a better loss (default: 5)")
+    add("--slots", type=positive, default=64, metavar="S", help=text)
+    add("--epochs", type=positive, default=30, metavar="N", help="default: 30")
+    add("--warmup", type=whole, default=4, metavar="N", help="epochs of rising learning rate (default: 4)")
+    add("--batch-size", type=positive, default=12, metavar="N", help="pictures a step, of all processes (default: 12)")
+    add("--learning-rate", type=above_zero, default=1e-3, metavar="R", help="default: 0.001")
+    add("--patience", type=positive, default=5, metavar="N", help="epochs without a better loss (default: 5)")
     add("--seed", type=int, default=42, metavar="N", help="default: 42")
-    add("--minutes", type=_above_zero, default=math.inf, metavar="M", help="save and stop after this long")
+    add("--minutes", type=above_zero, default=math.inf, metavar="M", help="save and stop after this long")
     add("--precision", choices=("no", "bf16"), default="no", help="of matrix products (default: no, float32)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights (default: float32)")
-    add("--hidden", type=_positive, metavar="N", help="width of the projection (default: twice the features')")
-    add("--slot-width", type=_positive, metavar="N", help="default: half of the features'")
-    add("--decoder-layers", type=_positive, default=4, metavar="N", help="default: 4")
-    add("--decoder-heads", type=_positive, default=4, metavar="N", help="default: 4")
-    add("--decoder-feed-forward", type=_positive, metavar="N", help="default: four times the features' width")
+    add("--hidden", type=positive, metavar="N", help="width of the projection (default: twice the features')")
+    add("--slot-width", type=positive, metavar="N", help="default: half of the features'")
+    add("--decoder-layers", type=positive, default=4, metavar="N", help="default: 4")
+    add("--decoder-heads", type=positive, default=4, metavar="N", help="default: 4")
+    add("--decoder-feed-forward", type=positive, metavar="N", help="default: four times the features' width")
 
     step = steps.add_parser("cost", help="a pruner's FLOPs and milliseconds beside the model's")
     step.set_defaults(run=_cost)
     add = step.add_argument
     add("--model", default="1.5-7b", help="a shape of llava.eval.flops, or a checkpoint (default: 1.5-7b)")
     add("--checkpoint", help="a pruner (default: one of the published sizes for the model's vision tower)")
-    add("--kept", type=_positive, metavar="K", help="visual tokens kept (default: 0.098 of them)")
-    add("--text", type=_positive, default=60, metavar="N", help="text tokens (default: 60)")
+    add("--kept", type=positive, metavar="K", help="visual tokens kept (default: 0.098 of them)")
+    add("--text", type=positive, default=60, metavar="N", help="text tokens (default: 60)")
     add("--time", action="store_true", help="measure milliseconds, with random weights of the same shapes")
     add("--device", default=device, help=f"where to measure (default: {device})")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, not {text}")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, not {text}")
-    return int(text)
-
-
-def _above_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be a number > 0, not {text}")
-    return value
 
 
 if __name__ == "__main__":
