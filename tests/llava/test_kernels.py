@@ -1,4 +1,7 @@
-"""The fused GPU kernels choose as the plain versions do: in Triton's interpreter, and compiled where there is a GPU."""
+"""The fused GPU kernels choose as the plain versions do: in Triton's interpreter, or on a GPU where there is one.
+
+For GPUs that are not here they are compiled, and not run.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from compiled import bytes_spilled, compiled_for
 from golden import golden_root
 from golden_features import load_features
 from interpreted import in_turns, interpreter
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
-from llava.pruning import select
-from llava.pruning.kernels import greedy, max_min, syrk
-from llava.pruning.methods.divprune import max_min_select
+from llava.pruning import kernels, select
+from llava.pruning.kernels import greedy, max_min, symmetric
+from llava.pruning.methods.divprune import cosine_similarity, max_min_select
 from no_waiting import no_waiting
 from selections import assert_is_greedy
+from tilings import ot_kernel_in
 
 ROOT = golden_root() / "pruning"
 META = json.loads((ROOT / "selection_meta.json").read_text())["otprune"]
@@ -180,13 +185,119 @@ class TestMaxMin:
         assert torch.equal(run(max_min.max_min_select, distance + distance.mT, 30), expected)
 
 
-class TestGram:
-    @pytest.mark.parametrize(("batch", "n", "d"), [(1, 1, 1), (2, 40, 70), (1, 128, 32), (1, 300, 33)], ids=str)
-    def test_it_is_the_product_with_the_transpose(self, run, batch, n, d):
-        x = random(batch, n, d)
-        found = run(syrk.gram, x)
-        # float32: some units in the last place of a sum of d terms
-        torch.testing.assert_close(found.double(), x.double() @ x.double().mT, rtol=1e-5, atol=1e-5 * d**0.5)
+def tokens_of_all_sizes(batch: int, n: int, d: int, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens whose columns and rows differ in size by a million."""
+    x = random(batch, n, d)
+    return (x * torch.logspace(-3, 0, d) * torch.logspace(-3, 0, n)[:, None]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "n", "d"), [(1, 1, 1), (2, 40, 70), (1, 128, 32), (1, 150, 33)], ids=str)
+class TestProducts:
+    """Two parts of 11 bits each: relative to the largest value, as exact as float32's own product."""
+
+    @pytest.mark.parametrize("gamma", [0.01, 4.5])
+    def test_the_kernel_is_the_plain_one(self, run, batch, n, d, dtype, gamma):
+        x = tokens_of_all_sizes(batch, n, d, dtype)
+        unit = x.double() / x.double().norm(dim=1, keepdim=True)
+        similarity = unit @ unit.mT
+        expected = torch.eye(n).double() + gamma * similarity @ similarity.mT
+        found = run(symmetric.ot_kernel, x, gamma)
+        assert found.dtype == torch.float32
+        assert relative_error(found, expected) < 5e-7
+        torch.testing.assert_close(found, ot_kernel(x, gamma), rtol=1e-5, atol=1e-6 * float(found.max()))
+
+    def test_cosines_are_the_plain_ones(self, run, batch, n, d, dtype):
+        x = tokens_of_all_sizes(batch, n, d, dtype)
+        x[0, 0] = 0
+        unit = torch.nn.functional.normalize(x.double(), dim=-1)
+        found = run(symmetric.cosine_similarity, x)
+        assert relative_error(found, unit @ unit.mT) < 5e-7
+        torch.testing.assert_close(found, cosine_similarity(x), rtol=1e-5, atol=1e-6)
+        assert not found[0, 0].any()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+class TestProductsAtTheEdge:
+    def test_a_column_too_small_to_be_normalised_fades(self, run):
+        x = random(1, 30, 8)
+        x[..., 3] = 1e-30
+        torch.testing.assert_close(run(symmetric.ot_kernel, x, 0.01), ot_kernel(x))
+
+    def test_one_token_that_is_all_there_is(self, run):
+        # Its similarity with itself is D, the largest value there is.
+        x = torch.zeros(1, 20, 300)
+        x[0, 7] = 1
+        found = run(symmetric.ot_kernel, x, 0.01)[0]
+        assert found[7, 7] == 1 + 0.01 * 300**2 and found.sum() == 20 + 0.01 * 300**2
+
+    def test_a_value_that_is_not_a_number_reaches_all_it_touches(self, run):
+        x = random(1, 20, 6)
+        x[0, 4, 2] = torch.nan
+        assert run(symmetric.ot_kernel, x, 0.01).isnan().all()
+        assert torch.equal(run(symmetric.cosine_similarity, x).isnan(), cosine_similarity(x).isnan())
+
+    def test_tokens_may_lie_in_any_order(self, run):
+        x = random(2, 12, 40)
+        turned = x.mT.contiguous().mT
+        assert torch.equal(run(symmetric.ot_kernel, turned, 0.01), run(symmetric.ot_kernel, x, 0.01))
+
+    @pytest.mark.parametrize("tiling", symmetric.TILINGS, ids=str)
+    def test_every_tiling_gives_the_whole_product(self, run, tiling):
+        x = random(2, 150, 40)
+        found = run(ot_kernel_in, tiling, x, 0.01)
+        torch.testing.assert_close(found, ot_kernel(x))
+        # Mirrored tiles are equal; within a tile on the diagonal the order of the sums differs.
+        torch.testing.assert_close(found, found.mT, rtol=1e-6, atol=1e-8)
+
+    def test_the_largest_tiles_that_fill_the_gpu_are_taken(self):
+        sides = [symmetric.tiling_for(batch, n, 132).side for batch, n in ((1, 576), (8, 576), (32, 576), (1, 2880))]
+        assert sides == [32, 64, 128, 128]
+
+
+LIMITS = {80: 163, 90: 227, 100: 227, 120: 99}
+"""Compute capability -> KiB of shared memory that a block may have."""
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+class TestMachineCode:
+    """The kernels are compiled as they are launched, for GPUs that are not here."""
+
+    @pytest.fixture(autouse=True)
+    def many_multiprocessors(self, monkeypatch):
+        monkeypatch.setattr(kernels, "multiprocessors", lambda device: 132)
+
+    @pytest.mark.parametrize(
+        ("batch", "n", "dtype"),
+        [(1, 576, torch.float16), (8, 576, torch.bfloat16), (3, 2341, torch.float32)],
+        ids=str,
+    )
+    def test_every_launch_compiles_and_has_room(self, capability, batch, n, dtype):
+        x = torch.ones(batch, n, 64, dtype=dtype)
+        with compiled_for(capability) as compiled:
+            kernel = symmetric.ot_kernel(x, 0.01)
+            greedy.greedy_select(kernel, 5)
+            max_min.max_min_select(symmetric.cosine_similarity(x), 5)
+        assert [one.metadata.name for one in compiled] == [
+            *("_normalise", "_multiply", "_multiply", "_greedy"),
+            *("_normalise", "_multiply", "_max_min"),
+        ]
+        assert max(one.metadata.shared for one in compiled) <= 2**10 * LIMITS[capability]
+        # Blocks that wait for each other are launched to run at the same time.
+        assert [one.metadata.launch_cooperative_grid for one in compiled] == [
+            one.metadata.name == "_greedy" and n > 1024 for one in compiled
+        ]
+
+    @pytest.mark.parametrize("count", [1, 132], ids=["one block", "several blocks"])
+    def test_the_greedy_keeps_its_numbers_in_registers(self, capability, count, tmp_path, monkeypatch):
+        monkeypatch.setattr(kernels, "multiprocessors", lambda device: count)
+        with compiled_for(capability) as compiled:
+            for n in (576, 2880):
+                greedy.greedy_select(torch.ones(1, n, n), 5)
+        assert max(bytes_spilled(one, tmp_path) for one in compiled) <= 16
 
 
 @needs_gpu
@@ -199,10 +310,17 @@ class TestOnAGpu:
         for kernel, order in zip(kernels[:2], greedy_select(kernels, k)[:2], strict=True):
             assert_is_greedy(kernel, order)
 
-    @pytest.mark.parametrize("n", [1, 100, 576, 2880])
-    def test_the_tiled_product_is_the_whole_one(self, n):
-        x = random(8, n, 1000).cuda()
-        torch.testing.assert_close(syrk.gram(x).double(), x.double() @ x.double().mT, rtol=1e-4, atol=1e-3)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(("batch", "n"), [(8, 1), (8, 100), (1, 576), (8, 576), (32, 576), (1, 2880)], ids=str)
+    def test_products_are_the_plain_ones_in_float64(self, batch, n, dtype):
+        x = random(batch, n, 1000).to(dtype).cuda()
+        unit = x.double() / x.double().norm(dim=1, keepdim=True)
+        similarity = unit @ unit.mT
+        expected = torch.eye(n, device="cuda").double() + 0.01 * similarity @ similarity.mT
+        # Matrix units round their sums down: a few units in float32's last place a step.
+        assert relative_error(symmetric.ot_kernel(x, 0.01), expected) < 1e-5
+        unit = torch.nn.functional.normalize(x.double(), dim=-1)
+        assert relative_error(symmetric.cosine_similarity(x), unit @ unit.mT) < 1e-5
 
     @pytest.mark.parametrize("method", ["otprune", "divprune", "dpp"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -62,6 +62,9 @@ def ot_kernel(features: torch.Tensor, gamma: float = GAMMA) -> torch.Tensor:
     """
     if features.ndim == 2:
         return ot_kernel(features.unsqueeze(0), gamma)[0]
+    fast = fused("ot_kernel", features)
+    if fast is not None:
+        return fast(features, gamma)
     with torch.autocast(features.device.type, enabled=False):
         x = features.float()
         norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)  # (B, 1, D)
@@ -158,7 +161,6 @@ def ot_select(features: torch.Tensor, k: int, gamma: float = GAMMA) -> torch.Ten
     _check_budget(k, features.shape[-2])
     if features.ndim == 2:
         return ot_select(features.unsqueeze(0), k, gamma)[0]
-    features = features.float()
     fast = fused("ot_select", features)
     return greedy_select(ot_kernel(features, gamma), k) if fast is None else fast(features, k, gamma)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -144,5 +145,10 @@ def _info(cls: type[Pruner]) -> MethodInfo:
 
 def _targets() -> dict[str, str]:
     """Built-in and registered methods, and those that installed packages announce; the project's own names win."""
-    announced = {point.name.lower(): point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    return announced | _TARGETS
+    return _announced() | _TARGETS
+
+
+@cache
+def _announced() -> dict[str, str]:
+    """What packages announced when the first method was asked for: reading it takes longer than a short prefill."""
+    return {point.name.lower(): point.value for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -70,6 +70,7 @@ def take_turns(
     device: torch.device,
     warm_up: int = 2,
     label: str = "",
+    before: Callable[[str], None] | None = None,
 ) -> dict[str, list[dict[str, float]]]:
     """Run variants in turns, so that what else the machine does meets all of them.
 
@@ -84,6 +85,8 @@ def take_turns(
         Rounds before them.
     label : str
         What the progress bar says.
+    before : callable, optional
+        Gets a variant's name ahead of each of its runs, and is not measured.
 
     Returns
     -------
@@ -94,6 +97,8 @@ def take_turns(
     with torch.inference_mode(), tqdm(total=len(variants) * (warm_up + repetitions), desc=label, leave=False) as bar:
         for round_ in range(-warm_up, repetitions):
             for name, run in variants.items():
+                if before is not None:
+                    before(name)
                 watch = Stopwatch(device)
                 synchronize(device)
                 with watch.part(TOTAL):

@@ -49,22 +49,28 @@ def measure(
     device = model.get_input_embeddings().weight.device
     asked = prompts(model, range(batch), range(batch)).arguments()
     variants: dict[str, PruningConfig | None] = {UNPRUNED: None, **configs}
-    before = model.pruning
+    own = model.pruning
     try:
-        runs = {name: _run(model, config, asked, new_tokens) for name, config in variants.items()}
-        times = take_turns(runs, repetitions, device, label=f"batch {batch}")
+        run = _run(model, asked, new_tokens)
+        times = take_turns(
+            dict.fromkeys(variants, run),
+            repetitions,
+            device,
+            label=f"batch {batch}",
+            before=lambda name: model.set_pruning(variants[name]),
+        )
         with torch.inference_mode():
-            return [
-                _row(model, name, config, asked, batch, new_tokens, times, runs) for name, config in variants.items()
-            ]
+            return [_row(model, name, config, asked, new_tokens, times, run) for name, config in variants.items()]
     finally:
-        model.set_pruning(before)
+        model.set_pruning(own)
 
 
-def _row(model, name, config, asked, batch, new_tokens, times, runs) -> dict[str, Any]:
+def _row(model, name, config, asked, new_tokens, times, run) -> dict[str, Any]:
     device = model.get_input_embeddings().weight.device
+    batch = len(asked["input_ids"])
+    model.set_pruning(config)
     with peak_memory(device) as memory:
-        runs[name](Stopwatch(device))
+        run(Stopwatch(device))
     kept = [sum(layers) / len(layers) for layers in model.visual_tokens_per_layer]
     ms = summarise([_split(measured) for measured in times[name]])
     selection, rest = ms[SELECTION]["median"], ms[PREFILL]["median"]
@@ -95,9 +101,8 @@ def kv_bytes(cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _run(model, config: PruningConfig | None, asked: Mapping[str, Any], new_tokens: int) -> Callable:
+def _run(model, asked: Mapping[str, Any], new_tokens: int) -> Callable[[Stopwatch], None]:
     def run(watch: Stopwatch) -> None:
-        model.set_pruning(config)
         first = _FirstToken(watch)
         begin = watch.now()
         with parts_of(model, watch):

@@ -1,7 +1,7 @@
 """Fast versions of the selections, each with the signature of the plain PyTorch one that it stands in for.
 
-The plain version is the specification. It runs wherever no fast one serves: in other dtypes than float32, where a
-gradient is wanted, and on a GPU without Triton.
+The plain version is the specification. It runs wherever no fast one serves: for a matrix that is not float32, where a
+gradient is wanted, and on a GPU without Triton. Tokens may have any floating dtype; both versions read them as float32.
 """
 
 from __future__ import annotations
@@ -20,8 +20,14 @@ SMALLEST_NORM = 1e-19
 """Norm of a feature column below which it fades to zero: squares so small leave float32's range, and with them the norm
 that would bring the column to length 1."""
 
-_ON_GPU = {"greedy_select": "greedy", "max_min_select": "max_min", "gram": "syrk"}
+_ON_GPU = {
+    "greedy_select": "greedy",
+    "max_min_select": "max_min",
+    "ot_kernel": "symmetric",
+    "cosine_similarity": "symmetric",
+}
 _ON_CPU = {"greedy_select": "host", "max_min_select": "host", "gram": "host", "ot_select": "host"}
+_READS_AS_FLOAT32 = ("ot_kernel", "ot_select", "cosine_similarity")
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -42,7 +48,8 @@ def gram(x: torch.Tensor) -> torch.Tensor:
 
 def fused(name: str, tensor: torch.Tensor) -> Callable | None:
     """The fast version of the function ``name`` for input like ``tensor``; None where the plain one has to serve."""
-    if tensor.dtype != torch.float32 or (tensor.requires_grad and torch.is_grad_enabled()):
+    readable = tensor.is_floating_point() if name in _READS_AS_FLOAT32 else tensor.dtype == torch.float32
+    if not readable or (tensor.requires_grad and torch.is_grad_enabled()):
         return None
     if tensor.device.type == "cpu":
         modules = _ON_CPU
@@ -51,6 +58,11 @@ def fused(name: str, tensor: torch.Tensor) -> Callable | None:
     else:
         return None
     return getattr(import_module(f"{__name__}.{modules[name]}"), name) if name in modules else None
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many thread blocks a GPU runs side by side; 1 for Triton's interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from llava.pruning.kernels import EXHAUSTED
+from llava.pruning import kernels
 from llava.pruning.kernels.ranking import lowest_of_largest, rank_index, rank_value
 
 
@@ -47,8 +47,7 @@ def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
 
     Launches do not depend on k, and the host waits for nothing.
     """
-    multiprocessors = torch.cuda.get_device_properties(kernel.device).multi_processor_count if kernel.is_cuda else 1
-    return select_in_shape(kernel, k, shape_for(len(kernel), kernel.shape[-1], multiprocessors))
+    return select_in_shape(kernel, k, shape_for(len(kernel), kernel.shape[-1], kernels.multiprocessors(kernel.device)))
 
 
 def select_in_shape(kernel: torch.Tensor, k: int, shape: Shape) -> torch.Tensor:
@@ -68,7 +67,7 @@ def select_in_shape(kernel: torch.Tensor, k: int, shape: Shape) -> torch.Tensor:
             n,
             pitch,
             k,
-            EXHAUSTED=EXHAUSTED,
+            EXHAUSTED=kernels.EXHAUSTED,
             BLOCKS=shape.blocks,
             COLUMNS=shape.columns,
             ROWS=shape.rows,

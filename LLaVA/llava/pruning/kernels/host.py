@@ -28,8 +28,8 @@ def gram(x: torch.Tensor) -> torch.Tensor:
 
 @np.errstate(all="ignore")
 def ot_select(features: torch.Tensor, k: int, gamma: float) -> torch.Tensor:
-    """``greedy_select(ot_kernel(features, gamma), k)`` without the kernel: (B, N, D), float32 -> (B, k), int64."""
-    return _stack(greedy_order(*_ot_rows(image, gamma), k) for image in _arrays(features))
+    """``greedy_select(ot_kernel(features, gamma), k)`` without the kernel: (B, N, D), floating -> (B, k), int64."""
+    return _stack(greedy_order(*_ot_rows(image, gamma), k) for image in _arrays(features.float()))
 
 
 @np.errstate(all="ignore")

@@ -14,6 +14,9 @@ from llava.pruning.kernels import fused, gram
 
 def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
     """Cosine of every pair of tokens: (B, N, D) -> (B, N, N), float32; 0 beside a token of zeros."""
+    fast = fused("cosine_similarity", features)
+    if fast is not None:
+        return fast(features)
     with torch.autocast(features.device.type, enabled=False):
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
         return gram(unit)
