@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -145,10 +146,10 @@ def _info(cls: type[Pruner]) -> MethodInfo:
 
 def _targets() -> dict[str, str]:
     """Built-in and registered methods, and those that installed packages announce; the project's own names win."""
-    return _announced() | _TARGETS
+    return _announced(tuple(sys.path)) | _TARGETS
 
 
 @cache
-def _announced() -> dict[str, str]:
-    """What packages announced when the first method was asked for: reading it takes longer than a short prefill."""
+def _announced(path: tuple[str, ...]) -> dict[str, str]:
+    """What packages on ``path`` announce, looked up once: it takes longer than many a prefill."""
     return {point.name.lower(): point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
