@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,20 @@ class TestPrefill:
     def test_one_token_ends_with_the_prefill(self, tiny):
         [row] = prefill.measure(tiny, {}, batch=1, new_tokens=1, repetitions=1)
         assert row["ms"]["ttft"]["median"] <= row["ms"]["total"]["median"]
+
+    def test_switching_the_method_is_not_measured(self, tiny, monkeypatch):
+        seconds = itertools.count()  # every look at the clock takes one
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: next(seconds))
+        switch = tiny.set_pruning
+
+        def switch_slowly(config):
+            switch(config)
+            for _ in range(1000):
+                next(seconds)
+
+        monkeypatch.setattr(tiny, "set_pruning", switch_slowly)
+        for row in prefill.measure(tiny, read_methods(["otprune"], 0.25), batch=1, new_tokens=1, repetitions=2):
+            assert row["ms"]["total"]["p95"] < 1e3 * 100
 
 
 def test_a_run_of_many_questions_answers_alike_in_every_setting(tiny):
