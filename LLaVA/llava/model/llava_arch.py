@@ -20,8 +20,8 @@ from llava.constants import (
 )
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.splice import assign_images, embed, lay_out, stack
-from llava.model.visual_cache import Span, VisualCache
+from llava.model.splice import assign_images, embed, lay_out, original_positions, stack
+from llava.model.visual_cache import Span, VisualCache, content_digests
 from llava.model.visual_sequence import (
     ImageTokens,
     PromptFacts,
@@ -509,12 +509,14 @@ class LlavaMetaForCausalLM:
         if getattr(self.config, "tune_mm_mlp_adapter", False) and getattr(self.config, "mm_use_im_start_end", False):
             raise NotImplementedError("tune_mm_mlp_adapter together with mm_use_im_start_end is not supported")
 
-        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        device = input_ids.device
+        input_ids = input_ids.cpu()  # one look at a batch, instead of several at each row
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
         ids_rows = [ids[mask] for ids, mask in zip(input_ids, valid, strict=True)]
         if labels is None:
             label_rows = [torch.full_like(ids, IGNORE_INDEX) for ids in ids_rows]
         else:
-            label_rows = [row[mask] for row, mask in zip(labels, valid, strict=True)]
+            label_rows = [row[mask] for row, mask in zip(labels.cpu(), valid, strict=True)]
 
         images_of_rows = assign_images([int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in ids_rows], len(images))
         # A row that takes an image and has no mark for it does not use it.
@@ -531,19 +533,20 @@ class LlavaMetaForCausalLM:
             ],
             left=getattr(self.config, "tokenizer_padding_side", "right") == "left",
         )
-        self.visual_index = prompts.images
+        self.visual_index = prompts.images.to(device)
+        mask = prompts.mask.to(device)
         gaps = self.prunes_before_decoder and self._pruner.position_ids == "original"
-        positions = prompts.positions if gaps else None
+        positions = original_positions(prompts, device) if gaps else None
         if position_ids is not None and not gaps:
-            positions = (prompts.mask.cumsum(1) - 1).masked_fill(~prompts.mask, 0)
+            positions = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
         return (
             None,
             positions,
             # Without a mask, gaps in the positions would be read as borders between packed sequences.
-            (prompts.mask if gaps else None) if attention_mask is None else prompts.mask.to(attention_mask.dtype),
+            (mask if gaps else None) if attention_mask is None else mask.to(attention_mask.dtype),
             past_key_values,
-            embed(prompts, self.get_model().embed_tokens),
-            None if labels is None else prompts.labels,
+            embed(prompts, lambda ids: self.get_model().embed_tokens(ids.to(device))),
+            None if labels is None else prompts.labels.to(device),
         )
 
     def _cached_spans(self, asked: Sequence[tuple[int, torch.Tensor, torch.Tensor]], images, image_sizes) -> list[Span]:
@@ -554,7 +557,11 @@ class LlavaMetaForCausalLM:
             return self._spans(asked, images, image_sizes)
         switch = None if self._pruning is None else self._pruning.fingerprint()
         sizes = [None] * len(images) if image_sizes is None else [tuple(map(int, size)) for size in image_sizes]
-        keys = [(content_key(images[image]), tuple(images[image].shape), sizes[image], switch) for image, _, _ in asked]
+        digests = content_digests([images[image] for image, _, _ in asked])
+        keys = [
+            (digest, images[image].dtype, tuple(images[image].shape), sizes[image], switch)
+            for digest, (image, _, _) in zip(digests, asked, strict=True)
+        ]
         spans: dict[object, Span | None] = {}
         for key in keys:
             if key in spans:
@@ -574,14 +581,16 @@ class LlavaMetaForCausalLM:
 
         Parameters
         ----------
-        asked : sequence of (image, ids (T,), labels (T,))
+        asked : sequence of (image, ids (T,), labels (T,)), the latter on the host
             Which of ``images``, and the row that asks about it.
         """
         numbers = list(dict.fromkeys(image for image, _, _ in asked))
         if len(numbers) == len(images):
             encoded = dict(enumerate(self.image_tokens(images, image_sizes)))
         else:
-            chosen = images[numbers] if isinstance(images, torch.Tensor) else [images[image] for image in numbers]
+            chosen = [images[image] for image in numbers]
+            if isinstance(images, torch.Tensor) and chosen:
+                chosen = torch.stack(chosen)  # an index would be brought to the GPU first
             sizes = None if image_sizes is None else [image_sizes[image] for image in numbers]
             encoded = dict(zip(numbers, self.image_tokens(chosen, sizes), strict=True)) if numbers else {}
         visual = [encoded[image] for image, _, _ in asked]
@@ -602,7 +611,7 @@ class LlavaMetaForCausalLM:
         asked = ids[behind & (ids != IMAGE_TOKEN_INDEX) & (labels == IGNORE_INDEX)]
         return PromptFacts(
             key=content_key(pixels) if "image_keys" in needs else None,
-            question=self.get_model().embed_tokens(asked) if "question" in needs else None,
+            question=self.get_model().embed_tokens(asked.to(image.features.device)) if "question" in needs else None,
             similarity=self._text_similarity(image, asked) if "text_similarity" in needs else None,
         )
 

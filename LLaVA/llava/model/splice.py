@@ -1,13 +1,15 @@
 """Where text and visual tokens stand in the prompts that a language model reads.
 
-A prompt is laid out as integers first: what each position holds, which image it belongs to, what is to be predicted and
-where it would stand if nothing had been dropped. The embeddings are then written into their places, once.
+A prompt is laid out as integers first, on the host, which has to know every length: what each position holds, which
+image it belongs to, what is to be predicted and where it would stand if nothing had been dropped. The embeddings are
+then written into their places on the device, once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +18,27 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.language_model.visual_drop import TEXT
 from llava.model.visual_cache import Span
 
-__all__ = ["Prompt", "Prompts", "assign_images", "embed", "lay_out", "stack"]
+__all__ = ["Prompt", "Prompts", "Visual", "assign_images", "embed", "lay_out", "original_positions", "stack"]
+
+
+class Visual(NamedTuple):
+    """An image's tokens in a row.
+
+    Attributes
+    ----------
+    begin : int
+        Where they begin.
+    place : int
+        Where they would begin if nothing had been dropped.
+    features : Tensor (k, D)
+    indices : Tensor (k,), int64
+        Where each stood among the image's tokens.
+    """
+
+    begin: int
+    place: int
+    features: torch.Tensor
+    indices: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -32,23 +54,26 @@ class Prompt:
     images : Tensor (T,), int64
         The image that each position belongs to, `TEXT` elsewhere.
     positions : Tensor (T,), int64
-        Where each position would stand if nothing had been dropped.
-    spans : tuple of (int, Tensor (k, D))
-        Where the visual tokens of each image begin, and their features.
+        Where the text would stand if nothing had been dropped; of visual tokens `visual` tells.
+    visual : tuple of Visual
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     images: torch.Tensor
     positions: torch.Tensor
-    spans: tuple[tuple[int, torch.Tensor], ...]
+    visual: tuple[Visual, ...]
 
     def cut(self, length: int | None) -> Prompt:
         """The first `length` positions; all of them for None."""
         if length is None or len(self.ids) <= length:
             return self
-        spans = tuple((begin, features[: length - begin]) for begin, features in self.spans if begin < length)
-        return Prompt(self.ids[:length], self.labels[:length], self.images[:length], self.positions[:length], spans)
+        visual = tuple(
+            Visual(begin, place, features[: length - begin], indices[: length - begin])
+            for begin, place, features, indices in self.visual
+            if begin < length
+        )
+        return Prompt(self.ids[:length], self.labels[:length], self.images[:length], self.positions[:length], visual)
 
 
 @dataclass(frozen=True)
@@ -59,8 +84,8 @@ class Prompts:
     ----------
     ids, labels, images, positions : Tensor (B, T), int64
     mask : Tensor (B, T), bool
-    spans : list of (row, begin, Tensor (k, D))
-        Where the visual tokens of each image begin, padding counted, and their features.
+    visual : list of (row, Visual)
+        With the padding counted where the tokens begin.
     """
 
     ids: torch.Tensor
@@ -68,7 +93,7 @@ class Prompts:
     images: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
-    spans: list[tuple[int, int, torch.Tensor]]
+    visual: list[tuple[int, Visual]]
 
 
 def lay_out(ids: torch.Tensor, labels: torch.Tensor, visual: Sequence[tuple[int, Span]]) -> Prompt:
@@ -77,17 +102,17 @@ def lay_out(ids: torch.Tensor, labels: torch.Tensor, visual: Sequence[tuple[int,
     Parameters
     ----------
     ids, labels : Tensor (T,), int64
-        Text with image marks, and what is to be predicted.
+        Text with image marks, and what is to be predicted; on the host.
     visual : sequence of (number, span)
         The images that the marks stand for.
     """
     marks = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
     stretches: list[tuple[torch.Tensor, ...]] = []  # of ids, labels, images and positions
-    spans = []
+    laid: list[Visual] = []
     begin = place = length = 0
     for end, image in zip([*marks, len(ids)], [*visual, None], strict=True):
         n = end - begin
-        images, positions = ids.new_full((n,), TEXT), torch.arange(place, place + n, device=ids.device)
+        images, positions = ids.new_full((n,), TEXT), torch.arange(place, place + n)
         stretches.append((ids[begin:end], labels[begin:end], images, positions))
         begin, place, length = end + 1, place + n, length + n
         if image is None:
@@ -95,10 +120,10 @@ def lay_out(ids: torch.Tensor, labels: torch.Tensor, visual: Sequence[tuple[int,
         number, span = image
         k = len(span.features)
         marked, unasked = ids.new_full((k,), IMAGE_TOKEN_INDEX), labels.new_full((k,), IGNORE_INDEX)
-        stretches.append((marked, unasked, ids.new_full((k,), number), place + span.indices.to(ids.device)))
-        spans.append((length, span.features))
+        stretches.append((marked, unasked, ids.new_full((k,), number), ids.new_zeros(k)))
+        laid.append(Visual(length, place, span.features, span.indices))
         place, length = place + span.total, length + k
-    return Prompt(*(torch.cat(column) for column in zip(*stretches, strict=True)), tuple(spans))
+    return Prompt(*(torch.cat(column) for column in zip(*stretches, strict=True)), tuple(laid))
 
 
 def stack(prompts: Sequence[Prompt], left: bool) -> Prompts:
@@ -111,10 +136,10 @@ def stack(prompts: Sequence[Prompt], left: bool) -> Prompts:
         images=_pad([prompt.images for prompt in prompts], TEXT, left),
         positions=_pad([prompt.positions for prompt in prompts], 0, left),
         mask=_pad([torch.ones_like(prompt.ids, dtype=torch.bool) for prompt in prompts], False, left),
-        spans=[
-            (row, begins[row] + begin, features)
+        visual=[
+            (row, visual._replace(begin=begins[row] + visual.begin))
             for row, prompt in enumerate(prompts)
-            for begin, features in prompt.spans
+            for visual in prompt.visual
         ],
     )
 
@@ -126,15 +151,24 @@ def embed(prompts: Prompts, embed_tokens: Callable[[torch.Tensor], torch.Tensor]
     ----------
     prompts : Prompts
     embed_tokens : callable
-        Ids (M,) -> (M, D); asked once.
+        Ids (M,) on the host -> (M, D); asked once.
     """
-    is_text = prompts.ids != IMAGE_TOKEN_INDEX
-    text = embed_tokens(prompts.ids[is_text])
+    places = (prompts.ids != IMAGE_TOKEN_INDEX).flatten().nonzero().flatten()
+    text = embed_tokens(prompts.ids.flatten()[places])
     embeds = text.new_zeros(*prompts.ids.shape, text.shape[-1])
-    embeds[is_text] = text
-    for row, begin, features in prompts.spans:
-        embeds[row, begin : begin + len(features)] = features.to(text)
+    embeds.view(-1, text.shape[-1])[places.to(text.device)] = text
+    for row, visual in prompts.visual:
+        embeds[row, visual.begin : visual.begin + len(visual.features)] = visual.features.to(text)
     return embeds
+
+
+def original_positions(prompts: Prompts, device: torch.device) -> torch.Tensor:
+    """Where each position (B, T) would stand if nothing had been dropped; 0 at padding."""
+    positions = prompts.positions.to(device)
+    for row, visual in prompts.visual:
+        end = visual.begin + len(visual.indices)
+        positions[row, visual.begin : end] = visual.place + visual.indices.to(device)
+    return positions
 
 
 def assign_images(marks_of_rows: Sequence[int], available: int) -> list[list[int]]:

@@ -170,9 +170,8 @@ def as_visual_tokens(
     layout = images[0].layout if alive is None and len({image.layout for image in images}) == 1 else None
 
     def stacked(values: list[torch.Tensor]) -> torch.Tensor:
-        if alive is not None:
-            values = [value[places.to(value.device)] for value, places in zip(values, alive, strict=True)]
-        return torch.stack(values).to(features.device)
+        whole = torch.stack(values).to(features.device)
+        return whole if alive is None else whole[torch.arange(len(alive), device=alive.device)[:, None], alive]
 
     fields = {name: stacked([image.notes[name] for image in images]) for name in images[0].notes}
     if all(image.layout is not None for image in images):

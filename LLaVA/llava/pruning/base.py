@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -405,18 +404,22 @@ class Pruner:
             )
         if tokens.k < 1:
             raise ValueError(f"At least one visual token must be kept, not k = {tokens.k}")
-        if not torch.isfinite(features).all():
-            raise ValueError("Visual tokens contain NaN or infinite values")
         missing = sorted(name for name in self.needs if getattr(tokens, name) is None)
         if missing:
             raise ValueError(
                 f"{type(self).__name__} needs {', '.join(missing)} beside the visual tokens, which only a model gives: "
                 "use BASELINE or pruning(model, ...)"
             )
-        for name in sorted(self.needs):
-            values: Mapping | torch.Tensor | tuple = getattr(tokens, name)
-            if isinstance(values, torch.Tensor) and not torch.isfinite(values).all():
-                raise ValueError(f"{name}, which {type(self).__name__} ranks by, contains NaN or infinite values")
+        read = {"features": features} | {name: getattr(tokens, name) for name in sorted(self.needs)}
+        read = {name: values for name, values in read.items() if isinstance(values, torch.Tensor)}
+        # One look at all of them: on a GPU the host waits at each.
+        finite = torch.stack([torch.isfinite(values).all() for values in read.values()]).tolist()
+        for name, is_finite in zip(read, finite, strict=True):
+            if is_finite:
+                continue
+            if name == "features":
+                raise ValueError("Visual tokens contain NaN or infinite values")
+            raise ValueError(f"{name}, which {type(self).__name__} ranks by, contains NaN or infinite values")
 
 
 def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -157,8 +157,8 @@ def rater_attention(
         Rows without one get zeros.
     """
     rows = []
-    for row in range(len(hidden)):
-        asking = raters[row].nonzero().flatten()[None]
+    for row, chosen in enumerate(raters.cpu()):  # one look at the whole batch
+        asking = chosen.nonzero().flatten()[None].to(hidden.device)
         if asking.shape[1] == 0:
             rows.append(torch.zeros(hidden.shape[1], device=hidden.device))
             continue

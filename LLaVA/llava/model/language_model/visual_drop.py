@@ -109,12 +109,10 @@ class Sequences:
     ) -> Sequences:
         """The embedded prompts (B, T, D), nothing dropped yet."""
         origin = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-        ordinal = torch.full_like(index, TEXT)
-        for row, images in enumerate(index):
-            for image in images.unique().tolist():
-                if image != TEXT:
-                    places = (images == image).nonzero().flatten()
-                    ordinal[row, places] = torch.arange(len(places), device=index.device)
+        # An image's tokens stand side by side, and begin where the number changes.
+        before = torch.nn.functional.pad(index, (1, 0), value=TEXT)[:, :-1]
+        begin = torch.where(index != before, origin, 0).cummax(dim=1).values
+        ordinal = torch.where(index == TEXT, TEXT, origin - begin)
         prompt = valid if prompt is None else prompt.bool() & valid
         return cls(hidden, valid, index, ordinal, origin, prompt, place=origin)
 
@@ -151,7 +149,7 @@ def drop_visual_tokens(
     merged = hidden.clone() if pruner.merges else hidden
     for members in _spans(rows.index, facts, alone=pruner.varies):
         row = torch.tensor([row for row, _, _ in members], device=hidden.device)[:, None]
-        places = torch.stack([place for _, _, place in members])  # (M, n)
+        places = torch.stack([place for _, _, place in members]).to(hidden.device)  # (M, n)
         keep[row, places] = False
         if fraction == 0:
             continue
@@ -196,10 +194,12 @@ def choose_raters(rows: Sequences, pruner: Pruner) -> torch.Tensor:
         Over the embedded prompts, before any drop.
     """
     chosen = torch.zeros_like(rows.valid)
-    for row, images in enumerate(rows.index):
+    device = chosen.device
+    for row, (images, prompt) in enumerate(zip(rows.index.cpu(), rows.prompt.cpu(), strict=True)):
         visual = images != TEXT
-        text = (~visual & rows.prompt[row] & (visual.cumsum(0) > 0)).nonzero().flatten()
-        if len(text) and bool(visual.any()):
+        text = (~visual & prompt & (visual.cumsum(0) > 0)).nonzero().flatten()
+        if len(text):
+            visual, text = visual.nonzero().flatten().to(device), text.to(device)
             chosen[row, text] = pruner.raters(rows.hidden[row, visual], rows.hidden[row, text])
     return chosen
 
@@ -218,9 +218,12 @@ def refuse_images_without_text(rows: Sequences, pruner: Pruner) -> None:
 def _spans(
     index: torch.Tensor, facts: Sequence[tuple[ImageTokens, PromptFacts]], alone: bool
 ) -> list[list[tuple[int, int, torch.Tensor]]]:
-    """Groups of (row, image, places) of the same size and layout, then and now; `alone`: every image by itself."""
+    """Groups of (row, image, places) of the same size and layout, then and now; `alone`: every image by itself.
+
+    Places are on the host.
+    """
     groups: dict[object, list[tuple[int, int, torch.Tensor]]] = {}
-    for row, images in enumerate(index):
+    for row, images in enumerate(index.cpu()):  # one look at the whole batch
         for image in images.unique().tolist():
             if image != TEXT:
                 places = (images == image).nonzero().flatten()

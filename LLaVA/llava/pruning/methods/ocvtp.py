@@ -194,24 +194,26 @@ class OCVTP(Pruner):
         if k >= n:
             return torch.arange(n, device=tokens.features.device).expand(len(tokens.features), n)
         chosen = []
-        for image in range(len(tokens.features)):
-            claimed = claims(self.slot_attention(tokens, image, k), self.top_k)
+        # One look at the whole batch: on a GPU the host waits at each.
+        for image, patches in enumerate(tokens.layer_features.any(dim=-1).sum(dim=-1).tolist()):
+            claimed = claims(self.slot_attention(tokens, image, k, patches), self.top_k)
             chosen.append(fill(claimed, self._padding(tokens, image), k))
         return torch.stack(chosen)
 
-    def slot_attention(self, tokens: VisualTokens, image: int, k: int) -> torch.Tensor:
+    def slot_attention(self, tokens: VisualTokens, image: int, k: int, patches: int | None = None) -> torch.Tensor:
         """How the slots share one image's tokens when ``k`` are kept: (S, N), float32, ``-inf`` for a newline.
 
-        One image at a time: in a batch, rounding could tip a choice that hangs on the last digit.
+        ``patches`` is how many of the tokens are no newlines, where that is known. One image at a time: in a batch,
+        rounding could tip a choice that hangs on the last digit.
         """
         features = tokens.layer_features[image : image + 1].float()
-        patches = features.any(dim=-1)  # (1, N)
+        is_patch = features.any(dim=-1)  # (1, N)
         network = self._files.network(features.device)
-        slots = max(1, min((k + self.has_cls) // self.top_k, int(patches.sum())))
+        slots = max(1, min((k + self.has_cls) // self.top_k, int(is_patch.sum()) if patches is None else patches))
         noise = slot_noise(self.seed, slots, network.config.slot_width).to(features.device)
         with torch.autocast(features.device.type, enabled=False):
-            attention = network(features, noise, patches)[1][0]
-        return attention.masked_fill(~patches, -torch.inf)
+            attention = network(features, noise, is_patch)[1][0]
+        return attention.masked_fill(~is_patch, -torch.inf)
 
     def _padding(self, tokens: VisualTokens, image: int) -> torch.Tensor | None:
         """What one image's unclaimed tokens are ranked by, (N,)."""

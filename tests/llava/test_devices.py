@@ -1,0 +1,176 @@
+"""Every method where the model lies on a GPU: nothing is left on the CPU, and the host waits rarely.
+
+Where there is no GPU it is a pretended one, which computes on the CPU and refuses what a GPU would.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava.model.visual_cache import VisualCache, content_digests
+from llava.pruning import available_methods, pruning
+from llava.pruning.registry import method_class
+from pretended_gpu import GPU, pretended_gpu
+from tiny_llava import build, pad_rows, pixels, prompt
+from tiny_ocvtp import save_pruner
+
+if torch.version.cuda is None:
+    pytest.skip("this PyTorch was built without CUDA", allow_module_level=True)
+
+SEVERAL = {"fitprune": 0.5, "pyramiddrop": 0.5, "sparsevlm": 0.6, "vtw": 0.5}
+METHODS = [(name, layer) for name in sorted(available_methods()) if name not in SEVERAL for layer in (0, 2)]
+METHODS = [(name, layer) for name, layer in METHODS if method_class(name).first_layer <= layer]
+METHODS += [(name, None) for name in SEVERAL]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    recipe = Path(__file__).parents[1] / "support" / "recipe_of_four_layers.json"
+    return {
+        "hiprune": {"object_layer": 1},
+        "cdpruner": {"relevance": "embeddings"},
+        "fitprune": {"recipe": str(recipe), "scale": True},
+        "ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))},
+    }
+
+
+def several_rows() -> dict:
+    """Rows with one, two and no images."""
+    rows = [prompt(3, 9, seed=1), prompt(6, 4, 5, seed=2), prompt(12, seed=3)]
+    ids, mask = pad_rows(rows, "left")
+    images = torch.cat([pixels(1, seed=4), pixels(2, seed=5), pixels(1, seed=6)])
+    return {"inputs": ids, "attention_mask": mask, "images": images}
+
+
+def crops() -> dict:
+    """Two rows, an image of several crops each."""
+    ids, mask = pad_rows([prompt(3, 5, seed=1), prompt(4, 4, seed=2)])
+    images = [pixels(3, seed=1), pixels(5, seed=2)]
+    return {"inputs": ids, "attention_mask": mask, "images": images, "image_sizes": [(112, 56), (84, 112)]}
+
+
+def on_gpu(asked: dict) -> dict:
+    def moved(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(GPU)
+        return [image.to(GPU) for image in value] if isinstance(value[0], torch.Tensor) else value
+
+    return {name: moved(value) for name, value in asked.items()}
+
+
+def answer(model, asked: dict, tokens: int = 4) -> list:
+    return model.generate(**asked, max_new_tokens=tokens, do_sample=False).tolist()
+
+
+@pytest.fixture
+def gpu():
+    with pretended_gpu() as pretended:
+        yield pretended
+
+
+@pytest.mark.parametrize("asked", [several_rows, crops])
+def test_every_method_answers_as_on_a_cpu(tower, options, asked):
+    anyres = {
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+    }
+    model = build(tower, **(anyres if asked is crops else {}))
+
+    def answers(asked: dict) -> dict:
+        found = {"unpruned": answer(model, asked)}
+        for method, layer in METHODS:
+            with pruning(model, method, ratio=SEVERAL.get(method, 0.3), layer=layer, **options.get(method, {})):
+                found[method, layer] = answer(model, asked)
+        return found
+
+    expected = answers(asked())
+    with pretended_gpu():
+        model.to(GPU)
+        assert answers(on_gpu(asked())) == expected
+
+
+class TestWaiting:
+    """How often the host looks at what the GPU computed: not once more for a larger batch."""
+
+    @pytest.fixture
+    def model(self, tower, gpu):
+        return build(tower).to(GPU)
+
+    def waits(self, model, gpu, batch: int, **switch) -> Counter:
+        ids = torch.stack([prompt(3, 9, seed=row) for row in range(batch)]).to(GPU)
+        asked = {"input_ids": ids, "images": pixels(batch).to(GPU), "logits_to_keep": 1}
+        with pruning(model, **switch) if switch else torch.no_grad():
+            gpu.waits.clear()
+            model(**asked)
+        return Counter(gpu.waits)
+
+    def test_a_prefill_without_pruning_waits_for_the_prompt_alone(self, model, gpu):
+        assert self.waits(model, gpu, 2) == self.waits(model, gpu, 7) == {"aten._to_copy.default": 1}
+
+    def test_otprune_waits_twice_more(self, model, gpu):
+        found = self.waits(model, gpu, 2, method="otprune", ratio=0.3)
+        assert found == self.waits(model, gpu, 7, method="otprune", ratio=0.3)
+        assert found.total() == 3
+
+    @pytest.mark.parametrize(("method", "layer"), METHODS, ids=str)
+    def test_a_larger_batch_waits_as_often(self, model, gpu, options, method, layer):
+        switch = {"method": method, "ratio": SEVERAL.get(method, 0.3), "layer": layer} | options.get(method, {})
+        few, many = (self.waits(model, gpu, batch, **switch) for batch in (2, 7))
+        # Random draws by the picture's content, the same on every machine: the host reads each.
+        assert many - few == (Counter({"aten._to_copy.default": 5}) if method == "random" else Counter())
+
+    def test_remembered_images_are_told_apart_by_one_look(self, model, gpu):
+        ids = torch.stack([prompt(3, 9, seed=row) for row in range(6)]).to(GPU)
+        model.visual_cache = VisualCache(2**20)
+        for hits in (0, 6):
+            gpu.waits.clear()
+            model(input_ids=ids, images=pixels(6).to(GPU), logits_to_keep=1)
+            assert model.visual_cache.hits == hits and len(gpu.waits) == 2
+
+
+class TestThePretendedGpu:
+    def test_refuses_tensors_of_both_devices(self, gpu):
+        with pytest.raises(RuntimeError, match=r"aten.add.Tensor of tensors on cuda:0 and on the CPU"):
+            torch.ones(3, device="cuda") + torch.ones(3)
+
+    def test_counts_what_the_host_waits_for(self, gpu):
+        x = torch.arange(4.0, device="cuda")
+        assert (x[x > 1].cpu().tolist(), float(x.sum()), x.device) == ([2, 3], 6, GPU)
+        assert gpu.waits == ["aten.index.Tensor", "aten._to_copy.default", "aten._local_scalar_dense.default"]
+
+    def test_has_memory_that_numpy_cannot_read(self, gpu):
+        with pytest.raises((TypeError, RuntimeError)):
+            torch.ones(3, device="cuda").numpy()
+
+
+class TestDigests:
+    @pytest.fixture(params=["cpu", "gpu"])
+    def digests(self, request):
+        if request.param == "cpu":
+            yield content_digests
+            return
+        with pretended_gpu():
+            yield lambda images: content_digests([image.to(GPU) for image in images])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_the_least_difference_is_seen(self, digests, dtype):
+        x = pixels(1)[0].to(dtype)
+        changed = x.clone()
+        changed[2, -1, -1] = torch.nextafter(changed[2, -1, -1].float(), torch.tensor(9.0)).to(dtype) + 0.01
+        negated, swapped = x.clone(), x.clone()
+        negated[0, 0, 0] *= -1
+        swapped[0, 0, :2] = x[0, 0, :2].flip(0)
+        found = digests([x, x.clone(), changed, negated, swapped, x.flip(0), torch.zeros_like(x)])
+        assert found[0] == found[1] and len(set(found)) == 6
+
+    def test_of_nothing_there_are_none(self, digests):
+        assert digests([]) == []
+
+    def test_strides_do_not_matter(self, digests):
+        x = pixels(1)[0]
+        assert len(set(digests([x, x.mT.contiguous().mT]))) == 1

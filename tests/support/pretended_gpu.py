@@ -1,0 +1,123 @@
+"""A GPU that is not there: tensors that say they lie on ``cuda:0`` and are computed on the CPU.
+
+What a GPU would refuse is refused, tensors of both devices in one operation above all, and each time that the host
+would wait for the device is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from llava.pruning import kernels
+from no_waiting import makes_the_host_wait
+
+GPU = torch.device("cuda:0")
+
+
+class _OnGpu(torch.Tensor):
+    """The face of a CPU tensor, which is in ``inner``."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=GPU,
+        )
+
+    def __init__(self, inner: torch.Tensor):
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"{self.inner!r} on {GPU}"
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        raise RuntimeError("outside of the pretended GPU's block")
+
+
+class PretendedGpu(TorchDispatchMode):
+    """Computes for the tensors on it.
+
+    Attributes
+    ----------
+    waits : list of str
+        The operations at which the host would have waited.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_gpu = [isinstance(tensor, _OnGpu) for tensor in tensors]
+        target = kwargs.get("device")
+        copies = operation in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        if any(on_gpu) and not copies:
+            # A number on the CPU may be read by a kernel, and may be an index of a tensor on the GPU.
+            others = [tensor for tensor, there in zip(tensors, on_gpu, strict=True) if not there and tensor.ndim]
+            if others:
+                raise RuntimeError(f"{operation} of tensors on {GPU} and on the CPU")
+        if target is not None:
+            kwargs["device"] = torch.device("cpu")
+        leaves_gpu = any(on_gpu) and target is not None and torch.device(target).type == "cpu"
+        if any(on_gpu) and (makes_the_host_wait(operation, args) or leaves_gpu):
+            self.waits.append(str(operation))
+        args, kwargs = tree_map_only(_OnGpu, lambda tensor: tensor.inner, (args, kwargs))
+        operation = ONLY_ON_GPUS.get(operation, operation)
+        found = operation(*args, **kwargs)
+        is_on_gpu = any(on_gpu) if target is None else torch.device(target).type == "cuda"
+        if operation is torch.ops.aten.copy_.default:
+            is_on_gpu = on_gpu[0]
+        return tree_map_only(torch.Tensor, _OnGpu, found) if is_on_gpu else found
+
+
+def _gru_cell(inputs, hidden, state, input_bias=None, hidden_bias=None):
+    """What a GPU has one kernel for: gates (B, 3 H) and the state (B, H) -> the next state, and what training needs."""
+    inputs = inputs if input_bias is None else inputs + input_bias
+    hidden = hidden if hidden_bias is None else hidden + hidden_bias
+    (reset, update, new), (own_reset, own_update, own_new) = inputs.chunk(3, 1), hidden.chunk(3, 1)
+    update = (update + own_update).sigmoid()
+    new = (new + (reset + own_reset).sigmoid() * own_new).tanh()
+    return new + update * (state - new), state.new_empty(0)
+
+
+ONLY_ON_GPUS = {torch.ops.aten._thnn_fused_gru_cell.default: _gru_cell}
+
+
+def _tensor(data, *, device=None, **options) -> torch.Tensor:
+    """`torch.tensor`, which goes past what a dispatch mode sees."""
+    made = _make_tensor(data, **options)
+    return made if device is None else made.to(device)
+
+
+_make_tensor = torch.tensor
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[PretendedGpu]:
+    """Inside the block "cuda" is a device. Selection goes by its plain versions: Triton needs a real one."""
+    torch._C._ensureCUDADeviceGuardSet()  # what does nothing where there is no GPU
+    with (
+        mock.patch.object(torch.__future__, "_overwrite_module_params_on_conversion", True),
+        mock.patch.object(torch, "tensor", _tensor),
+        mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
+        mock.patch.object(kernels, "_triton_serves", lambda device: False),
+        torch.no_grad(),
+        PretendedGpu() as gpu,
+    ):
+        yield gpu
