@@ -110,7 +110,7 @@ class TestWaiting:
         return Counter(gpu.waits)
 
     def test_a_prefill_without_pruning_waits_for_the_prompt_alone(self, model, gpu):
-        assert self.waits(model, gpu, 2) == self.waits(model, gpu, 7) == {"aten._to_copy.default": 1}
+        assert self.waits(model, gpu, 2) == self.waits(model, gpu, 7) == {"copied to the host": 1}
 
     def test_otprune_waits_twice_more(self, model, gpu):
         found = self.waits(model, gpu, 2, method="otprune", ratio=0.3)
@@ -122,14 +122,15 @@ class TestWaiting:
         switch = {"method": method, "ratio": SEVERAL.get(method, 0.3), "layer": layer} | options.get(method, {})
         few, many = (self.waits(model, gpu, batch, **switch) for batch in (2, 7))
         # Random draws by the picture's content, the same on every machine: the host reads each.
-        assert many - few == (Counter({"aten._to_copy.default": 5}) if method == "random" else Counter())
+        assert many - few == (Counter({"copied to the host": 5}) if method == "random" else Counter())
 
     def test_remembered_images_are_told_apart_by_one_look(self, model, gpu):
         ids = torch.stack([prompt(3, 9, seed=row) for row in range(6)]).to(GPU)
         model.visual_cache = VisualCache(2**20)
         for hits in (0, 6):
+            images = pixels(6).to(GPU)
             gpu.waits.clear()
-            model(input_ids=ids, images=pixels(6).to(GPU), logits_to_keep=1)
+            model(input_ids=ids, images=images, logits_to_keep=1)
             assert model.visual_cache.hits == hits and len(gpu.waits) == 2
 
 
@@ -141,7 +142,17 @@ class TestThePretendedGpu:
     def test_counts_what_the_host_waits_for(self, gpu):
         x = torch.arange(4.0, device="cuda")
         assert (x[x > 1].cpu().tolist(), float(x.sum()), x.device) == ([2, 3], 6, GPU)
-        assert gpu.waits == ["aten.index.Tensor", "aten._to_copy.default", "aten._local_scalar_dense.default"]
+        assert gpu.waits == ["aten.index.Tensor", "copied to the host", "aten._local_scalar_dense.default"]
+
+    def test_waits_for_copies_unless_it_is_told_not_to(self, gpu):
+        x = torch.ones(3)
+        for copy in (lambda: x.to(GPU), lambda: torch.tensor([1, 2], device=GPU), lambda: x.to(GPU)[[0, 2]]):
+            copy()
+        assert gpu.waits == ["copied to the GPU"] * 4
+        gpu.waits.clear()
+        x.to(GPU, non_blocking=True).to(GPU)
+        torch.zeros(3, device=GPU)
+        assert not gpu.waits
 
     def test_has_memory_that_numpy_cannot_read(self, gpu):
         with pytest.raises((TypeError, RuntimeError)):

@@ -18,6 +18,7 @@ from llava.pruning import kernels
 from no_waiting import makes_the_host_wait
 
 GPU = torch.device("cuda:0")
+COPY = torch.ops.aten.copy_.default
 
 
 class _OnGpu(torch.Tensor):
@@ -43,9 +44,22 @@ class _OnGpu(torch.Tensor):
     def tolist(self):
         return self.cpu().tolist()
 
+    def __getitem__(self, index):
+        return super().__getitem__(_with_tensors(index))
+
+    def __setitem__(self, index, value):
+        super().__setitem__(_with_tensors(index), value)
+
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         raise RuntimeError("outside of the pretended GPU's block")
+
+
+def _with_tensors(index):
+    """An index whose lists are brought to the GPU, as PyTorch does."""
+    if isinstance(index, list):
+        return torch.tensor(index).to(GPU)
+    return tuple(map(_with_tensors, index)) if isinstance(index, tuple) else index
 
 
 class PretendedGpu(TorchDispatchMode):
@@ -66,7 +80,7 @@ class PretendedGpu(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         on_gpu = [isinstance(tensor, _OnGpu) for tensor in tensors]
         target = kwargs.get("device")
-        copies = operation in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        copies = operation in (torch.ops.aten._to_copy.default, COPY)
         if any(on_gpu) and not copies:
             # A number on the CPU may be read by a kernel, and may be an index of a tensor on the GPU.
             others = [tensor for tensor, there in zip(tensors, on_gpu, strict=True) if not there and tensor.ndim]
@@ -74,15 +88,19 @@ class PretendedGpu(TorchDispatchMode):
                 raise RuntimeError(f"{operation} of tensors on {GPU} and on the CPU")
         if target is not None:
             kwargs["device"] = torch.device("cpu")
-        leaves_gpu = any(on_gpu) and target is not None and torch.device(target).type == "cpu"
-        if any(on_gpu) and (makes_the_host_wait(operation, args) or leaves_gpu):
+        is_on_gpu = any(on_gpu) if target is None else torch.device(target).type == "cuda"
+        if operation is COPY:
+            is_on_gpu = on_gpu[0]
+        # A copy waits for all that was launched before, whichever way it goes, unless it is told not to.
+        non_blocking = kwargs.get("non_blocking", operation is COPY and len(args) > 2 and args[2])
+        crosses = copies and len({*on_gpu, is_on_gpu}) > 1 and tensors[0].numel() > 0
+        if crosses and not (is_on_gpu and non_blocking):
+            self.waits.append(f"copied to the {'GPU' if is_on_gpu else 'host'}")
+        elif any(on_gpu) and makes_the_host_wait(operation, args):
             self.waits.append(str(operation))
         args, kwargs = tree_map_only(_OnGpu, lambda tensor: tensor.inner, (args, kwargs))
         operation = ONLY_ON_GPUS.get(operation, operation)
         found = operation(*args, **kwargs)
-        is_on_gpu = any(on_gpu) if target is None else torch.device(target).type == "cuda"
-        if operation is torch.ops.aten.copy_.default:
-            is_on_gpu = on_gpu[0]
         return tree_map_only(torch.Tensor, _OnGpu, found) if is_on_gpu else found
 
 

@@ -201,7 +201,7 @@ class OTPrune(Pruner):
         if not self.compat:
             return ot_select(tokens.features, tokens.k, self.gamma)
         chosen = [list(set(_published_order(image, tokens.k, self.gamma))) for image in tokens.features]
-        return torch.tensor(chosen, dtype=torch.int64, device=tokens.features.device)
+        return torch.tensor(chosen, dtype=torch.int64).to(tokens.features.device, non_blocking=True)
 
 
 def _published_order(features: torch.Tensor, k: int, gamma: float) -> list[int]:
@@ -533,8 +533,9 @@ class LlavaMetaForCausalLM:
             ],
             left=getattr(self.config, "tokenizer_padding_side", "right") == "left",
         )
-        self.visual_index = prompts.images.to(device)
-        mask = prompts.mask.to(device)
+        # Copies to a GPU wait for what it does, unless they are told not to.
+        self.visual_index = prompts.images.to(device, non_blocking=True)
+        mask = prompts.mask.to(device, non_blocking=True)
         gaps = self.prunes_before_decoder and self._pruner.position_ids == "original"
         positions = original_positions(prompts, device) if gaps else None
         if position_ids is not None and not gaps:
@@ -545,8 +546,8 @@ class LlavaMetaForCausalLM:
             # Without a mask, gaps in the positions would be read as borders between packed sequences.
             (mask if gaps else None) if attention_mask is None else mask.to(attention_mask.dtype),
             past_key_values,
-            embed(prompts, lambda ids: self.get_model().embed_tokens(ids.to(device))),
-            None if labels is None else prompts.labels.to(device),
+            embed(prompts, lambda ids: self.get_model().embed_tokens(ids.to(device, non_blocking=True))),
+            None if labels is None else prompts.labels.to(device, non_blocking=True),
         )
 
     def _cached_spans(self, asked: Sequence[tuple[int, torch.Tensor, torch.Tensor]], images, image_sizes) -> list[Span]:
@@ -609,9 +610,10 @@ class LlavaMetaForCausalLM:
         behind = (ids == IMAGE_TOKEN_INDEX).cumsum(0) > 0
         # What is to be predicted is no part of the question.
         asked = ids[behind & (ids != IMAGE_TOKEN_INDEX) & (labels == IGNORE_INDEX)]
+        embed_tokens = self.get_model().embed_tokens
         return PromptFacts(
             key=content_key(pixels) if "image_keys" in needs else None,
-            question=self.get_model().embed_tokens(asked.to(image.features.device)) if "question" in needs else None,
+            question=embed_tokens(asked.to(image.features.device, non_blocking=True)) if "question" in needs else None,
             similarity=self._text_similarity(image, asked) if "text_similarity" in needs else None,
         )
 
@@ -626,7 +628,8 @@ class LlavaMetaForCausalLM:
         question = question_text(self.prompt_tokenizer.decode(asked, skip_special_tokens=True))
         similarity = self._clip_text.similarity(image.notes["encoder_features"][None], question)[0]
         if image.layout is not None:
-            newlines = torch.cat([part.is_newline() for part in image.layout]).to(similarity.device)
+            newlines = torch.cat([part.is_newline() for part in image.layout])
+            newlines = newlines.to(similarity.device, non_blocking=True)
             similarity = similarity.masked_fill(newlines, similarity[~newlines].mean())
         return similarity
 

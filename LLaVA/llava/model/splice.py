@@ -156,7 +156,7 @@ def embed(prompts: Prompts, embed_tokens: Callable[[torch.Tensor], torch.Tensor]
     places = (prompts.ids != IMAGE_TOKEN_INDEX).flatten().nonzero().flatten()
     text = embed_tokens(prompts.ids.flatten()[places])
     embeds = text.new_zeros(*prompts.ids.shape, text.shape[-1])
-    embeds.view(-1, text.shape[-1])[places.to(text.device)] = text
+    embeds.view(-1, text.shape[-1])[places.to(text.device, non_blocking=True)] = text
     for row, visual in prompts.visual:
         embeds[row, visual.begin : visual.begin + len(visual.features)] = visual.features.to(text)
     return embeds
@@ -164,7 +164,7 @@ def embed(prompts: Prompts, embed_tokens: Callable[[torch.Tensor], torch.Tensor]
 
 def original_positions(prompts: Prompts, device: torch.device) -> torch.Tensor:
     """Where each position (B, T) would stand if nothing had been dropped; 0 at padding."""
-    positions = prompts.positions.to(device)
+    positions = prompts.positions.to(device, non_blocking=True)
     for row, visual in prompts.visual:
         end = visual.begin + len(visual.indices)
         positions[row, visual.begin : end] = visual.place + visual.indices.to(device)

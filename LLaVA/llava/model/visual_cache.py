@@ -42,7 +42,7 @@ def _weighted_sums(image: torch.Tensor) -> torch.Tensor:
 @lru_cache(maxsize=16)  # one a shape: crops differ in number
 def _weights(n: int, device: torch.device) -> torch.Tensor:
     drawn = torch.empty(2, n, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(n))
-    return (2 * drawn + 1).to(device)
+    return (2 * drawn + 1).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

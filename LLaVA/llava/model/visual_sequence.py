@@ -170,7 +170,7 @@ def as_visual_tokens(
     layout = images[0].layout if alive is None and len({image.layout for image in images}) == 1 else None
 
     def stacked(values: list[torch.Tensor]) -> torch.Tensor:
-        whole = torch.stack(values).to(features.device)
+        whole = torch.stack(values).to(features.device, non_blocking=True)
         return whole if alive is None else whole[torch.arange(len(alive), device=alive.device)[:, None], alive]
 
     fields = {name: stacked([image.notes[name] for image in images]) for name in images[0].notes}

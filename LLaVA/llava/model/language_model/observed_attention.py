@@ -158,7 +158,7 @@ def rater_attention(
     """
     rows = []
     for row, chosen in enumerate(raters.cpu()):  # one look at the whole batch
-        asking = chosen.nonzero().flatten()[None].to(hidden.device)
+        asking = chosen.nonzero().flatten()[None].to(hidden.device, non_blocking=True)
         if asking.shape[1] == 0:
             rows.append(torch.zeros(hidden.shape[1], device=hidden.device))
             continue

@@ -148,8 +148,8 @@ def drop_visual_tokens(
     source = torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden), 1)
     merged = hidden.clone() if pruner.merges else hidden
     for members in _spans(rows.index, facts, alone=pruner.varies):
-        row = torch.tensor([row for row, _, _ in members], device=hidden.device)[:, None]
-        places = torch.stack([place for _, _, place in members]).to(hidden.device)  # (M, n)
+        row = torch.tensor([row for row, _, _ in members])[:, None].to(hidden.device, non_blocking=True)
+        places = torch.stack([place for _, _, place in members]).to(hidden.device, non_blocking=True)  # (M, n)
         keep[row, places] = False
         if fraction == 0:
             continue
@@ -199,7 +199,8 @@ def choose_raters(rows: Sequences, pruner: Pruner) -> torch.Tensor:
         visual = images != TEXT
         text = (~visual & prompt & (visual.cumsum(0) > 0)).nonzero().flatten()
         if len(text):
-            visual, text = visual.nonzero().flatten().to(device), text.to(device)
+            visual = visual.nonzero().flatten().to(device, non_blocking=True)
+            text = text.to(device, non_blocking=True)
             chosen[row, text] = pruner.raters(rows.hidden[row, visual], rows.hidden[row, text])
     return chosen
 

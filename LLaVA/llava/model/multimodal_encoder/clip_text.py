@@ -102,7 +102,8 @@ class ClipText:
     def embed_text(self, text: str) -> torch.Tensor:
         """A text in CLIP's common space: (M, C), float32, one row a segment."""
         encoder, projection = self._text
-        segments = [torch.tensor(ids, device=projection.weight.device) for ids in self.segments(text)]
+        device = projection.weight.device
+        segments = [torch.tensor(ids).to(device, non_blocking=True) for ids in self.segments(text)]
         with torch.autocast(projection.weight.device.type, enabled=False):
             pooled = [encoder(input_ids=ids[None]).pooler_output for ids in segments]
             return projection(torch.cat(pooled))

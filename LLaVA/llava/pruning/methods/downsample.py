@@ -150,5 +150,5 @@ class Downsample(Pruner):
         batch, n, _ = tokens.features.shape
         owner, places = pooled_layout(tokens.layout or square_or_row(n), tokens.k)
         device = tokens.features.device
-        pooled = cell_means(tokens.features, owner.to(device), tokens.k)
-        return KeptTokens(pooled, places.to(device).repeat(batch, 1))
+        pooled = cell_means(tokens.features, owner.to(device, non_blocking=True), tokens.k)
+        return KeptTokens(pooled, places.to(device, non_blocking=True).repeat(batch, 1))

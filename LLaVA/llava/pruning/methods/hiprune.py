@@ -89,7 +89,7 @@ def anchors_buffers_registers(
     """
     by_object = object_attention.argsort(dim=-1, descending=True, stable=True)
     anchor = by_object[:, :anchors]
-    buffer = beside.to(anchor.device)[anchor].flatten(1)
+    buffer = beside.to(anchor.device, non_blocking=True)[anchor].flatten(1)
     rank = torch.zeros_like(by_object)
     rank.scatter_(1, buffer, 1)
     rank.scatter_(1, anchor, 2)

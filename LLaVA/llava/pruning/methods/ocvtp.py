@@ -210,9 +210,9 @@ class OCVTP(Pruner):
         is_patch = features.any(dim=-1)  # (1, N)
         network = self._files.network(features.device)
         slots = max(1, min((k + self.has_cls) // self.top_k, int(is_patch.sum()) if patches is None else patches))
-        noise = slot_noise(self.seed, slots, network.config.slot_width).to(features.device)
+        noise = slot_noise(self.seed, slots, network.config.slot_width)
         with torch.autocast(features.device.type, enabled=False):
-            attention = network(features, noise, is_patch)[1][0]
+            attention = network(features, noise.to(features.device, non_blocking=True), is_patch)[1][0]
         return attention.masked_fill(~is_patch, -torch.inf)
 
     def _padding(self, tokens: VisualTokens, image: int) -> torch.Tensor | None:
@@ -220,7 +220,8 @@ class OCVTP(Pruner):
         if self.pad == "none":
             return None
         if self.pad == "random":
-            values = self._drawn(tokens.image_keys[image], tokens.features.shape[1]).to(tokens.features.device)
+            values = self._drawn(tokens.image_keys[image], tokens.features.shape[1])
+            values = values.to(tokens.features.device, non_blocking=True)
         elif self.attention == "cls":
             values = tokens.cls_attention[image].mean(dim=-1)
         else:

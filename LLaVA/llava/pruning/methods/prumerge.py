@@ -27,7 +27,7 @@ def outlier_count(attention: torch.Tensor) -> int:
 
     Source: PruMerge, arXiv 2403.15388.
     """
-    quarters = torch.tensor([0.25, 0.75], device=attention.device)
+    quarters = torch.tensor([0.25, 0.75]).to(attention.device, non_blocking=True)
     lower, upper = attention.float().quantile(quarters)
     return int((attention > upper + 1.5 * (upper - lower)).sum())
 

@@ -31,7 +31,7 @@ class Random(Pruner):
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         drawn = [self._draw(key, tokens.features.shape[1], tokens.k) for key in tokens.image_keys]
-        return torch.stack(drawn).to(tokens.features.device)
+        return torch.stack(drawn).to(tokens.features.device, non_blocking=True)
 
     def _draw(self, image_key: int, n: int, k: int) -> torch.Tensor:
         digest = hashlib.sha256(f"{self.seed}:{image_key}".encode()).digest()
