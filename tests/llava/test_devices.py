@@ -6,6 +6,7 @@ Where there is no GPU it is a pretended one, which computes on the CPU and refus
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,8 +73,17 @@ def gpu():
         yield pretended
 
 
+@contextmanager
+def real_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("device", [pretended_gpu, real_gpu])
 @pytest.mark.parametrize("asked", [several_rows, crops])
-def test_every_method_answers_as_on_a_cpu(tower, options, asked):
+def test_every_method_answers_as_on_a_cpu(tower, options, asked, device):
     anyres = {
         "image_aspect_ratio": "anyres",
         "mm_patch_merge_type": "spatial_unpad",
@@ -89,7 +99,7 @@ def test_every_method_answers_as_on_a_cpu(tower, options, asked):
         return found
 
     expected = answers(asked())
-    with pretended_gpu():
+    with device():
         model.to(GPU)
         assert answers(on_gpu(asked())) == expected
 

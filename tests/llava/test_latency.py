@@ -138,6 +138,17 @@ class TestPrefill:
             assert row["ms"]["total"]["p95"] < 1e3 * 100
 
 
+def test_a_run_of_many_questions_may_ask_fewer_one_by_one(tiny):
+    rows = pope.measure(tiny, {}, images=3, questions=2, batches=[4], cache_bytes=10**7, images_one_by_one=1)
+    assert [(row["batch"], row["cached"], row["samples"], row["hits"]) for row in rows] == [
+        (1, False, 2, 0),
+        (1, True, 2, 1),
+        (4, False, 6, 0),
+        (4, True, 6, 3),
+    ]
+    assert all(row["same_answers"] == 1 for row in rows)
+
+
 def test_a_run_of_many_questions_answers_alike_in_every_setting(tiny):
     rows = pope.measure(tiny, read_methods(["otprune"], 0.25), images=2, questions=3, batches=[4], cache_bytes=10**7)
     settings = [(1, False), (1, True), (4, False), (4, True)]

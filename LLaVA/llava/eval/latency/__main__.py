@@ -99,6 +99,7 @@ def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[s
             questions=questions,
             batches=arguments.batch,
             cache_bytes=arguments.cache_mib * 2**20,
+            images_one_by_one=arguments.pope_one_by_one,
         )
         table += f"\n\n{images} pictures, {questions} questions each:\n\n{markdown(_run_columns(), asked)}"
         rows += [row | {"run": "pope"} for row in asked]
@@ -200,6 +201,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--new-tokens", type=positive, default=32, help="default: 32")
     questions = "also answer Q questions about each of I pictures, such as 500x18"
     one.add_argument("--pope", type=_pope, metavar="IxQ", help=questions)
+    fewer = (
+        "pictures that its runs of batch 1 are asked about, whose samples a second do not depend on it; default: all"
+    )
+    one.add_argument("--pope-one-by-one", type=positive, metavar="I", help=fewer)
     one.add_argument("--cache-mib", type=positive, default=256, help="what the cache may hold; default: 256")
 
     one = command("suite", "embedded benchmarks through lmms-eval", ["otprune"], None)

@@ -36,6 +36,7 @@ def measure(
     questions: int,
     batches: Sequence[int],
     cache_bytes: int,
+    images_one_by_one: int | None = None,
 ) -> list[dict[str, Any]]:
     """Answer ``questions`` about each of ``images`` pictures, with every batch size, with and without a cache.
 
@@ -49,13 +50,16 @@ def measure(
         Batch 1 without a cache, to which all is compared, runs in any case.
     cache_bytes : int
         What the cache may hold.
+    images_one_by_one : int, optional
+        How many of the pictures the runs of batch 1 ask about, whose samples a second do not depend on it.
 
     Returns
     -------
     list of dict
         One a method and setting: "method", "batch", "cached", "seconds", "samples_per_second", "times_plain" (samples a
         second, over those of the same method in batches of 1 without a cache), "times_unpruned" (over those of the
-        unpruned model so), "hits", "misses", and "same_answers", the share equal to that first run's.
+        unpruned model so), "samples", "hits", "misses", and "same_answers", the share equal to that first run's, of
+        what that run was asked.
     """
     settings = dict.fromkeys(Setting(batch, cached) for batch in (1, *batches) for cached in (False, True))
     pairs = [(image, image * questions + number) for image in range(images) for number in range(questions)]
@@ -69,19 +73,21 @@ def measure(
                 model.visual_cache = None
                 _ask(model, pairs[: setting.batch])  # warms up
                 model.visual_cache = VisualCache(cache_bytes) if setting.cached else None
-                answers, seconds = _run(model, pairs, setting, f"{name}, batch {setting.batch}")
+                asked = pairs if setting.batch > 1 or not images_one_by_one else pairs[: images_one_by_one * questions]
+                answers, seconds = _run(model, asked, setting, f"{name}, batch {setting.batch}")
                 plain = plain or answers
                 cache = model.visual_cache
-                speed = len(pairs) / seconds
+                speed = len(asked) / seconds
                 row = {
                     "method": name,
                     "batch": setting.batch,
                     "cached": setting.cached,
                     "seconds": seconds,
+                    "samples": len(asked),
                     "samples_per_second": speed,
                     "hits": cache.hits if cache else 0,
-                    "misses": cache.misses if cache else len(pairs),
-                    "same_answers": sum(map(lambda a, b: a == b, answers, plain)) / len(pairs),
+                    "misses": cache.misses if cache else len(asked),
+                    "same_answers": sum(map(lambda a, b: a == b, answers, plain)) / len(plain),
                 }
                 rows.append(row)
                 own = next(other for other in rows if other["method"] == name)
