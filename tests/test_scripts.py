@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("run_OTPrune.sh", "LLaVA/scripts", "LLaVA/pyproject.toml", "LLaVA/constraints.txt", "lmms_eval")
-SCRIPTS = ("run_OTPrune.sh", "tests/run.sh", ".ci/run", "LLaVA/scripts/setup.sh")
+SCRIPTS = ("run_OTPrune.sh", "tests/run.sh", ".ci/run", "LLaVA/scripts/setup.sh", "LLaVA/scripts/measure_gpu.sh")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -68,6 +68,23 @@ def pip_calls(clone: Path) -> list[str]:
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_are_valid_bash(name):
     assert subprocess.run(["bash", "-n", str(ROOT / name)], check=False).returncode == 0
+
+
+class TestMeasuringAGpu:
+    def measure(self, clone, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return bash(clone, "LLaVA/scripts/measure_gpu.sh", *arguments, CUDA_VISIBLE_DEVICES="", **environment)
+
+    def test_help_tells_what_it_does(self, clone):
+        done = self.measure(clone, "--help")
+        assert done.returncode == 0 and "bash LLaVA/scripts/measure_gpu.sh [DIR]" in done.stdout
+
+    def test_a_machine_without_a_gpu_is_told_in_one_sentence(self, clone, tmp_path):
+        done = self.measure(clone, str(tmp_path / "results"))
+        assert (done.returncode, done.stderr) == (2, "measure_gpu.sh: PyTorch sees no GPU on this machine\n")
+
+    def test_an_unknown_option_is_named(self, clone):
+        done = self.measure(clone, "--fast")
+        assert done.returncode == 2 and "unknown option --fast" in done.stderr
 
 
 class TestBeforeSetUp:

@@ -16,7 +16,8 @@ from golden_features import load_features
 from llava.model import llava_arch
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
 from llava.pruning.kernels import fused, gram, host
-from llava.pruning.methods.divprune import max_min_select
+from llava.pruning.methods import divprune
+from llava.pruning.methods.divprune import cosine_similarity, max_min_select
 from no_waiting import no_waiting
 from selections import assert_is_greedy
 
@@ -158,6 +159,27 @@ class TestGram:
         assert found.dtype == dtype
         # some units in the last place of a sum of 40 terms
         torch.testing.assert_close(found, x @ x.mT, rtol=10 * torch.finfo(dtype).eps, atol=100 * torch.finfo(dtype).eps)
+
+
+class TestCosine:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("view", [lambda x: x, lambda x: x.mT, lambda x: x[:, ::3]], ids=["plain", "mT", "strided"])
+    def test_it_is_the_plain_one(self, view, dtype, monkeypatch):
+        x = view(random(3, 30, 40).to(dtype)).clone(memory_format=torch.preserve_format)
+        x[1, 4] = 0
+        x[2, 3] *= 1e-3
+        before = x.clone()
+        found = cosine_similarity(x)
+        assert torch.equal(x, before) and found.dtype == torch.float32
+        monkeypatch.setattr(divprune, "fused", lambda name, tensor: None)
+        torch.testing.assert_close(found, cosine_similarity(x), rtol=1e-5, atol=1e-6)
+        assert not found[1, 4].any()
+
+    def test_what_is_not_finite_touches_its_own_token_alone(self):
+        x = random(1, 9, 5)
+        x[0, 2, 1] = torch.nan
+        touched = cosine_similarity(x)[0].isnan()
+        assert touched[2].all() and touched[:, 2].all() and touched.sum() == 9 + 8
 
 
 class TestPlainVersion:

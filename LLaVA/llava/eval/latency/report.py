@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llava.eval.plots.drawing import new_figure, styles
 from llava.runtime import device_name
 
 NOT_MEASURED = "not measured"
@@ -74,23 +75,29 @@ class Report:
 
 def _draw(points: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
     try:
-        import matplotlib
-    except ImportError:
-        print(f"{file.name} was not drawn: pip install matplotlib (or llava[figures])")
+        figure = new_figure(3.6 * len(points), 3.4)
+    except ImportError as error:
+        print(f"{file.name} was not drawn: {error}")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
-    figure, axes = pyplot.subplots(1, len(points), figsize=(4 * len(points), 3.2), squeeze=False)
-    for plot, (axis, rows) in zip(axes[0], points.items(), strict=True):
-        for method in dict.fromkeys(row["method"] for row in rows):
+    plain = StrMethodFormatter("{x:g}")
+    plots = figure.subplots(1, len(points), squeeze=False)[0]
+    for plot, (axis, rows) in zip(plots, points.items(), strict=True):
+        for method, style in styles(row["method"] for row in rows).items():
             own = [row for row in rows if row["method"] == method]
-            plot.plot([row[axis.lower()] for row in own], [row["ms"]["median"] for row in own], "o-", label=method)
-        plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms, this machine")
-    axes[0, 0].legend(fontsize="small")
-    figure.tight_layout()
+            sizes, times = [row[axis.lower()] for row in own], [row["ms"]["median"] for row in own]
+            plot.plot(sizes, times, label=method, **style)
+        # Along N the share that is kept stays.
+        fixed = ["batch"] if axis == "N" else [name for name in ("N", "k", "batch") if name != axis]
+        title = ", ".join(f"{name} = {rows[0][name.lower()]}" for name in fixed)
+        plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms, this machine", title=title)
+        plot.xaxis.set(major_locator=FixedLocator(sorted({row[axis.lower()] for row in rows})))
+        plot.xaxis.set(minor_locator=NullLocator(), major_formatter=plain)
+        plot.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter=plain)
+        plot.grid(alpha=0.25)
+    plots[0].legend(fontsize="small")
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)
 
 
 def markdown(columns: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

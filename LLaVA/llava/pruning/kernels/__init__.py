@@ -26,7 +26,7 @@ _ON_GPU = {
     "ot_kernel": "symmetric",
     "cosine_similarity": "symmetric",
 }
-_ON_CPU = {"greedy_select": "host", "max_min_select": "host", "gram": "host", "ot_select": "host"}
+_ON_CPU = dict.fromkeys(("greedy_select", "max_min_select", "gram", "ot_select", "cosine_similarity"), "host")
 _READS_AS_FLOAT32 = ("ot_kernel", "ot_select", "cosine_similarity")
 
 

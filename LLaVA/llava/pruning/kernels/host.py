@@ -27,6 +27,20 @@ def gram(x: torch.Tensor) -> torch.Tensor:
 
 
 @np.errstate(all="ignore")
+def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
+    """Cosine of every pair of tokens: (B, N, D), floating -> (B, N, N), float32; 0 beside a token of zeros.
+
+    All of it in NumPy: threads of PyTorch and of NumPy's BLAS, in turns, would wait for each other.
+    """
+    similarity = torch.empty(len(features), features.shape[1], features.shape[1])
+    for image, place in zip(_arrays(features.float()), similarity.numpy(), strict=True):
+        norm = np.sqrt(np.einsum("nd,nd->n", image, image))
+        unit = image / np.maximum(norm, 1e-12)[:, None]  # as torch.nn.functional.normalize
+        np.matmul(unit, unit.T, out=place)
+    return similarity
+
+
+@np.errstate(all="ignore")
 def ot_select(features: torch.Tensor, k: int, gamma: float) -> torch.Tensor:
     """``greedy_select(ot_kernel(features, gamma), k)`` without the kernel: (B, N, D), floating -> (B, k), int64."""
     return _stack(greedy_order(*_ot_rows(image, gamma), k) for image in _arrays(features.float()))

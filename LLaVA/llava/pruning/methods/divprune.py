@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from llava.pruning.base import Pruner, VisualTokens
-from llava.pruning.kernels import fused, gram
+from llava.pruning.kernels import fused
 
 
 def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
         return fast(features)
     with torch.autocast(features.device.type, enabled=False):
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
-        return gram(unit)
+        return unit @ unit.mT
 
 
 def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
