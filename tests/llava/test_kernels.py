@@ -298,6 +298,14 @@ class TestMachineCode:
             one.metadata.name == "_greedy" and n > 1024 for one in compiled
         ]
 
+    def test_images_of_many_sizes_share_their_kernels(self, capability):
+        with compiled_for(capability) as compiled:
+            for n in (1040, 1499, 1500, 2144, 2341, 2880):  # blocks an image: 9 to 23
+                greedy.greedy_select(symmetric.ot_kernel(torch.ones(1, n, 32), 0.01), 40)
+        # What 16 divides has wider loads; two tilings, S and the kernel.
+        for name, most in {"_greedy": 2, "_normalise": 2, "_multiply": 2 * 2 * 2}.items():
+            assert len({one.hash for one in compiled if one.metadata.name == name}) <= most
+
     @pytest.mark.parametrize("count", [1, 132], ids=["one block", "several blocks"])
     def test_the_greedy_keeps_its_numbers_in_registers(self, capability, count, tmp_path, monkeypatch):
         monkeypatch.setattr(kernels, "multiprocessors", lambda device: count)

@@ -67,8 +67,9 @@ def select_in_shape(kernel: torch.Tensor, k: int, shape: Shape) -> torch.Tensor:
             n,
             pitch,
             k,
+            shape.blocks,
             EXHAUSTED=kernels.EXHAUSTED,
-            BLOCKS=shape.blocks,
+            SEVERAL=shape.blocks > 1,
             COLUMNS=shape.columns,
             ROWS=shape.rows,
             LANES=32 * shape.warps,
@@ -89,21 +90,22 @@ def _greedy(
     n,
     pitch,
     k,
+    blocks,
     EXHAUSTED: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    SEVERAL: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Steps of `greedy_select` for one block's columns of one image.
 
-    kernel (B, N, N) and factor (B, k, pitch), float32; bids (B, k, BLOCKS) of zeros and order (B, k), int64.
+    kernel (B, N, N) and factor (B, k, pitch), float32; bids (B, k, blocks) of zeros and order (B, k), int64.
     """
-    image = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    block = tl.program_id(0) % BLOCKS
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     kernel += image * n * n
     factor += image * k * pitch
-    bids += image * k * BLOCKS
+    bids += image * k * blocks
     order += image * k
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < n
@@ -112,8 +114,8 @@ def _greedy(
     latest = factor
     for step in range(k):
         best = lowest_of_largest(gain, columns)
-        if BLOCKS > 1:
-            best = _agree(best, bids + step * BLOCKS, block, BLOCKS, LANES)
+        if SEVERAL:
+            best = _agree(best, bids + step * blocks, block, blocks, LANES)
         chosen = rank_index(best)
         pivot = rank_value(best)
         exhausted = tl.where(step == 0, EXHAUSTED * pivot, exhausted)
@@ -139,7 +141,7 @@ def _greedy(
 
 
 @triton.jit
-def _agree(bid, bids, block, BLOCKS: tl.constexpr, LANES: tl.constexpr):
+def _agree(bid, bids, block, blocks, LANES: tl.constexpr):
     """The largest of all blocks' bids: every block leaves its own and waits for those of the others.
 
     A bid is never 0, which stands for one that has not come yet. One thread reads one bid, with LANES threads a block.
@@ -147,7 +149,7 @@ def _agree(bid, bids, block, BLOCKS: tl.constexpr, LANES: tl.constexpr):
     # Released behind the barrier, the bid says that this block's rows of the factor are written.
     tl.atomic_xchg(bids + block, bid, sem="release")
     lanes = tl.arange(0, LANES)
-    there = lanes < BLOCKS
+    there = lanes < blocks
     seen = tl.atomic_add(bids + lanes, tl.zeros_like(lanes).to(tl.int64), mask=there, sem="acquire")
     seen = tl.where(there, seen, bid)
     while tl.min(tl.where(seen == 0, 0, 1), axis=0) == 0:
