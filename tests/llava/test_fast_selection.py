@@ -175,6 +175,15 @@ class TestCosine:
         torch.testing.assert_close(found, cosine_similarity(x), rtol=1e-5, atol=1e-6)
         assert not found[1, 4].any()
 
+    def test_it_is_float32_whatever_the_default_is(self):
+        x = random(1, 9, 5)
+        expected, usual = cosine_similarity(x), torch.get_default_dtype()
+        torch.set_default_dtype(torch.float16)
+        try:
+            assert torch.equal(cosine_similarity(x), expected)
+        finally:
+            torch.set_default_dtype(usual)
+
     def test_what_is_not_finite_touches_its_own_token_alone(self):
         x = random(1, 9, 5)
         x[0, 2, 1] = torch.nan

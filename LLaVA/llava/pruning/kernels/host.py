@@ -32,7 +32,8 @@ def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
 
     All of it in NumPy: threads of PyTorch and of NumPy's BLAS, in turns, would wait for each other.
     """
-    similarity = torch.empty(len(features), features.shape[1], features.shape[1])
+    batch, n, _ = features.shape
+    similarity = torch.empty(batch, n, n, dtype=torch.float32)
     for image, place in zip(_arrays(features.float()), similarity.numpy(), strict=True):
         norm = np.sqrt(np.einsum("nd,nd->n", image, image))
         unit = image / np.maximum(norm, 1e-12)[:, None]  # as torch.nn.functional.normalize

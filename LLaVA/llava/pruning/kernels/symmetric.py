@@ -117,7 +117,7 @@ def normalised(x: torch.Tensor, dim: int) -> Split:
 def product(x: Split, factor: float = 1.0, add_identity: bool = False) -> torch.Tensor:
     """``factor x x^T``, plus the identity where that is wanted, of every image: (B, N, N), float32."""
     batch, n, _ = x.high.shape
-    found = torch.empty(batch, n, n, device=x.high.device)
+    found = torch.empty(batch, n, n, dtype=torch.float32, device=x.high.device)
     _multiply_tiles(x, found, None, factor, add_identity)
     return found
 
