@@ -171,9 +171,14 @@ class TestCosine:
         before = x.clone()
         found = cosine_similarity(x)
         assert torch.equal(x, before) and found.dtype == torch.float32
+        assert torch.equal(found, gram(torch.nn.functional.normalize(x.float().contiguous(), dim=-1)))
         monkeypatch.setattr(divprune, "fused", lambda name, tensor: None)
         torch.testing.assert_close(found, cosine_similarity(x), rtol=1e-5, atol=1e-6)
         assert not found[1, 4].any()
+
+    def test_wide_tokens_are_normalised_one_by_one(self):
+        x = random(2, 3, 70_000)
+        assert torch.equal(cosine_similarity(x), gram(torch.nn.functional.normalize(x, dim=-1)))
 
     def test_it_is_float32_whatever_the_default_is(self):
         x = random(1, 9, 5)

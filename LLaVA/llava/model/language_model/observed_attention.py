@@ -160,7 +160,7 @@ def rater_attention(
     for row, chosen in enumerate(raters.cpu()):  # one look at the whole batch
         asking = chosen.nonzero().flatten()[None].to(hidden.device, non_blocking=True)
         if asking.shape[1] == 0:
-            rows.append(torch.zeros(hidden.shape[1], device=hidden.device))
+            rows.append(hidden.new_zeros(hidden.shape[1], dtype=torch.float32))
             continue
         own = slice(row, row + 1)
         turned = tuple(part[own] if len(part) > 1 else part for part in rotary)

@@ -17,6 +17,9 @@ from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM
 BLOCK = 64
 """How many kernel rows are computed at once: enough for a matrix product, few enough to be used up."""
 
+PARALLEL = 32767
+"""Numbers that PyTorch handles with one thread."""
+
 
 def gram(x: torch.Tensor) -> torch.Tensor:
     """``x x^T`` of every image: (B, N, D) -> (B, N, N), both float32."""
@@ -30,13 +33,14 @@ def gram(x: torch.Tensor) -> torch.Tensor:
 def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
     """Cosine of every pair of tokens: (B, N, D), floating -> (B, N, N), float32; 0 beside a token of zeros.
 
-    All of it in NumPy: threads of PyTorch and of NumPy's BLAS, in turns, would wait for each other.
+    To the last bit `torch.nn.functional.normalize` and `gram`: methods that rank by cosines meet ties that rounding
+    decides.
     """
     batch, n, _ = features.shape
+    features = features.detach().float().contiguous()
     similarity = torch.empty(batch, n, n, dtype=torch.float32)
-    for image, place in zip(_arrays(features.float()), similarity.numpy(), strict=True):
-        norm = np.sqrt(np.einsum("nd,nd->n", image, image))
-        unit = image / np.maximum(norm, 1e-12)[:, None]  # as torch.nn.functional.normalize
+    for image, norm, place in zip(features.numpy(), _norms(features).numpy(), similarity.numpy(), strict=True):
+        unit = image / np.maximum(norm, np.float32(1e-12))
         np.matmul(unit, unit.T, out=place)
     return similarity
 
@@ -113,6 +117,19 @@ def max_min_order(distance: np.ndarray, k: int) -> list[int]:
         chosen = int(nearest.argmax())
         order.append(chosen)
     return order
+
+
+def _norms(features: torch.Tensor) -> torch.Tensor:
+    """Euclidean norm of every token: (B, N, D) -> (B, N, 1), float32.
+
+    Some tokens at a time, too few for PyTorch to start its threads, for which those of NumPy's BLAS would have to wait.
+    """
+    tokens = features.flatten(0, 1)
+    norms = tokens.new_empty(len(tokens), 1)
+    few = max(1, PARALLEL // tokens.shape[1])
+    for part, place in zip(tokens.split(few), norms.split(few), strict=True):
+        torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=place)
+    return norms.view(*features.shape[:2], 1)
 
 
 def _nearest_neighbour(distance: np.ndarray) -> np.ndarray:
