@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava.eval.latency.__main__ import main
 from llava.model.visual_cache import VisualCache, content_digests
 from llava.pruning import available_methods, pruning
 from llava.pruning.registry import method_class
-from pretended_gpu import GPU, pretended_gpu
+from pretended_gpu import GPU, NAME, pretended_cuda, pretended_gpu
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_ocvtp import save_pruner
 
@@ -108,8 +109,10 @@ class TestWaiting:
     """How often the host looks at what the GPU computed: not once more for a larger batch."""
 
     @pytest.fixture
-    def model(self, tower, gpu):
-        return build(tower).to(GPU)
+    def model(self, tower, request):
+        built = build(tower)  # checkpoints are read without the pretended GPU
+        request.getfixturevalue("gpu")
+        return built.to(GPU)
 
     def waits(self, model, gpu, batch: int, **switch) -> Counter:
         ids = torch.stack([prompt(3, 9, seed=row) for row in range(batch)]).to(GPU)
@@ -142,6 +145,33 @@ class TestWaiting:
             gpu.waits.clear()
             model(input_ids=ids, images=images, logits_to_keep=1)
             assert model.visual_cache.hits == hits and len(gpu.waits) == 2
+
+
+class TestLatency:
+    """The commands that measure a GPU, from end to end."""
+
+    def table(self, tmp_path, *command: str) -> list[dict[str, str]]:
+        with pretended_cuda():
+            assert main([*command, "--device", "cuda", "--output", str(tmp_path)]) == 0
+        text = (tmp_path / f"{command[0]}.md").read_text()
+        assert NAME in text
+        header, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+        return [dict(zip(header, row, strict=True)) for row in rows if len(row) == len(header) and row != header]
+
+    def test_select_tells_milliseconds_and_memory(self, gpu, tmp_path):
+        rows = self.table(tmp_path, "select", "--sizes", "24:4x2", "--width", "8", "--repetitions", "1", "--curve")
+        assert [row["method"] for row in rows] == ["published", "otprune", "divprune", "dpp"]
+        assert all(row["peak MiB"] == "7.0" and "/" in row["ms"] for row in rows)
+
+    @pytest.mark.parametrize("command", ["prefill", "generate"])
+    def test_prefill_and_generate_split_the_time(self, gpu, tmp_path, command):
+        options = ["--batch", "2", "--repetitions", "1", "--dtype", "float32", "--methods", "otprune", "fastv@2"]
+        options += ["--new-tokens", "2", "--pope", "2x2"] if command == "generate" else []
+        rows = self.table(tmp_path, command, *options)
+        assert [row["method"] for row in rows[:3]] == ["unpruned", "otprune", "fastv@2"]
+        for row in rows[:3]:
+            assert all("/" in row[f"{part}, ms"] for part in ("ttft", "vision", "selection", "prefill"))
+            assert row["peak MiB"] == "7.0"
 
 
 class TestThePretendedGpu:

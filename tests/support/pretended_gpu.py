@@ -6,11 +6,14 @@ would wait for the device is counted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -119,11 +122,38 @@ ONLY_ON_GPUS = {torch.ops.aten._thnn_fused_gru_cell.default: _gru_cell}
 
 def _tensor(data, *, device=None, **options) -> torch.Tensor:
     """`torch.tensor`, which goes past what a dispatch mode sees."""
-    made = _make_tensor(data, **options)
-    return made if device is None else made.to(device)
+    if device is None:  # inside a device's block it is made there
+        modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+        device = modes[-1].device if modes else "cpu"
+    return _make_tensor(data, device="cpu", **options).to(device)
 
 
 _make_tensor = torch.tensor
+
+
+class _Event:
+    """A moment on the host's clock: what was launched is done."""
+
+    def __init__(self, enable_timing: bool = False):
+        self._moment = 0.0
+
+    def record(self, stream=None) -> None:
+        self._moment = time.perf_counter()
+
+    def elapsed_time(self, later: _Event) -> float:
+        return 1e3 * (later._moment - self._moment)
+
+
+NAME, PEAK = "a pretended GPU", 7 * 2**20
+CUDA = {
+    "is_available": lambda: True,
+    "get_device_name": lambda device=None: NAME,
+    "synchronize": lambda device=None: None,
+    "current_stream": lambda device=None: None,
+    "reset_peak_memory_stats": lambda device=None: None,
+    "max_memory_allocated": lambda device=None: PEAK,
+    "Event": _Event,
+}
 
 
 @contextmanager
@@ -131,11 +161,20 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
     """Inside the block "cuda" is a device. Selection goes by its plain versions: Triton needs a real one."""
     torch._C._ensureCUDADeviceGuardSet()  # what does nothing where there is no GPU
     with (
+        mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
+        # Tensors made in inference mode would have to be told so.
+        mock.patch.object(torch._C, "_InferenceMode", lambda mode: torch.no_grad()),
         mock.patch.object(torch.__future__, "_overwrite_module_params_on_conversion", True),
         mock.patch.object(torch, "tensor", _tensor),
-        mock.patch.object(torch.cuda, "_lazy_init", lambda: None),
         mock.patch.object(kernels, "_triton_serves", lambda device: False),
         torch.no_grad(),
         PretendedGpu() as gpu,
     ):
         yield gpu
+
+
+@contextmanager
+def pretended_cuda() -> Iterator[None]:
+    """Inside the block `torch.cuda` answers as with a GPU, for what measures one."""
+    with mock.patch.multiple(torch.cuda, **CUDA):
+        yield
