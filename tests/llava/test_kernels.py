@@ -18,10 +18,15 @@ from counting import count
 from golden import golden_root
 from golden_features import load_features
 from interpreted import in_turns, interpreter
+from live_bytes import LiveBytes
+from llava.model import llava_arch
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
 from llava.pruning import kernels, select
+from llava.pruning.base import VisualTokens
 from llava.pruning.kernels import greedy, max_min, symmetric
+from llava.pruning.methods import divprune
 from llava.pruning.methods.divprune import cosine_similarity, max_min_select
+from llava.pruning.registry import method_class
 from no_waiting import no_waiting
 from selections import assert_is_greedy
 from tilings import ot_kernel_in
@@ -30,6 +35,9 @@ ROOT = golden_root() / "pruning"
 META = json.loads((ROOT / "selection_meta.json").read_text())["otprune"]
 ON_GPU = torch.cuda.is_available()
 GOLDEN = [key for key in META if key.endswith("/float32") and int(key.split("/")[1].split("x")[0]) <= 576]
+
+FUSED = dict.fromkeys(("ot_kernel", "cosine_similarity"), symmetric)
+FUSED |= {"greedy_select": greedy, "max_min_select": max_min}
 
 # Relative to the whole. A GPU's matrix units cut their sums off, by up to a unit in float32's last place a step.
 PRECISION = 1e-5 if ON_GPU else 5e-7
@@ -316,6 +324,21 @@ class TestMachineCode:
             for n in (576, 2880):
                 greedy.greedy_select(torch.ones(1, n, n), 5)
         assert max(bytes_spilled(one, tmp_path) for one in compiled) <= 16
+
+
+@pytest.mark.parametrize("name", ["otprune", "divprune", "dpp", "cdpruner"])
+def test_three_matrices_an_image_are_all_that_is_held(name, monkeypatch):
+    """What is allocated for the launches, of which none is made."""
+    for module in (llava_arch, divprune):
+        monkeypatch.setattr(module, "fused", lambda name, tensor: getattr(FUSED.get(name), name, None))
+    options = {"relevance": "embeddings"} if name == "cdpruner" else {}
+    n, tokens = 1200, torch.ones(2, 1200, 32)
+    asked = VisualTokens(tokens, 40, question=tuple(torch.ones(2, 3, 32)))
+    with compiled_for(90) as compiled, LiveBytes() as live:
+        method_class(name)(**options).select(asked)
+    assert len(compiled) >= 3
+    matrix = len(tokens) * n * n * 4
+    assert matrix < live.peak < 3.2 * matrix
 
 
 @needs_gpu

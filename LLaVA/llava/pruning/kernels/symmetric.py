@@ -72,9 +72,8 @@ def tiling_for(batch: int, n: int, multiprocessors: int) -> Tiling:
 
 def ot_kernel(features: torch.Tensor, gamma: float) -> torch.Tensor:
     """OTPrune's kernel ``I + gamma S S^T``: (B, N, D), floating -> (B, N, N), float32."""
-    columns = normalised(features, dim=1)
-    # S is a sum of D products of at most 1.
-    similarity = split_product(columns, largest=features.shape[-1])
+    # S is a sum of D products of at most 1. The columns are not kept beside it and the kernel.
+    similarity = split_product(normalised(features, dim=1), largest=features.shape[-1])
     return product(similarity, factor=gamma, add_identity=True)
 
 
