@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,3 +239,21 @@ def test_gamma_is_relative_to_the_square_of_the_width():
     """As docs/evidence.md says: the kernel of tokens three times as wide is that of a gamma nine times as large."""
     features = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ot_kernel(features.repeat(1, 3), gamma=0.01), ot_kernel(features, gamma=0.09))
+
+
+@pytest.mark.parametrize(
+    ("width", "gamma", "alike"),
+    [
+        (192, 0.01, "4.55"),
+        (192, 0.4, "4.55"),
+        (192, 0.5, None),
+        (1024, 0.01, "0.16"),
+        (2048, 0.01, None),
+        (5120, 0.01, None),
+    ],
+)
+def test_a_model_too_narrow_for_the_published_gamma_is_told(width, gamma, alike):
+    remarks = OTPrune(gamma=gamma).remarks(SimpleNamespace(config=SimpleNamespace(hidden_size=width)))
+    assert len(remarks) == (alike is not None)
+    if remarks:
+        assert f"OTPRUNE_GAMMA={alike} at this model's {width}" in remarks[0]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,6 +37,8 @@ from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM, fused, gram
 from llava.pruning.schedule import kept_after_attention, kept_per_layer
 
 GAMMA = 0.01
+GAMMA_WIDTH = 4096
+"""Numbers a token where `GAMMA` was chosen."""
 
 
 def ot_kernel(features: torch.Tensor, gamma: float = GAMMA) -> torch.Tensor:
@@ -196,6 +198,17 @@ class OTPrune(Pruner):
     @property
     def keeps_raster_order(self) -> bool:
         return not self.compat
+
+    def remarks(self, model: Any) -> list[str]:
+        """Where the similarity term weighs less than a tenth of what it does in the paper."""
+        width = model.config.hidden_size
+        alike = GAMMA * (GAMMA_WIDTH / width) ** 2
+        if self.gamma >= alike / 10:
+            return []
+        return [
+            f"gamma counts with the square of the tokens' width: what {GAMMA} is at the paper's {GAMMA_WIDTH} numbers "
+            f"a token, is OTPRUNE_GAMMA={alike:.3g} at this model's {width}"
+        ]
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         if not self.compat:
