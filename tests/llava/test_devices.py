@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,26 +17,20 @@ from llava.pruning import available_methods, pruning
 from llava.pruning.registry import method_class
 from pretended_gpu import GPU, NAME, pretended_cuda, pretended_gpu
 from tiny_llava import build, pad_rows, pixels, prompt
+from tiny_methods import OPTIONS, RATIOS
 from tiny_ocvtp import save_pruner
 
 if torch.version.cuda is None:
     pytest.skip("this PyTorch was built without CUDA", allow_module_level=True)
 
-SEVERAL = {"fitprune": 0.5, "pyramiddrop": 0.5, "sparsevlm": 0.6, "vtw": 0.5}
-METHODS = [(name, layer) for name in sorted(available_methods()) if name not in SEVERAL for layer in (0, 2)]
+METHODS = [(name, layer) for name in sorted(available_methods()) if name not in RATIOS for layer in (0, 2)]
 METHODS = [(name, layer) for name, layer in METHODS if method_class(name).first_layer <= layer]
-METHODS += [(name, None) for name in SEVERAL]
+METHODS += [(name, None) for name in RATIOS]
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    recipe = Path(__file__).parents[1] / "support" / "recipe_of_four_layers.json"
-    return {
-        "hiprune": {"object_layer": 1},
-        "cdpruner": {"relevance": "embeddings"},
-        "fitprune": {"recipe": str(recipe), "scale": True},
-        "ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))},
-    }
+    return OPTIONS | {"ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}}
 
 
 def several_rows() -> dict:
@@ -95,7 +88,7 @@ def test_every_method_answers_as_on_a_cpu(tower, options, asked, device):
     def answers(asked: dict) -> dict:
         found = {"unpruned": answer(model, asked)}
         for method, layer in METHODS:
-            with pruning(model, method, ratio=SEVERAL.get(method, 0.3), layer=layer, **options.get(method, {})):
+            with pruning(model, method, ratio=RATIOS.get(method, 0.3), layer=layer, **options.get(method, {})):
                 found[method, layer] = answer(model, asked)
         return found
 
@@ -132,7 +125,7 @@ class TestWaiting:
 
     @pytest.mark.parametrize(("method", "layer"), METHODS, ids=str)
     def test_a_larger_batch_waits_as_often(self, model, gpu, options, method, layer):
-        switch = {"method": method, "ratio": SEVERAL.get(method, 0.3), "layer": layer} | options.get(method, {})
+        switch = {"method": method, "ratio": RATIOS.get(method, 0.3), "layer": layer} | options.get(method, {})
         few, many = (self.waits(model, gpu, batch, **switch) for batch in (2, 7))
         # Random draws by the picture's content, the same on every machine: the host reads each.
         assert many - few == (Counter({"copied to the host": 5}) if method == "random" else Counter())

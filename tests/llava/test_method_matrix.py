@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -15,21 +13,15 @@ from llava.pruning.base import INSIDE
 from llava.pruning.layout import FeatureMap, apportion, crop_numbers
 from llava.pruning.registry import method_class
 from tiny_llava import build, pad_rows, pixels, prompt
+from tiny_methods import OPTIONS as TINY_OPTIONS
+from tiny_methods import RATIOS
 from tiny_ocvtp import WIDTH, save_pruner
 
 ALL = available_methods()
 N, DEPTH = 16, 4
 
-# What a model as small as this one needs beside the defaults.
-RECIPE = Path(__file__).parents[1] / "support" / "recipe_of_four_layers.json"
-OPTIONS = {
-    "hiprune": {"object_layer": 1},
-    "cdpruner": {"relevance": "embeddings"},
-    "fitprune": {"recipe": str(RECIPE), "scale": True},
-}
-# Methods that drop at several layers meet no ratio of 0.3 in four layers; it is a mean over them.
-RATIOS = {"fitprune": 0.5, "pyramiddrop": 0.5, "sparsevlm": 0.6, "vtw": 0.5}
-SEVERAL = ("fitprune", "pyramiddrop", "sparsevlm", "vtw")
+OPTIONS = dict(TINY_OPTIONS)
+SEVERAL = tuple(RATIOS)
 LAYERED = [
     (name, layer)
     for name in sorted(ALL)

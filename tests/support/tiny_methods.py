@@ -1,0 +1,14 @@
+"""What the methods need beside their defaults in a model as small as `tiny_llava`'s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+OPTIONS = {
+    "hiprune": {"object_layer": 1},
+    "cdpruner": {"relevance": "embeddings"},
+    "fitprune": {"recipe": str(Path(__file__).parent / "recipe_of_four_layers.json"), "scale": True},
+}
+
+RATIOS = {"fitprune": 0.5, "pyramiddrop": 0.5, "sparsevlm": 0.6, "vtw": 0.5}
+"""Methods that drop at several layers meet no ratio of 0.3 in four layers; it is a mean over them."""
