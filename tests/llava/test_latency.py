@@ -254,6 +254,12 @@ class TestCommandLine:
         printed = capsys.readouterr().out
         assert "| TTFT / unpruned |" in printed and "2 pictures, 2 questions each:" in printed
 
+    def test_fewer_pictures_one_by_one_need_a_run_of_many_questions(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as ended:
+            main(["generate", "--pope-one-by-one", "5", "--device", "cpu", "--output", str(tmp_path)])
+        assert ended.value.code == 2
+        assert "--pope-one-by-one is for the run that --pope asks for" in capsys.readouterr().err
+
     def test_a_finished_measurement_stays(self, tmp_path, capsys):
         command = ["select", "--sizes", "9:2", "--width", "4", "--repetitions", "1", "--output", str(tmp_path)]
         assert main(command) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,17 @@ from functools import lru_cache
 
 import torch
 
+from llava.pruning.base import content_key
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def content_digests(images: Sequence[torch.Tensor]) -> list[Hashable]:
     """A digest of each image's values, computed where they lie: on a GPU the host waits once for all of them.
 
-    There it is two sums of the values' bits with random weights, modulo 2^64. Images that differ agree in both once in
-    2^60 times or less, and nobody chooses images that do: for telling pictures apart, not for signing them.
+    On a CPU it is `content_key`; on a GPU two sums of the values' bits with random weights, modulo 2^64. Images that
+    differ agree in both once in 2^60 times or less, and nobody chooses images that do: for telling pictures apart, not
+    for signing them.
 
     Parameters
     ----------
@@ -25,17 +27,13 @@ def content_digests(images: Sequence[torch.Tensor]) -> list[Hashable]:
         Shape, dtype and device are not part of a digest, and one of a GPU is none of a CPU.
     """
     if any(image.device.type == "cpu" for image in images):
-        return [hashlib.sha256(_bits(image.cpu()).numpy()).digest() for image in images]
+        return [content_key(image) for image in images]
     return [tuple(sums) for sums in torch.stack([_weighted_sums(image) for image in images]).tolist()] if images else []
-
-
-def _bits(image: torch.Tensor) -> torch.Tensor:
-    return image.detach().contiguous().view(_INTEGERS[image.element_size()]).flatten()
 
 
 def _weighted_sums(image: torch.Tensor) -> torch.Tensor:
     """(2,), int64."""
-    bits = _bits(image)
+    bits = image.detach().contiguous().view(_INTEGERS[image.element_size()]).flatten()
     return (_weights(len(bits), image.device) * bits).sum(dim=1)  # what overflows is dropped
 
 

@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, print; exits with 2 and one sentence when what was asked for cannot be."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if getattr(arguments, "pope_one_by_one", None) and not arguments.pope:
+        parser.error("--pope-one-by-one is for the run that --pope asks for")
     try:
         arguments.device = _device(arguments.device)
         dtype = arguments.dtype or ("float16" if arguments.device.type == "cuda" else "float32")
