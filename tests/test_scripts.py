@@ -82,6 +82,18 @@ class TestMeasuringAGpu:
         done = self.measure(clone, str(tmp_path / "results"))
         assert (done.returncode, done.stderr) == (2, "measure_gpu.sh: PyTorch sees no GPU on this machine\n")
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("POPE", "500"), ("POPE", "0x3"), ("ONE_BY_ONE", "no"), ("STEP_LIMIT", "0"), ("SUITE_LIMIT", "-1")],
+    )
+    def test_a_wrong_setting_is_refused_before_the_first_step(self, clone, name, value):
+        done = self.measure(clone, **{name: value})
+        assert done.returncode == 2 and f"measure_gpu.sh: {name}={value}: must be" in done.stderr
+
+    def test_a_python_that_is_not_there_is_named(self, clone):
+        done = self.measure(clone, PYTHON="/nowhere/python")
+        assert (done.returncode, done.stderr) == (2, "measure_gpu.sh: there is no /nowhere/python: set PYTHON\n")
+
     def test_an_unknown_option_is_named(self, clone):
         done = self.measure(clone, "--fast")
         assert done.returncode == 2 and "unknown option --fast" in done.stderr

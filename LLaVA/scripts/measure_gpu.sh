@@ -8,10 +8,20 @@
 set -uo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
+refuse() {
+    echo "measure_gpu.sh: $1" >&2
+    exit 2
+}
 case ${1:-gpu} in
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
-    -*) echo "measure_gpu.sh: unknown option $1; --help tells what there is" >&2; exit 2 ;;
+    -*) refuse "unknown option $1; --help tells what there is" ;;
 esac
+whole='^[1-9][0-9]*$' pope=${POPE:-100x18}
+for name in ONE_BY_ONE SUITE_LIMIT STEP_LIMIT; do
+    [[ ${!name:-1} =~ $whole ]] || refuse "$name=${!name}: must be a whole number >= 1"
+done
+[[ $pope =~ ^[1-9][0-9]*x[1-9][0-9]*$ ]] || refuse "POPE=$pope: must be IMAGESxQUESTIONS, such as 500x18"
+command -v -- "${PYTHON:-python3}" >/dev/null || refuse "there is no ${PYTHON:-python3}: set PYTHON"
 mkdir -p -- "${1:-gpu}"
 output=$(cd -- "${1:-gpu}" && pwd -P)
 python=${PYTHON:-python3}
@@ -52,7 +62,7 @@ step kernels "$python" -m pytest -q -p no:cacheprovider tests/llava/test_kernels
     -k '(test_kernels and not MachineCode) or real_gpu'
 measure select select --curve
 measure prefill prefill --model 1.5-7b --batch 1 8 --methods otprune divprune visionzip fastv@2 published
-measure generate generate --model 1.5-7b --batch 1 16 --repetitions 3 --pope "${POPE:-100x18}" \
+measure generate generate --model 1.5-7b --batch 1 16 --repetitions 3 --pope "$pope" \
     --pope-one-by-one "${ONE_BY_ONE:-25}"
 measure prefill-1.6 prefill --model 1.6-7b --batch 1 --methods otprune published
 measure prefill-13b prefill --model 1.5-13b --batch 1 8
