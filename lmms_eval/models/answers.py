@@ -118,7 +118,8 @@ class AnswerLog:
         return json.dumps({**fields, **self._identity}, sort_keys=True, default=str)
 
     def _read(self, path: Path) -> Iterator[tuple[str, Answer]]:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        # Not splitlines: an answer may hold U+2028 or U+0085, which end no line of JSON.
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             # A process that is killed while it writes leaves half a line.
             try:
                 record = json.loads(line)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from llava.mini import suite
 
-from . import gqa, mmmu
+from . import captions, gqa, mmmu
 from .builtin import definition
 
 # MMBench's own definition asks a paid judge about answers that it cannot read.
@@ -58,7 +58,8 @@ def _changes(builtin: str, own: dict[str, Any]) -> dict[str, Any]:
         return {"process_docs": None}
     if builtin == "mmbench_en_dev":
         return {"metric_list": [metric for metric in own["metric_list"] if metric["metric"] != "submission"]}
-    return {"process_results": mmmu.process_results} if builtin == "mmmu_val" else {}
+    scored = {**captions.PROCESS_RESULTS, "mmmu_val": mmmu.process_results}
+    return {"process_results": scored[builtin]} if builtin in scored else {}
 
 
 def _read(path: Path) -> Dataset:

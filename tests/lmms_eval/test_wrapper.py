@@ -352,6 +352,12 @@ class TestAnswerLog:
         self.log(tmp_path).append([(self.QUESTION, self.ANSWER)])
         assert self.log(tmp_path, pruning="q").get(self.QUESTION) is None
 
+    def test_keeps_answers_with_any_character(self, tmp_path):
+        characters = "".join(map(chr, (*range(0x100), 0x2028, 0x2029, 0xFEFF, 0xFFFD)))
+        answer = replace(self.ANSWER, text=f"yes{characters}no")
+        self.log(tmp_path).append([(self.QUESTION, answer)])
+        assert self.log(tmp_path).get(self.QUESTION) == answer
+
     @pytest.mark.parametrize("cut", [1, 20, 100])
     def test_survives_a_torn_last_line(self, tmp_path, cut):
         self.log(tmp_path).append([(self.QUESTION, self.ANSWER)])

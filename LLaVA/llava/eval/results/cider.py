@@ -1,4 +1,4 @@
-"""CIDEr of single pictures, with pycocoevalcap's tokeniser (which runs on Java) and scorer."""
+"""CIDEr of single images, with pycocoevalcap's tokeniser (which runs on Java) and scorer."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from pathlib import Path
 
 # A report asks for the scores of the same runs as the table before it, and a published benchmark's take minutes.
 _known: dict[tuple, list[float]] = {}
+# What the tokeniser ends a line at. U+0085 and the separators at which Python's splitlines breaks are none of it.
+_LINE_ENDS = str.maketrans(dict.fromkeys("\n\v\f\r\u2028\u2029", " "))
 
 
 class CaptionsCannotBeScored(RuntimeError):
     """Java or pycocoevalcap is missing."""
 
 
+def one_line(caption: str) -> str:
+    """The caption without line ends: the tokeniser takes a line for a caption, so one more shifts all that follow."""
+    return caption.translate(_LINE_ENDS)
+
+
 def cider_of_runs(runs: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> list[list[float]]:
-    """CIDEr of each picture of several runs; the mean of a run's is its corpus score.
+    """CIDEr of each image of several runs; the mean of a run's is its corpus score.
 
     Parameters
     ----------
     runs : sequence of (predictions, references)
-        One prediction and several references a picture, in the order in which they were scored: the tokeniser looks
+        One prediction and several references per image, in the order in which they were scored: the tokeniser looks
         beyond the end of a line, so that the score of the same captions in another order differs in the third digit.
 
     Returns
@@ -33,7 +40,7 @@ def cider_of_runs(runs: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]])
     Raises
     ------
     CaptionsCannotBeScored
-        Without Java or pycocoevalcap.
+        Without Java or pycocoevalcap, or if the tokeniser gives another number of captions than it was given.
 
     Source: Vedantam et al., CVPR 2015.
     """
@@ -64,24 +71,22 @@ def _tokenised(texts: Sequence[str]) -> list[str]:
     try:
         from pycocoevalcap.tokenizer import ptbtokenizer
     except ImportError:
-        raise CaptionsCannotBeScored(
-            "CIDEr of single pictures needs pycocoevalcap, which comes with lmms-eval"
-        ) from None
+        raise CaptionsCannotBeScored("CIDEr of single images needs pycocoevalcap, which comes with lmms-eval") from None
     if shutil.which("java") is None:
-        raise CaptionsCannotBeScored("CIDEr of single pictures needs Java")
+        raise CaptionsCannotBeScored("CIDEr of single images needs Java")
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "captions.txt"
-        path.write_text("\n".join(text.replace("\n", " ") for text in texts), encoding="utf-8")
+        path.write_text("".join(one_line(text) + "\n" for text in texts), encoding="utf-8")
         command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
         done = subprocess.run([*command, str(path)], capture_output=True, check=False)
     if done.returncode:
         raise CaptionsCannotBeScored(f"Java ended with status {done.returncode} on the captions")
+    *lines, _ = done.stdout.decode("utf-8", errors="replace").split("\n")
+    if len(lines) != len(texts):
+        raise CaptionsCannotBeScored(f"the tokeniser gave {len(lines)} captions for {len(texts)}")
     dropped = set(ptbtokenizer.PUNCTUATIONS)
-    return [
-        " ".join(word for word in line.rstrip().split(" ") if word not in dropped)
-        for line in done.stdout.decode("utf-8", errors="replace").split("\n")
-    ]
+    return [" ".join(word for word in line.rstrip().split(" ") if word not in dropped) for line in lines]
 
 
 def _flat(references: Sequence[Sequence[str]]) -> tuple[str, ...]:
