@@ -8,14 +8,14 @@ import math
 
 def positive(text: str) -> int:
     """A whole number >= 1."""
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number >= 1, not {text}")
     return int(text)
 
 
 def whole(text: str) -> int:
     """A whole number >= 0."""
-    if not text.isdecimal():
+    if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number >= 0, not {text}")
     return int(text)
 
@@ -23,7 +23,7 @@ def whole(text: str) -> int:
 def above_zero(text: str) -> float:
     """A number > 0."""
     try:
-        value = float(text)
+        value = float(text) if "_" not in text else math.nan
     except ValueError:
         value = math.nan
     if not value > 0:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 
 def is_main_process() -> bool:
     """Whether this process is alone or the first of its launch, as accelerate and torchrun number them."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def print_everything() -> None:
+    """Let standard output and error show what the terminal's encoding lacks as escapes, instead of failing on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def device_name(device: str) -> str:

@@ -15,6 +15,16 @@ from .suites import SUITES
 DEFAULT_RATIO = "0.098"
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+WHOLE_NUMBERS = {
+    "limit": (1, None),
+    "batch_size": (1, None),
+    "num_processes": (1, None),
+    "num_machines": (1, None),
+    "machine_rank": (0, None),
+    "main_process_port": (1, 65535),
+    "seed": (0, 2**32 - 1),
+}
+"""Option -> the smallest and the largest value; NumPy takes no other seeds."""
 
 
 @dataclass(frozen=True)
@@ -77,29 +87,29 @@ def _check(found: argparse.Namespace) -> Options:
     methods = tuple(_method(text) for text in _split(found.method) if text.lower() not in ("none", "orig"))
     ratios = tuple(_split(found.ratio))
     for ratio in ratios:
-        if not 0 < _number(float, ratio, "--ratio") <= 1:
+        if not 0 < _number(ratio, "--ratio") <= 1:
             raise ValueError(f"--ratio {ratio}: must be a number with 0 < r <= 1")
-    if found.layer and _number(int, found.layer, "--layer") < 0:
-        raise ValueError(f"--layer {found.layer}: must be a whole number >= 0")
+    if found.layer:
+        _whole(found.layer, "--layer", 0)
     tasks = tuple(_split(found.tasks))
     for task in tasks:
         SUITES[found.suite or ("mini" if task.startswith("mini_") else "paper")].task(task)
-    for name in ("limit", "batch_size", "num_processes", "num_machines"):
-        value = getattr(found, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if not 0 <= found.machine_rank < found.num_machines:
+    whole = {
+        name: None if (text := getattr(found, name)) is None else _whole(text, f"--{name.replace('_', '-')}", *limits)
+        for name, limits in WHOLE_NUMBERS.items()
+    }
+    if whole["machine_rank"] >= whole["num_machines"]:
         raise ValueError(
             f"--machine-rank {found.machine_rank}: with --num-machines {found.num_machines} it must be "
-            f"0 to {found.num_machines - 1}"
+            f"0 to {whole['num_machines'] - 1}"
         )
-    if found.num_machines > 1 and found.main_process_ip is None:
+    if whole["num_machines"] > 1 and found.main_process_ip is None:
         raise ValueError("--num-machines needs --main-process-ip, the address of the machine of rank 0")
     if not methods and found.no_unpruned:
         raise ValueError("--method none with --no-unpruned leaves nothing to run")
     return Options(
         suite=found.suite,
-        models=tuple(model for text in found.model or () for model in _split(text)),
+        models=tuple(model for text in found.model or () for model in _models(text)),
         methods=methods,
         ratios=ratios,
         layer=found.layer,
@@ -107,19 +117,13 @@ def _check(found: argparse.Namespace) -> Options:
         unpruned=not found.no_unpruned,
         grey=found.grey,
         all_metrics=found.all_metrics,
-        limit=found.limit,
-        batch_size=found.batch_size,
-        num_processes=found.num_processes,
-        num_machines=found.num_machines,
-        machine_rank=found.machine_rank,
         main_process_ip=found.main_process_ip or "127.0.0.1",
-        main_process_port=found.main_process_port,
-        seed=found.seed,
         dtype=found.dtype,
         device=found.device,
         output=found.output,
         report=not found.no_report,
         dry_run=found.dry_run,
+        **whole,
     )
 
 
@@ -182,20 +186,16 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="of captions, also the metrics that the table does not show (BLEU, METEOR, ROUGE-L): about 15 s a task",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument("--limit", metavar="N", help="only the first N documents of each task")
+    parser.add_argument("--batch-size", metavar="N", help="prompts generated together (default: the device's)")
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="prompts generated together (default: the device's)"
+        "--num-processes", metavar="N", help="on this machine (default: one a GPU; mini on a CPU: one a core)"
     )
-    parser.add_argument(
-        "--num-processes", type=int, metavar="N", help="on this machine (default: one a GPU; mini on a CPU: one a core)"
-    )
-    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="start the command on each of them")
-    parser.add_argument("--machine-rank", type=int, default=0, metavar="N", help="this machine, counted from 0")
+    parser.add_argument("--num-machines", default="1", metavar="N", help="start the command on each of them")
+    parser.add_argument("--machine-rank", default="0", metavar="N", help="this machine, counted from 0")
     parser.add_argument("--main-process-ip", metavar="ADDRESS", help="address of the machine of rank 0")
-    parser.add_argument("--main-process-port", type=int, default=29511, metavar="PORT", help="default: %(default)s")
-    parser.add_argument(
-        "--seed", type=int, default=1234, metavar="N", help="of Python, NumPy and torch (default: 1234)"
-    )
+    parser.add_argument("--main-process-port", default="29511", metavar="PORT", help="default: %(default)s")
+    parser.add_argument("--seed", default="1234", metavar="N", help="of Python, NumPy and torch (default: 1234)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="default: CUDA where there is one, else the CPU"
@@ -215,19 +215,36 @@ def _method(text: str) -> Method:
         option, equals, value = setting.partition("=")
         if not (option and equals):
             raise ValueError(f"--method {text}: an option reads name=value, not {setting!r}")
+        if option.lower() in dict(options):
+            raise ValueError(f"--method {text}: {option.lower()} is given twice")
         options.append((option.lower(), value))
     return Method(name.lower(), tuple(options))
+
+
+def _models(text: str) -> list[str]:
+    # A folder's name may hold a comma.
+    return [text] if Path(text).is_dir() else _split(text)
 
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _number(kind: type, text: str, option: str) -> float:
+def _number(text: str, option: str) -> float:
+    # float and int also take 1_0 for 10, and digits of every script.
     try:
-        return kind(text)
+        return float(text if text.isascii() and "_" not in text else "none")
     except ValueError:
-        raise ValueError(f"{option} {text}: must be a {'whole ' if kind is int else ''}number") from None
+        raise ValueError(f"{option} {text}: must be a number") from None
+
+
+def _whole(text: str, option: str, low: int, high: int | None = None) -> int:
+    digits = text.removeprefix("+")
+    if digits.isascii() and digits.isdecimal() and int(digits) >= low and (high is None or int(digits) <= high):
+        return int(digits)
+    raise ValueError(
+        f"{option} {text}: must be a whole number {f'>= {low}' if high is None else f'from {low} to {high}'}"
+    )
 
 
 if __name__ == "__main__":

@@ -221,6 +221,16 @@ def test_help_runs_and_lists_every_option(monkeypatch, capsys):
         assert option in help_text
 
 
+@pytest.mark.parametrize("option", ["--num_beams", "--max_new_tokens"])
+def test_nothing_is_loaded_for_an_answer_that_cannot_be_generated(monkeypatch, capsys, option):
+    arguments = ["--model-path", "m", "--image-file", "i", "--query", "q", option, "0"]
+    monkeypatch.setattr(sys, "argv", ["llava.eval.run_llava", *arguments])
+    monkeypatch.delitem(sys.modules, "llava.eval.run_llava")
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("llava.eval.run_llava", run_name="__main__")
+    assert f"{option}: must be a whole number >= 1, not 0" in capsys.readouterr().err
+
+
 def test_importing_the_package_or_the_utilities_does_not_import_a_model():
     script = (
         "import sys, llava, llava.constants, llava.conversation, llava.utils, llava.mm_utils; "

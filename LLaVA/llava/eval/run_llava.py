@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.arguments import positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
@@ -132,8 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sep", default=",", help="what separates the images")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")
     parser.add_argument("--top_p", type=float, help="sample from the smallest set of tokens with this probability")
-    parser.add_argument("--num_beams", type=int, default=1, help="beams of the beam search")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="length of the answer at most, in tokens")
+    parser.add_argument("--num_beams", type=positive, default=1, help="beams of the beam search")
+    parser.add_argument("--max_new_tokens", type=positive, default=512, help="length of the answer at most, in tokens")
     parser.add_argument("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:1, cpu")
     return parser
 

@@ -186,7 +186,7 @@ def _ratio(environ: Mapping[str, str]) -> float | None:
     if not text:
         return None
     try:
-        ratio = float(text)
+        ratio = _number(float, text)
     except ValueError:
         ratio = math.nan
     if not 0 < ratio <= 1:
@@ -199,7 +199,7 @@ def _layer(environ: Mapping[str, str]) -> int | None:
     if not text:
         return None
     try:
-        layer = int(text)
+        layer = _number(int, text)
     except ValueError:
         layer = -1
     if layer < 0:
@@ -253,13 +253,20 @@ def _parse(variable: str, text: str, kind: Any) -> Any:
         if candidate not in accepted:
             continue
         try:
-            return _BOOLEANS[text.strip().lower()] if candidate is bool else candidate(text)
+            return _BOOLEANS[text.strip().lower()] if candidate is bool else _number(candidate, text)
         except (KeyError, ValueError):
             continue
     literals = {str(value).lower(): value for value in accepted if not isinstance(value, type)}
     if text.strip().lower() in literals:
         return literals[text.strip().lower()]
     raise ValueError(f"{variable}={text}: must be {_spell(accepted)}")
+
+
+def _number(kind: type, text: str) -> Any:
+    """The text as a float, an int or a str; Python itself would read 1_0 as 10."""
+    if kind is not str and ("_" in text or not text.isascii()):
+        raise ValueError(text)
+    return kind(text)
 
 
 def _check_type(what: str, value: Any, kind: Any) -> None:

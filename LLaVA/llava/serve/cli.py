@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from transformers import TextStreamer
 
+from llava.arguments import positive
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
@@ -97,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:1, cpu")
     parser.add_argument("--conv-mode", help="prompt template; chosen by the checkpoint's name if not given")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="length of an answer at most, in tokens")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="length of an answer at most, in tokens")
     parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
     parser.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
     parser.add_argument("--debug", action="store_true", help="print every prompt and answer")
