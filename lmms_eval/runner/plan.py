@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,14 @@ from pathlib import Path
 import torch
 from lmms_eval_otprune import java
 
+from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import read_config, resolve_model_path
 from llava.pruning import PruningConfig
 from llava.pruning.config import option_types
 from llava.pruning.ocvtp.variables import translated
 from llava.pruning.registry import method_class, resolve_name
 
+from . import records
 from .options import Method, Options
 from .suites import SUITES, Suite
 
@@ -26,6 +29,7 @@ CPU_BATCH_SIZE = 4
 CPU_PROCESSES = 4
 GPU_BATCH_SIZE = 1
 SWITCH = ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
+LONGEST_NAME = 200
 BUDGET = ("ratio", "layer")
 """What a method's text may say for this method alone, unless the method has an option of that name."""
 
@@ -54,8 +58,8 @@ class Job:
 
     @property
     def label(self) -> str:
-        """For a person: the model's last name and the pruning."""
-        return f"{self.model.rstrip('/').rpartition('/')[2]}, {self.folder.name}"
+        """For a person: the model and the pruning, as their folders are named."""
+        return f"{self.folder.parent.name}, {self.folder.name}"
 
 
 @dataclass(frozen=True)
@@ -126,19 +130,30 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
     prunings = [(None, {})] if options.unpruned else []
     for method in options.methods:
         prunings += _prunings(method, options, environ)
-    folders: set[Path] = set()
+    names: dict[str, str] = {}
     for model in options.models or suite.models:
         _check_model(model)
+        if Path(model).is_dir():
+            # Without .., and the same from every working folder.
+            model = os.path.abspath(model)
+        name = folder_name(get_model_name_from_path(model))
+        _check_owner(output / name, model)
+        if name in names:
+            raise ValueError(
+                f"{model} is given twice"
+                if names[name] == model
+                else f"{names[name]} and {model} would both be {name} in the table: give each its own --output"
+            )
+        names[name] = model
         if options.grey:
-            yield Job(model, None, {}, output / _slug(model.rstrip("/").rpartition("/")[2]) / "grey", grey=True)
+            yield Job(model, None, {}, output / name / "grey", grey=True)
+        folders: set[Path] = set()
         for pruning, switch in prunings:
             if pruning is not None and pruning.layer != 0:
                 _check_depth(model, pruning)
-            folder = output / _slug(model.rstrip("/").rpartition("/")[2]) / _pruning_slug(pruning)
+            folder = output / name / _pruning_folder(pruning)
             if folder in folders:
-                raise ValueError(
-                    f"{model} with {_pruning_slug(pruning)} is asked for twice; give them different --output"
-                )
+                raise ValueError(f"{folder.name} is asked for twice")
             folders.add(folder)
             yield Job(model, pruning, switch, folder)
 
@@ -177,9 +192,28 @@ def _resolved(switch: Mapping[str, str], environ: Mapping[str, str]) -> tuple[Pr
 
 
 def _check_model(model: str) -> None:
-    if model in SUITES["mini"].models or Path(model).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if model in SUITES["mini"].models or Path(model).is_dir() or _is_hub_id(model):
         return
     raise ValueError(f"--model {model}: neither a folder, nor a Hub id (owner/name), nor llava-mini")
+
+
+def _check_owner(folder: Path, model: str) -> None:
+    """Refuse to write over the results of another model of the same name."""
+    for path in folder.glob("*/results.json"):
+        found = records.read_json(path)
+        other = found.get("model") if isinstance(found, dict) else None
+        if not isinstance(other, str) or other == model:
+            continue
+        here = Path(other).is_dir()
+        if here and Path(model).is_dir() and Path(other).samefile(model):
+            continue
+        # A folder that is gone has moved.
+        if here or _is_hub_id(other):
+            raise ValueError(f"{folder} holds the results of {other}: give {model} its own --output")
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
 
 
 def _check_depth(model: str, pruning: PruningConfig) -> None:
@@ -193,10 +227,10 @@ def _check_depth(model: str, pruning: PruningConfig) -> None:
     try:
         pruning.stages(config["num_hidden_layers"])
     except ValueError as error:
-        raise ValueError(f"{model} with {_pruning_slug(pruning)}: {error}") from None
+        raise ValueError(f"{model} with {_pruning_folder(pruning)}: {error}") from None
 
 
-def _pruning_slug(pruning: PruningConfig | None) -> str:
+def _pruning_folder(pruning: PruningConfig | None) -> str:
     if pruning is None:
         return "unpruned"
     parts = [pruning.method]
@@ -205,8 +239,12 @@ def _pruning_slug(pruning: PruningConfig | None) -> str:
     if pruning.layer:
         parts.append(f"layer{pruning.layer}")
     parts += [f"{name}{value}" for name, value in sorted(pruning.options.items())]
-    return _slug("-".join(parts))
+    return folder_name("-".join(parts))
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text) or "model"
+def folder_name(text: str) -> str:
+    """A name as one folder inside another: never "..", hidden, empty, or too long for a file system."""
+    name = re.sub(r"[^\w.-]+", "_", text).lstrip(".") or "unnamed"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
