@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .options import Options, read
@@ -14,7 +15,13 @@ def main(arguments: Sequence[str]) -> int:
     """Run what the command line asks for; 0 when every task has its result."""
     options = read(arguments)
     # The imports take seconds: --help and a wrong value should not.
+    from llava.runtime import print_everything
+
+    from .lock import locked
     from .plan import make_plan
+    from .records import sentence
+
+    print_everything()
 
     try:
         plan = make_plan(options)
@@ -25,7 +32,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.dry_run:
         return 0
     try:
-        return _run(plan, options, arguments)
+        with locked(plan.output, options.machine_rank):
+            return _run(plan, options, arguments)
+    except OSError as error:
+        print(f"run_OTPrune.sh: {sentence(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\nInterrupted. The same command continues here.", file=sys.stderr)
         return 130
@@ -38,8 +49,9 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
     from .report import collect, write_page, write_report
     from .tasks import task_identities
 
+    identities_of = {}
     for job in plan.jobs:
-        identities = task_identities(job, plan, options)
+        identities = identities_of[job.folder] = task_identities(job, plan, options)
         print(f"\n{job.label}", flush=True)
         run_job(job, plan, options, identities)
         if options.machine_rank == 0:
@@ -49,20 +61,24 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
             table = write_report(plan, arguments, last=job is plan.jobs[-1])
     if options.machine_rank > 0:
         print("The results are on the machine of rank 0.")
-        return 0
+        return _failures(plan)
     print(f"\n{table}\nEverything is in {plan.output}", flush=True)
     if options.report:
         print(write_page(plan))
-    return _failures(plan)
+    return _failures(plan, identities_of)
 
 
-def _failures(plan: Any) -> int:
+def _failures(plan: Any, identities_of: Mapping[Path, Mapping[str, Any]] | None = None) -> int:
+    """Print what failed; a task without a result has failed as well, where the identities of results are given."""
     from . import records
 
     failed: dict[tuple[str, str], list[str]] = {}
     for job in plan.jobs:
         for task in plan.tasks:
-            if reason := records.failure(job.folder, task):
+            reason = records.failure(job.folder, task)
+            if identities_of and not records.finished(job.folder, task, identities_of[job.folder][task]):
+                reason = reason or "it has no result"
+            if reason:
                 failed.setdefault((job.label, reason), []).append(task)
     for (label, reason), tasks in failed.items():
         print(f"FAILED {label}, {', '.join(tasks)}: {reason}", file=sys.stderr)

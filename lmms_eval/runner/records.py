@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 RESULT, FAILURE = "result.json", "failure.json"
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; a name's bytes that are no UTF-8 become escapes, which JSON can read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -44,8 +53,22 @@ def failure(job_folder: Path, task: str) -> str | None:
     return record["error"] if isinstance(record, dict) else None
 
 
-def record_failure(job_folder: Path, task: str, error: str) -> None:
-    write_json(task_folder(job_folder, task) / FAILURE, {"task": task, "error": error})
+def record_failure(job_folder: Path, task: str, error: str, terminal: TextIO | None = None) -> None:
+    """Write down why a task failed; where that cannot be written, on a full disk for instance, print it."""
+    try:
+        write_json(task_folder(job_folder, task) / FAILURE, {"task": task, "error": error})
+    except OSError as problem:
+        print(f"FAILED {task}: {error} (not recorded: {sentence(problem)})", file=terminal or sys.stderr, flush=True)
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError):
+        if error.strerror and error.filename is not None:
+            return f"{error.filename}: {error.strerror}"
+        return error.strerror or str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def forget_failure(job_folder: Path, task: str) -> None:

@@ -13,6 +13,7 @@ import time
 import traceback
 from argparse import Namespace
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,24 +41,27 @@ def main(specification: str) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         lm = _load(spec, terminal)
+        tasks = _agree_on(spec["tasks"])
+        if lm.rank == 0:
+            records.write_json(folder / "machine.json", describe_machine(lm, spec["model"]))
+        manager = task_manager(tasks)
     except Exception as error:
-        traceback.print_exc()
-        _note(spec, {"cannot_start": _sentence(error)})
+        _log_traceback()
+        try:
+            _note(spec, {"cannot_start": _sentence(error)})
+        except OSError as problem:
+            print(f"{_sentence(error)} (not recorded: {_sentence(problem)})", file=terminal)
         raise SystemExit(1) from error
-    tasks = _agree_on(spec["tasks"])
-    if lm.rank == 0:
-        records.write_json(folder / "machine.json", describe_machine(lm, spec["model"]))
-    manager = task_manager(tasks)
     for number, task in enumerate(tasks, start=1):
-        _note(spec, {"task": task})
         lm.label = f"{spec['label']} [{number}/{len(tasks)}] {task}"
         try:
+            _note(spec, {"task": task})
             _evaluate(lm, task, spec, manager)
         except Exception as error:
-            traceback.print_exc()
+            _log_traceback()
             # The first to fail knows why; the others only see that it is gone.
             if records.failure(folder, task) is None:
-                records.record_failure(folder, task, _sentence(error))
+                records.record_failure(folder, task, _sentence(error), terminal)
             if lm.world_size > 1:
                 # The other processes wait for this one in a collective operation: the group must be started again.
                 raise SystemExit(1) from error
@@ -119,9 +123,12 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
         return
     samples = results.pop("samples")
     tracker = EvaluationTracker(output_path=str(folder))
-    tracker.general_config_tracker.log_experiment_args("llava", f"pretrained={spec['model']}", None, None, False)
+    # The model's name becomes a folder.
+    name = Path(spec["folder"]).parent.name
+    tracker.general_config_tracker.log_experiment_args("llava", f"pretrained={name}", None, None, False)
     tracker.save_results_aggregated(results=results, samples=samples, datetime_str=stamp)
     tracker.save_results_samples(task_name=task, samples=samples[task])
+    _check_saved(folder, task, stamp, len(samples[task]))
     records.forget_failure(Path(spec["folder"]), task)
     records.write_json(
         folder / records.RESULT,
@@ -137,6 +144,13 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
             "date": stamp,
         },
     )
+
+
+def _check_saved(folder: Path, task: str, stamp: str, samples: int) -> None:
+    """lmms-eval goes on without a word when it cannot write the log of samples, on a full disk for instance."""
+    logs = list(folder.glob(f"*/{stamp.replace(':', '-')}_samples_{task}.jsonl"))
+    if len(logs) != 1 or logs[0].read_bytes().count(b"\n") != samples:
+        raise OSError(f"the log of samples of {task} could not be written whole into {folder}")
 
 
 def _metrics(results: dict[str, Any]) -> dict[str, float]:
@@ -175,11 +189,12 @@ def _note(spec: dict[str, Any], content: dict[str, Any]) -> None:
 def _quiet(log: Path) -> TextIO:
     """Send everything that is printed to a log, and return a stream to the terminal for the progress bar."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
+    terminal = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     logger.remove()
     logger.add(sys.stderr, level="INFO")
     datasets.disable_progress_bars()
@@ -193,11 +208,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _log_traceback() -> None:
+    # The log's disk may be what is full.
+    with suppress(OSError):
+        traceback.print_exc()
+
+
 def _sentence(error: BaseException) -> str:
-    if isinstance(error, RetryError) and error.__cause__ is not None:
-        error = error.__cause__
-    message = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {message[0]}" if message else type(error).__name__
+    return records.sentence(error.__cause__ if isinstance(error, RetryError) and error.__cause__ else error)
 
 
 if __name__ == "__main__":

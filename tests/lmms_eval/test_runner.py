@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lmms_eval_otprune import java
-from lmms_eval_otprune_runner import options, plan, records
+from lmms_eval_otprune_runner import launch, lock, options, plan, records
 from lmms_eval_otprune_runner.__main__ import main
 
 from llava.pruning import registry
@@ -232,6 +236,67 @@ class TestFailures:
         assert "gqa: " in line
         assert "Traceback" not in printed
 
+    def test_of_a_task_is_also_that_it_left_no_result(self, tmp_path, command, monkeypatch, capsys):
+        monkeypatch.setattr(launch, "run_job", lambda *_: None)
+        assert main(command(str(tmp_path / "out"), "gqa,pope", "--no-unpruned")[1:]) == 1
+        assert f"FAILED llava-v1.5-tiny, {PRUNED}, gqa, pope: it has no result" in capsys.readouterr().err
+
+    def test_are_printed_where_they_cannot_be_written_down(self, tmp_path, monkeypatch, capsys):
+        def full(path: Path, *_, **__):
+            path.touch()
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        monkeypatch.setattr(Path, "write_text", full)
+        records.record_failure(tmp_path, "gqa", "ValueError: the cause")
+        error = capsys.readouterr().err
+        assert error.startswith("FAILED gqa: ValueError: the cause (not recorded: ")
+        assert error.endswith("No space left on device)\n")
+        assert not list(tmp_path.rglob("*.part"))
+
+    @pytest.mark.parametrize("output", ["file", "file/below"])
+    def test_of_the_output_folder_are_told_in_one_sentence(self, tmp_path, capsys, output):
+        (tmp_path / "file").touch()
+        status = main(["mini", "--device", "cpu", "--output", str(tmp_path / output)])
+        error = capsys.readouterr().err
+        assert status == 1
+        assert error.startswith(f"run_OTPrune.sh: {tmp_path / output}: ") and len(error.splitlines()) == 1
+
+
+class TestOneRunAtATime:
+    def test_a_second_run_into_the_same_folder_is_refused(self, tmp_path, capsys):
+        with lock.locked(tmp_path, 0):
+            assert main(["mini", "--device", "cpu", "--output", str(tmp_path)]) == 1
+        assert capsys.readouterr().err == (
+            f"run_OTPrune.sh: another run is writing into {tmp_path}: wait for its end, or choose another --output\n"
+        )
+
+    def test_the_machines_of_one_run_share_a_folder(self, tmp_path):
+        with lock.locked(tmp_path, 0), lock.locked(tmp_path, 1):
+            pass
+
+    def test_a_run_that_was_killed_holds_nothing(self, tmp_path):
+        code = (
+            "import pathlib, sys, time\nfrom lmms_eval_otprune_runner.lock import locked\n"
+            "with locked(pathlib.Path(sys.argv[1]), 0):\n    print('held', flush=True); time.sleep(60)"
+        )
+        holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(OSError, match="another run"), lock.locked(tmp_path, 0):
+            pass
+        holder.kill()
+        holder.communicate()
+        with lock.locked(tmp_path, 0):
+            pass
+
+
+def test_a_terminal_shows_what_its_encoding_lacks_as_escapes(tmp_path, monkeypatch):
+    (tmp_path / "小").mkdir()
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding="iso-8859-1"))
+    assert main(["mini", "--device", "cpu", "--dry-run", "--model", str(tmp_path / "小")]) == 0
+    sys.stdout.flush()
+    assert rb"\u5c0f: unpruned" in shown.getvalue()
+
 
 class TestOptions:
     @pytest.mark.parametrize(
@@ -263,8 +328,21 @@ class TestOptions:
             (["--method", "fastv,fastv:layer=2", "--device", "cpu"], "fastv-0.098-layer2 is asked for twice"),
             (["--tasks", "popo"], "has no task 'popo'; its tasks: "),
             (["mini", "--tasks", "pope,vqav2"], "the mini suite has no task 'vqav2'"),
-            (["--limit", "0"], "--limit 0: must be at least 1"),
-            (["--num-processes", "-2"], "--num-processes -2: must be at least 1"),
+            (["--limit", "0"], "--limit 0: must be a whole number >= 1"),
+            (["--limit", "1_0"], "--limit 1_0: must be a whole number >= 1"),
+            (["--num-processes", "-2"], "--num-processes -2: must be a whole number >= 1"),
+            (["--batch-size", "x"], "--batch-size x: must be a whole number >= 1"),
+            (["--main-process-port", "65536"], "--main-process-port 65536: must be a whole number from 1 to 65535"),
+            (["--seed", "-1"], "--seed -1: must be a whole number from 0 to 4294967295"),
+            (["--seed", "4294967296"], "--seed 4294967296: must be a whole number from 0 to 4294967295"),
+            (["--layer", "1_0"], "--layer 1_0: must be a whole number >= 0"),
+            (["--ratio", "0.1_0"], "--ratio 0.1_0: must be a number"),
+            (["--method", "random:ratio=0.1:ratio=0.2"], "--method random:ratio=0.1:ratio=0.2: ratio is given twice"),
+            (["--method", "random:seed=1:SEED=2"], "seed is given twice"),
+            (["--method", "random:seed=1_0", "--device", "cpu"], "RANDOM_SEED=1_0: must be a whole number"),
+            (["--method", "random,random", "--device", "cpu"], "random-0.098 is asked for twice"),
+            (["--model", "a/b,a/b", "--device", "cpu"], "a/b is given twice"),
+            (["--model", "a/x,b/x", "--device", "cpu"], "a/x and b/x would both be x in the table"),
             (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank 2"),
             (["--num-machines", "2"], "--main-process-ip"),
             (["--method", "otprune:gamma"], "an option reads name=value"),
@@ -408,6 +486,39 @@ class TestPlan:
         assert pruned.environment["SUBSET_RATIO"] == "0.3"
         assert pruned.environment["ACCELERATE_USE_CPU"] == "true"
         assert "--nproc_per_node=2" in pruned.command
+
+
+class TestFolders:
+    """Where results go: inside the output folder, each model's apart."""
+
+    @pytest.mark.parametrize("model", ["..", ".", "../..", "models/..", ".hidden", "with, comma", "owner/" + 200 * "x"])
+    def test_of_a_model_lie_inside_the_output_folder(self, tmp_path, monkeypatch, model):
+        here = tmp_path / "some" / "where"
+        for name in ("models", ".hidden", "with, comma"):
+            (here / name).mkdir(parents=True)
+        monkeypatch.chdir(here)
+        [found] = jobs("--model", model, "--output", "out")
+        assert found.folder.resolve().parent.parent == here / "out"
+        assert not found.folder.parent.name.startswith(".")
+        found.folder.mkdir(parents=True)
+
+    def test_of_a_training_run_s_checkpoint_carry_the_run_s_name(self, tmp_path):
+        folders = [tmp_path / run / "checkpoint-100" for run in ("first", "second")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        found = jobs("--model", ",".join(map(str, folders)))
+        assert [job.folder.parent.name for job in found] == ["first_checkpoint-100", "second_checkpoint-100"]
+
+    def test_of_another_model_are_not_written_over(self, tmp_path):
+        for owner in ("first", "second"):
+            (tmp_path / owner / "tuned").mkdir(parents=True)
+        first, second = (str(tmp_path / owner / "tuned") for owner in ("first", "second"))
+        arguments = ["--output", str(tmp_path / "out"), "--model"]
+        [job] = jobs(*arguments, first)
+        records.write_json(job.folder / "results.json", {"model": first})
+        assert [job.model for job in jobs(*arguments, f"{tmp_path}/second/../first/tuned")] == [first]
+        with pytest.raises(ValueError, match=f"out/tuned holds the results of {first}: give {second} its own --output"):
+            jobs(*arguments, second)
 
 
 class TestRecords:
