@@ -42,6 +42,7 @@ def describe_machine(lm: Llava, model: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "model_fingerprint": lm.model_fingerprint,
         "trained": _is_trained(model, lm.config),
+        "pruning": lm.model.pruning and lm.model.pruning.to_dict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "cuda": torch.version.cuda if lm.device.type == "cuda" else None,
         "platform": platform.platform(),

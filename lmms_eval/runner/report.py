@@ -34,7 +34,9 @@ def collect(
     results = {task: records.finished(job.folder, task, identities[task]) for task in plan.tasks}
     done = {task: result for task, result in results.items() if result}
     machine = records.read_json(job.folder / "machine.json") or {}
-    pruning = None if job.pruning is None else {**job.pruning.to_dict(), "set_options": sorted(job.pruning.options)}
+    pruning = machine.pop("pruning", None) or (job.pruning and job.pruning.to_dict())
+    if pruning is not None:
+        pruning["set_options"] = sorted(job.pruning.options)
     visual_tokens = merged_summary([result["visual_tokens"] for result in done.values() if result["visual_tokens"]])
     common = {
         "suite": plan.suite.name,

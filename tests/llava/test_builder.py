@@ -130,7 +130,7 @@ def test_the_active_method_is_announced_once(checkpoint, monkeypatch, capsys):
     monkeypatch.setenv("SUBSET_RATIO", "0.098")
     load(checkpoint)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llava:")]
-    assert said == ["llava: otprune keeps 9.8 % of the visual tokens before the decoder (gamma=0.01, compat=False)"]
+    assert said == ["llava: otprune keeps 9.8 % of the visual tokens before the decoder (gamma=40.96, compat=False)"]
 
 
 def test_a_missing_folder_is_named():

@@ -96,7 +96,7 @@ def test_compat_sequences_are_the_published_ones(case, data, splice):
 def test_by_default_the_same_tokens_come_in_raster_order(case, data, splice):
     model, _, prepare = splice(case)
     full = prepare()[0][0]
-    with pruning(model, "otprune", ratio=case["ratio"]):
+    with pruning(model, "otprune", ratio=case["ratio"], gamma=0.01):
         embeds = prepare()[0][0]
     chosen = np.sort(data[f"{case['name']}/OTPrune/selected_visual_relative"])
     visual = model.visual_token_counts[0][0]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from golden_features import DTYPES, load_features
-from llava.model.llava_arch import OTPrune, greedy_select, ot_kernel
+from llava.model.llava_arch import OTPrune, gamma_for_width, greedy_select, ot_kernel
 from llava.pruning import select
 
 RATIOS = ("0.05", "0.098", "0.15", "0.2", "0.5", "1.0")
@@ -74,7 +73,7 @@ def test_float32_sets_are_as_good_as_the_published_ones(case, golden_pruning, se
     kernel = ot_kernel(features)
     for ratio in RATIOS:
         expected = selection[f"{case}/r{ratio}/set"]
-        chosen = select(features, ratio=float(ratio))
+        chosen = select(features, ratio=float(ratio), gamma=0.01)
         assert len(chosen) == len(expected) == meta[case]["ratios"][ratio]["k"]
         # 98 % and 1e-5: near-ties (a gap below float32 rounding) may fall either way without changing the objective
         assert count_common(features, chosen.tolist(), expected.tolist()) >= 0.98 * len(expected)
@@ -182,7 +181,7 @@ def test_edge_cases_give_distinct_valid_tokens_or_a_clear_error(edge, golden_pru
         with pytest.raises(ValueError, match="NaN or infinite"):
             select(features, ratio=edge["ratio"])
         return
-    chosen = select(features, ratio=edge["ratio"]).tolist()
+    chosen = select(features, ratio=edge["ratio"], gamma=0.01).tolist()
     assert len(chosen) == max(1, round(edge["ratio"] * edge["n"]))
     assert chosen == sorted(set(chosen)) and chosen[0] >= 0 and chosen[-1] < edge["n"]
 
@@ -242,18 +241,18 @@ def test_gamma_is_relative_to_the_square_of_the_width():
 
 
 @pytest.mark.parametrize(
-    ("width", "gamma", "alike"),
-    [
-        (192, 0.01, "4.55"),
-        (192, 0.4, "4.55"),
-        (192, 0.5, None),
-        (1024, 0.01, "0.16"),
-        (2048, 0.01, None),
-        (5120, 0.01, None),
-    ],
+    ("width", "gamma"), [(192, 4.5511), (896, 0.20898), (2048, 0.04), (3584, 0.013061), (4096, 0.01), (5120, 0.01)]
 )
-def test_a_model_too_narrow_for_the_published_gamma_is_told(width, gamma, alike):
-    remarks = OTPrune(gamma=gamma).remarks(SimpleNamespace(config=SimpleNamespace(hidden_size=width)))
-    assert len(remarks) == (alike is not None)
-    if remarks:
-        assert f"OTPRUNE_GAMMA={alike} at this model's {width}" in remarks[0]
+def test_the_default_gamma_weighs_like_the_published_one_at_its_width(width, gamma):
+    assert gamma_for_width(width) == pytest.approx(gamma, rel=1e-4)
+    assert OTPrune().for_width(width).gamma == gamma_for_width(width)
+    assert OTPrune(compat=True).for_width(width).gamma == 0.01
+    assert OTPrune(gamma=0.5, compat=True).for_width(width).gamma == 0.5
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_selection_takes_the_gamma_of_the_tokens_own_width(compat):
+    features = torch.randn(2, 40, 16, generator=torch.Generator().manual_seed(5)) ** 3
+    gamma = 0.01 if compat else gamma_for_width(16)
+    assert torch.equal(select(features, k=9, compat=compat), select(features, k=9, gamma=gamma, compat=compat))
+    assert not torch.equal(select(features, k=9, gamma=0.01), select(features, k=9, gamma=gamma_for_width(16)))

@@ -124,7 +124,7 @@ def test_a_configuration_can_be_copied_and_sent_to_another_process(config):
 
 def test_the_fingerprint_tells_configurations_apart():
     base = PruningConfig(method="otprune", ratio=0.1)
-    assert base.fingerprint() == PruningConfig(method="OURS", ratio=0.1, options={"gamma": 0.01}).fingerprint()
+    assert base.fingerprint() == PruningConfig(method="OURS", ratio=0.1, options={"gamma": None}).fingerprint()
     others = [
         PruningConfig(method="otprune", ratio=0.2),
         PruningConfig(method="otprune", ratio=0.1, layer=1),
@@ -140,11 +140,20 @@ def test_what_a_configuration_says_of_itself_is_json():
         "method": "otprune",
         "ratio": 0.098,
         "layer": 2,
-        "options": {"gamma": 0.01, "compat": False},
+        "options": {"gamma": None, "compat": False},
     }
-    assert config.describe() == (
-        "otprune keeps 9.8 % of the visual tokens at decoder layer 2 (gamma=0.01, compat=False)"
+    assert config.for_width(192).describe() == (
+        "otprune keeps 9.8 % of the visual tokens at decoder layer 2 (gamma=4.551, compat=False)"
     )
+
+
+def test_a_default_that_depends_on_the_width_is_spelled_out_for_it():
+    config = PruningConfig(method="otprune", ratio=0.1, options={"per_crop": True})
+    narrow, wide = config.for_width(192), config.for_width(4096)
+    assert dict(wide.options) == {"per_crop": True, "gamma": 0.01}
+    assert len({config.fingerprint(), narrow.fingerprint(), wide.fingerprint()}) == 3
+    assert narrow.for_width(4096) == narrow
+    assert PruningConfig(method="random", ratio=0.1).for_width(192).options == {}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +167,7 @@ def test_the_budget_is_rounded_as_python_rounds_and_never_empty(n, ratio, k):
 def test_every_method_says_what_it_is():
     methods = available_methods()
     assert {"otprune", "random", "uniform", "first_k", "last_k"} <= set(methods)
-    assert methods["otprune"].options == {"gamma": 0.01, "compat": False}
+    assert methods["otprune"].options == {"gamma": None, "compat": False}
     assert all(info.stage and info.source for info in methods.values())
 
 

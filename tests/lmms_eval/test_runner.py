@@ -19,6 +19,7 @@ from lmms_eval_otprune import java
 from lmms_eval_otprune_runner import launch, lock, options, plan, records
 from lmms_eval_otprune_runner.__main__ import main
 
+from llava.model.llava_arch import gamma_for_width
 from llava.pruning import registry
 
 RUNNER = "lmms_eval_otprune_runner"
@@ -77,6 +78,7 @@ class TestResults:
         found = results(reference)
         assert list(found["tasks"]) == ["gqa", "mme", "pope"]
         assert (found["pruning"]["method"], found["pruning"]["ratio"], found["pruning"]["layer"]) == ("otprune", 0.5, 0)
+        assert found["pruning"]["options"]["gamma"] == gamma_for_width(64)
         assert "exact_match" in found["tasks"]["gqa"]["metrics"]
         assert "mme_perception_score" in found["tasks"]["mme"]["metrics"]
         assert all(result["samples"] == ROWS for result in found["tasks"].values())

@@ -21,9 +21,8 @@ from PIL import Image
 
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.rows import Row
-from llava.eval.transport import gaussian_distance, guarantee, log_det, wasserstein
+from llava.eval.transport import gaussian_distance, guarantee, log_det, objective_kernel, wasserstein
 from llava.mm_utils import get_model_name_from_path, load_image, process_images
-from llava.model.llava_arch import ot_kernel
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count
 from llava.pruning.base import ENCODER_NEEDS, content_key
@@ -118,7 +117,7 @@ class Encoder:
         facts = PromptFacts(key=content_key(self._pixels))
         kept = reduce_images(config.build_pruner(), [tokens], [facts], config.ratio)[0]
         if self._kernel is None:
-            self._kernel = ot_kernel(tokens.features)
+            self._kernel = objective_kernel(tokens.features)
         return Measured(
             len(kept.features),
             wasserstein(tokens.features, kept.features),
@@ -216,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 f"{config.method:16}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}"
             )
-        sure = guarantee(ot_kernel(full.features), kept_count(len(full.features), arguments.ratio))
+        sure = guarantee(objective_kernel(full.features), kept_count(len(full.features), arguments.ratio))
         print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")
     except (ImportError, OSError, ValueError) as error:
         print(f"llava.eval.distances: {error}", file=sys.stderr)

@@ -57,7 +57,7 @@ def listed(image: ImageTokens, facts: PromptFacts, config: PruningConfig) -> lis
     pruner = config.build_pruner()
     if config.method == "otprune" and not pruner.compat and not pruner.per_crop:
         k = kept_count(len(image.features), config.ratio)
-        return ot_select(image.features, k, pruner.gamma).tolist()
+        return ot_select(image.features, k, pruner.for_width(image.features.shape[-1]).gamma).tolist()
     return reduce_images(pruner, [image], [facts], config.ratio)[0].indices.tolist()
 
 

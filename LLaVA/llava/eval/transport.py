@@ -14,7 +14,7 @@ from math import comb
 import numpy as np
 import torch
 
-from llava.model.llava_arch import GAMMA, greedy_select, ot_kernel
+from llava.model.llava_arch import gamma_for_width, greedy_select, ot_kernel
 
 CHUNK = 512
 EXHAUSTIVE = 300_000
@@ -137,7 +137,7 @@ def squared_distances(full: torch.Tensor, kept: torch.Tensor) -> np.ndarray:
     return cost.numpy()
 
 
-def objective(features: torch.Tensor, indices: Sequence[int] | torch.Tensor, gamma: float = GAMMA) -> float:
+def objective(features: torch.Tensor, indices: Sequence[int] | torch.Tensor, gamma: float | None = None) -> float:
     """OTPrune's objective of a selection, log det K_C with ``K = I + gamma S S^T``.
 
     Parameters
@@ -145,9 +145,16 @@ def objective(features: torch.Tensor, indices: Sequence[int] | torch.Tensor, gam
     features : Tensor (N, D), floating
     indices : sequence of int
         Distinct places of the kept tokens.
-    gamma : float
+    gamma : float, optional
+        That of `gamma_for_width` unless given.
     """
-    return log_det(ot_kernel(features, gamma), indices)
+    kernel = objective_kernel(features) if gamma is None else ot_kernel(features, gamma)
+    return log_det(kernel, indices)
+
+
+def objective_kernel(features: torch.Tensor) -> torch.Tensor:
+    """The kernel (N, N) whose log det OTPrune maximises unless it is given a gamma."""
+    return ot_kernel(features, gamma_for_width(features.shape[-1]))
 
 
 def log_det(kernel: torch.Tensor, indices: Sequence[int] | torch.Tensor) -> float:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -38,7 +39,15 @@ from llava.pruning.schedule import kept_after_attention, kept_per_layer
 
 GAMMA = 0.01
 GAMMA_WIDTH = 4096
-"""Numbers a token where `GAMMA` was chosen."""
+"""Width of the visual tokens that the paper chose `GAMMA` for."""
+
+
+def gamma_for_width(width: int) -> float:
+    """The gamma that weighs like the paper's 0.01 at 4,096 for tokens of ``width`` numbers; never below 0.01.
+
+    S is a sum over ``width`` normalised columns, so gamma S S^T grows with gamma * width^2.
+    """
+    return GAMMA * max(1.0, (GAMMA_WIDTH / width) ** 2)
 
 
 def ot_kernel(features: torch.Tensor, gamma: float = GAMMA) -> torch.Tensor:
@@ -178,9 +187,9 @@ class OTPrune(Pruner):
 
     Attributes
     ----------
-    gamma : float
-        Weight of the similarity term in `ot_kernel`, > 0. It counts with the square of the tokens' width: the paper's
-        0.01 was chosen at 4,096.
+    gamma : float or None
+        Weight of the similarity term in `ot_kernel`, > 0. None is `gamma_for_width` of the tokens' width, and with
+        ``compat`` the published 0.01.
     compat : bool
         Reproduce the published implementation token for token: Cholesky rows in the features' own precision, and the
         kept tokens handed on in the iteration order of a Python set instead of raster order.
@@ -188,32 +197,27 @@ class OTPrune(Pruner):
 
     source: ClassVar[str] = "OTPrune, arXiv 2602.20205 (CVPR 2026)"
 
-    gamma: float = GAMMA
+    gamma: float | None = None
     compat: bool = False
 
     def __post_init__(self):
-        if not (math.isfinite(self.gamma) and self.gamma > 0):
+        if self.gamma is not None and not (math.isfinite(self.gamma) and self.gamma > 0):
             raise ValueError(f"OTPrune's gamma must be a finite number > 0, not {self.gamma}")
 
     @property
     def keeps_raster_order(self) -> bool:
         return not self.compat
 
-    def remarks(self, model: Any) -> list[str]:
-        """Where the similarity term weighs less than a tenth of what it does in the paper."""
-        width = model.config.hidden_size
-        alike = GAMMA * (GAMMA_WIDTH / width) ** 2
-        if self.gamma >= alike / 10:
-            return []
-        return [
-            f"gamma counts with the square of the tokens' width: what {GAMMA} is at the paper's {GAMMA_WIDTH} numbers "
-            f"a token, is OTPRUNE_GAMMA={alike:.3g} at this model's {width}"
-        ]
+    def for_width(self, width: int) -> OTPrune:
+        if self.gamma is not None:
+            return self
+        return dataclasses.replace(self, gamma=GAMMA if self.compat else gamma_for_width(width))
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
+        gamma = self.for_width(tokens.features.shape[-1]).gamma
         if not self.compat:
-            return ot_select(tokens.features, tokens.k, self.gamma)
-        chosen = [list(set(_published_order(image, tokens.k, self.gamma))) for image in tokens.features]
+            return ot_select(tokens.features, tokens.k, gamma)
+        chosen = [list(set(_published_order(image, tokens.k, gamma))) for image in tokens.features]
         return torch.tensor(chosen, dtype=torch.int64).to(tokens.features.device, non_blocking=True)
 
 
@@ -353,6 +357,7 @@ class LlavaMetaForCausalLM:
             If its layer is not one of this model's, its budget cannot be met by a decoder of this depth, its options
             belong to another model, or it cannot read this vision tower.
         """
+        config = None if config is None else config.for_width(self.config.hidden_size)
         pruner = None if config is None else config.build_pruner()
         stages = () if config is None else config.stages(self.config.num_hidden_layers)
         if pruner is not None:

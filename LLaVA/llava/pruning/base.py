@@ -313,6 +313,10 @@ class Pruner:
     def check_tokens(self, n: int | None) -> None:
         """Refuse a model whose images have ``n`` visual tokens (None: it depends on the image) with a `ValueError`."""
 
+    def for_width(self, width: int) -> Pruner:
+        """This method with the defaults that depend on the tokens' width filled in."""
+        return self
+
     def remarks(self, model: Any) -> list[str]:
         """What a person should know of this method in a loaded model, a line each; said once, when it is loaded."""
         return []

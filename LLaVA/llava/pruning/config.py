@@ -130,6 +130,16 @@ class PruningConfig:
         """The method with these options."""
         return method_class(self.method)(**self.options)
 
+    def for_width(self, width: int) -> PruningConfig:
+        """This configuration with every option spelled out that depends on the visual tokens' width."""
+        pruner = self.build_pruner()
+        resolved = pruner.for_width(width)
+        if resolved == pruner:
+            return self
+        names = [name for name in option_types(type(pruner)) if getattr(resolved, name) != getattr(pruner, name)]
+        options = {**self.options, **{name: getattr(resolved, name) for name in names}}
+        return dataclasses.replace(self, options=options)
+
     def stages(self, num_hidden_layers: int) -> tuple[tuple[int, float], ...]:
         """Where tokens are dropped and what fraction is there from then on: see `Pruner.stages`.
 
@@ -163,7 +173,7 @@ class PruningConfig:
 
     def describe(self) -> str:
         """One line for a person."""
-        options = ", ".join(f"{name}={value}" for name, value in self.to_dict()["options"].items())
+        options = ", ".join(f"{name}={_shown(value)}" for name, value in self.to_dict()["options"].items())
         place = "before the decoder" if self.layer == 0 else f"at decoder layer {self.layer}"
         if self.layer is None:
             place = "in the mean over the decoder layers"
@@ -171,6 +181,10 @@ class PruningConfig:
         if self.ratio is None and self.layer is None:
             place = "on a schedule of its own"
         return f"{self.method} {what} {place}" + (f" ({options})" if options else "")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def option_types(cls: type[Pruner]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from llava.eval.plots.drawing import Drawn, new_figure, styles
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.rows import Row, unpruned_of
+from llava.model.llava_arch import GAMMA
 
 
 def draw_ratios(rows: Sequence[Row]) -> Drawn:
@@ -96,14 +97,25 @@ def draw_gamma(rows: Sequence[Row]) -> Drawn:
             label=f"ratio {ratio:g}",
         )
         lines += [(model, ratio, gamma, row.relative, *_interval(row, "Mean")) for gamma, row in several]
+    default = next((gamma for several in series.values() for gamma, row in several if _by_default(row)), None)
+    for gamma, name, style in ((GAMMA, "published", ":"), (default, "default at this width", "--")):
+        if gamma is not None:
+            axis.axvline(gamma, color="0.5", linestyle=style, label=f"{name}, {gamma:.3g}")
     axis.set_xscale("log")
     axis.set_xlabel("gamma")
     axis.set_ylabel("mean, % of unpruned")
     axis.legend(frameon=False)
-    caption = f"{model}: OTPrune's relative mean by gamma, the weight of the similarity term in K = I + gamma S S^T."
+    caption = (
+        f"{model}: OTPrune's relative mean by gamma, the weight of the similarity term in K = I + gamma S S^T. "
+        "Vertical lines: the published value, and OTPrune's default for tokens of this model's width."
+    )
     return Drawn(
         "gamma", "Sensitivity to gamma", caption, ("model", "ratio", "gamma", "relative", "low", "high"), lines, figure
     )
+
+
+def _by_default(row: Row) -> bool:
+    return "gamma" not in row.runs[0].content["pruning"].get("set_options", ())
 
 
 def draw_time(rows: Sequence[Row]) -> Drawn:

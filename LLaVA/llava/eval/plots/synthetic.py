@@ -23,8 +23,7 @@ import torch
 from tqdm import trange
 
 from llava.eval.plots.drawing import Drawn, new_figure, styles
-from llava.eval.transport import log_det, squared_distances, transport_cost
-from llava.model.llava_arch import ot_kernel
+from llava.eval.transport import log_det, objective_kernel, squared_distances, transport_cost
 from llava.pruning import select
 
 SETTINGS = ((20, 10, 5), (30, 20, 10), (100, 50, 30), (1000, 256, 100))
@@ -119,7 +118,7 @@ class _Values:
     """The measures of subsets of one trial's tokens, the larger the better: a distance counts as its negative."""
 
     def __init__(self, tokens: torch.Tensor):
-        self.cost, self.kernel = squared_distances(tokens, tokens), ot_kernel(tokens)
+        self.cost, self.kernel = squared_distances(tokens, tokens), objective_kernel(tokens)
 
     def of(self, kept: torch.Tensor) -> dict[str, float]:
         distance = transport_cost(self.cost[:, kept.numpy()]) ** 0.5
