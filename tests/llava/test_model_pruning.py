@@ -203,7 +203,7 @@ def test_the_environment_is_read_when_the_model_is_built_and_never_again(tower, 
     monkeypatch.setenv("BASELINE", "OURS")
     monkeypatch.setenv("SUBSET_RATIO", "0.25")
     built = build(tower)
-    assert built.pruning == PruningConfig(method="otprune", ratio=0.25)
+    assert built.pruning == PruningConfig(method="otprune", ratio=0.25).for_width(built.config.hidden_size)
     monkeypatch.setenv("SUBSET_RATIO", "0.5")
     logits_of(built, prompt(4, 6)[None], pixels(1))
     assert built.visual_token_counts == [(N, 4)]
