@@ -63,4 +63,5 @@ def views_of(image: Image.Image, config, tower) -> list[View]:
         grid, newline = unpad_image(grid, image.size), 1
     height, width = grid.shape[1:]
     crops = side * side + np.arange(height * (width + newline)).reshape(height, width + newline)
-    return [View("base view", square, base), View("crops", image, crops[:, :width])]
+    views = [View("base view", square, base), View("crops", image, crops[:, :width])]
+    return [view for view in views if view.patches.size]  # unpadding leaves no patch of the crops of a very thin image

@@ -142,6 +142,8 @@ def layout_of(
     if not newline:
         return (base, FeatureMap(rows * side, columns * side, crop_side=side))
     height, width = unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size).shape[1:]
+    if not height:  # of a very wide image, unpadding leaves nothing but the base view
+        return (base,)
     top, left = (rows * side - height) // 2, (columns * side - width) // 2
     return (base, FeatureMap(height, width, "row", side, top, left))
 

@@ -15,7 +15,8 @@ class FeatureMap:
     Attributes
     ----------
     rows, columns : int
-        Patches that are left of the map.
+        Patches that are left of the map, rows >= 1. A map of no columns holds its newlines alone: of a very tall
+        image the unpadding leaves no more.
     newline : str
         "none"; "row": an image-newline vector ends every row; "end": one ends the map.
     crop_side : int
@@ -38,13 +39,10 @@ class FeatureMap:
     def crops(self) -> torch.Tensor:
         """Which of the map's crops each token belongs to, from 0, int64 (len,); a newline to the one before it."""
         side = self.crop_side or max(self.rows, self.columns)
-        rows = (torch.arange(self.rows) + self.top) // side
-        columns = (torch.arange(self.columns) + self.left) // side
-        rows, columns = rows - rows[0], columns - columns[0]
-        grid = rows[:, None] * (columns[-1] + 1) + columns
-        if self.newline == "row":
-            grid = torch.cat([grid, grid[:, -1:]], dim=1)
-        flat = grid.flatten()
+        rows = (torch.arange(self.rows) + self.top) // side - self.top // side
+        columns = torch.arange(self.columns + (self.newline == "row")).clamp(max=max(self.columns - 1, 0))
+        columns = (columns + self.left) // side - self.left // side
+        flat = (rows[:, None] * (columns[-1] + 1) + columns).flatten()
         return torch.cat([flat, flat[-1:]]) if self.newline == "end" else flat
 
     def is_newline(self) -> torch.Tensor:

@@ -67,6 +67,8 @@ def pooled_map(part: FeatureMap, share: int) -> tuple[torch.Tensor, torch.Tensor
     places : Tensor (share,), int64
         The patch nearest to each cell's centre; of a strip's newlines the one in the row of its centres.
     """
+    if not part.columns:  # newlines alone: one column of them
+        part = FeatureMap(part.rows, 1)
     cells, newlines = strips_of_cells(part.rows, part.columns, share, part.newline)
     strip_of_row = cut(part.rows, len(cells))
     ends = part.newline == "row"
