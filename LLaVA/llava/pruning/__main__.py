@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from llava.pruning import available_methods
 from llava.pruning.registry import common_options
@@ -12,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     """Print one paragraph a method."""
     argparse.ArgumentParser(prog="python -m llava.pruning", description=__doc__).parse_args(argv)
     for name, info in available_methods().items():
-        options = ", ".join(f"{name.upper()}_{option.upper()}={value}" for option, value in info.options.items())
+        options = ", ".join(f"{name.upper()}_{option.upper()}={_default(value)}" for option, value in info.options.items())
         print(f"{name}\n    {info.source}")
         print(f"    stage: {info.stage}; needs: {', '.join(sorted(info.needs)) or 'the visual tokens only'}")
         print(f"    options: {options or 'none of its own'}")
@@ -20,6 +21,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"    published code: {info.licence}")
     common = ", ".join(f"<METHOD>_{option.upper()}={value}" for option, value in common_options().items())
     print(f"\nevery method: {common}")
+
+
+def _default(value: Any) -> str:
+    return "by the model" if value is None else str(value)
 
 
 if __name__ == "__main__":
