@@ -42,7 +42,7 @@ def test_it_is_listed_with_its_options(example, capsys):
     main([])
     listing = capsys.readouterr().out
     assert "largest_norm\n    an example" in listing and "LARGEST_NORM_POWER=2.0" in listing
-    assert "OTPRUNE_GAMMA=by the model, OTPRUNE_COMPAT=False" in listing
+    assert "OTPRUNE_GAMMA=unset, OTPRUNE_COMPAT=False" in listing
 
 
 def test_its_wrong_options_are_named_like_any_others(example):

@@ -13,7 +13,9 @@ def main(argv: list[str] | None = None) -> None:
     """Print one paragraph a method."""
     argparse.ArgumentParser(prog="python -m llava.pruning", description=__doc__).parse_args(argv)
     for name, info in available_methods().items():
-        options = ", ".join(f"{name.upper()}_{option.upper()}={_default(value)}" for option, value in info.options.items())
+        options = ", ".join(
+            f"{name.upper()}_{option.upper()}={_default(value)}" for option, value in info.options.items()
+        )
         print(f"{name}\n    {info.source}")
         print(f"    stage: {info.stage}; needs: {', '.join(sorted(info.needs)) or 'the visual tokens only'}")
         print(f"    options: {options or 'none of its own'}")
@@ -24,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _default(value: Any) -> str:
-    return "by the model" if value is None else str(value)
+    return "unset" if value is None else str(value)
 
 
 if __name__ == "__main__":
