@@ -19,6 +19,7 @@ from llava.model.builder import load_pretrained_model, resolve_model_path
 from llava.model.language_model import llava_mpt
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower, CLIPVisionTowerS2
 from llava.model.utils import auto_upgrade
+from weight_names import weight_names
 
 ROOT = golden_root() / "llava"
 NAME = "llava-v1.5-tiny"
@@ -83,6 +84,19 @@ def test_a_saved_checkpoint_loads_again(checkpoint, tmp_path):
     ids, images = torch.tensor([[1, 5, -200, 7]]), torch.randn(1, 3, 56, 56)
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids, images=images).logits, reloaded(input_ids=ids, images=images).logits)
+
+
+def test_what_is_written_has_the_published_names(checkpoint, tmp_path):
+    """The published LLaVA leaves a weight whose name it does not know at random values, and says nothing."""
+    load(checkpoint)[1].save_pretrained(tmp_path / "again")
+    decoder, tower = weight_names(checkpoint), weight_names(checkpoint / "openai" / "clip-vit-tiny-patch14-56")
+    assert weight_names(tmp_path / "again") == decoder | {f"model.vision_tower.vision_tower.{name}" for name in tower}
+
+
+def test_the_embedded_model_has_the_published_names(checkpoint):
+    embedded = Path(resolve_model_path("llava-mini"))
+    assert weight_names(embedded) == weight_names(checkpoint)
+    assert weight_names(embedded / "vision_tower") == weight_names(checkpoint / "openai" / "clip-vit-tiny-patch14-56")
 
 
 def test_the_embedded_model_is_a_name(monkeypatch, tmp_path):

@@ -26,6 +26,7 @@ from llava.mini.vocabulary import build_tokenizer, conversation_texts
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
+from weight_names import weight_names
 
 SMOKE = ("--smoke", "--fp32", "--threads", "1")
 
@@ -195,7 +196,7 @@ def test_the_recipe_asks_forms_that_exist_and_benchmarks_stay_unseen():
         assert set(mixture.forms) <= set(FORMS)
 
 
-def test_the_run_leaves_a_checkpoint_of_the_published_layout(run):
+def test_the_run_leaves_a_checkpoint_of_the_published_layout(run, golden_llava):
     names = {path.name for path in (run / "checkpoint").iterdir()}
 
     assert names == {
@@ -210,6 +211,9 @@ def test_the_run_leaves_a_checkpoint_of_the_published_layout(run):
     }
     config = json.loads((run / "checkpoint" / "config.json").read_text())
     assert config["model_type"] == "llava_llama" and config["mm_vision_tower"] == "vision_tower"
+    assert weight_names(run / "checkpoint") == weight_names(golden_llava / "checkpoints" / "llava-v1.5-tiny")
+    published_tower = golden_llava / "openai" / "clip-vit-tiny-patch14-56"
+    assert weight_names(run / "checkpoint" / "vision_tower") == weight_names(published_tower)
     record = json.loads((run / "checkpoint" / "training.json").read_text())
     assert record["world"] == scenes.WORLD_VERSION and set(record["stages"]) == set(STAGES)
 
@@ -263,7 +267,7 @@ def test_a_gpu_would_compute_the_same_loss(run, tokenizer):
     with torch.no_grad():
         ours = task(batch)["answer"]
         task.model.set_attn_implementation(attention_for("cuda"))
-        task.model.get_vision_tower().vision_tower.set_attn_implementation(attention_for("cuda"))
+        task.model.get_vision_tower().vision_tower.vision_model.set_attn_implementation(attention_for("cuda"))
         torch.testing.assert_close(task(batch)["answer"], ours, rtol=1e-4, atol=1e-5)
 
 

@@ -232,10 +232,13 @@ def test_a_replaced_splice_takes_effect(model, monkeypatch):
     assert calls[:2] == ["prepare", "prepare"]
 
 
-def test_the_tower_answers_to_its_old_name(model):
-    tower = model.get_vision_tower()
-    assert tower.vision_tower.vision_model.encoder.layers[0] is tower.vision_tower.encoder.layers[0]
-    assert not any("vision_model" in name for name in model.state_dict())
+def test_the_encoder_is_where_published_pruning_code_looks_for_it(model):
+    layers = model.get_vision_tower().vision_tower.vision_model.encoder.layers
+    seen = []
+    handle = layers[0].register_forward_hook(lambda *_: seen.append(True))
+    model.encode_images(pixels(1))
+    handle.remove()
+    assert seen == [True]
 
 
 def test_max_length_alone_counts_new_tokens_as_it_used_to(model):

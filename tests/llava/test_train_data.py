@@ -17,6 +17,7 @@ from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
 from llava.train import train
 from llava.train.data import Collator, read_entries, tokenize_conversation
+from weight_names import weight_names
 
 TURNS = [
     {"from": "human", "value": "What is this?\n<image>"},
@@ -173,6 +174,24 @@ def test_finetune_changes_the_decoder_and_not_the_tower(run, golden_llava, tmp_p
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert "model.layers.0.self_attn.q_proj.weight" in moved and "model.mm_projector.0.weight" in moved
     assert not any(".vision_tower." in name for name in moved)
+
+
+def test_finetune_keeps_a_tower_that_was_trained_with_the_checkpoint(run, golden_llava, tmp_path):
+    source, out = tmp_path / "llava-source", tmp_path / "llava-out"
+    tokenizer, model, _, _ = load_pretrained_model(
+        str(golden_llava / "checkpoints" / "llava-v1.5-tiny"), None, "llava", device="cpu", torch_dtype=torch.float32
+    )
+    tower = model.get_vision_tower().state_dict()
+    torch.nn.init.ones_(tower["vision_tower.vision_model.pre_layrnorm.weight"])
+    model.save_pretrained(source)
+    tokenizer.save_pretrained(source)
+
+    run("--stage", "finetune", "--model", source, "--output", out)
+
+    assert weight_names(out) == weight_names(source)
+    _, trained, _, _ = load_pretrained_model(str(out), None, "llava", device="cpu", torch_dtype=torch.float32)
+    after = trained.get_vision_tower().state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in tower.items())
 
 
 def test_adapters_load_on_their_base(run, golden_llava, tmp_path):

@@ -67,7 +67,7 @@ def build_llava(config: dict, vocabulary: int, folder: Path, device: str = "cpu"
     model = LlavaLlamaForCausalLM(settings)
     tower = model.get_vision_tower()
     tower.load_model()
-    tower.vision_tower.set_attn_implementation(attention_for(device))
+    tower.vision_tower.vision_model.set_attn_implementation(attention_for(device))
     return model.to(device)
 
 

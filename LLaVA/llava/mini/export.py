@@ -17,6 +17,7 @@ from llava.mini.decoder import TOWER_FOLDER
 from llava.mini.scenes import IMAGE_SIZE, WORLD_VERSION
 from llava.mini.tower import IMAGE_MEAN, IMAGE_STD
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from llava.model.multimodal_encoder.clip_encoder import PublishedNames
 
 __all__ = ["export_checkpoint", "export_tower"]
 
@@ -30,7 +31,8 @@ def export_tower(tower: CLIPVisionModel, folder: Path) -> None:
     tower = copy.deepcopy(tower)
     layers = tower.encoder.layers
     layers[-1].load_state_dict(layers[-2].state_dict())
-    tower.half().save_pretrained(folder / TOWER_FOLDER)
+    weights = PublishedNames(tower.half()).state_dict()
+    tower.save_pretrained(folder / TOWER_FOLDER, state_dict=weights)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},

@@ -267,7 +267,6 @@ def _torch_file(path: str, name: str) -> dict[str, torch.Tensor]:
 def _load_extra(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> set[str]:
     """Put weights that lie beside the language model's into the model, in its dtype; returns their names."""
     own = model.state_dict()
-    weights = {key.replace("vision_tower.vision_model.", "vision_tower."): value for key, value in weights.items()}
     unknown = [key for key in weights if key not in own]
     if unknown:
         raise ValueError(f"The checkpoint holds weights this model has not: {', '.join(unknown[:3])}")

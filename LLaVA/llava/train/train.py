@@ -160,7 +160,9 @@ def save_result(model: nn.Module, arguments: argparse.Namespace) -> None:
         model.save_pretrained(folder)
         torch.save({f"base_model.model.{k}": v for k, v in projector.items()}, folder / "non_lora_trainables.bin")
     else:
-        weights = {k: v.detach().cpu().contiguous() for k, v in base.state_dict().items() if ".vision_tower." not in k}
+        weights = {k: v.detach().cpu().contiguous() for k, v in base.state_dict().items()}
+        if base.get_vision_tower().in_own_folder:
+            weights = {k: v for k, v in weights.items() if ".vision_tower." not in k}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         for name in TOKENIZER_FILES:
             if (source / name).exists():

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.model.multimodal_encoder.observations import EncoderObserver
+
+
+class PublishedNames(nn.Module):
+    """CLIP's image encoder with its weights named as published checkpoints name them, ``vision_model.encoder...``.
+
+    transformers 5 left that level out. The published LLaVA cannot read weights without it, and published pruning code
+    reaches the encoder through it.
+    """
+
+    def __init__(self, model: CLIPVisionModel):
+        super().__init__()
+        self.vision_model = model
+
+    def forward(self, *args, **kwargs):
+        return self.vision_model(*args, **kwargs)
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        return self.vision_model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_model.device
 
 
 class CLIPVisionTower(nn.Module):
@@ -26,6 +52,13 @@ class CLIPVisionTower(nn.Module):
         Build the modules from the tower's configuration only; the weights follow from the LLaVA checkpoint or from
         `load_model`. Not with ``args.unfreeze_mm_vision_tower``, unless a checkpoint is just being loaded.
 
+    Attributes
+    ----------
+    is_loaded : bool
+        Whether the weights are in place.
+    in_own_folder : bool
+        Whether they were read from the tower's own folder or repository, not from a LLaVA checkpoint.
+
     Raises
     ------
     ValueError
@@ -34,7 +67,7 @@ class CLIPVisionTower(nn.Module):
 
     def __init__(self, vision_tower: str, args, delay_load: bool = False):
         super().__init__()
-        self.is_loaded = False
+        self.is_loaded = self.in_own_folder = False
         self.vision_tower_name = vision_tower
         self.select_layer = args.mm_vision_select_layer
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
@@ -45,7 +78,7 @@ class CLIPVisionTower(nn.Module):
         # transformers builds a model on the meta device to fill it from a checkpoint, and loads no other model there.
         being_filled = torch.get_default_device().type == "meta"
         if delay_load and (being_filled or not getattr(args, "unfreeze_mm_vision_tower", False)):
-            self.vision_tower = _with_vision_model_alias(CLIPVisionModel(self.cfg_only))
+            self.vision_tower = PublishedNames(CLIPVisionModel(self.cfg_only))
             self.vision_tower.requires_grad_(False)
         else:
             self.load_model()
@@ -68,8 +101,9 @@ class CLIPVisionTower(nn.Module):
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"Cannot load the vision tower {self.vision_tower_name!r}: {error}") from error
-        self.vision_tower = _with_vision_model_alias(model).eval()
+        self.vision_tower = PublishedNames(model).eval()
         self.mark_loaded()
+        self.in_own_folder = True
 
     def mark_loaded(self) -> None:
         """Declare that the weights are in place, freeze them, and read the image processor."""
@@ -84,7 +118,7 @@ class CLIPVisionTower(nn.Module):
         The layers are called one by one: the output-capturing hooks of transformers 5 run twice on a model nested in
         another one, and ``hidden_states[-2]`` would then be another layer's.
         """
-        model, depth = self.vision_tower, self.depth
+        model, depth = self.vision_tower.vision_model, self.depth
         layers = model.encoder.layers
         if observer is not None:
             observer.check(depth)
@@ -115,7 +149,7 @@ class CLIPVisionTower(nn.Module):
     @torch.no_grad()
     def layer_output(self, images: torch.Tensor, layer: int) -> torch.Tensor:
         """The patches (B, N, D) behind layer ``layer``, counted from 0; no layer beyond it runs."""
-        model = self.vision_tower
+        model = self.vision_tower.vision_model
         hidden = model.pre_layrnorm(model.embeddings(images.to(device=self.device, dtype=self.dtype)))
         for each in model.encoder.layers[: layer + 1]:
             hidden = each(hidden, None)
@@ -216,23 +250,3 @@ class CLIPVisionTowerS2(CLIPVisionTower):
 
     def __init__(self, *args, **kwargs):
         raise NotImplementedError("s2 is not supported; no published checkpoint has a vision tower at several scales")
-
-
-def _with_vision_model_alias(model: CLIPVisionModel) -> CLIPVisionModel:
-    """Let ``tower.vision_model.encoder`` name what transformers 5 calls ``tower.encoder``.
-
-    Published pruning code patches the encoder under its old name. A plain namespace, not a module: state dict and
-    device moves must not see the layers twice.
-    """
-    if not hasattr(model, "vision_model"):
-        object.__setattr__(
-            model,
-            "vision_model",
-            SimpleNamespace(
-                embeddings=model.embeddings,
-                pre_layrnorm=model.pre_layrnorm,
-                encoder=model.encoder,
-                post_layernorm=model.post_layernorm,
-            ),
-        )
-    return model
