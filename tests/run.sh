@@ -1,10 +1,33 @@
 #!/usr/bin/env bash
-# Sets up, then checks style and runs the tests. Arguments go to pytest.
+# Sets up, then checks style and runs the tests: tests/run.sh [--transformers oldest|newest|VERSION] [pytest's arguments]
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
 source "$here/../LLaVA/scripts/setup.sh"
+
+# Puts a transformers before the environment's own: the oldest that is allowed, the newest there is, or one by its version.
+with_transformers() {
+    local package
+    case $1 in
+        oldest) package=$(sed -n 's/.*"transformers>=\([0-9.]*\)".*/transformers==\1/p' "$root/LLaVA/pyproject.toml") ;;
+        newest) package=transformers ;;
+        *[!0-9.a-z]* | [!0-9]* | '') fail "--transformers takes oldest, newest or a version such as 5.24.0, not '$1'." ;;
+        *) package=transformers==$1 ;;
+    esac
+    local folder=$root/.venv/transformers-$1
+    rm -rf -- "$folder"
+    # What it asks for in versions of its own; all else is the environment's.
+    grep -vE '^(transformers|huggingface-hub|tokenizers)==' "$root/LLaVA/constraints.txt" >"$folder.txt"
+    "$python" -m pip --disable-pip-version-check --quiet install -c "$folder.txt" --target "$folder" "$package" ||
+        fail "$package could not be installed, see above."
+    export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
+}
+
 set_up
+if [ "${1:-}" = --transformers ]; then
+    with_transformers "${2:-}"
+    shift 2
+fi
 
 cd -- "$root"
 "$python" -m ruff check .

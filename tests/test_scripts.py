@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NEEDED = ("run_OTPrune.sh", "LLaVA/scripts", "LLaVA/pyproject.toml", "LLaVA/constraints.txt", "lmms_eval")
+NEEDED = (
+    "run_OTPrune.sh",
+    "tests/run.sh",
+    "LLaVA/scripts",
+    "LLaVA/pyproject.toml",
+    "LLaVA/constraints.txt",
+    "lmms_eval",
+)
 SCRIPTS = ("run_OTPrune.sh", "tests/run.sh", ".ci/run", "LLaVA/scripts/setup.sh", "LLaVA/scripts/measure_gpu.sh")
+
+OLDEST = re.search(r'"transformers>=([\d.]+)"', (ROOT / "LLaVA" / "pyproject.toml").read_text())[1]
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -168,6 +178,34 @@ class TestSetUp:
         calls = len(pip_calls(prepared))
         assert set_up(prepared).returncode == 0
         assert len(pip_calls(prepared)) > calls
+
+
+class TestWithAnotherTransformers:
+    def install(self, prepared, *arguments: str) -> str:
+        """What pip is asked for after the set-up."""
+        set_up(prepared)
+        before = len(pip_calls(prepared))
+        bash(prepared, "tests/run.sh", *arguments)
+        (call,) = pip_calls(prepared)[before:]
+        return call
+
+    @pytest.mark.parametrize(
+        ("wanted", "package"),
+        [("oldest", f"transformers=={OLDEST}"), ("newest", "transformers"), ("5.20.1", "transformers==5.20.1")],
+    )
+    def test_it_is_installed_beside_the_environments_own(self, prepared, wanted, package):
+        call = self.install(prepared, "--transformers", wanted)
+        folder = f"{prepared}/.venv/transformers-{wanted}"
+        assert call.endswith(f"--target {folder} {package}")
+        constraints = Path(f"{folder}.txt").read_text().splitlines()
+        assert "torch" in {line.split("==")[0] for line in constraints}
+        assert not {"transformers", "huggingface-hub"} & {line.split("==")[0] for line in constraints}
+
+    @pytest.mark.parametrize("wanted", ["latest", "../5.20", ""])
+    def test_what_is_no_version_is_refused(self, prepared, wanted):
+        done = bash(prepared, "tests/run.sh", "--transformers", wanted)
+        assert done.returncode == 1
+        assert f"takes oldest, newest or a version such as 5.24.0, not '{wanted}'" in done.stderr
 
 
 def test_constraints_pin_exact_versions_and_name_no_place_to_get_them():

@@ -20,6 +20,7 @@ from llava.constants import IGNORE_INDEX
 from llava.eval import flops
 from llava.eval.fitprune.search import Found, Walk, search, visual_flops
 from llava.eval.flops import SHAPES, ModelShape, exact_flops
+from llava.model.language_model.kv_cache import CACHE
 from llava.model.language_model.observed_attention import observed_attention
 from llava.pruning import PruningConfig, VisualTokens, pruning
 from llava.pruning.methods.fitprune import FitPrune, deletable, expendable, importance
@@ -320,7 +321,7 @@ class TestObservedAttention:
         attention, row = model.model.layers[0].self_attn, torch.ones(1, 6, dtype=torch.bool)
         with torch.no_grad():
             observed_attention(attention, hidden, rotary, row, torch.full((1, 6), -1), row, ours)
-            attention(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=theirs)
+            attention(hidden, position_embeddings=rotary, attention_mask=None, **{CACHE: theirs})
         for a, b in zip(ours.layers[0].keys, theirs.layers[0].keys, strict=True):
             torch.testing.assert_close(a, b)
         for a, b in zip(ours.layers[0].values, theirs.layers[0].values, strict=True):

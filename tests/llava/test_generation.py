@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from llava.pruning import pruning
 from tiny_llava import pixels, prompt
@@ -67,3 +67,31 @@ def test_images_are_handed_on_to_the_next_step(model, ids):
     prepared = model.prepare_inputs_for_generation(ids, None, images=images, image_sizes=sizes)
     assert prepared["images"] is images and prepared["image_sizes"] is sizes
     assert "images" not in model.prepare_inputs_for_generation(ids)
+
+
+class TestTheCachesNames:
+    """transformers 5.24 renamed ``past_key_values`` to ``cache``: a name that goes unread decodes without a cache."""
+
+    @pytest.mark.parametrize("layer", [0, 2])
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_forward_takes_either(self, model, ids, name, layer):
+        with torch.no_grad(), pruning(model, "otprune", ratio=0.3, layer=layer):
+            said = model.generate(ids, images=pixels(1), max_new_tokens=4)
+            arguments = {name: DynamicCache(config=model.config)}
+            token = model(input_ids=ids, images=pixels(1), **arguments).logits[:, -1].argmax(-1)
+            for expected in said[0].tolist():
+                assert int(token) == expected
+                token = model(input_ids=token[None], **arguments).logits[:, -1].argmax(-1)
+
+    def test_both_at_once_are_refused(self, model, ids):
+        cache = DynamicCache(config=model.config)
+        with pytest.raises(ValueError, match="not as both"):
+            model(input_ids=ids, cache=cache, past_key_values=cache)
+
+    @pytest.mark.parametrize("layer", [0, 2])
+    def test_a_third_name_is_refused(self, model, ids, layer):
+        with (
+            pruning(model, "otprune", ratio=0.3, layer=layer),
+            pytest.raises(TypeError, match=r"`kv`.*allowed are cache"),
+        ):
+            model(input_ids=ids, images=pixels(1), kv=DynamicCache(config=model.config))

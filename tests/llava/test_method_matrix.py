@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
 from llava.constants import IGNORE_INDEX
+from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import Pruner, PruningConfig, VisualTokens, available_methods, kept_count, pruning
 from llava.pruning.base import INSIDE
 from llava.pruning.layout import FeatureMap, apportion, crop_numbers
@@ -240,8 +241,8 @@ class TestPositions:
                     config=model.config,
                     inputs_embeds=hidden,
                     attention_mask=None,
-                    past_key_values=None,
                     position_ids=torch.arange(len(kept))[None],
+                    **{CACHE: None},
                 )
                 hidden = block(hidden, attention_mask=mask, position_embeddings=rotary)
             expected = model.lm_head(decoder.norm(hidden))

@@ -12,6 +12,7 @@ from transformers import StoppingCriteria
 from llava.eval.latency.clock import TOTAL, Stopwatch, peak_memory, ratio, summarise, take_turns
 from llava.eval.latency.methods import UNPRUNED
 from llava.eval.latency.models import prompts, replaced
+from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import PruningConfig
 from llava.pruning.base import Pruner
 
@@ -84,7 +85,7 @@ def _row(model, name, config, asked, new_tokens, times, run) -> dict[str, Any]:
         "total_ratio": ratio(times[UNPRUNED], times[name]),
         "selection_share": selection / (selection + rest),
         "visual_tokens": sum(kept) / len(kept),
-        "kv_bytes": kv_bytes(model(**asked, use_cache=True, logits_to_keep=1).past_key_values),
+        "kv_bytes": kv_bytes(model(**asked, use_cache=True, logits_to_keep=1)[CACHE]),
         "peak_bytes": memory["bytes"],
         "samples_per_second": 1e3 * batch / ms[TOTAL]["median"],
     }

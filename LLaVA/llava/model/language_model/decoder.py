@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from llava.model.language_model.kv_cache import CACHE, cache_among
 from llava.model.language_model.observed_attention import last_token_attention, observed_attention, rater_attention
 from llava.model.language_model.visual_drop import (
     TEXT,
@@ -56,6 +57,8 @@ class DroppingDecoder:
 
         Parameters
         ----------
+        past_key_values : Cache, optional
+            ``cache`` is another name for it.
         visual_index : Tensor (B, T), int64, optional
             Number of the image that each embedded position belongs to, `TEXT` for text and padding.
         visual_facts : sequence
@@ -71,6 +74,7 @@ class DroppingDecoder:
         ValueError
             If an image has no text behind it, and the method ranks by the text's attention.
         """
+        past_key_values = cache_among(past_key_values, kwargs)
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         prefixes = getattr(past_key_values, "kept_prefixes", None) if cached else None
         if self.layer_drop is None or (visual_index is None and prefixes is None):
@@ -78,9 +82,9 @@ class DroppingDecoder:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         self._refuse_what_cannot_be_dropped(visual_index, cached, kwargs)
@@ -97,8 +101,8 @@ class DroppingDecoder:
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: past_key_values},
         )
         rows = raters = None
         if prefixes is None:
@@ -142,8 +146,8 @@ class DroppingDecoder:
                 attention_mask=mask,
                 position_embeddings=rotary,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: past_key_values},
                 **kwargs,
             )
         if rows is not None and len(self.layers) in stages:
@@ -154,8 +158,8 @@ class DroppingDecoder:
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*states, hidden) if collect else None,
+            **{CACHE: past_key_values if use_cache else None},
         )
 
     def _layer_that_drops(
@@ -211,8 +215,8 @@ class DroppingDecoder:
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=torch.cat([prefix.mask, prefix.mask.new_ones(len(prefix.mask), generated)], dim=1),
-            past_key_values=None if cache is None else _LengthOfLayer(cache, depth),
             position_ids=position_ids,
+            **{CACHE: None if cache is None else _LengthOfLayer(cache, depth)},
         )
 
     def _refuse_what_cannot_be_dropped(self, visual_index: torch.Tensor | None, cached: int, kwargs: dict) -> None:

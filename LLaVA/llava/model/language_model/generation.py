@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from llava.constants import IGNORE_INDEX
+from llava.model.language_model.kv_cache import CACHE, cache_among
 from llava.model.language_model.visual_drop import LayerDrop
 from llava.model.llava_arch import LlavaMetaForCausalLM, left_padding_order
 from llava.pruning.base import Pruner
@@ -61,6 +62,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             With -200 where an image stands.
         images, image_sizes
             See `LlavaMetaForCausalLM.visual_tokens`.
+        past_key_values : Cache, optional
+            ``cache`` is another name for it.
         labels : Tensor (B, T), int64, optional
             -100 where no loss is wanted; the loss is the mean over the others, shifted by one.
         output_attentions, output_hidden_states, return_dict
@@ -78,6 +81,7 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         -------
         transformers.modeling_outputs.CausalLMOutputWithPast
         """
+        past_key_values = cache_among(past_key_values, kwargs)
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         kwargs |= {name: value for name, value in wanted.items() if value is not None}
         if inputs_embeds is None:
@@ -99,12 +103,12 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=None if drops_inside else labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            **{CACHE: past_key_values},
             **kwargs,
         )
         if drops_inside and labels is not None:
@@ -189,8 +193,9 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
         """What the next step's forward pass takes, ``images`` and ``image_sizes`` included where they are given."""
         handed_on = {name: kwargs[name] for name in ("images", "image_sizes") if kwargs.get(name) is not None}
+        cache = cache_among(past_key_values, kwargs)
         prepared = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs
         )
         return prepared | handed_on
 
