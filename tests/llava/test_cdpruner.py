@@ -70,15 +70,24 @@ def test_the_order_is_the_published_one_while_it_means_something(case):
         assert len(set(found[row].tolist())) == case["T"]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.values[0]["B"] == 1])
+@pytest.mark.parametrize("case", CASES)
 def test_the_choice_is_the_published_one_where_it_means_something(case):
-    tokens, reliable = golden_tokens(case), case["reliable_prefix"][0]
-    chosen = CDPruner().indices(dataclasses.replace(tokens, k=reliable))
-    if reliable == case["T"]:
-        mask = np.unpackbits(stored(case, "mask")[0])[:576]
-        assert chosen[0].tolist() == mask.nonzero()[0].tolist()
-    else:
-        assert chosen[0].tolist() == sorted(stored(case, "order")[0, :reliable].tolist())
+    """The published batch is the crops of one image, which share the scale of their relevance."""
+    tokens, batch, reliable = golden_tokens(case), case["B"], case["reliable_prefix"][0]
+    assert set(case["reliable_prefix"]) == {reliable}
+    image = VisualTokens(
+        tokens.features.flatten(0, 1)[None],
+        batch * reliable,
+        crops=torch.arange(batch).repeat_interleave(576)[None],
+        text_similarity=tokens.text_similarity.flatten()[None],
+    )
+    chosen = CDPruner(per_crop=True).indices(image)[0]
+    for row in range(batch):
+        own = chosen[chosen // 576 == row] - 576 * row
+        if reliable == case["T"]:
+            assert own.tolist() == np.unpackbits(stored(case, "mask")[row])[:576].nonzero()[0].tolist()
+        else:
+            assert own.tolist() == sorted(stored(case, "order")[row, :reliable].tolist())
 
 
 @pytest.mark.parametrize("relevance", ["clip", "embeddings"])
@@ -140,6 +149,23 @@ class TestRelevance:
         constant = VisualTokens(features, 3, text_similarity=torch.full((1, 5), 0.2))
         assert CDPruner(relevance="embeddings").indices(asked).tolist() == [[0, 2, 4]]
         assert CDPruner().indices(constant).tolist() == [[0, 2, 4]]
+
+    @pytest.mark.parametrize("relevance", ["clip", "embeddings"])
+    def test_crops_of_an_image_share_its_scale(self, relevance):
+        pruner, others = CDPruner(relevance=relevance, per_crop=True), 0
+        for seed in range(5):
+            tokens = dataclasses.replace(scene(1, seed=seed), crops=torch.arange(36)[None] // 18, k=12)
+            tokens.text_similarity[:, 18:] *= 0.2
+            scale = min_max(pruner._relevance(tokens))
+            expected, apart = [], []
+            for crop in (torch.arange(18), torch.arange(18, 36)):
+                part = tokens.at(0, crop, 6)
+                kernel = conditional_kernel(cosine_similarity(part.features), scale[:, crop])
+                expected += sorted((greedy_select(kernel, 6)[0] + int(crop[0])).tolist())
+                apart += sorted((CDPruner(relevance=relevance).select(part)[0] + int(crop[0])).tolist())
+            assert pruner.indices(tokens)[0].tolist() == expected
+            others += expected != apart
+        assert others  # a scale of each crop's own chooses otherwise
 
     def test_it_is_scaled_in_every_image(self):
         scaled = min_max(torch.tensor([[0.0, 1.0, 2.0], [5.0, 5.0, 5.0]]))

@@ -76,6 +76,8 @@ class VisualTokens:
         most, averaged over the visual tokens of its image that are present.
     text_attention : Tensor (B, N), float32, or None
         The same, summed over the text of the prompt behind the image.
+    whole : VisualTokens, or None
+        With ``per_crop``, all tokens of the image that these are a crop of.
     """
 
     features: torch.Tensor
@@ -97,6 +99,7 @@ class VisualTokens:
     rater_attention: torch.Tensor | None = None
     visual_attention: torch.Tensor | None = None
     text_attention: torch.Tensor | None = None
+    whole: VisualTokens | None = None
 
     def at(self, image: int, places: torch.Tensor, k: int, layout: Layout | None = None) -> VisualTokens:
         """The tokens at ``places`` (n,) of one image alone, with a budget and a layout of their own."""
@@ -358,11 +361,13 @@ class Pruner:
         numbers = crops.unique().tolist()
         places = [(crops == number).nonzero().flatten() for number in numbers]
         maps = None if tokens.layout is None else [crop for part in tokens.layout for crop in part.split()]
+        whole = tokens.at(image, torch.arange(len(crops), device=crops.device), tokens.k, tokens.layout)
         features, indices = [], []
         for number, own, k in zip(numbers, places, apportion(tokens.k, [len(own) for own in places]), strict=True):
             if k == 0:
                 continue
             part = tokens.at(image, own, k, None if maps is None else (maps[number],))
+            part = dataclasses.replace(part, whole=whole)
             kept = _everything(part) if k >= len(own) and not self.varies else self._merge_checked(part)
             features.append(kept.features)
             indices.append(own[kept.indices])

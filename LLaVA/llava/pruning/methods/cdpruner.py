@@ -13,10 +13,13 @@ from llava.pruning.base import Pruner, VisualTokens
 from llava.pruning.methods.divprune import cosine_similarity
 
 
-def min_max(scores: torch.Tensor) -> torch.Tensor:
-    """Every image's scores (B, N) scaled to (0, 1], float32; all 1 where they do not differ."""
-    scores = scores.float()
-    lowest, highest = scores.amin(dim=-1, keepdim=True), scores.amax(dim=-1, keepdim=True)
+def min_max(scores: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
+    """Every image's scores (B, N) scaled to (0, 1], float32; all 1 where they do not differ.
+
+    With ``among`` (B, M), of which they are some, to the range of those.
+    """
+    scores, among = scores.float(), (scores if among is None else among).float()
+    lowest, highest = among.amin(dim=-1, keepdim=True), among.amax(dim=-1, keepdim=True)
     # The published 1e-6 leaves the least relevant token a gain above zero.
     return (scores - lowest + 1e-6) / (highest - lowest).clamp_min(1e-6)
 
@@ -77,7 +80,9 @@ class CDPruner(Pruner):
         diagonal = similarity.diagonal(dim1=-2, dim2=-1)
         # A token's cosine with itself is 1, not 1 and a rounding error that would decide between equal relevances.
         diagonal.copy_((diagonal > 0.5).to(similarity.dtype))
-        return greedy_select(conditional_kernel(similarity, min_max(self._relevance(tokens))), tokens.k)
+        # Crops of one image share a scale, as published: a crop that shows nothing of the question stays irrelevant.
+        among = None if tokens.whole is None else self._relevance(tokens.whole)
+        return greedy_select(conditional_kernel(similarity, min_max(self._relevance(tokens), among)), tokens.k)
 
     def _relevance(self, tokens: VisualTokens) -> torch.Tensor:
         if self.relevance == "clip":
