@@ -191,6 +191,20 @@ class TestFoldedSeeds:
     def test_stay_apart_unless_asked(self, tmp_path):
         assert len(made(tmp_path, SEEDS).rows) == 3
 
+    def test_are_no_other_runs_of_the_same_seed_or_of_none(self, tmp_path):
+        """Two versions of everything: each has its unpruned row, and its own mean over the seeds."""
+        other = {"versions": {"torch": "2.7"}}
+        second = {"unpruned": job(SAME_BUT_ONE, **other), "uniform": job(WORSE, method="uniform", kept=56, **other)}
+        second |= {f"random{seed}": job(WORSE, **{**RANDOM, "options": {"seed": seed}}, **other) for seed in (0, 1)}
+        first = {**SEEDS, "uniform": job(FULL, method="uniform", kept=56)}
+        folders = [write_run(tmp_path / "a", first), write_run(tmp_path / "b", second)]
+        rows = build_table(load_runs(folders), folded=True, allow_mixed=True).rows
+        assert [row.label for row in rows].count("unpruned") == 2
+        assert [row.label for row in rows].count("uniform 0.098") == 2
+        folded = [row for row in rows if row.label == "random (mean of 2 seeds) 0.098"]
+        assert [row.scores["GQA"] for row in folded] == pytest.approx([(40 + 78) / 2, 40])
+        assert len(rows) == 6
+
 
 class TestRanks:
     def test_are_averaged_over_columns_among_rows_of_one_budget(self, tmp_path):

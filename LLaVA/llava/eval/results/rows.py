@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.eval.results.bootstrap import Evidence
 from llava.eval.results.columns import COLUMNS
-from llava.eval.results.runs import Run, short_name
+from llava.eval.results.runs import Run, differences, short_name
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
 UNPRUNED, GREY = "unpruned", "grey picture"
@@ -170,33 +170,46 @@ def published_rows(model: str) -> list[Row]:
 
 
 def without_repeats(rows: Sequence[Row], allow_mixed: bool = False) -> list[Row]:
-    """Leave out a row that stands there already, from another folder.
+    """Leave out a row that stands there already, from another folder; rows of one configuration stand together.
 
     Raises
     ------
     ValueError
         If two runs of one configuration have different scores, unless ``allow_mixed``.
     """
-    kept: dict[Any, Row] = {}
+    kept: dict[Any, list[Row]] = {}
     for row in rows:
-        key = _configuration(row)
-        first = kept.setdefault(key, row)
-        if first is row or first.scores == row.scores:
+        same = kept.setdefault(_configuration(row), [])
+        if any(other.scores == row.scores and not differences([*other.runs, *row.runs]) for other in same):
             continue
-        if not allow_mixed:
+        if same and not allow_mixed:
             raise ValueError(
                 f"two runs of {row.model}, {row.label}, have different scores; give one of them, or --allow-mixed"
             )
-        kept[(key, len(kept))] = row
-    return list(kept.values())
+        same.append(row)
+    return [row for same in kept.values() for row in same]
 
 
 def fold_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Rows that differ in their method's seed only become one, of the means over the seeds."""
-    groups: dict[Any, list[Row]] = {}
+    """Rows that differ in their method's seed only become one, of the means over the seeds.
+
+    Rows of the same seed, of methods without one, or of runs that are not alike stay as they are.
+    """
+    groups: dict[Any, list[list[Row]]] = {}
     for row in rows:
-        groups.setdefault(_configuration(row, without="seed"), []).append(row)
-    return [group[0] if len(group) == 1 else _folded(group) for group in groups.values()]
+        same = groups.setdefault(_configuration(row, without="seed"), [])
+        group = next((group for group in same if all(_differ_in_seed_only(row, other) for other in group)), None)
+        if group is None:
+            same.append([row])
+        else:
+            group.append(row)
+    found = [group for same in groups.values() for group in same]
+    return [group[0] if len(group) == 1 else _folded(group) for group in found]
+
+
+def _differ_in_seed_only(one: Row, other: Row) -> bool:
+    seeds = [(row.runs[0].content["pruning"] or {}).get("options", {}).get("seed") for row in (one, other)]
+    return None not in seeds and seeds[0] != seeds[1] and not differences([*one.runs, *other.runs])
 
 
 def _folded(group: Sequence[Row]) -> Row:
