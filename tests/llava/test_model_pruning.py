@@ -184,7 +184,16 @@ def test_too_few_images_say_how_many_are_missing(model):
         logits_of(model, prompt(2, 3, 4)[None], pixels(1))
 
 
-def test_surplus_images_are_ignored(model):
+@pytest.mark.parametrize("pieces", [(2, 3), (6,)], ids=["one mark", "no mark"])
+def test_surplus_images_of_several_prompts_are_refused(model, pieces):
+    """Taken in order, the second row would see an image that may be the first one's."""
+    ids = torch.stack([prompt(2, 3), prompt(*pieces)])
+    assert logits_of(model, ids, pixels(2)) is not None
+    with pytest.raises(ValueError, match="3 images came, but the prompts take 2"):
+        logits_of(model, ids, pixels(3))
+
+
+def test_surplus_images_of_one_prompt_are_ignored(model):
     ids, images = prompt(4, 6)[None], pixels(3)
     torch.testing.assert_close(logits_of(model, ids, images), logits_of(model, ids, images[:1]), rtol=1e-5, atol=1e-5)
 

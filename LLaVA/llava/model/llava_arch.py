@@ -520,6 +520,8 @@ class LlavaMetaForCausalLM:
         ------
         IndexError
             If the prompts ask for more images than there are.
+        ValueError
+            If several prompts ask for fewer.
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels

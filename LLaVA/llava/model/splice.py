@@ -174,6 +174,9 @@ def original_positions(prompts: Prompts, device: torch.device) -> torch.Tensor:
 def assign_images(marks_of_rows: Sequence[int], available: int) -> list[list[int]]:
     """Which images stand in each row: rows take them in order, a row without a mark passes over one.
 
+    Images that a single prompt has no mark for are ignored, as in the original LLaVA. Of several prompts they are
+    refused: nothing says whose they are, and a row that is short of a mark would shift the images of all later rows.
+
     Parameters
     ----------
     marks_of_rows : sequence of int
@@ -185,6 +188,8 @@ def assign_images(marks_of_rows: Sequence[int], available: int) -> list[list[int
     ------
     IndexError
         If the rows take more.
+    ValueError
+        If several rows take fewer.
     """
     rows, taken = [], 0
     for marks in marks_of_rows:
@@ -194,6 +199,11 @@ def assign_images(marks_of_rows: Sequence[int], available: int) -> list[list[int
         raise IndexError(
             f"The prompts take {taken} images ({list(marks_of_rows)} image marks a row, and one for a row without), "
             f"but only {available} came"
+        )
+    if taken < available and len(rows) > 1:
+        raise ValueError(
+            f"{available} images came, but the prompts take {taken} ({list(marks_of_rows)} image marks a row, and one "
+            "for a row without): which of them belong to which row is not known"
         )
     return rows
 
