@@ -8,13 +8,11 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
@@ -23,6 +21,7 @@ from lmms_eval_otprune.ahead import ahead
 from lmms_eval_otprune.answers import Answer, AnswerLog, Question
 from lmms_eval_otprune.exit_status import fail_loudly, started_from_command_line
 from lmms_eval_otprune.fingerprint import model_fingerprint
+from lmms_eval_otprune.group import join
 from lmms_eval_otprune.progress import Progress
 from lmms_eval_otprune.prompts import Row, conversation, make_row, pad_left, text_tokens
 from lmms_eval_otprune.settings import GenerationSettings, read_batch_size, read_dtype, read_visual_cache
@@ -143,7 +142,7 @@ class Llava(lmms):
         cache_bytes = read_visual_cache(visual_cache)
         self._grey_pictures = grey_pictures
 
-        self.accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))])
+        self.accelerator = join()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
         self._device = self._choose_device(device, device_map)

@@ -17,12 +17,13 @@ def main(arguments: Sequence[str]) -> int:
     # The imports take seconds: --help and a wrong value should not.
     from llava.runtime import print_everything
 
+    from .launch import forget_place
     from .lock import locked
     from .plan import make_plan
     from .records import sentence
 
     print_everything()
-
+    forget_place()
     try:
         plan = make_plan(options)
     except ValueError as error:

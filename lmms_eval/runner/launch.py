@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from .plan import SWITCH, Job, Plan
 from .tasks import data_version
 
 WORKER = "lmms_eval_otprune_runner.worker"
+PLACE = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}
+PLACES = ("TORCHELASTIC_", "PET_", "ACCELERATE_", "OMPI_", "PMI_", "PMIX_", "MV2_", "SLURM_")
+"""How torchrun, accelerate, MPI and SLURM name a process's place in a launch: whole names, and beginnings."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,12 @@ class Launch:
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
+
+
+def forget_place(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Take out what gives a process its place in another launch: a worker would wait for processes that never come."""
+    for name in [name for name in environ if name in PLACE or name.startswith(PLACES)]:
+        del environ[name]
 
 
 def describe_launch(job: Job, plan: Plan, options: Options) -> Launch:

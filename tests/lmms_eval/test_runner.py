@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -25,6 +26,11 @@ from llava.pruning import registry
 RUNNER = "lmms_eval_otprune_runner"
 PRUNED = "otprune-0.5"
 ROWS = 8
+LEFT_OVER = {
+    **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"},
+    **{"TORCHELASTIC_USE_AGENT_STORE": "True", "PET_NNODES": "2", "OMPI_COMM_WORLD_SIZE": "2", "PMI_SIZE": "2"},
+    **{"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "ACCELERATE_USE_FSDP": "true"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +47,8 @@ def command(tiny_checkpoint) -> Callable[..., list[str]]:
 
 @pytest.fixture(scope="module")
 def reference(workplace, run, command) -> Path:
-    """One process, unpruned and OTPrune: the run that the others are compared with."""
-    status, printed = run(workplace, command("reference"))
+    """One process, unpruned and OTPrune, in a shell where another launch has left its variables."""
+    status, printed = run(workplace, command("reference"), **LEFT_OVER)
     assert status == 0, printed
     return workplace / "reference"
 
@@ -67,6 +73,12 @@ def jobs(*arguments: str) -> list[plan.Job]:
     """What would be run with the embedded model, the unpruned run left out."""
     chosen = options.read(["mini", "--device", "cpu", "--no-unpruned", *arguments])
     return list(plan.make_plan(chosen).jobs)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def metrics(output: Path) -> dict[str, dict[str, float]]:
@@ -150,9 +162,23 @@ class TestResults:
         assert before[1] in printed
 
 
+def test_processes_that_do_not_find_each_other_say_so():
+    code = (
+        "import datetime\nfrom lmms_eval_otprune import group\ngroup.JOIN = datetime.timedelta(seconds=1)\ngroup.join()"
+    )
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **alone, "ACCELERATE_USE_CPU": "true"}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    [line] = [line for line in ended.stderr.splitlines() if line.startswith("RuntimeError")]
+    assert f"2 processes were to meet at 127.0.0.1:{alone['MASTER_PORT']} within" in line
+    assert "1/2 clients joined" in line and "(this is RANK=0 of WORLD_SIZE=2)" in line
+
+
 class TestSameAnswers:
     def test_of_two_processes(self, workplace, reference, run, command):
-        status, printed = run(workplace, command("two", "gqa,mme,pope", "--num-processes", "2", "--no-unpruned"))
+        arguments = command("two", "gqa,mme,pope", "--num-processes", "2", "--no-unpruned")
+        status, printed = run(workplace, arguments, **LEFT_OVER)
         assert status == 0, printed
         output = workplace / "two"
         assert json.loads((job(output) / "manifest.json").read_text())["processes"] == 2
@@ -163,10 +189,7 @@ class TestSameAnswers:
         assert results(output)["visual_tokens"] == results(reference)["visual_tokens"]
 
     def test_of_two_machines(self, workplace, reference, start, command):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        meeting = ["--num-machines", "2", "--main-process-ip", "127.0.0.1", "--main-process-port", port]
+        meeting = ["--num-machines", "2", "--main-process-ip", "127.0.0.1", "--main-process-port", str(free_port())]
         machines = [
             start(
                 workplace,
