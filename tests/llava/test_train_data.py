@@ -229,16 +229,22 @@ def test_an_unfinished_run_is_not_overwritten(run, golden_llava, tmp_path, capsy
     assert "--resume" in capsys.readouterr().err
 
 
-def test_training_refuses_a_pruning_switch(run, golden_llava, tmp_path, monkeypatch):
-    for name, value in {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.5"}.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize(
+    ("method", "layer", "options"), [("otprune", 0, []), ("fastv", 1, ["--gradient-checkpointing"])]
+)
+def test_the_projector_is_trained_on_what_pruning_leaves(
+    run, golden_llava, plain_llama, tmp_path, monkeypatch, capsys, method, layer, options
+):
+    tower = next((golden_llava / "openai").glob("*-56"))
+    common = ("--stage", "pretrain", "--model", plain_llama, "--vision-tower", tower, *options)
 
-    with pytest.raises(ValueError, match="BASELINE"):
-        run(
-            "--stage",
-            "finetune",
-            "--model",
-            golden_llava / "checkpoints" / "llava-v1.5-tiny",
-            "--output",
-            tmp_path / "a",
-        )
+    run(*common, "--output", tmp_path / "unpruned")
+    for name, value in {"BASELINE": method, "SUBSET_RATIO": 0.5, "LAYER_INDEX": layer}.items():
+        monkeypatch.setenv(name, str(value))
+    run(*common, "--output", tmp_path / "pruned")
+
+    assert f"llava: {method} keeps 50 %" in capsys.readouterr().err
+    unpruned, pruned = (
+        torch.load(tmp_path / name / "mm_projector.bin", weights_only=True) for name in ("unpruned", "pruned")
+    )
+    assert all(not torch.equal(weight, unpruned[name]) for name, weight in pruned.items())

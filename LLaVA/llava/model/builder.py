@@ -131,7 +131,7 @@ def load_pretrained_model(
     image_processor = _finish_vision_tower(model, tower_missing=any(".vision_tower." in key for key in missing))
     _tidy_generation_config(model)
     model.eval()
-    _announce(model)
+    announce_pruning(model)
     model.fit_pruning()
     return tokenizer, model, image_processor, getattr(config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
 
@@ -341,7 +341,8 @@ def _tidy_generation_config(model: PreTrainedModel) -> None:
         settings.temperature = settings.top_p = None
 
 
-def _announce(model: PreTrainedModel) -> None:
+def announce_pruning(model: PreTrainedModel) -> None:
+    """Say in one line on stderr what the model prunes, if it does, and what its method has to remark."""
     if model.pruning is not None and is_main_process():
         print(f"llava: {model.pruning.describe()}", file=sys.stderr)
         for remark in model.pruning.build_pruner().remarks(model):

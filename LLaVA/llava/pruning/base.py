@@ -198,8 +198,8 @@ class Pruner:
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         """Choose ``tokens.k`` of the N tokens of every image.
 
-        Only called with 1 <= k < N and finite features. Each image's choice must not depend on the others, nor on
-        anything but the options and the tokens; ties go to the lowest index.
+        Only called with 1 <= k < N and finite features, and without gradients. Each image's choice must not depend on
+        the others, nor on anything but the options and the tokens; ties go to the lowest index.
 
         Returns
         -------
@@ -211,10 +211,12 @@ class Pruner:
     def merge(self, tokens: VisualTokens) -> KeptTokens:
         """What is left of every image; by default what `select` chose, in raster order.
 
-        Called as `select` is. A method that merges overrides this and returns (B, k, D) features with distinct
-        indices, in the order in which they go on; one that ``varies`` may return any number of tokens for B = 1.
+        Called as `select` is, but with gradients where the features have some: what goes on keeps them, as a training
+        under pruning needs. A method that merges overrides this and returns (B, k, D) features with distinct indices,
+        in the order in which they go on; one that ``varies`` may return any number of tokens for B = 1.
         """
-        chosen = self.select(tokens)
+        with torch.no_grad():
+            chosen = self.select(tokens)
         if self.keeps_raster_order:
             chosen = chosen.sort(dim=-1).values
         return KeptTokens(gather_tokens(tokens.features, chosen), chosen)
@@ -336,9 +338,8 @@ class Pruner:
         """`reduce`'s indices alone: (B, k), int64."""
         return self.reduce(tokens).indices
 
-    @torch.no_grad()
     def reduce(self, tokens: VisualTokens) -> KeptTokens:
-        """What is left of every image, validated.
+        """What is left of every image, validated; differentiable in the features, the choice being constant.
 
         Raises
         ------
@@ -434,6 +435,11 @@ class Pruner:
 def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The tokens (B, k, D) at ``indices`` (B, k) of ``features`` (B, N, D)."""
     return features.gather(1, indices.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _everything(tokens: VisualTokens) -> KeptTokens:

@@ -3,8 +3,8 @@
 ``pretrain`` trains the projector alone (on captions, template ``plain``) and writes ``mm_projector.bin`` and
 ``config.json``. ``finetune`` trains projector and language model, or with ``--lora-rank`` adapters on it, and writes
 a full checkpoint folder, or ``adapter_model.safetensors`` and ``non_lora_trainables.bin``. `load_pretrained_model`
-reads all three. The vision tower stays frozen. Start it with ``accelerate launch -m llava.train.train ...`` on
-several GPUs.
+reads all three. The vision tower stays frozen. With ``BASELINE`` set the model is trained on the tokens that pruning
+keeps; the choice itself has no gradient. Start it with ``accelerate launch -m llava.train.train ...`` on several GPUs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import announce_pruning, load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
 from llava.model.tokenizer import load_tokenizer
-from llava.pruning.config import PruningConfig
 from llava.train.data import TEMPLATES, Collator, ConversationDataset, read_entries
 
 __all__ = ["learning_rate_factor", "load_trainable", "main"]
@@ -54,10 +53,8 @@ def load_trainable(arguments: argparse.Namespace):
     Raises
     ------
     ValueError
-        If token pruning is switched on, or the model has no vision tower and none is given.
+        If the model has no vision tower and none is given, or for a wrong switch of token pruning.
     """
-    if PruningConfig.from_env() is not None:
-        raise ValueError("training sees all visual tokens: unset BASELINE, SUBSET_RATIO and LAYER_INDEX")
     raw = json.loads((Path(arguments.model) / "config.json").read_text())
     if "mm_vision_tower" in raw:
         tokenizer, model, processor, _ = load_pretrained_model(
@@ -70,6 +67,8 @@ def load_trainable(arguments: argparse.Namespace):
         model = LlavaLlamaForCausalLM.from_pretrained(arguments.model, config=config, dtype=torch.float32)
         tokenizer = load_tokenizer(arguments.model)
         model.get_model().initialize_vision_modules(_vision_settings(arguments))
+        model.set_pruning(model.pruning)  # now there is a tower to check the method against
+        announce_pruning(model)
         config.mm_use_im_start_end = config.mm_use_im_patch_token = False
         config.image_aspect_ratio = "pad"
         processor = model.get_vision_tower().image_processor

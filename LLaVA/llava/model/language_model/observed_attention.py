@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.pruning.base import gather_tokens
+from llava.pruning.base import gather_tokens, wide
 
 MOST_LOGITS = 1 << 24
 """Attention logits that are held at a time: 64 MiB in float32."""
@@ -25,7 +25,7 @@ def observed_attention(
     """Attention up to its output projection, and what visual tokens receive, from one and the same product.
 
     Queries are taken in chunks: the whole map (H, T, T) is never there. Softmax in float32, of each query's strongest
-    head the rest is noted.
+    head the rest is noted; only ``heads`` has a gradient.
 
     Parameters
     ----------
@@ -73,12 +73,12 @@ def observed_attention(
     heads = []
     chunk = max(1, most_logits // (batch * query.shape[1] * length))
     for here in place.split(chunk):
-        logits = (query[:, :, here] @ keys.mT).float()  # (B, H, Q, T)
+        logits = wide(query[:, :, here] @ keys.mT)  # (B, H, Q, T)
         # Padding sees itself, so that no row of the softmax is empty.
         seen = (place <= here[:, None]) & valid[:, None, :] | (place == here[:, None])  # (B, Q, T)
         weights = logits.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(dim=-1)
         heads.append(weights.to(values.dtype) @ values)
-        strongest = weights.amax(dim=1)  # (B, Q, T)
+        strongest = weights.detach().amax(dim=1)  # (B, Q, T)
         same = (image[:, here, None] == image[:, None, :]) & (image[:, None, :] >= 0)
         visual += (strongest * same).sum(dim=1)
         judges += same.sum(dim=1)
@@ -88,6 +88,7 @@ def observed_attention(
     return torch.cat(heads, dim=2).transpose(1, 2).reshape(batch, length, -1), visual, text
 
 
+@torch.no_grad()
 def query_attention(
     layer: torch.nn.Module,
     hidden: torch.Tensor,
@@ -95,7 +96,7 @@ def query_attention(
     valid: torch.Tensor,
     queries: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of a few tokens to all positions in one decoder layer, computed for those tokens alone.
+    """Attention of a few tokens to all positions in one decoder layer, for those tokens alone; without gradient.
 
     Parameters
     ----------

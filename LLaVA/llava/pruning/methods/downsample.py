@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import KeptTokens, Pruner, VisualTokens
+from llava.pruning.base import KeptTokens, Pruner, VisualTokens, wide
 from llava.pruning.layout import FeatureMap, Layout, apportion
 
 
@@ -126,10 +126,11 @@ def cell_means(features: torch.Tensor, owner: torch.Tensor, k: int) -> torch.Ten
     k : int
         Number of cells.
     """
-    belongs = (owner == torch.arange(k, device=owner.device).unsqueeze(1)).float()  # (k, N)
+    x = wide(features)
+    belongs = (owner == torch.arange(k, device=owner.device).unsqueeze(1)).to(x.dtype)  # (k, N)
     weights = belongs / belongs.sum(dim=1, keepdim=True)
     with torch.autocast(features.device.type, enabled=False):
-        return (weights @ features.float()).to(features.dtype)
+        return (weights @ x).to(features.dtype)
 
 
 def square_or_row(n: int) -> Layout:

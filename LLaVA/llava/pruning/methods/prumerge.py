@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import KeptTokens, Pruner, VisualTokens, gather_tokens
+from llava.pruning.base import KeptTokens, Pruner, VisualTokens, gather_tokens, wide
 
 NEIGHBOURS = 32
 
@@ -100,8 +100,9 @@ def merge_into(
     seen = keys.any(dim=-1)  # (B, N)
     places = kept.unsqueeze(-1)  # (B, m, 1)
     with torch.autocast(features.device.type, enabled=False):
-        x, attention = features.float(), attention.float()
-        unit = torch.nn.functional.normalize(keys.float(), dim=-1)
+        x = wide(features)
+        attention = attention.to(x.dtype)
+        unit = torch.nn.functional.normalize(keys.to(x.dtype), dim=-1)
         cosine = gather_tokens(unit, kept) @ unit.mT  # (B, m, N)
         cosine = cosine.masked_fill(~seen.unsqueeze(1), -2).scatter(-1, places, -math.inf)
         nearest = cosine.argsort(dim=-1, descending=True, stable=True)[..., : min(neighbours, x.shape[1] - 1)]

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llava.pruning.base import INSIDE, KeptTokens, Pruner, VisualTokens, gather_tokens
+from llava.pruning.base import INSIDE, KeptTokens, Pruner, VisualTokens, gather_tokens, wide
 from llava.pruning.schedule import Stages, at_relative_depth, check_scheduled_budget, scaled
 
 PUBLISHED_TOKENS = 576
@@ -119,10 +119,11 @@ def density_peaks(
 
 
 def merge_clusters(x: torch.Tensor, assignment: torch.Tensor, clusters: int) -> torch.Tensor:
-    """Mean of every cluster: (B, M, D) and (B, M) -> (B, clusters, D), float32."""
-    member = torch.nn.functional.one_hot(assignment, clusters).float()  # (B, M, clusters)
+    """Mean of every cluster: (B, M, D) and (B, M) -> (B, clusters, D), `wide`."""
+    x = wide(x)
+    member = torch.nn.functional.one_hot(assignment, clusters).to(x.dtype)  # (B, M, clusters)
     with torch.autocast(x.device.type, enabled=False):
-        return member.mT @ x.float() / member.sum(dim=1).unsqueeze(-1)
+        return member.mT @ x / member.sum(dim=1).unsqueeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +191,7 @@ class SparseVLM(Pruner):
             return KeptTokens(features, chosen)
         pool = ranking[:, kept : kept + candidates].sort(dim=-1).values
         recycled = gather_tokens(tokens.features, pool)
-        centres, assignment = density_peaks(recycled, merged)
+        centres, assignment = density_peaks(recycled.detach(), merged)
         means = merge_clusters(recycled, assignment, merged).to(features.dtype)
         return KeptTokens(torch.cat([features, means], dim=1), torch.cat([chosen, pool.gather(1, centres)], dim=1))
 

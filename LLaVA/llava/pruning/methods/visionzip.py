@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import KeptTokens, Pruner, VisualTokens, gather_tokens
+from llava.pruning.base import KeptTokens, Pruner, VisualTokens, gather_tokens, wide
 
 
 def attention_order(cls_attention: torch.Tensor) -> torch.Tensor:
@@ -69,9 +69,10 @@ def contextual_tokens(
         joins = cosine.argmax(dim=-1, keepdim=True) == torch.arange(count, device=rest.device)
         # A target stays where it is, also where another one is its duplicate.
         joins[: count * step : step] = False
-        sums = joins.T.float() @ hidden[rest].float()
+        x = wide(hidden)
+        sums = joins.T.to(x.dtype) @ x[rest]
     means = sums / joins.sum(dim=0).clamp_min(1).unsqueeze(-1)
-    return (hidden[targets].float() + means).to(hidden.dtype), targets
+    return (x[targets] + means).to(hidden.dtype), targets
 
 
 @dataclass(frozen=True, kw_only=True)
