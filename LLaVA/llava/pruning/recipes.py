@@ -128,7 +128,9 @@ def describe(recipe: Recipe) -> str:
 def model_fingerprint(model: torch.nn.Module) -> str:
     """Twelve hexadecimal digits of names, shapes and a few values of all weights, as they are in the model's dtype."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
+    # Recipes on disk were made when the tower's weights had no such level in their names.
+    weights = {name.replace(".vision_model.", "."): weight for name, weight in model.state_dict().items()}
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         if weight.numel() and not weight.is_meta:
             step = max(1, weight.numel() // VALUES_OF_A_WEIGHT)
