@@ -13,7 +13,7 @@ import torch
 
 from llava.eval.latency.__main__ import main
 from llava.model.visual_cache import VisualCache, content_digests
-from llava.pruning import available_methods, pruning
+from llava.pruning import available_methods, deferred_checks, pruning
 from llava.pruning.registry import method_class
 from pretended_gpu import GPU, NAME, pretended_cuda, pretended_gpu
 from tiny_llava import build, pad_rows, pixels, prompt
@@ -122,6 +122,12 @@ class TestWaiting:
         found = self.waits(model, gpu, 2, method="otprune", ratio=0.3)
         assert found == self.waits(model, gpu, 7, method="otprune", ratio=0.3)
         assert found.total() == 3
+
+    def test_otprune_waits_no_more_where_its_checks_come_later(self, model, gpu):
+        with deferred_checks() as checks:
+            assert self.waits(model, gpu, 2, method="otprune", ratio=0.3) == {"copied to the host": 1}
+        checks.verify()
+        assert gpu.waits[1:] == ["copied to the host"]
 
     @pytest.mark.parametrize(("method", "layer"), METHODS, ids=str)
     def test_a_larger_batch_waits_as_often(self, model, gpu, options, method, layer):

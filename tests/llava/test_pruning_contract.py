@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava.pruning import Pruner, VisualTokens, available_methods, select
+from llava.pruning import Pruner, VisualTokens, available_methods, deferred_checks, select
 
 ALL = available_methods()
 # VTW chooses no tokens: it withdraws all of them.
@@ -130,6 +130,22 @@ def test_a_method_that_breaks_its_contract_is_found_out():
         Twice().indices(tokens)
     with pytest.raises(RuntimeError, match="Short returned"):
         Short().indices(tokens)
+
+
+def test_checks_may_come_after_many_batches():
+    x = features("normal", torch.float32)
+    with deferred_checks() as fine:
+        for k in (3, 5):
+            select(x, k=k)
+    fine.verify()
+    x[1, 7, 3] = torch.nan
+    with deferred_checks() as failed:
+        select(torch.ones(4, 2), k=2)
+        select(x, k=4)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        failed.verify()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        select(x, k=4)
 
 
 def test_uniform_first_and_last_are_where_they_say():

@@ -1,6 +1,7 @@
 """Visual token pruning: the switch, the contract of a method, and the doorway to all of them."""
 
 from llava.pruning.base import KeptTokens, Pruner, VisualTokens, kept_count
+from llava.pruning.checks import deferred_checks
 from llava.pruning.config import PruningConfig
 from llava.pruning.doorway import pruning, select
 from llava.pruning.registry import available_methods, register
@@ -11,6 +12,7 @@ __all__ = [
     "PruningConfig",
     "VisualTokens",
     "available_methods",
+    "deferred_checks",
     "kept_count",
     "pruning",
     "register",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from llava.pruning.checks import require
 from llava.pruning.layout import Layout, apportion
 
 
@@ -396,13 +397,13 @@ class Pruner:
         ascending = kept.indices.sort(dim=-1).values
         if not k:
             return kept
-        # One look at all of it: on a GPU the host waits at each.
-        facts = [(ascending.diff(dim=-1) > 0).all().long(), ascending[:, 0].min(), ascending[:, -1].max()]
-        distinct, lowest, highest = torch.stack(facts).tolist()
-        if not distinct:
-            raise RuntimeError(f"{name} chose a token twice")
-        if lowest < 0 or highest >= n:
-            raise RuntimeError(f"{name} chose a token that is not there")
+        require(
+            ((ascending.diff(dim=-1) > 0).all(), RuntimeError(f"{name} chose a token twice")),
+            (
+                (ascending[:, 0].min() >= 0) & (ascending[:, -1].max() < n),
+                RuntimeError(f"{name} chose a token that is not there"),
+            ),
+        )
         return kept
 
     def _check(self, tokens: VisualTokens) -> None:
@@ -422,14 +423,14 @@ class Pruner:
             )
         read = {"features": features} | {name: getattr(tokens, name) for name in sorted(self.needs)}
         read = {name: values for name, values in read.items() if isinstance(values, torch.Tensor)}
-        # One look at all of them: on a GPU the host waits at each.
-        finite = torch.stack([torch.isfinite(values).all() for values in read.values()]).tolist()
-        for name, is_finite in zip(read, finite, strict=True):
-            if is_finite:
-                continue
-            if name == "features":
-                raise ValueError("Visual tokens contain NaN or infinite values")
-            raise ValueError(f"{name}, which {type(self).__name__} ranks by, contains NaN or infinite values")
+        said = {name: f"{name}, which {type(self).__name__} ranks by, contains" for name in read}
+        said["features"] = "Visual tokens contain"
+        require(
+            *(
+                (torch.isfinite(values).all(), ValueError(f"{said[name]} NaN or infinite values"))
+                for name, values in read.items()
+            )
+        )
 
 
 def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
