@@ -1,0 +1,154 @@
+"""Which tokens of a batch of prompts are which image's, and what is known of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava.adapters.transformers.family import Family, Inputs
+from llava.model.visual_sequence import ImageTokens
+from llava.pruning.base import content_key
+from llava.pruning.layout import FeatureMap, Layout
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """One image of a batch of prompts.
+
+    Attributes
+    ----------
+    row : int
+    columns : Tensor (N,), int64, on the host
+        Where its placeholders stand.
+    tokens : ImageTokens
+    key : int or None
+        Digest of its pixels.
+    """
+
+    row: int
+    columns: torch.Tensor
+    tokens: ImageTokens
+    key: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What is known of an encoder's output when it is made, and is gone when the prompts are read.
+
+    Attributes
+    ----------
+    entries : sequence of Tensor (N_i, D)
+        The encoder's ``pooler_output``. ``generate`` repeats entries for beams: they are told by their identity.
+    layouts : sequence of tuple of FeatureMap or None
+        Of each entry.
+    keys : sequence of int, or None
+        Digest of each entry's pixels.
+    """
+
+    entries: Sequence[torch.Tensor]
+    layouts: Sequence[Layout | None]
+    keys: Sequence[int] | None
+
+    @classmethod
+    def of(cls, base: nn.Module, family: Family, output: Any, inputs: Inputs, keys: bool) -> Encoding:
+        """Describe an output of ``get_image_features``, whose ``pooler_output`` is a list."""
+        entries = output.pooler_output
+        flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
+        layouts = family.layouts(base, flat, inputs) if family.layouts else [None] * len(flat)
+        return cls(entries, layouts, [content_key(own) for own in _pixels(inputs, len(flat))] if keys else None)
+
+    def images(self, output: Any, marks: torch.Tensor, family: Family) -> list[PromptImage]:
+        """The images of the prompts, row by row.
+
+        Parameters
+        ----------
+        output
+            The encoder's output, possibly repeated since `of` saw it.
+        marks : Tensor (B, T), bool, on the host
+            Where placeholders stand.
+
+        Raises
+        ------
+        ValueError
+            If placeholders and features differ in number.
+        """
+        number = {id(entry): index for index, entry in enumerate(self.entries)}
+        order = [number[id(entry)] for entry in output.pooler_output]
+        features = torch.cat([entry.reshape(-1, entry.shape[-1]) for entry in output.pooler_output])
+        places = marks.nonzero()  # (M, 2): row by row, as the features come
+        if len(places) != len(features):
+            raise ValueError(
+                f"the prompts have {len(places)} image tokens and the images {len(features)}: the processor that made "
+                "the prompts must be this model's"
+            )
+        lengths = [entry.numel() // entry.shape[-1] for entry in output.pooler_output]
+        edges = [0, *accumulate(lengths)]
+        borders = torch.zeros(len(places) + 1, dtype=torch.bool)
+        borders[[0, -1]] = True
+        borders[1:-1] = places[1:, 0] != places[:-1, 0]
+        if family.image == "entry":
+            borders[edges] = True
+        else:
+            borders[1:-1] |= places[1:, 1] != places[:-1, 1] + 1
+        layout_of = _layout_by_span([self.layouts[index] for index in order], lengths)
+        return [
+            PromptImage(
+                int(places[begin, 0]),
+                places[begin:end, 1],
+                ImageTokens(features[begin:end], layout_of(begin, end)),
+                self._key(begin, end, order, edges),
+            )
+            for begin, end in pairwise(borders.nonzero().flatten().tolist())
+        ]
+
+    def _key(self, begin: int, end: int, order: Sequence[int], edges: Sequence[int]) -> int | None:
+        """A digest of the tokens from ``begin`` to ``end``: which parts of which entries they are."""
+        if self.keys is None:
+            return None
+        parts = [
+            (self.keys[order[entry]], max(low, begin) - low)
+            for entry, (low, high) in enumerate(pairwise(edges))
+            if max(low, begin) < min(high, end)
+        ]
+        return parts[0][0] if len(parts) == 1 and parts[0][1] == 0 else hash(tuple(parts)) & (2**63 - 1)
+
+
+def _layout_by_span(
+    layouts: Sequence[Layout | None], lengths: Sequence[int]
+) -> Callable[[int, int], Layout | None]:
+    """Feature maps of the tokens from one place to another, which may be several entries or a part of one."""
+    starts: dict[int, FeatureMap | None] = {}
+    place = 0
+    for layout, length in zip(layouts, lengths, strict=True):
+        known = layout is not None and sum(map(len, layout)) == length
+        for part, offset in zip(layout, accumulate(map(len, layout), initial=0), strict=False) if known else [(None, 0)]:
+            starts[place + offset] = part
+        place += length
+
+    def layout_of(begin: int, end: int) -> Layout | None:
+        parts = [part for start, part in starts.items() if begin <= start < end]
+        whole = None not in parts and sum(map(len, parts)) == end - begin
+        return tuple(parts) if whole else None
+
+    return layout_of
+
+
+def _pixels(inputs: Inputs, entries: int) -> list[torch.Tensor]:
+    """The pixels of each entry, without what pads them to the others' size."""
+    pixels, grid, sizes = inputs["pixel_values"], inputs.get("image_grid_thw"), inputs.get("image_sizes")
+    if grid is not None:
+        return list(pixels.split(grid.prod(-1).tolist()))
+    own = list(pixels)
+    if len(own) != entries:
+        # Prompts without an image have pixels of padding, but no entry.
+        own = [image for image in own if image.any()]
+    if own[0].ndim == 3 and sizes is not None:
+        return [image[:, :height, :width] for image, (height, width) in zip(own, sizes.tolist(), strict=True)]
+    if own[0].ndim == 4:  # crops, padded with crops of zeros
+        return [image[: int(image.flatten(1).any(1).sum())] for image in own]
+    return own

@@ -1,0 +1,316 @@
+"""The hooks that prune a model of transformers: switching them on and off, and what they do in each call."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from llava.adapters.transformers.family import FAMILIES, Family
+from llava.adapters.transformers.images import Encoding, PromptImage
+from llava.adapters.transformers.inputs import TOKEN_TYPES, KeptColumns, KeptPrompt, cache_of, kept_features
+from llava.constants import IGNORE_INDEX
+from llava.model.visual_sequence import PromptFacts, reduce_images
+from llava.pruning.base import KeptTokens
+from llava.pruning.config import PruningConfig
+
+ATTRIBUTE = "_visual_token_pruning"
+
+
+def set_pruning(model: nn.Module, config: PruningConfig | None) -> Session | None:
+    """Prune as ``config`` says from the next call on; None leaves the model as it was before.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers, with its language-model head.
+    config : PruningConfig or None
+
+    Returns
+    -------
+    Session, or None
+
+    Raises
+    ------
+    ValueError
+        If the family of models is not supported, or the method cannot work in this model.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    session = None if config is None else Session(model, config)  # refuses before anything is changed
+    before = active_session(model)
+    if before is not None:
+        before.detach()
+    if session is not None:
+        session.attach()
+    return session
+
+
+def active_session(model: nn.Module) -> Session | None:
+    """What prunes a model now, if anything does."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.__dict__.get(ATTRIBUTE)
+
+
+class Session:
+    """One model with one method.
+
+    Attributes
+    ----------
+    config : PruningConfig
+    visual_token_counts : list of (total, kept)
+        Of each image of the latest prompts, row by row.
+    error : Exception or None
+        What ended the latest call, for callers of programs that log errors and go on.
+    """
+
+    def __init__(self, model: nn.Module, config: PruningConfig):
+        text = model.config.get_text_config()
+        self.family = _family(model)
+        self.model, self.config = model, config.for_width(text.hidden_size)
+        self.pruner = self.config.build_pruner()
+        self.stages = self.config.stages(text.num_hidden_layers)
+        self.visual_token_counts: list[tuple[int, int]] = []
+        self.error: Exception | None = None
+        self._handles: list[Any] = []
+        self._columns: KeptColumns | None = None
+        self._prompt: KeptPrompt | None = None
+        self._refuse_what_cannot_work()
+
+    def _refuse_what_cannot_work(self) -> None:
+        kind, method = self.model.config.model_type, self.config.method
+        if [layer for layer, _ in self.stages] != [0]:
+            raise ValueError(f"{method} drops tokens inside the decoder, which is not available for {kind}")
+        missing = sorted(self.pruner.needs - {"image_keys", "question"})
+        if missing:
+            raise ValueError(f"{method} needs {', '.join(missing)}, which is not available for {kind}")
+        if self._multimodal_rope and self.pruner.position_ids == "compact":
+            raise ValueError(f"{kind} has rotary positions of several axes, which cannot be renumbered (compact)")
+
+    @property
+    def _multimodal_rope(self) -> bool:
+        return hasattr(self.model.base_model, "get_rope_index")
+
+    @property
+    def _compact(self) -> bool:
+        return not self._multimodal_rope and self.pruner.position_ids != "original"
+
+    # Switching on and off
+
+    def attach(self) -> None:
+        """Hook into the model."""
+        base = self.model.base_model
+        original = base.get_image_features
+        signature = inspect.signature(original)
+
+        # generate reads the signature, which functools.wraps keeps.
+        @functools.wraps(original)
+        def described(*args, **kwargs):
+            output = original(*args, **kwargs)
+            given = signature.bind_partial(*args, **kwargs).arguments
+            self._describe(output, {**given, **given.get("kwargs", {})})
+            return output
+
+        base.get_image_features = described
+        self._handles = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+        self.model.__dict__[ATTRIBUTE] = self
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self.model.base_model.__dict__.pop("get_image_features", None)
+        self.model.__dict__.pop(ATTRIBUTE, None)
+
+    def _describe(self, output: Any, inputs: dict[str, Any]) -> None:
+        """Hang on an encoder's output what is known of it only now."""
+        listed = not isinstance(output.pooler_output, torch.Tensor)
+        output.pooler_output = list(output.pooler_output)  # entries keep their identity in a list
+        keys = "image_keys" in self.pruner.needs
+        output.encoding = Encoding.of(self.model.base_model, self.family, output, inputs, keys)
+        output.listed = listed
+
+    # Each call
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        self.error = None
+        try:
+            return (), self._rewritten(dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs)
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _rewritten(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        self._columns = self._prompt = None  # whatever a call that failed has left
+        cache = cache_of(inputs)
+        filled = cache is not None and cache.get_seq_length() > 0
+        if cache is not None and not filled:
+            cache.__dict__.pop(ATTRIBUTE, None)  # it was reset
+        prompt = getattr(cache, ATTRIBUTE, None)
+        encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if inputs.get("pixel_values") is None and encoded is None:
+            return inputs if prompt is None else self._step(inputs, prompt, cache.get_seq_length())
+        if filled:
+            raise NotImplementedError("images after a filled KV cache are not pruned: start each turn without a cache")
+        return self._prefill(inputs)
+
+    def _step(self, inputs: dict[str, Any], prompt: KeptPrompt, cached: int) -> dict[str, Any]:
+        """A decoding step behind a pruned prompt."""
+        given, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        _refuse_prepared_mask(given)
+        text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        new = text.shape[1]
+        following = prompt.positions(cached, new)
+        if positions is not None and prompt.shift is not None:
+            positions = positions - prompt.shift
+        counted = given is None or given.shape[1] == prompt.length + cached - prompt.source.shape[1] + new
+        if not counted or (new > 1 and positions is not None and bool((positions[..., :1] != following[..., :1]).any())):
+            raise NotImplementedError(
+                "a further turn on the KV cache of a pruned prompt counts its columns wrongly: start each turn without "
+                "a cache"
+            )
+        return {
+            **inputs,
+            "attention_mask": prompt.mask(given, cached + new),
+            "position_ids": following if positions is None else positions,
+        }
+
+    def _prefill(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Drop what the pruner does not keep of every image."""
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None:
+            raise NotImplementedError("pruning reads input_ids beside the images, not inputs_embeds")
+        _refuse_prepared_mask(mask)
+        positions = inputs.get("position_ids")
+        if positions is None:
+            positions = self.model._prepare_position_ids_for_generation(ids, inputs) + self.family.first_position
+        inputs = self._encoded(inputs)
+        output = inputs["mm_encoder_outputs"]["image"]
+        if not hasattr(output, "encoding"):
+            raise NotImplementedError("the images were encoded elsewhere, or the prefill is cut into chunks")
+        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        marks = ((ids == self.model.config.image_token_id) & valid).cpu()
+        images = output.encoding.images(output, marks, self.family)
+        kept = self._kept(images, ids, valid, inputs.get("labels"))
+        return self._without_dropped(inputs, output, images, kept, valid, positions)
+
+    def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs with the encoders' outputs in the place of pixels, as ``generate`` does it."""
+        base, outputs, inputs = self.model.base_model, dict(inputs.get("mm_encoder_outputs") or {}), dict(inputs)
+        for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if inputs.get(pixels) is None:
+                continue
+            encode: Callable[..., Any] = getattr(base, f"get_{modality}_features")
+            names = [name for name in inspect.signature(encode).parameters if inputs.get(name) is not None]
+            outputs[modality] = encode(**{name: inputs[name] for name in names} | {"return_dict": True})
+            inputs[pixels] = None
+        return inputs | {"mm_encoder_outputs": outputs}
+
+    def _kept(
+        self, images: list[PromptImage], ids: torch.Tensor, valid: torch.Tensor, labels: torch.Tensor | None
+    ) -> list[KeptTokens]:
+        facts = [
+            PromptFacts(
+                image.key,
+                self._question(image, images, ids, valid, labels) if "question" in self.pruner.needs else None,
+            )
+            for image in images
+        ]
+        kept = reduce_images(self.pruner, [image.tokens for image in images], facts, self.stages[0][1])
+        self.visual_token_counts = [
+            (len(image.tokens.features), len(left.indices)) for image, left in zip(images, kept, strict=True)
+        ]
+        return kept
+
+    def _question(
+        self,
+        image: PromptImage,
+        images: list[PromptImage],
+        ids: torch.Tensor,
+        valid: torch.Tensor,
+        labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The embedded text (T, D) after the first image of an image's row; what is to be predicted is no part of it."""
+        first = min(int(other.columns[0]) for other in images if other.row == image.row)
+        row = ids[image.row]
+        text = valid[image.row] & (row != self.model.config.image_token_id)
+        text &= torch.arange(len(row), device=row.device) > first
+        if labels is not None:
+            text &= labels[image.row] == IGNORE_INDEX
+        return self.model.get_input_embeddings()(row[text])
+
+    def _without_dropped(
+        self,
+        inputs: dict[str, Any],
+        output: Any,
+        images: list[PromptImage],
+        kept: list[KeptTokens],
+        valid: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> dict[str, Any]:
+        whole = all(total == left for total, left in self.visual_token_counts)
+        if whole and not self.pruner.merges and self.pruner.keeps_raster_order:
+            if not output.listed:
+                output = type(output)(**{**output, "pooler_output": torch.stack(output.pooler_output)})
+            return inputs | {"mm_encoder_outputs": {**inputs["mm_encoder_outputs"], "image": output}}
+        columns = KeptColumns.of(valid, images, kept)
+        original = columns.positions(positions)
+        shift = None
+        if self._compact:
+            new = columns.counted() + self.family.first_position
+            original, shift = new, original[..., -1:] - new[..., -1:]
+        self._columns, self._prompt = columns, KeptPrompt.of(columns, images, original, shift)
+        # Without a mask, gaps in the positions would be read as borders between packed sequences.
+        masked = inputs.get("attention_mask") is not None or not self._compact or self._prompt.padded
+        rewritten = {
+            "input_ids": columns.take(inputs["input_ids"], self._pad_id()),
+            "attention_mask": columns.present.long() if masked else None,
+            "position_ids": original,
+            "mm_encoder_outputs": {
+                **inputs["mm_encoder_outputs"],
+                "image": kept_features(output, images, kept, output.listed),
+            },
+        }
+        types = {name: columns.take(inputs[name], 0) for name in TOKEN_TYPES if inputs.get(name) is not None}
+        labels = {} if inputs.get("labels") is None else {"labels": columns.labels(inputs["labels"])}
+        return inputs | rewritten | types | labels
+
+    def _pad_id(self) -> int:
+        """Any id of text."""
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        return pad if isinstance(pad, int) and pad >= 0 and pad != self.model.config.image_token_id else 0
+
+    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        columns, prompt = self._columns, self._prompt
+        self._columns = self._prompt = None
+        if prompt is None:
+            return output
+        cache = cache_of(output)
+        if cache is None and (kwargs.get("use_cache") or cache_of(kwargs) is not None):
+            raise RuntimeError("this release of transformers hides the KV cache: decoding would go wrong")
+        if cache is not None:
+            setattr(cache, ATTRIBUTE, prompt)
+        logits = output.get("logits")
+        if logits is not None and logits.shape[1] == columns.source.shape[1]:
+            output.logits = columns.spread(logits)
+        return output
+
+
+def _family(model: nn.Module) -> Family:
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(f"pruning is not available for {kind!r} models; it is for {', '.join(sorted(FAMILIES))}")
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"pruning {type(model).__name__} needs transformers >= 5.18 and its language-model head")
+    return FAMILIES[kind]
+
+
+def _refuse_prepared_mask(mask: Any) -> None:
+    if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
+        raise NotImplementedError("a static KV cache, whose masks are prepared ahead, cannot be used while tokens are pruned")
