@@ -43,7 +43,10 @@ class TinyModel:
     image_type: int = 1
 
     def inputs(self, rows: list[Row], side: str = "left") -> dict[str, torch.Tensor]:
-        ids = [[i for part in row for i in (self.placeholders(part) if isinstance(part, Picture) else [part])] for row in rows]
+        ids = [
+            [i for part in row for i in (self.placeholders(part) if isinstance(part, Picture) else [part])]
+            for row in rows
+        ]
         longest = max(map(len, ids))
 
         def padded(values: list[list[int]]) -> torch.Tensor:
@@ -86,7 +89,12 @@ _GRID_TOWER = {
     "out_hidden_size": 32,
 }
 _MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-_GRID_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+_GRID_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
 _GLM_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,

@@ -1,8 +1,10 @@
-"""The two public functions: select tokens from any features, and prune inside a ``with`` block."""
+"""The public functions: select tokens from any features, and prune a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
@@ -74,18 +76,78 @@ def pruning(
     Parameters
     ----------
     model
-        A LLaVA model of this package.
+        A LLaVA model of this package, or a vision-language model of transformers (docs/models.md says which).
     method, ratio, layer, **options
         As in `PruningConfig`.
+
+    Yields
+    ------
+    object
+        Its ``visual_token_counts`` are (total, kept) of each image of the latest call.
 
     Raises
     ------
     ValueError
-        For an unknown method or option, or a value out of range.
+        For an unknown method or option, a value out of range, or a model in which the method cannot work.
     """
-    before = model.pruning
-    model.set_pruning(PruningConfig(method=method, ratio=ratio, layer=layer, options=options))
+    before = _active(model)
+    report = _set(model, PruningConfig(method=method, ratio=ratio, layer=layer, options=options))
     try:
-        yield model
+        yield report
     finally:
-        model.set_pruning(before)
+        _set(model, before)
+
+
+def prune(model: Any, method: str, ratio: float | None = None, layer: int | None = None, **options: Any) -> None:
+    """Prune with a method from now on, and say so in a line on standard error; see `pruning`."""
+    _set(model, PruningConfig(method=method, ratio=ratio, layer=layer, options=options))
+    _announce(model)
+
+
+def unprune(model: Any) -> None:
+    """Leave a model as it was before `prune`, bit for bit."""
+    _set(model, None)
+
+
+def apply_switch(model: Any, environ: Mapping[str, str] = os.environ) -> PruningConfig | None:
+    """Prune a loaded model as ``BASELINE``, ``SUBSET_RATIO`` and the other variables of the switch say.
+
+    Models of this package do so when they are built.
+
+    Returns
+    -------
+    PruningConfig, or None
+        What prunes the model now; None when the switch is off.
+
+    Raises
+    ------
+    ValueError
+        Names a variable, its value and what is allowed; or says why the method cannot work in this model.
+    """
+    _set(model, PruningConfig.from_env(environ))
+    _announce(model)
+    return _active(model)
+
+
+def _active(model: Any) -> PruningConfig | None:
+    if hasattr(model, "set_pruning"):
+        return model.pruning
+    from llava.adapters.transformers import active_session
+
+    session = active_session(model)
+    return None if session is None else session.config
+
+
+def _set(model: Any, config: PruningConfig | None) -> Any:
+    if hasattr(model, "set_pruning"):
+        model.set_pruning(config)
+        return model
+    from llava.adapters.transformers import set_pruning
+
+    return set_pruning(model, config)
+
+
+def _announce(model: Any) -> None:
+    config = _active(model)
+    if config is not None:
+        print(f"{model.config.model_type}: {config.describe()}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Pruning a model of transformers changes nothing but which visual tokens are there: every family, before the decoder."""
+"""Pruning a model of transformers changes nothing but which visual tokens are there, in every family."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_vlms import SPECIAL, TINY, Picture, TinyModel, tiny
 
 from llava.adapters.transformers import FAMILIES, set_pruning
 from llava.adapters.transformers.inputs import cache_of
 from llava.pruning import PruningConfig
+from tiny_vlms import SPECIAL, TINY, Picture, TinyModel, tiny
 
 ROWS = [
     [3, 4, Picture(0, 1), 5, 6, 7],

@@ -1,7 +1,7 @@
 """The pruners on the vision-language models of the library ``transformers``.
 
-A forward pre-hook on the model encodes the images first, lets the pruner choose, and rewrites the model's *inputs*: ids,
-attention mask, positions, token types, labels and the encoder's output lose the dropped tokens together. All that
+A forward pre-hook on the model encodes the images first, lets the pruner choose, and rewrites the model's *inputs*:
+ids, attention mask, positions, token types, labels and the encoder's output lose the dropped tokens together. All that
 follows is the model's own code on a shorter prompt. Nothing is patched, and ``generate`` is not touched: it goes on
 counting the columns of the whole prompt, which the same hook translates in every decoding step.
 
@@ -12,6 +12,6 @@ counting the columns of the whole prompt, which the same hook translates in ever
 """
 
 from llava.adapters.transformers.family import FAMILIES, Family, register_family
-from llava.adapters.transformers.session import Session, set_pruning
+from llava.adapters.transformers.session import Session, active_session, set_pruning
 
-__all__ = ["FAMILIES", "Family", "Session", "register_family", "set_pruning"]
+__all__ = ["FAMILIES", "Family", "Session", "active_session", "register_family", "set_pruning"]

@@ -40,8 +40,7 @@ def square(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -> 
     """Every entry is a square map."""
     sides = [round(len(entry) ** 0.5) for entry in entries]
     return [
-        (FeatureMap(side, side),) if side**2 == len(entry) else None
-        for side, entry in zip(sides, entries, strict=True)
+        (FeatureMap(side, side),) if side**2 == len(entry) else None for side, entry in zip(sides, entries, strict=True)
     ]
 
 

@@ -118,15 +118,15 @@ class Encoding:
         return parts[0][0] if len(parts) == 1 and parts[0][1] == 0 else hash(tuple(parts)) & (2**63 - 1)
 
 
-def _layout_by_span(
-    layouts: Sequence[Layout | None], lengths: Sequence[int]
-) -> Callable[[int, int], Layout | None]:
+def _layout_by_span(layouts: Sequence[Layout | None], lengths: Sequence[int]) -> Callable[[int, int], Layout | None]:
     """Feature maps of the tokens from one place to another, which may be several entries or a part of one."""
     starts: dict[int, FeatureMap | None] = {}
     place = 0
     for layout, length in zip(layouts, lengths, strict=True):
         known = layout is not None and sum(map(len, layout)) == length
-        for part, offset in zip(layout, accumulate(map(len, layout), initial=0), strict=False) if known else [(None, 0)]:
+        for part, offset in (
+            zip(layout, accumulate(map(len, layout), initial=0), strict=False) if known else [(None, 0)]
+        ):
             starts[place + offset] = part
         place += length
 

@@ -68,8 +68,8 @@ class Session:
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig):
-        text = model.config.get_text_config()
         self.family = _family(model)
+        text = model.config.get_text_config()
         self.model, self.config = model, config.for_width(text.hidden_size)
         self.pruner = self.config.build_pruner()
         self.stages = self.config.stages(text.num_hidden_layers)
@@ -141,7 +141,9 @@ class Session:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         self.error = None
         try:
-            return (), self._rewritten(dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs)
+            return (), self._rewritten(
+                dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
+            )
         except Exception as error:
             self.error = error
             raise
@@ -170,7 +172,9 @@ class Session:
         if positions is not None and prompt.shift is not None:
             positions = positions - prompt.shift
         counted = given is None or given.shape[1] == prompt.length + cached - prompt.source.shape[1] + new
-        if not counted or (new > 1 and positions is not None and bool((positions[..., :1] != following[..., :1]).any())):
+        if not counted or (
+            new > 1 and positions is not None and bool((positions[..., :1] != following[..., :1]).any())
+        ):
             raise NotImplementedError(
                 "a further turn on the KV cache of a pruned prompt counts its columns wrongly: start each turn without "
                 "a cache"
@@ -236,7 +240,7 @@ class Session:
         valid: torch.Tensor,
         labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The embedded text (T, D) after the first image of an image's row; what is to be predicted is no part of it."""
+        """The embedded text (T, D) after the first image of an image's row, without what is to be predicted."""
         first = min(int(other.columns[0]) for other in images if other.row == image.row)
         row = ids[image.row]
         text = valid[image.row] & (row != self.model.config.image_token_id)
@@ -303,7 +307,7 @@ class Session:
 
 
 def _family(model: nn.Module) -> Family:
-    kind = model.config.model_type
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in FAMILIES:
         raise ValueError(f"pruning is not available for {kind!r} models; it is for {', '.join(sorted(FAMILIES))}")
     if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
@@ -313,4 +317,6 @@ def _family(model: nn.Module) -> Family:
 
 def _refuse_prepared_mask(mask: Any) -> None:
     if mask is not None and (isinstance(mask, dict) or mask.ndim != 2):
-        raise NotImplementedError("a static KV cache, whose masks are prepared ahead, cannot be used while tokens are pruned")
+        raise NotImplementedError(
+            "a static KV cache, whose masks are prepared ahead, cannot be used while tokens are pruned"
+        )
