@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_vlms import IMAGE, SPECIAL, Picture, tiny
 
 from llava.pruning import PruningConfig, apply_switch, prune, pruning, unprune
+from tiny_vlms import IMAGE, SPECIAL, Picture, tiny
 
 ROW = [3, 4, Picture(0), 5, 6]
 
@@ -60,7 +60,7 @@ def test_the_switch_reads_the_environment(capsys):
     ("name", "method", "options", "sentence"),
     [
         ("qwen2_vl", "random", {"position_ids": "compact"}, "positions of several axes"),
-        ("gemma3", "nonsense", {}, "unknown method|no such method|nonsense"),
+        ("gemma3", "nonsense", {}, "nonsense"),
         ("gemma3", "otprune", {"gamma": -1.0}, "gamma must be"),
     ],
 )
@@ -94,7 +94,7 @@ def test_prompts_that_do_not_go_with_the_images_are_refused():
     family = tiny("llava")
     inputs = family.inputs([ROW])
     inputs["input_ids"][0, inputs["input_ids"][0] == IMAGE] = 5
-    with pruning(family.model, "first_k", ratio=0.2), pytest.raises(ValueError, match="0 image tokens and the images 25"):
+    with pruning(family.model, "first_k", ratio=0.2), pytest.raises(ValueError, match="0 image tokens"):
         family.model(**inputs)
 
 
