@@ -259,54 +259,73 @@ def _pad_to_square(image: Image.Image) -> Image.Image:
     return square
 
 
-def conv_mode_for(model_name: str) -> str:
-    """Name of the template a checkpoint was trained with, as far as its name tells.
+def conv_mode_for(model_name: str, model_config: Any = None, tokenizer: Any = None) -> str:
+    """The template a checkpoint was trained with: as its files say, and as its name says where they leave it open.
 
     Parameters
     ----------
     model_name : str
         As :func:`llava.mm_utils.get_model_name_from_path` returns it; case does not matter.
+    model_config : object, optional
+        The checkpoint's configuration: ``conv_template``, which `llava.train` writes, then the architecture.
+    tokenizer : optional
+        The checkpoint's; its end-of-text token tells the 34B model of LLaVA-1.6 from the others.
 
     Returns
     -------
     str
         A key of ``conv_templates``.
     """
+    recorded = getattr(model_config, "conv_template", None)
+    if recorded in conv_templates:
+        return recorded
+    architectures = getattr(model_config, "architectures", None) or ()
+    architecture = " ".join([getattr(model_config, "model_type", None) or "", *architectures]).lower()
     name = model_name.lower()
-    # The embedded model, trained under the template that evaluation uses by default.
-    if name == "llava-mini":
-        return "vicuna_v1"
-    for mark, mode in (
-        ("llama-2", "llava_llama_2"),
-        ("mistral", "mistral_instruct"),
-        ("v1.6-34b", "chatml_direct"),
-        ("v1", "llava_v1"),
-        ("mpt", "mpt"),
-    ):
-        if mark in name:
+    for mark, mode in (("mistral", "mistral_instruct"), ("mpt", "mpt")):
+        if mark in (architecture or name):
             return mode
+    if "v1.6-34b" in name or getattr(tokenizer, "eos_token", None) == "<|im_end|>":
+        return "chatml_direct"
+    if "llama-2" in name:
+        return "llava_llama_2"
+    # Checkpoints before 1.5, of which some are v0, have a linear projector.
+    if "v1" in name or str(getattr(model_config, "mm_projector_type", "")).startswith("mlp"):
+        return "llava_v1"
     return "llava_v0"
 
 
-def choose_conv_mode(model_name: str, wanted: str | None) -> str:
-    """The template to use: the wanted one, with a printed warning if the checkpoint's name speaks for another.
+def benchmark_conv_mode(model_name: str, model_config: Any, tokenizer: Any) -> str:
+    """As `conv_mode_for`, but for the v1 family the template of its training and of published benchmark results."""
+    mode = conv_mode_for(model_name, model_config, tokenizer)
+    return "vicuna_v1" if mode == "llava_v1" else mode
+
+
+def check_conv_mode(mode: str | None) -> None:
+    """Raise a ValueError if there is no such template; None, "the checkpoint's", is one."""
+    if mode is not None and mode not in conv_templates:
+        raise ValueError(f"unknown conversation mode {mode!r}; allowed: {', '.join(conv_templates)}")
+
+
+def choose_conv_mode(model_name: str, wanted: str | None, model_config: Any = None, tokenizer: Any = None) -> str:
+    """The template to use: the wanted one, with a printed warning if the checkpoint speaks for another.
 
     Parameters
     ----------
-    model_name : str
     wanted : str or None
-        A key of ``conv_templates``; None to go by the name.
+        A key of ``conv_templates``; None for the checkpoint's.
+    model_name, model_config, tokenizer
+        See `conv_mode_for`.
 
     Raises
     ------
     ValueError
         If there is no such template.
     """
-    inferred = conv_mode_for(model_name)
+    check_conv_mode(wanted)
+    inferred = conv_mode_for(model_name, model_config, tokenizer)
     if wanted is None or wanted == inferred:
         return inferred
-    if wanted not in conv_templates:
-        raise ValueError(f"unknown conversation mode {wanted!r}; allowed: {', '.join(conv_templates)}")
     print(
         f"[WARNING] the auto inferred conversation mode is {inferred}, while `--conv-mode` is {wanted}, using {wanted}"
     )

@@ -29,7 +29,7 @@ from lmms_eval_otprune.token_counts import ImageCount, PromptCount, describe, la
 from loguru import logger
 from PIL import Image
 
-from llava.conversation import conv_templates
+from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model, resolve_model_path
 from llava.model.visual_cache import VisualCache
@@ -86,7 +86,7 @@ class Llava(lmms):
     attn_implementation : str
         sdpa, eager or flash_attention_2.
     conv_template : str
-        A name of `llava.conversation.conv_templates`.
+        A name of `llava.conversation.conv_templates`; "auto": the checkpoint's.
     use_cache : bool
         Keep keys and values while generating.
     resume_dir : str, optional
@@ -98,6 +98,8 @@ class Llava(lmms):
 
     Attributes
     ----------
+    conv_template : str
+        The template that prompts are written in.
     visual_tokens : dict
         Task -> how often each `PromptCount` was answered, answers of an earlier run included.
 
@@ -117,7 +119,7 @@ class Llava(lmms):
         device_map: str | None = None,
         dtype: str = "auto",
         attn_implementation: str = "sdpa",
-        conv_template: str = "vicuna_v1",
+        conv_template: str = "auto",
         use_cache: bool = True,
         resume_dir: str | None = None,
         grey_pictures: bool = False,
@@ -134,10 +136,9 @@ class Llava(lmms):
             )
         # The loader reads the switch as well, but only after this process has joined the others.
         PruningConfig.from_env()
-        if conv_template not in conv_templates:
-            raise ValueError(f"conv_template={conv_template}: allowed are {', '.join(conv_templates)}")
+        if conv_template not in ("auto", *conv_templates):
+            raise ValueError(f"conv_template={conv_template}: allowed are auto, {', '.join(conv_templates)}")
         self._batch_size = read_batch_size(batch_size)
-        self._conv_template = conv_template
         self._use_cache = use_cache
         cache_bytes = read_visual_cache(visual_cache)
         self._grey_pictures = grey_pictures
@@ -163,6 +164,10 @@ class Llava(lmms):
         self.tokenizer.padding_side = "left"
         self.config.tokenizer_padding_side = "left"
         self.model.visual_cache = None if cache_bytes is None else VisualCache(cache_bytes)
+        if conv_template == "auto":
+            conv_template = benchmark_conv_mode(name, self.config, self.tokenizer)
+        self.conv_template = conv_template
+        self._conversation = partial(conversation, conv_template, mark=image_mark(self.config))
 
         self.model_fingerprint = model_fingerprint(
             resolve_model_path(pretrained),
@@ -395,7 +400,7 @@ class Llava(lmms):
         images = [image for image in visuals or () if image is not None]
         if self._grey_pictures:
             images = [Image.new("RGB", image.size, GREY) for image in images]
-        prompt = conversation(self._conv_template, question.prompt, len(images))
+        prompt = self._conversation(question.prompt, len(images))
         try:
             return make_row(self.tokenizer, prompt, images)
         except ValueError as error:
@@ -456,7 +461,7 @@ class Llava(lmms):
         answer = target if isinstance(target, str) else target(document)
         context = context[0] if isinstance(context, list) else context
         row = self._row(Question(task, split, doc_id, 0, context, {}), images_of(document))
-        whole = conversation(self._conv_template, context, len(row.images), answer)
+        whole = self._conversation(context, len(row.images), answer)
         input_ids = make_row(self.tokenizer, whole, row.images).input_ids
         continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)
         pixels = self._pixels(row.images, self.config)

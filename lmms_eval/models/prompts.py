@@ -30,7 +30,9 @@ class Row:
     images: tuple[Image.Image, ...]
 
 
-def conversation(template: str, context: str, images: int, answer: str | None = None) -> str:
+def conversation(
+    template: str, context: str, images: int, answer: str | None = None, mark: str = DEFAULT_IMAGE_TOKEN
+) -> str:
     """A task's text in a conversation, up to the answer or with it; marks for pictures are put in front if it has none.
 
     Parameters
@@ -41,9 +43,12 @@ def conversation(template: str, context: str, images: int, answer: str | None = 
     images : int
         Pictures that go with it.
     answer : str, optional
+    mark : str
+        What the checkpoint knows an image by, see `llava.conversation.image_mark`.
     """
     if images and DEFAULT_IMAGE_TOKEN not in context:
         context = " ".join([DEFAULT_IMAGE_TOKEN] * images) + "\n" + context
+    context = context.replace(DEFAULT_IMAGE_TOKEN, mark)
     turns = conv_templates[template].copy()
     turns.append_message(turns.roles[0], context)
     turns.append_message(turns.roles[1], answer)

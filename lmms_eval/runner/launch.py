@@ -89,6 +89,7 @@ def run_job(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
         "state": str(state),
         "device": None if plan.device == "cuda" else plan.device,
         "dtype": plan.dtype,
+        "conv_template": options.conv_template,
         "batch_size": plan.batch_size,
         "limit": options.limit,
         "grey": job.grey,

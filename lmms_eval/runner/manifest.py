@@ -41,6 +41,7 @@ def describe_machine(lm: Llava, model: str) -> dict[str, Any]:
         "processes": lm.world_size,
         "threads": torch.get_num_threads(),
         "model_fingerprint": lm.model_fingerprint,
+        "conv_template": lm.conv_template,
         "trained": _is_trained(model, lm.config),
         "pruning": lm.model.pruning and lm.model.pruning.to_dict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},

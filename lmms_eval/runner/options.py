@@ -67,6 +67,7 @@ class Options:
     main_process_port: int
     seed: int
     dtype: str
+    conv_template: str
     device: str
     output: Path | None
     report: bool
@@ -119,6 +120,7 @@ def _check(found: argparse.Namespace) -> Options:
         all_metrics=found.all_metrics,
         main_process_ip=found.main_process_ip or "127.0.0.1",
         dtype=found.dtype,
+        conv_template=found.conv_template,
         device=found.device,
         output=found.output,
         report=not found.no_report,
@@ -197,6 +199,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--main-process-port", default="29511", metavar="PORT", help="default: %(default)s")
     parser.add_argument("--seed", default="1234", metavar="N", help="of Python, NumPy and torch (default: 1234)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
+    parser.add_argument(
+        "--conv-template",
+        default="auto",
+        metavar="NAME",
+        help="conversation template of the prompts, a name of llava.conversation's (default: each checkpoint's)",
+    )
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="default: CUDA where there is one, else the CPU"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from lmms_eval_otprune import java
 
+from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import read_config, resolve_model_path
 from llava.pruning import PruningConfig
@@ -87,6 +88,8 @@ def make_plan(options: Options, environ: Mapping[str, str] = os.environ) -> Plan
     """
     environ = translated(environ)
     device = _device(options.device)
+    if options.conv_template not in ("auto", *conv_templates):
+        raise ValueError(f"--conv-template {options.conv_template}: allowed are auto, {', '.join(conv_templates)}")
     suite = SUITES[options.suite or ("paper" if device == "cuda" else "mini")]
     chosen = [suite.task(name) for name in options.tasks] or list(suite.tasks)
     tasks = tuple(task for task in suite.tasks if task in chosen)

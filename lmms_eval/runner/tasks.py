@@ -17,7 +17,7 @@ from .suites import Suite
 def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[str, Any]]:
     """Task -> everything that its result depends on, JSON-serialisable."""
     common = {
-        "model": model_fingerprint(resolve_model_path(job.model), None, plan.dtype, "sdpa", "vicuna_v1"),
+        "model": model_fingerprint(resolve_model_path(job.model), None, plan.dtype, "sdpa", options.conv_template),
         "pruning": None if job.pruning is None else job.pruning.to_dict(),
         "grey": job.grey,
         "limit": options.limit,

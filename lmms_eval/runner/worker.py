@@ -83,6 +83,7 @@ def _load(spec: dict[str, Any], terminal: TextIO) -> Llava:
         batch_size=spec["batch_size"],
         device=spec["device"],
         dtype=spec["dtype"],
+        conv_template=spec["conv_template"],
         resume_dir=spec["answers"],
         grey_pictures=spec["grey"],
     )

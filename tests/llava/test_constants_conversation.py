@@ -14,7 +14,15 @@ from PIL import Image
 
 from golden import golden_root
 from llava import constants, conversation
-from llava.conversation import Conversation, SeparatorStyle, choose_conv_mode, conv_mode_for, conv_templates, image_mark
+from llava.conversation import (
+    Conversation,
+    SeparatorStyle,
+    benchmark_conv_mode,
+    choose_conv_mode,
+    conv_mode_for,
+    conv_templates,
+    image_mark,
+)
 
 ROOT = golden_root() / "llava"
 GOLDEN = json.loads((ROOT / "conversation/prompts.json").read_text())
@@ -179,11 +187,37 @@ def test_an_unknown_style_is_named():
         ("llava-llama-2-7b-chat-v1", "llava_llama_2"),
         ("llava-mpt-7b", "mpt"),
         ("llava-7b-delta", "llava_v0"),
-        ("llava-mini", "vicuna_v1"),
     ],
 )
 def test_the_name_of_a_checkpoint_chooses_the_template(model_name, mode):
     assert conv_mode_for(model_name) == mode
+
+
+@pytest.mark.parametrize(
+    ("model_name", "config", "mode"),
+    [
+        ("my-finetune", {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"}, "llava_v1"),
+        ("my-finetune", {"model_type": "llava_llama", "mm_projector_type": "linear"}, "llava_v0"),
+        ("my-finetune", {"model_type": "llava_mistral", "mm_projector_type": "mlp2x_gelu"}, "mistral_instruct"),
+        ("my-finetune", {"model_type": "llava", "architectures": ["LlavaMistralForCausalLM"]}, "mistral_instruct"),
+        ("prompt-tuned-7b", {"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"}, "llava_v1"),
+        ("like-mistral-v1", {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, "llava_v1"),
+        ("llava-llama-2-7b", {"model_type": "llava_llama"}, "llava_llama_2"),
+        ("llava-v1.5-7b", {"model_type": "llava_llama", "conv_template": "plain"}, "plain"),
+    ],
+)
+def test_the_files_of_a_checkpoint_are_asked_before_its_name(model_name, config, mode):
+    assert conv_mode_for(model_name, SimpleNamespace(**config)) == mode
+
+
+def test_a_tokenizer_that_ends_turns_as_chatml_chooses_it():
+    assert conv_mode_for("my-finetune", SimpleNamespace(), SimpleNamespace(eos_token="<|im_end|>")) == "chatml_direct"
+
+
+def test_benchmarks_ask_the_v1_family_in_the_template_of_its_training():
+    tokenizer = SimpleNamespace(eos_token="</s>")
+    assert benchmark_conv_mode("llava-v1.5-7b", SimpleNamespace(), tokenizer) == "vicuna_v1"
+    assert benchmark_conv_mode("llava-7b-delta", SimpleNamespace(), tokenizer) == "llava_v0"
 
 
 def test_a_wanted_template_wins_and_a_surprising_one_is_announced(capsys):

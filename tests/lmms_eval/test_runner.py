@@ -128,7 +128,7 @@ class TestResults:
         assert manifest["switch"] == {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.5", "LAYER_INDEX": "0"}
         assert manifest["suite"] == "paper"
         assert (manifest["device_type"], manifest["dtype"], manifest["processes"]) == ("cpu", "float32", 1)
-        assert manifest["seeds"]["torch"] == 1234
+        assert (manifest["seeds"]["torch"], manifest["conv_template"]) == (1234, "vicuna_v1")
         assert manifest["versions"].keys() >= {"python", "torch", "transformers", "lmms-eval", "llava"}
         assert manifest["visual_tokens"] == results(reference)["visual_tokens"]
         assert "git_commit" in manifest
@@ -377,6 +377,7 @@ class TestOptions:
             (["--method", "nosuch", "--device", "cpu"], "unknown method 'NOSUCH'"),
             (["--method", "otprune:gama=1", "--device", "cpu"], "OTPRUNE_GAMA=1"),
             (["--method", "otprune:gamma=x", "--device", "cpu"], "OTPRUNE_GAMMA=x"),
+            (["--conv-template", "vicuna", "--device", "cpu"], "--conv-template vicuna: allowed are auto, default"),
             (["--model", "/no/such/folder", "--device", "cpu"], "--model /no/such/folder: neither a folder"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -23,6 +23,8 @@ from lmms_eval_otprune.settings import GenerationSettings
 from lmms_eval_otprune.token_counts import ImageCount, PromptCount
 from PIL import Image
 
+from llava.mm_utils import tokenizer_image_token
+
 SHORT = {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"], "do_sample": False}
 
 
@@ -238,6 +240,26 @@ class TestPrompts:
         assert "USER: <image> <image>\nWhat? ASSISTANT:" in prompts.conversation("vicuna_v1", "What?", 2)
         assert prompts.conversation("vicuna_v1", "See <image>?", 1).count("<image>") == 1
         assert "<image>" not in prompts.conversation("vicuna_v1", "What?", 0)
+        marked = prompts.conversation("llava_v0", "<image> or <image>?", 2, mark="<im_start><image><im_end>")
+        assert "Human: <im_start><image><im_end> or <im_start><image><im_end>?###" in marked
+
+    @pytest.mark.parametrize(
+        ("name", "template", "prompt"),
+        [
+            ("llava-v1.6-mistral-tiny", "mistral_instruct", "[INST] <image>\nWhat? [/INST]"),
+            ("llava-v1-tiny-imse", "vicuna_v1", "USER: <im_start><image><im_end>\nWhat? ASSISTANT:"),
+        ],
+    )
+    def test_are_written_as_the_checkpoint_was_trained(self, load, name, template, prompt):
+        lm = load(name)
+        row = lm._row(Question("looks", "test", 0, 0, "What?", SHORT), DOCUMENTS[0]["images"])
+        assert lm.conv_template == template and prompt in lm._conversation("What?", 1)
+        assert row.input_ids.tolist() == tokenizer_image_token(lm._conversation("What?", 1), lm.tokenizer)
+
+    def test_are_written_as_told(self, load):
+        lm = load("llava-v1.5-tiny", conv_template="llava_v0")
+        assert lm.conv_template == "llava_v0" and "Human: <image>\nWhat?###" in lm._conversation("What?", 1)
+        assert lm.model_fingerprint != load("llava-v1.5-tiny").model_fingerprint
 
 
 class TestLikelihood:
@@ -377,7 +399,7 @@ class TestWrongValues:
             ({"batch_size": "auto"}, "batch_size=auto: must be a whole number >= 1"),
             ({"batch_size": "0"}, "batch_size=0"),
             ({"dtype": "int8"}, "dtype=int8: allowed are auto, float32"),
-            ({"conv_template": "vicuna"}, "conv_template=vicuna: allowed are"),
+            ({"conv_template": "vicuna"}, "conv_template=vicuna: allowed are auto, default"),
             ({"device": "gpu"}, "device=gpu: allowed are cpu"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

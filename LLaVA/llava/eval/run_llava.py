@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava.arguments import positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
-from llava.conversation import choose_conv_mode, conv_templates, image_mark
+from llava.conversation import check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.utils import disable_torch_init
@@ -40,7 +40,7 @@ def eval_model(args: Any) -> str:
     ----------
     args : object
         With the attributes ``model_path``, ``model_base``, ``image_file`` (paths or http(s) addresses), ``query``,
-        ``conv_mode`` (None: by the model's name; the choice is stored there), ``sep``, ``temperature`` (0: greedy),
+        ``conv_mode`` (None: the checkpoint's; the choice is stored there), ``sep``, ``temperature`` (0: greedy),
         ``top_p``, ``num_beams``, ``max_new_tokens``; optionally ``device``. Every ``<image-placeholder>`` in the
         query stands for one image; without any, the first image goes in front of the query.
 
@@ -60,7 +60,7 @@ def eval_model(args: Any) -> str:
     """
     disable_torch_init()
     model_name = get_model_name_from_path(args.model_path)
-    args.conv_mode = choose_conv_mode(model_name, args.conv_mode)
+    check_conv_mode(args.conv_mode)
     images = load_images(image_parser(args))
     if _places(args.query) < len(images):
         logger.warning(
@@ -76,6 +76,7 @@ def eval_model(args: Any) -> str:
         args.model_path, args.model_base, model_name, **options
     )
 
+    args.conv_mode = choose_conv_mode(model_name, args.conv_mode, model.config, tokenizer)
     conv = conv_templates[args.conv_mode].copy()
     conv.append_message(conv.roles[0], _with_image_marks(args.query, image_mark(model.config)))
     conv.append_message(conv.roles[1], None)
@@ -129,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
     parser.add_argument("--image-file", required=True, help="paths or http(s) addresses, separated by --sep")
     parser.add_argument("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} says where an image goes")
-    parser.add_argument("--conv-mode", help="prompt template; chosen by the checkpoint's name if not given")
+    parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
     parser.add_argument("--sep", default=",", help="what separates the images")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")
     parser.add_argument("--top_p", type=float, help="sample from the smallest set of tokens with this probability")

@@ -15,6 +15,7 @@ from llava.mini.attention import attention_for
 from llava.mini.grounding import Grounding, GroundingHeads
 from llava.mini.packing import Batch, packed_mask, prefix_stretches
 from llava.mini.tower import pixel_values
+from llava.mini.vocabulary import TEMPLATE
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 
 __all__ = ["ConversationTask", "build_llava", "llava_config"]
@@ -55,6 +56,7 @@ def llava_config(config: dict, vocabulary: int) -> LlavaConfig:
         image_aspect_ratio="pad",
         tokenizer_model_max_length=CONTEXT_LENGTH,
         tokenizer_padding_side="right",
+        conv_template=TEMPLATE,
         max_sequence_length=CONTEXT_LENGTH,
     )
 

@@ -14,7 +14,7 @@ from transformers import TextStreamer
 
 from llava.arguments import positive
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import choose_conv_mode, conv_templates, image_mark
+from llava.conversation import SeparatorStyle, check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.utils import disable_torch_init
@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     """
     disable_torch_init()
     model_name = get_model_name_from_path(args.model_path)
-    args.conv_mode = choose_conv_mode(model_name, args.conv_mode)
+    check_conv_mode(args.conv_mode)
     image = load_image(args.image_file)
 
     tokenizer, model, image_processor, _ = load_pretrained_model(
@@ -46,8 +46,9 @@ def main(args: argparse.Namespace) -> None:
     pixels = process_images([image], image_processor, model.config)
     pixels = images_to(pixels, model.device, getattr(model, "dtype", torch.float16))
 
+    args.conv_mode = choose_conv_mode(model_name, args.conv_mode, model.config, tokenizer)
     conv = conv_templates[args.conv_mode].copy()
-    names = ("user", "assistant") if "mpt" in model_name.lower() else conv.roles
+    names = ("user", "assistant") if conv.sep_style is SeparatorStyle.MPT else conv.roles
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     # The image is named in the first question only, and handed over at every turn.
     mark = image_mark(model.config)
@@ -96,7 +97,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
     parser.add_argument("--image-file", required=True, help="path or http(s) address")
     parser.add_argument("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:1, cpu")
-    parser.add_argument("--conv-mode", help="prompt template; chosen by the checkpoint's name if not given")
+    parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")
     parser.add_argument("--max-new-tokens", type=positive, default=512, help="length of an answer at most, in tokens")
     parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")

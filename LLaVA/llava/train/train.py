@@ -153,6 +153,8 @@ def save_result(model: nn.Module, arguments: argparse.Namespace) -> None:
     }
     config = base.config
     config.architectures = [type(base).__name__]
+    if arguments.stage == "finetune":
+        config.conv_template = TEMPLATES[arguments.template]
     if arguments.stage == "pretrain":
         torch.save(projector, folder / "mm_projector.bin")
     elif arguments.lora_rank:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.fitprune.samples import CONVERSATION
 from llava.eval.fitprune.sources import MINI
 from llava.pruning.recipes import SHIPPED_MODEL, describe, known_recipes, read_recipe
 
@@ -143,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--reduction-ratio", type=float, nargs="+", metavar="R", help=f"{share}; one recipe each")
     mean = "instead: mean over the layers of the fraction of visual tokens present (SUBSET_RATIO), 0 < r <= 1"
     fit.add_argument("--subset-ratio", type=float, nargs="+", metavar="R", help=mean)
-    fit.add_argument("--conv-mode", default=CONVERSATION, help=f"prompt template (default: {CONVERSATION})")
+    fit.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
     fit.add_argument("--device", help="default: cuda where there is a GPU, else cpu")
     fit.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU")
     cache = "folder for what is gathered (default: in the user's cache folder)"

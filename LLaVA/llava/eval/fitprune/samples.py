@@ -13,11 +13,8 @@ import torch
 from PIL import Image
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates, image_mark
-from llava.mm_utils import load_rgb, tokenizer_image_token
-
-CONVERSATION = "vicuna_v1"
-"""The template that benchmarks use with LLaVA."""
+from llava.conversation import benchmark_conv_mode, check_conv_mode, conv_templates, image_mark
+from llava.mm_utils import get_model_name_from_path, load_rgb, tokenizer_image_token
 
 Question = tuple[str, str, Image.Image]
 """Name of a sample, what is asked, and the picture."""
@@ -84,14 +81,14 @@ class Samples:
     tokenizer
     config
         The model's.
-    conversation : str
-        A name of `llava.conversation.conv_templates`.
+    conversation : str, optional
+        A name of `llava.conversation.conv_templates`; default: the one that benchmarks ask this model with.
     """
 
-    def __init__(self, source: Source, tokenizer, config, conversation: str = CONVERSATION):
-        if conversation not in conv_templates:
-            raise ValueError(f"unknown conversation mode {conversation!r}; allowed: {', '.join(conv_templates)}")
-        self.source, self.conversation = source, conversation
+    def __init__(self, source: Source, tokenizer, config, conversation: str | None = None):
+        check_conv_mode(conversation)
+        name = get_model_name_from_path(getattr(config, "name_or_path", ""))
+        self.source, self.conversation = source, conversation or benchmark_conv_mode(name, config, tokenizer)
         self._tokenizer, self._mark = tokenizer, image_mark(config)
 
     def __len__(self) -> int:
