@@ -416,17 +416,6 @@ def test_a_crop_chooses_as_if_it_were_alone(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_input_stays_and_autocast_changes_nothing(method):
-    tokens, same = scene(seed=3), scene(seed=3)
-    kept = method().reduce(tokens)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = method().reduce(tokens)
-    assert torch.equal(kept.indices, cast.indices) and torch.equal(kept.features, cast.features)
-    for name in TENSORS:
-        assert torch.equal(getattr(tokens, name), getattr(same, name))
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_ties_go_to_the_lowest_index(method):
     tokens = VisualTokens(
         torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(0)),

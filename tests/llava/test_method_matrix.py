@@ -9,7 +9,7 @@ from transformers.masking_utils import create_causal_mask
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.kv_cache import CACHE
-from llava.pruning import Pruner, PruningConfig, VisualTokens, available_methods, kept_count, pruning
+from llava.pruning import Pruner, PruningConfig, VisualTokens, available_methods, kept_count, kernels, pruning
 from llava.pruning.base import INSIDE
 from llava.pruning.layout import FeatureMap, apportion, crop_numbers
 from llava.pruning.registry import method_class
@@ -347,6 +347,23 @@ def test_exactly_k_distinct_tokens_go_on(method, dtype, kind, k, layout):
             }
             alone = pruner.reduce(VisualTokens(**own, k=k))
             assert torch.equal(alone.indices[0], kept.indices[image])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(name, {}) for name in sorted(ALL) if name != "vtw"]
+    + [("otprune", {"compat": True}), ("prumerge", {"adaptive": True}), ("prumerge_plus", {"adaptive": True})],
+    ids=str,
+)
+def test_autocast_around_a_selection_changes_nothing(method, options, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "_ON_CPU", {})  # the plain versions: NumPy knows nothing of autocast
+    pruner = method_class(method)(**OPTIONS.get(method, {}) | options)
+    tokens = VisualTokens(**observed("normal", dtype, 1, (FeatureMap(12, 12),)), k=70)
+    kept = pruner.reduce(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = pruner.reduce(tokens)
+    assert torch.equal(again.indices, kept.indices) and torch.equal(again.features, kept.features)
 
 
 @pytest.mark.parametrize("method", sorted(ALL))

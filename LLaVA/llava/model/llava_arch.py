@@ -134,7 +134,8 @@ def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
         if step == k - 1:
             break
         pivot = gain[rows, chosen].unsqueeze(-1)  # (B, 1)
-        explained = torch.einsum("bs,bsn->bn", factor[rows, :step, chosen], factor[:, :step])
+        with torch.autocast(kernel.device.type, enabled=False):
+            explained = torch.einsum("bs,bsn->bn", factor[rows, :step, chosen], factor[:, :step])
         row = (kernel[rows, chosen] - explained) / pivot.clamp_min(exhausted).sqrt()
         row = row.masked_fill(pivot <= exhausted, 0)
         factor[:, step] = row

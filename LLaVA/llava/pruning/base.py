@@ -200,7 +200,7 @@ class Pruner:
         """Choose ``tokens.k`` of the N tokens of every image.
 
         Only called with 1 <= k < N and finite features, and without gradients. Each image's choice must not depend on
-        the others, nor on anything but the options and the tokens; ties go to the lowest index.
+        the others, nor on anything but the options and the tokens; ties go to the lowest index. Autocast is off.
 
         Returns
         -------
@@ -382,7 +382,8 @@ class Pruner:
 
     def _merge_checked(self, tokens: VisualTokens) -> KeptTokens:
         batch, n, width = tokens.features.shape
-        kept = self.merge(tokens)
+        with torch.autocast(tokens.features.device.type, enabled=False):
+            kept = self.merge(tokens)
         k = kept.indices.shape[-1] if self.varies else tokens.k
         name = type(self).__name__
         if kept.indices.shape != (batch, k) or kept.indices.dtype != torch.int64:
@@ -441,6 +442,12 @@ def gather_tokens(features: torch.Tensor, indices: torch.Tensor) -> torch.Tensor
 def wide(x: torch.Tensor) -> torch.Tensor:
     """Half precision as float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def products(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``x y^T`` (..., n, m) of (..., n, D) and (..., m, D), `wide` whatever autocast surrounds it."""
+    with torch.autocast(x.device.type, enabled=False):
+        return wide(x) @ wide(y).mT
 
 
 def _everything(tokens: VisualTokens) -> KeptTokens:

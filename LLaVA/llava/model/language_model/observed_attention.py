@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.pruning.base import gather_tokens, wide
+from llava.pruning.base import gather_tokens, products
 
 MOST_LOGITS = 1 << 24
 """Attention logits that are held at a time: 64 MiB in float32."""
@@ -60,8 +60,6 @@ def observed_attention(
     keys = attention.k_proj(normed).view(shape).transpose(1, 2)
     values = attention.v_proj(normed).view(shape).transpose(1, 2)
     query, keys = apply_rotary_pos_emb(query, keys, *rotary)
-    # Scaled before the product, which would leave float16's range earlier.
-    query = query * attention.scaling
     if cache is not None:
         cache.update(keys, values, attention.layer_idx)
     shared = query.shape[1] // keys.shape[1]
@@ -73,7 +71,7 @@ def observed_attention(
     heads = []
     chunk = max(1, most_logits // (batch * query.shape[1] * length))
     for here in place.split(chunk):
-        logits = wide(query[:, :, here] @ keys.mT)  # (B, H, Q, T)
+        logits = products(query[:, :, here], keys) * attention.scaling  # (B, H, Q, T)
         # Padding sees itself, so that no row of the softmax is empty.
         seen = (place <= here[:, None]) & valid[:, None, :] | (place == here[:, None])  # (B, Q, T)
         weights = logits.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(dim=-1)
@@ -125,7 +123,7 @@ def query_attention(
     query, _ = apply_rotary_pos_emb(query, query, gather_tokens(cos, queries), gather_tokens(sin, queries))
     keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)  # (B, H, T, head width)
-    logits = (query @ keys.mT).float() * attention.scaling  # (B, H, Q, T)
+    logits = products(query, keys) * attention.scaling  # (B, H, Q, T)
     earlier = torch.arange(length, device=hidden.device) <= queries[:, :, None]  # (B, Q, T)
     return logits.masked_fill(~(earlier & valid[:, None, :]).unsqueeze(1), -torch.inf).softmax(dim=-1)
 

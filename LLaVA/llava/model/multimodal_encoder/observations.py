@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from llava.pruning.base import products
+
 
 def _split(projected: torch.Tensor, heads: int) -> torch.Tensor:
     """(B, T, C) -> (B, H, T, C / H)."""
@@ -34,7 +36,7 @@ def cls_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     query = _split(attention.q_proj(normed[:, :1]), attention.num_heads)
     keys = _split(attention.k_proj(normed), attention.num_heads)
-    rows = ((query * attention.scale) @ keys.mT).float().softmax(dim=-1)  # (B, H, 1, 1 + P)
+    rows = (products(query, keys) * attention.scale).softmax(dim=-1)  # (B, H, 1, 1 + P)
     return rows[:, :, 0, 1:].transpose(1, 2)
 
 
@@ -46,24 +48,24 @@ def received_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     Tensor (B, P), float32
     """
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-    queries = _split(attention.q_proj(normed), attention.num_heads) * attention.scale
+    queries = _split(attention.q_proj(normed), attention.num_heads)
     keys = _split(attention.k_proj(normed), attention.num_heads)
     # An image at a time: only one image's maps, (H, 1 + P, 1 + P), are ever there.
-    maps = ((query @ key.mT).float().softmax(dim=-1) for query, key in zip(queries, keys, strict=True))
+    maps = ((products(*pair) * attention.scale).softmax(dim=-1) for pair in zip(queries, keys, strict=True))
     return torch.stack([each.mean(dim=(0, 1))[1:] for each in maps])
 
 
 def mean_keys(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Each patch's key in a CLIP layer, averaged over the heads: (B, P, C / H)."""
+    """Each patch's key in a CLIP layer, averaged over the heads: (B, P, C / H), float32."""
     attention = layer.self_attn
-    return _split(attention.k_proj(layer.layer_norm1(hidden)), attention.num_heads).mean(dim=1)[:, 1:]
+    return _split(attention.k_proj(layer.layer_norm1(hidden)), attention.num_heads).float().mean(dim=1)[:, 1:]
 
 
 def wide_head(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A CLIP layer's keys (B, P, C), and [CLS]'s attention (B, P), float32, if all heads were one."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     query, keys = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
-    rows = (query @ keys.mT).float() * keys.shape[-1] ** -0.5
+    rows = products(query, keys) * keys.shape[-1] ** -0.5
     return keys[:, 1:], rows.softmax(dim=-1)[:, 0, 1:]
 
 

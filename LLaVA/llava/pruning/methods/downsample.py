@@ -129,8 +129,7 @@ def cell_means(features: torch.Tensor, owner: torch.Tensor, k: int) -> torch.Ten
     x = wide(features)
     belongs = (owner == torch.arange(k, device=owner.device).unsqueeze(1)).to(x.dtype)  # (k, N)
     weights = belongs / belongs.sum(dim=1, keepdim=True)
-    with torch.autocast(features.device.type, enabled=False):
-        return (weights @ x).to(features.dtype)
+    return (weights @ x).to(features.dtype)
 
 
 def square_or_row(n: int) -> Layout:

@@ -99,19 +99,18 @@ def merge_into(
     """
     seen = keys.any(dim=-1)  # (B, N)
     places = kept.unsqueeze(-1)  # (B, m, 1)
-    with torch.autocast(features.device.type, enabled=False):
-        x = wide(features)
-        attention = attention.to(x.dtype)
-        unit = torch.nn.functional.normalize(keys.to(x.dtype), dim=-1)
-        cosine = gather_tokens(unit, kept) @ unit.mT  # (B, m, N)
-        cosine = cosine.masked_fill(~seen.unsqueeze(1), -2).scatter(-1, places, -math.inf)
-        nearest = cosine.argsort(dim=-1, descending=True, stable=True)[..., : min(neighbours, x.shape[1] - 1)]
-        pays = (attention * seen).unsqueeze(1).expand_as(cosine)
-        weights = torch.zeros_like(cosine).scatter(-1, nearest, pays.gather(-1, nearest))
-        weights = weights * seen.gather(1, kept).unsqueeze(-1)
-        dropped = attention.scatter(1, kept, 0).unsqueeze(1)  # (B, 1, N)
-        merged = torch.cat([weights, dropped], dim=1) @ x
-        merged[:, :-1] += gather_tokens(x, kept)
+    x = wide(features)
+    attention = attention.to(x.dtype)
+    unit = torch.nn.functional.normalize(keys.to(x.dtype), dim=-1)
+    cosine = gather_tokens(unit, kept) @ unit.mT  # (B, m, N)
+    cosine = cosine.masked_fill(~seen.unsqueeze(1), -2).scatter(-1, places, -math.inf)
+    nearest = cosine.argsort(dim=-1, descending=True, stable=True)[..., : min(neighbours, x.shape[1] - 1)]
+    pays = (attention * seen).unsqueeze(1).expand_as(cosine)
+    weights = torch.zeros_like(cosine).scatter(-1, nearest, pays.gather(-1, nearest))
+    weights = weights * seen.gather(1, kept).unsqueeze(-1)
+    dropped = attention.scatter(1, kept, 0).unsqueeze(1)  # (B, 1, N)
+    merged = torch.cat([weights, dropped], dim=1) @ x
+    merged[:, :-1] += gather_tokens(x, kept)
     return merged.to(features.dtype)
 
 

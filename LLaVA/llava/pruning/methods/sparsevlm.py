@@ -122,8 +122,7 @@ def merge_clusters(x: torch.Tensor, assignment: torch.Tensor, clusters: int) -> 
     """Mean of every cluster: (B, M, D) and (B, M) -> (B, clusters, D), `wide`."""
     x = wide(x)
     member = torch.nn.functional.one_hot(assignment, clusters).to(x.dtype)  # (B, M, clusters)
-    with torch.autocast(x.device.type, enabled=False):
-        return member.mT @ x / member.sum(dim=1).unsqueeze(-1)
+    return member.mT @ x / member.sum(dim=1).unsqueeze(-1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,14 +63,13 @@ def contextual_tokens(
     """
     step = len(rest) // count
     targets = rest[::step][:count]
-    with torch.autocast(hidden.device.type, enabled=False):
-        unit = torch.nn.functional.normalize(metric[rest].float(), dim=-1)
-        cosine = unit @ unit[::step][:count].T  # (R, count)
-        joins = cosine.argmax(dim=-1, keepdim=True) == torch.arange(count, device=rest.device)
-        # A target stays where it is, also where another one is its duplicate.
-        joins[: count * step : step] = False
-        x = wide(hidden)
-        sums = joins.T.to(x.dtype) @ x[rest]
+    unit = torch.nn.functional.normalize(metric[rest].float(), dim=-1)
+    cosine = unit @ unit[::step][:count].T  # (R, count)
+    joins = cosine.argmax(dim=-1, keepdim=True) == torch.arange(count, device=rest.device)
+    # A target stays where it is, also where another one is its duplicate.
+    joins[: count * step : step] = False
+    x = wide(hidden)
+    sums = joins.T.to(x.dtype) @ x[rest]
     means = sums / joins.sum(dim=0).clamp_min(1).unsqueeze(-1)
     return (x[targets] + means).to(hidden.dtype), targets
 

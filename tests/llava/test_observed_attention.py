@@ -1,0 +1,78 @@
+"""What pruners see of the attention: exact to float32 in a model of half precision."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from llava.model.language_model.observed_attention import last_token_attention, observed_attention, rater_attention
+from llava.model.multimodal_encoder.observations import cls_attention, mean_keys, received_attention, wide_head
+
+HEADS, WIDTH, LENGTH = 2, 16, 24
+
+
+class Projection(nn.Module):
+    """A linear map with weights of -1, 0 and 1: whole numbers that half precision holds, until they are multiplied."""
+
+    def __init__(self, draw: torch.Generator):
+        super().__init__()
+        self.weight = torch.randint(-1, 2, (HEADS * WIDTH, HEADS * WIDTH), generator=draw).float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+def layer() -> SimpleNamespace:
+    """What is read of a decoder's or an encoder's layer; logits have a few digits more than bfloat16."""
+    draw = torch.Generator().manual_seed(1)
+    q_proj, k_proj, v_proj = (Projection(draw) for _ in range(3))
+    attention = SimpleNamespace(q_proj=q_proj, k_proj=k_proj, v_proj=v_proj, head_dim=WIDTH, num_heads=HEADS)
+    attention.scaling = attention.scale = WIDTH**-0.5 / 50
+    return SimpleNamespace(self_attn=attention, input_layernorm=nn.Identity(), layer_norm1=nn.Identity())
+
+
+def in_decoder(look):
+    def observe(layer, hidden):
+        valid = torch.ones(2, LENGTH, dtype=torch.bool)
+        rotary = (hidden.new_ones(1, LENGTH, WIDTH), hidden.new_zeros(1, LENGTH, WIDTH))
+        return look(layer, hidden, rotary, valid)
+
+    return observe
+
+
+def last(layer, hidden, rotary, valid):
+    return last_token_attention(layer, hidden, rotary, valid)
+
+
+def raters(layer, hidden, rotary, valid):
+    return rater_attention(layer, hidden, rotary, valid, torch.arange(LENGTH).expand(2, -1) % 5 == 4)
+
+
+def received(layer, hidden, rotary, valid):
+    image = torch.where(torch.arange(LENGTH) < LENGTH // 2, 0, -1).expand(2, -1)
+    return torch.stack(observed_attention(layer.self_attn, hidden, rotary, valid, image, image < 0, None)[1:])
+
+
+LOOKS = {
+    "last": in_decoder(last),
+    "raters": in_decoder(raters),
+    "received": in_decoder(received),
+    "cls": cls_attention,
+    "received by patches": received_attention,
+    "mean keys": mean_keys,
+    "wide head": lambda layer, hidden: wide_head(layer, hidden)[1],
+}
+
+
+@pytest.mark.parametrize("half", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("look", LOOKS)
+def test_half_precision_rounds_no_product(look, half):
+    hidden = torch.randint(-3, 4, (2, LENGTH, HEADS * WIDTH), generator=torch.Generator().manual_seed(2)).float()
+    exact = LOOKS[look](layer(), hidden)
+    assert exact.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == "autocast"):
+        found = LOOKS[look](layer(), hidden if half == "autocast" else hidden.bfloat16())
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
