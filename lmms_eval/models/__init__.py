@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,8 +15,13 @@ def manifests() -> list[ModelManifest]:
     The id stays ``llava``: task definitions choose generation settings by it.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
-    from lmms_eval_otprune.exit_status import fail_loudly, names_our_model
+    from lmms_eval_otprune.command_line import check, names_our_model, started_from_command_line
+    from lmms_eval_otprune.exit_status import fail_loudly
 
-    if names_our_model():
+    if started_from_command_line() and names_our_model():
         fail_loudly()
+        try:
+            check(sys.argv[1:])
+        except ValueError as error:
+            raise SystemExit(f"llava: {error}") from None
     return [ModelManifest(model_id="llava", simple_class_path="lmms_eval_otprune.llava.Llava")]

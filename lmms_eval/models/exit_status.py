@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lmms_eval_otprune.command_line import started_from_command_line
 from loguru import logger
 
 FAILURES = ("Error during evaluation", "Could not save")
@@ -16,16 +17,6 @@ TOKEN_HINT = (
     "The data set is asked for with a Hugging Face login: run `hf auth login`, or evaluate the same benchmarks without "
     "one: --include_path lmms_eval/tasks --tasks otprune_paper."
 )
-
-
-def started_from_command_line() -> bool:
-    """Whether lmms-eval's own command (not Python code) runs this process."""
-    return "lmms_eval.__main__" in sys.modules
-
-
-def names_our_model() -> bool:
-    """Whether the command line asks for the model id ``llava``."""
-    return any(argument in ("llava", "--model=llava") for argument in sys.argv[1:])
 
 
 def fail_loudly() -> None:

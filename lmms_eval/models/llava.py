@@ -19,7 +19,8 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval_otprune import cache_key, java
 from lmms_eval_otprune.ahead import ahead
 from lmms_eval_otprune.answers import Answer, AnswerLog, Question
-from lmms_eval_otprune.exit_status import fail_loudly, started_from_command_line
+from lmms_eval_otprune.command_line import started_from_command_line
+from lmms_eval_otprune.exit_status import fail_loudly
 from lmms_eval_otprune.fingerprint import model_fingerprint
 from lmms_eval_otprune.group import join
 from lmms_eval_otprune.progress import Progress
@@ -334,7 +335,10 @@ class Llava(lmms):
 
     def _question(self, request: Instance, asked: Counter[str]) -> tuple[Question, Callable]:
         context, gen_kwargs, images_of, doc_id, task, split = request.args
-        settings = GenerationSettings.read(gen_kwargs)
+        try:
+            settings = GenerationSettings.read(gen_kwargs)
+        except ValueError as error:
+            raise ValueError(f"{task}: {error}") from None
         for name in sorted(settings.ignored - self._ignored_settings):
             logger.warning(f"llava ignores the generation setting {name} of {task}")
             self._ignored_settings.add(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -53,6 +54,14 @@ def read_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+_ALLOWED = {
+    "max_new_tokens": ("a whole number >= 1", lambda value: float(value).is_integer() and value >= 1),
+    "num_beams": ("a whole number >= 1", lambda value: float(value).is_integer() and value >= 1),
+    "temperature": ("a number >= 0", lambda value: 0 <= value < math.inf),
+    "top_p": ("a number with 0 <= p <= 1", lambda value: 0 <= value <= 1),
+}
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """How to generate. The values left out by a task are those of lmms-eval's builtin wrapper.
@@ -79,18 +88,31 @@ class GenerationSettings:
     ignored: frozenset[str] = field(default=frozenset(), compare=False)
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Those that have an effect."""
+        return tuple(name for name in cls.__dataclass_fields__ if name != "ignored")
+
+    @classmethod
     def read(cls, gen_kwargs: Mapping[str, Any]) -> GenerationSettings:
         """From a task's ``generation_kwargs``, which stay as they are.
 
         ``until`` is not applied, as in the builtin wrapper: LLaVA stops at its end-of-sequence token. ``do_sample``
         follows from the temperature.
+
+        Raises
+        ------
+        ValueError
+            For a value that nothing can be generated with.
         """
-        known = set(cls.__dataclass_fields__) - {"ignored"}
-        values = {name: value for name, value in gen_kwargs.items() if name in known}
-        if values.get("temperature", 0.0) in (None, 0):
+        known = cls.names()
+        values = {name: value for name, value in gen_kwargs.items() if name in known and value is not None}
+        if values.get("temperature", 0.0) == 0:
             values["temperature"] = 0.0
             values.pop("top_p", None)
-        return cls(**values, ignored=frozenset(gen_kwargs) - known - {"until", "do_sample"})
+        for name, (allowed, fits) in _ALLOWED.items():
+            if name in values and not (isinstance(values[name], (int, float)) and fits(values[name])):
+                raise ValueError(f"the generation setting {name}={values[name]} must be {allowed}")
+        return cls(**values, ignored=frozenset(gen_kwargs) - set(known) - {"until", "do_sample"})
 
     def to_dict(self) -> dict[str, Any]:
         """What determines an answer, JSON-serialisable; ``GenerationSettings(**it)`` is equal to this one."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from lmms_eval.models import get_model
-from lmms_eval_otprune import manifests
+from lmms_eval_otprune import command_line, manifests
 from lmms_eval_otprune.llava import Llava
 
 from llava.eval.latency import suite
@@ -29,6 +30,50 @@ class TestPackages:
         [manifest] = manifests()
         assert manifest.model_id == "llava"
         assert get_model("llava") is Llava
+
+
+class TestCommandLine:
+    """What lmms-eval would fail on much later, or pass over."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["--output_path", "a,b"], "--output_path a,b: lmms-eval cannot write"),
+            (["--output_path=a,b"], "--output_path a,b: lmms-eval cannot write"),
+            (["--num_fewshot", "1"], "--num_fewshot 1: llava is asked without examples"),
+            (
+                ["--model_args", "pretrained=llava-mini,resume_dir=a,b"],
+                "--model_args .*: must read name=value,name=value",
+            ),
+            (["--gen_kwargs", "top_k=5"], "--gen_kwargs top_k=5: has no effect here, only max_new_tokens, "),
+            (["--gen_kwargs", "until=x"], "--gen_kwargs until=x: has no effect here"),
+            (
+                ["--gen_kwargs", "do_sample=True"],
+                "--gen_kwargs do_sample=True: llava samples where temperature is above 0",
+            ),
+            (["--gen_kwargs", "top_p=0.5"], "llava samples where temperature is above 0"),
+            (["--gen_kwargs", "num_beams=0"], "num_beams=0 must be a whole number >= 1"),
+            (["--gen_kwargs", "max_new_tokens=1.5"], "max_new_tokens=1.5 must be a whole number >= 1"),
+            (["--gen_kwargs", "temperature=-1"], "temperature=-1.0 must be a number >= 0"),
+            (["--gen_kwargs", "temperature=nan"], "temperature=nan must be a number >= 0"),
+            (["--gen_kwargs", "temperature=1,top_p=1.5"], "top_p=1.5 must be a number with 0 <= p <= 1"),
+        ],
+    )
+    def test_is_refused_in_one_sentence(self, arguments, sentence):
+        with pytest.raises(ValueError, match=sentence):
+            command_line.check(arguments)
+
+    def test_is_looked_at_before_anything_is_loaded(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "lmms_eval.__main__", sys)
+        monkeypatch.setattr("sys.argv", ["lmms_eval", "--model", "llava", "--gen_kwargs", "top_k=5"])
+        monkeypatch.setattr("lmms_eval_otprune.exit_status.fail_loudly", lambda: None)
+        with pytest.raises(SystemExit, match=r"^llava: --gen_kwargs top_k=5: has no effect here"):
+            manifests()
+
+    def test_with_what_has_an_effect_is_left_alone(self):
+        command_line.check(["--num_fewshot", "0", "--output_path", "logs", "--gen_kwargs", "temperature=0,num_beams=2"])
+        command_line.check(["--gen_kwargs", "do_sample=True,temperature=0.2,top_p=0.9", "--limit", "2"])
+        command_line.check([])
 
 
 class TestCommand:
