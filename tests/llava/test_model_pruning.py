@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig, kept_count, pruning, select
 from tiny_llava import build, pad_rows, pixels, prompt
 
@@ -182,6 +183,41 @@ def test_features_that_are_not_finite_are_refused(model):
 def test_too_few_images_say_how_many_are_missing(model):
     with pytest.raises(IndexError, match=r"take 2 images.*only 1 came"):
         logits_of(model, prompt(2, 3, 4)[None], pixels(1))
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+@pytest.mark.parametrize(
+    ("ids", "images", "sizes", "error", "said"),
+    [
+        (prompt(2, 3), None, None, IndexError, r"have 1 image mark \(-200\), but no images came"),
+        (prompt(2, 3, 4), None, None, IndexError, "have 2 image marks .* but no images came"),
+        (prompt(2, 3), pixels(1)[0], None, ValueError, r"not a tensor \(3, 56, 56\): one image is images\[None\]"),
+        (prompt(2, 3), pixels(1)[0, 0], None, ValueError, r"not a tensor \(56, 56\)$"),
+        (prompt(2, 3), [pixels(1)[0, 0]], None, ValueError, r"image 0 is \(56, 56\)"),
+        (prompt(2, 3), ["cat.png"], None, ValueError, "image 0 is str"),
+        (prompt(2, 3, 4), pixels(2, 5), [(84, 112)], ValueError, r"image_sizes holds 1 sizes .* but 2 images came"),
+        (prompt(2, 3, 4), list(pixels(2, 5)), [(84, 112)], ValueError, "image_sizes holds 1 sizes"),
+        (prompt(2, 3), pixels(1, 5), None, ValueError, "image_sizes is needed"),
+    ],
+)
+def test_prompts_and_images_that_do_not_go_together_are_named(anyres, call, ids, images, sizes, error, said):
+    with pytest.raises(error, match=said):
+        getattr(anyres, call)(ids[None], images=images, image_sizes=sizes)
+
+
+def test_a_mark_alone_is_no_prompt(model):
+    with pytest.raises(IndexError, match="text has to stand beside it"):
+        model.generate(prompt(0, 0)[None, 1:], images=pixels(1), max_new_tokens=1)
+
+
+def test_sizes_that_nobody_needs_are_not_counted(model):
+    model.visual_cache = VisualCache(1000)
+    try:
+        with torch.no_grad():
+            out = model(prompt(2, 3, 4)[None], images=pixels(2), image_sizes=[(56, 56)]).logits
+    finally:
+        model.visual_cache = None
+    torch.testing.assert_close(out, logits_of(model, prompt(2, 3, 4)[None], pixels(2)))
 
 
 @pytest.mark.parametrize("pieces", [(2, 3), (6,)], ids=["one mark", "no mark"])

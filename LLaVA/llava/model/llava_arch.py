@@ -26,6 +26,7 @@ from llava.model.visual_cache import Span, VisualCache, content_digests
 from llava.model.visual_sequence import (
     ImageTokens,
     PromptFacts,
+    check_images,
     crop_grid,
     layout_of,
     merge_crops,
@@ -447,11 +448,11 @@ class LlavaMetaForCausalLM:
         Raises
         ------
         ValueError
-            For an unknown ``mm_patch_merge_type``.
+            For images of another shape, fewer sizes than images of crops, or an unknown ``mm_patch_merge_type``.
         NotImplementedError
             For several crops of an image without anyres.
         """
-        if isinstance(images, torch.Tensor) and images.ndim == 4:
+        if not check_images(images, image_sizes):
             features, notes = self._encode_and_observe(images)
             layout = layout_of(1, features.shape[1], None, None, spatial=False, newline=False)
             return [
@@ -522,10 +523,12 @@ class LlavaMetaForCausalLM:
         IndexError
             If the prompts ask for more images than there are.
         ValueError
-            If several prompts ask for fewer.
+            If several prompts ask for fewer, or the images are not what `image_tokens` takes.
         """
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        if not check_images(images, image_sizes):
+            image_sizes = None
         self.fit_pruning()
         if getattr(self.config, "tune_mm_mlp_adapter", False) and getattr(self.config, "mm_use_im_start_end", False):
             raise NotImplementedError("tune_mm_mlp_adapter together with mm_use_im_start_end is not supported")

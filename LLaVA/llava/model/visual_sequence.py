@@ -50,6 +50,31 @@ class PromptFacts:
     similarity: torch.Tensor | None = None
 
 
+def check_images(images, image_sizes: Sequence | None) -> bool:
+    """Whether images may consist of crops, which `image_sizes` is needed for; False for a plain batch (I, 3, H, W).
+
+    Raises
+    ------
+    ValueError
+        If they are not what `LlavaMetaForCausalLM.image_tokens` takes, or there are fewer sizes than images of crops.
+    """
+    allowed = "a tensor (I, 3, H, W) or (I, T, 3, H, W), or a list of (3, H, W) or (T, 3, H, W)"
+    if isinstance(images, torch.Tensor):
+        if images.ndim not in (4, 5):
+            hint = ": one image is images[None]" if images.ndim == 3 else ""
+            raise ValueError(f"images must be {allowed}, not a tensor {tuple(images.shape)}{hint}")
+        if images.ndim == 4:
+            return False
+    else:
+        for number, image in enumerate(images):
+            found = tuple(image.shape) if isinstance(image, torch.Tensor) else type(image).__name__
+            if not isinstance(found, tuple) or len(found) not in (3, 4):
+                raise ValueError(f"images must be {allowed}; image {number} is {found}")
+    if image_sizes is not None and len(image_sizes) < len(images):
+        raise ValueError(f"image_sizes holds {len(image_sizes)} sizes (width, height), but {len(images)} images came")
+    return True
+
+
 def unpad_image(tensor: torch.Tensor, original_size: tuple[int, int]) -> torch.Tensor:
     """Cut the bars off a feature map (C, h, w) that stands for an image of ``original_size`` (width, height)."""
     width, height = original_size

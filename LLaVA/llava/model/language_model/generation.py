@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from llava.constants import IGNORE_INDEX
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.language_model.kv_cache import CACHE, cache_among
 from llava.model.language_model.visual_drop import LayerDrop
 from llava.model.llava_arch import LlavaMetaForCausalLM, left_padding_order
@@ -93,6 +93,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             # A decoding step has no images of its own, though generate goes on handing over the prompt's.
             spliced = inputs_embeds is not None
             visual_index, visual_facts = (self.visual_index, self.visual_facts) if spliced else (None, ())
+            if not spliced and input_ids is not None and input_ids.shape[1] > 1:
+                self._refuse_marks(input_ids, images)
         drops_inside = self.get_model().layer_drop is not None and visual_index is not None
         if drops_inside:
             kwargs |= {"visual_index": visual_index, "visual_facts": visual_facts}
@@ -176,6 +178,7 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             inputs, position_ids, mask, None, None, images, image_sizes
         )
         if embeds is None:
+            self._refuse_marks(ids, images)
             embeds = self.get_model().embed_tokens(ids)
         elif self.get_model().layer_drop is not None:
             kwargs |= {"visual_index": self.visual_index, "visual_facts": self.visual_facts}
@@ -198,6 +201,20 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             input_ids, inputs_embeds=inputs_embeds, **{CACHE: cache}, **kwargs
         )
         return prepared | handed_on
+
+    def _refuse_marks(self, ids: torch.Tensor, images) -> None:
+        """Raise an IndexError if prompts without an image to splice have marks, which no embedding stands for."""
+        marks = int((ids == IMAGE_TOKEN_INDEX).sum())
+        if not marks:
+            return
+        if self.get_vision_tower() is None:
+            reason = "this model has no vision tower"
+        elif images is None:
+            reason = "no images came"
+        else:
+            reason = "a mark alone is no prompt: text has to stand beside it"
+        plural = "s" if marks > 1 else ""
+        raise IndexError(f"The prompts have {marks} image mark{plural} ({IMAGE_TOKEN_INDEX}), but {reason}")
 
     def get_model(self):
         """The decoder stack, which carries vision tower and projector."""
