@@ -13,6 +13,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=1, help="how many times as many cases the fuzzed tests draw")
+
+
 @pytest.fixture(scope="session")
 def golden_llava() -> Path:
     """Outputs of the original LLaVA: checkpoints, images, and what they give."""

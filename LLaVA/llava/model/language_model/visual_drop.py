@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from llava.model.visual_sequence import ImageTokens, PromptFacts, as_visual_tokens
-from llava.pruning.base import Pruner
+from llava.pruning.base import Pruner, gather_tokens
 
 TEXT = -1
 """What `visual_index` holds where no image stands."""
@@ -61,7 +61,7 @@ class KeptPrefix:
     ----------
     positions : Tensor (B, T'), int64
         Index into the embedded prompt of every kept token, ascending in each row (but for methods that reorder an
-        image's tokens), padding first.
+        image's tokens), padding first; of padding any.
     mask : Tensor (B, T'), bool
         False where a row is padded because another one kept more.
     """
@@ -115,6 +115,29 @@ class Sequences:
         ordinal = torch.where(index == TEXT, TEXT, origin - begin)
         prompt = valid if prompt is None else prompt.bool() & valid
         return cls(hidden, valid, index, ordinal, origin, prompt, place=origin)
+
+    def take(self, source: torch.Tensor, present: torch.Tensor) -> Sequences:
+        """Rows of the positions at ``source``; where not ``present``, a row is only padded and belongs to no image.
+
+        Parameters
+        ----------
+        source : Tensor (B, T'), int64
+            Where each position stood; any valid place at padding.
+        present : Tensor (B, T'), bool
+        """
+
+        def taken(values: torch.Tensor, padding: int) -> torch.Tensor:
+            return values.gather(1, source).masked_fill(~present, padding)
+
+        return Sequences(
+            hidden=gather_tokens(self.hidden, source),
+            valid=present,
+            index=taken(self.index, TEXT),
+            ordinal=taken(self.ordinal, TEXT),
+            origin=self.origin.gather(1, source),
+            prompt=taken(self.prompt, False),
+            place=source,
+        )
 
 
 def drop_visual_tokens(
@@ -172,17 +195,8 @@ def drop_visual_tokens(
             merged[row, slots] = kept.features
     longest = int(keep.sum(dim=1).max())
     order = keep.int().argsort(dim=1, stable=True)[:, -longest:]
-    source = source.gather(1, order)
-    taken = order if pruner.merges else source
-    return Sequences(
-        hidden=merged.gather(1, taken.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])),
-        valid=keep.gather(1, order),
-        index=rows.index.gather(1, source),
-        ordinal=rows.ordinal.gather(1, source),
-        origin=rows.origin.gather(1, source),
-        prompt=rows.prompt.gather(1, source) & keep.gather(1, order),
-        place=source,
-    )
+    kept = rows.take(source.gather(1, order), keep.gather(1, order))
+    return replace(kept, hidden=gather_tokens(merged, order)) if pruner.merges else kept
 
 
 def choose_raters(rows: Sequences, pruner: Pruner) -> torch.Tensor:
