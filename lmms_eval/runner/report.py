@@ -10,6 +10,7 @@ from typing import Any
 from lmms_eval_otprune.token_counts import merged_summary
 
 from llava.eval.table import build_table, load_runs
+from llava.files import atomic_write
 
 from . import records
 from .manifest import git_commit
@@ -120,5 +121,5 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> str
     except ValueError as error:
         table = build_table(rows, allow_mixed=True, remarks=[f"No intervals: {error}."])
     for name, file in TABLES.items():
-        (plan.output / file).write_text(table.render(name), encoding="utf-8")
+        atomic_write(plan.output / file, table.render(name))
     return table.render("markdown")

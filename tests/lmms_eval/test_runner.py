@@ -271,7 +271,7 @@ class TestFailures:
             path.touch()
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-        monkeypatch.setattr(Path, "write_text", full)
+        monkeypatch.setattr(Path, "write_bytes", full)
         records.record_failure(tmp_path, "gqa", "ValueError: the cause")
         error = capsys.readouterr().err
         assert error.startswith("FAILED gqa: ValueError: the cause (not recorded: ")

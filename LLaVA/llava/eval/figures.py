@@ -20,6 +20,7 @@ from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
 from llava.eval.results.rows import Row
 from llava.eval.results.runs import missing_tasks, unfinished
 from llava.eval.table import add_arguments, build_table, load_runs
+from llava.files import check_writable
 
 FROM_SCORES = {"ratios": draw_ratios, "gamma": draw_gamma, "time": draw_time}
 FROM_DISTANCES = {
@@ -122,17 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     found = parser.parse_args(argv)
     try:
+        check_writable(found.output / f"{found.name}.png")
         rows = _rows(found)
         names = NAMES if found.name == "all" else (found.name,)
         drawn, left_out = draw_figures(
             names, rows, found.pictures, found.picture_folder, found.device, any_of=found.name == "all"
         )
+        for one in drawn:
+            print(one.save(found.output))
+            print(f"  {one.caption}")
     except (ImportError, OSError, ValueError) as error:
         print(f"llava.eval.figures: {error}", file=sys.stderr)
         return 2
-    for one in drawn:
-        print(one.save(found.output))
-        print(f"  {one.caption}")
     for sentence in left_out:
         print(f"left out: {sentence}")
     return 0

@@ -9,7 +9,6 @@ matrices; "exact" is what the model computes, two FLOPs a multiply-accumulate, v
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+
+from llava.files import check_writable, write_json
 
 if TYPE_CHECKING:
     from llava.pruning import PruningConfig
@@ -412,12 +413,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
+        if arguments.json is not None:
+            check_writable(arguments.json)
         shape = load_shape(arguments.model)
         config = _pruning(arguments)
         report, text = (_benchmarks if arguments.benchmarks else _prompt)(arguments, shape, config)
         if arguments.json is not None:
             report = {"model": arguments.model, "pruning": config and config.to_dict()} | report
-            arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_json(arguments.json, report)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     decoder = shape.decoder

@@ -30,6 +30,7 @@ from llava.eval.results.rows import Row
 from llava.eval.results.runs import differences, unfinished
 from llava.eval.table import Table, add_arguments, build_table, load_runs
 from llava.eval.token_page import SCRIPT, STYLE, data_uri, selection_html
+from llava.files import atomic_write, check_writable
 from llava.mm_utils import load_image
 from llava.pruning import PruningConfig
 
@@ -79,6 +80,8 @@ def write_report(
     ------
     ImportError
         Without the extra "figures".
+    OSError
+        If the report cannot be written.
     ValueError
         For runs that cannot stand in one table, or that are not complete.
     """
@@ -87,6 +90,7 @@ def write_report(
     except ImportError as error:
         raise ImportError("the report needs jinja2: pip install 'llava[figures]'") from error
 
+    check_writable(output)
     picture = load_image(image) if image else None
     for sentence in unfinished(folders):
         raise ValueError(f"the run is not complete: {sentence}")
@@ -117,8 +121,7 @@ def write_report(
         token_style=STYLE,
         token_script=SCRIPT,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    atomic_write(output, text)
     return left_out
 
 

@@ -25,6 +25,7 @@ from llava.eval.results.rows import (
     without_repeats,
 )
 from llava.eval.results.runs import Run, check_alike, differences, read_runs, unfinished
+from llava.files import atomic_write, check_writable
 
 __all__ = ["BUDGET", "COLUMNS", "Row", "Table", "build_table", "load_runs", "main", "published_rows"]
 
@@ -179,7 +180,7 @@ def _mixed(runs: Sequence[Run]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with one sentence when a folder cannot be read."""
+    """The command line; 0, or 2 with one sentence when a folder cannot be read or the table not be written."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.table", description="The table of finished runs.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="result folder of a run, or of one of its models")
     parser.add_argument("--format", choices=tuple(FORMATS), default="markdown")
@@ -190,6 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     found = parser.parse_args(arguments)
     try:
+        if found.output is not None:
+            check_writable(found.output)
         rows = load_runs(found.runs)
         if not any(row.scores for row in rows):
             raise ValueError(f"no finished task in {', '.join(found.runs)}")
@@ -203,13 +206,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             remarks=[f"Incomplete: {sentence}." for sentence in unfinished(found.runs) if "failed" not in sentence],
         )
         text = table.render(found.format, found.intervals)
-    except ValueError as error:
+        if found.output is not None:
+            atomic_write(found.output, text)
+    except (OSError, ValueError) as error:
         print(f"llava.eval.table: {error}", file=sys.stderr)
         return 2
     if found.output is None:
         print(text, end="")
-    else:
-        found.output.write_text(text, encoding="utf-8")
     return 0
 
 

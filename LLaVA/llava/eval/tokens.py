@@ -9,15 +9,16 @@ a page that steps through the selection. A method's options come from its enviro
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from llava import files
 from llava.eval.token_page import token_page
 from llava.eval.views import View, views_of
+from llava.files import atomic_write, check_writable
 from llava.mm_utils import get_model_name_from_path, load_image, process_images
 from llava.model.llava_arch import ot_select
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
@@ -122,12 +123,12 @@ def _scale(view: View) -> int:
 def write_csv(path: Path, views: list[View], kept: dict[str, list[int]]) -> None:
     """One line a kept token: method, place in the list, token index, view, row and column (empty for a newline)."""
     place = {int(index): (view.name, y, x) for view in views for (y, x), index in np.ndenumerate(view.patches)}
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["method", "rank", "token", "view", "row", "column"])
-        for method, indices in kept.items():
-            for rank, index in enumerate(indices, start=1):
-                writer.writerow([method, rank, index, *place.get(index, ("newline", "", ""))])
+    lines = [
+        [method, rank, index, *place.get(index, ("newline", "", ""))]
+        for method, indices in kept.items()
+        for rank, index in enumerate(indices, start=1)
+    ]
+    files.write_csv(path, ["method", "rank", "token", "view", "row", "column"], lines)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -154,6 +155,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> Path:
     """Draw the token maps that the command line asks for; returns the PNG's path."""
     arguments = parse_arguments(argv)
+    stem = arguments.output / f"{Path(arguments.image).stem}_{arguments.ratio:g}"
+    check_writable(f"{stem}.png")
     from llava.model.builder import load_pretrained_model
 
     image = load_image(arguments.image)
@@ -166,9 +169,8 @@ def main(argv: list[str] | None = None) -> Path:
     kept = {name: kept_order(model, pixels, image.size, config) for name, config in arguments.configs.items()}
     total = len(model.visual_tokens([pixels], [image.size])[0])
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    stem = arguments.output / f"{Path(arguments.image).stem}_{arguments.ratio:g}"
-    draw(views, kept, arguments.order).savefig(stem.with_name(stem.name + ".png"), dpi=110)
+    map_of_all = draw(views, kept, arguments.order)
+    atomic_write(f"{stem}.png", lambda part: map_of_all.savefig(part, format="png", dpi=110))
     write_csv(stem.with_name(stem.name + ".csv"), views, kept)
     written = [f"{stem}.png", f"{stem}.csv"]
     if "ocvtp" in arguments.configs:
@@ -176,11 +178,11 @@ def main(argv: list[str] | None = None) -> Path:
 
         found = slot_map(model, pixels, image.size, arguments.configs["ocvtp"])
         written.append(f"{stem}_slots.png")
-        draw_slots(views, found).savefig(written[-1], dpi=110)
+        map_of_slots = draw_slots(views, found)
+        atomic_write(written[-1], lambda part: map_of_slots.savefig(part, format="png", dpi=110))
     if arguments.html:
-        page = stem.with_name(stem.name + ".html")
-        page.write_text(token_page(views, kept, Path(arguments.image).name), encoding="utf-8")
-        written.append(str(page))
+        written.append(f"{stem}.html")
+        atomic_write(written[-1], token_page(views, kept, Path(arguments.image).name))
     for method, indices in kept.items():
         print(f"{method}: {len(indices)} of {total} visual tokens kept")
     print(f"written: {', '.join(written)}")

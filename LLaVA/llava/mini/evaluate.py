@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from llava.files import write_json
 from llava.mini.decoder import ConversationTask
 from llava.mini.packing import Mixture, Packed, PackedScenes, collate
 from llava.model.builder import load_pretrained_model
@@ -95,5 +95,5 @@ def evaluate(checkpoint: Path, scenes: int, report: Path) -> dict:
         total = sum(row["asked"] for row in result[sort].values())
         means = [sum(row["asked"] * row[key] for row in result[sort].values()) / total for key in ("right", "grey")]
         print(f"  {'all':16}{total:7}{means[0]:8.3f}{means[1]:8.3f}")
-    report.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(report, result)
     return result

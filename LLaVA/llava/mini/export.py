@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
 from importlib.metadata import version
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
+from llava.files import write_json
 from llava.mini.decoder import TOWER_FOLDER
 from llava.mini.scenes import IMAGE_SIZE, WORLD_VERSION
 from llava.mini.tower import IMAGE_MEAN, IMAGE_STD
@@ -63,8 +63,8 @@ def export_checkpoint(model: LlavaLlamaForCausalLM, run: Path, config: dict) -> 
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 2048}
-    _write(folder / "generation_config.json", generation)
-    _write(folder / "training.json", training_record(run, config))
+    write_json(folder / "generation_config.json", generation)
+    write_json(folder / "training.json", training_record(run, config))
 
 
 def training_record(run: Path, config: dict) -> dict:
@@ -87,7 +87,3 @@ def training_record(run: Path, config: dict) -> dict:
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "sentencepiece")},
         "recipe": config,
     }
-
-
-def _write(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")

@@ -20,6 +20,8 @@ from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
+from llava.files import atomic_write
+
 __all__ = ["Run", "Stage", "learning_rate_factor", "train_stage"]
 
 
@@ -271,9 +273,7 @@ def _save(stage: Stage, task: nn.Module, optimizers: list, step: int, seconds: f
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         "rng": torch.get_rng_state(),
     }
-    part = run.state_file(stage.name).with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, run.state_file(stage.name))
+    atomic_write(run.state_file(stage.name), lambda part: torch.save(state, part))
 
 
 def _resume(stage: Stage, task: nn.Module, optimizers: list, run: Run) -> tuple[int, float]:

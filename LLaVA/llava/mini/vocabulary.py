@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 
 from llava.conversation import conv_templates
+from llava.files import write_json
 from llava.mini.captions import COUNT_WORDS
 from llava.mini.forms.knowing import FRENCH, FRUITS
 from llava.mini.questions import (
@@ -129,7 +129,7 @@ def build_tokenizer(folder: Path, pieces: int, scenes: int) -> None:
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    _write(folder / "special_tokens_map.json", special)
+    write_json(folder / "special_tokens_map.json", special)
     settings = {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
@@ -139,8 +139,4 @@ def build_tokenizer(folder: Path, pieces: int, scenes: int) -> None:
         "padding_side": "right",
         **special,
     }
-    _write(folder / "tokenizer_config.json", settings)
-
-
-def _write(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from llava.files import atomic_write
 from llava.model.builder import announce_pruning, load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
@@ -130,9 +130,8 @@ def _order(entries: int, epochs: float, seed: int) -> list[int]:
 
 def _save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    part = folder / f"{STATE}.part"
-    torch.save({"step": step, "model": trained, "optimizer": optimizer.state_dict()}, part)
-    os.replace(part, folder / STATE)
+    state = {"step": step, "model": trained, "optimizer": optimizer.state_dict()}
+    atomic_write(folder / STATE, lambda part: torch.save(state, part))
 
 
 def _load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

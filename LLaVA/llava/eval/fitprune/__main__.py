@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava.eval.fitprune.sources import MINI
+from llava.files import atomic_write, check_writable
 from llava.pruning.recipes import SHIPPED_MODEL, describe, known_recipes, read_recipe
 
 SAMPLES = 655
@@ -42,6 +43,8 @@ def _fit(arguments: argparse.Namespace) -> None:
     if not budgets:
         raise ValueError("say what may be spent: --reduction-ratio or --subset-ratio")
     files = _files(arguments.output, budgets)
+    for file in files:
+        check_writable(file)
     # What is wrong with the data is found before any weight is loaded.
     source = open_source(arguments.data, arguments.samples, arguments.seed, arguments.image_folder)
     if source.count < arguments.samples:
@@ -87,8 +90,7 @@ def _plot(arguments: argparse.Namespace) -> None:
 
     recipes = by_budget([read_recipe(name) for name in arguments.recipes])
     picture = arguments.output.with_suffix(".png")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(recipes).savefig(picture, dpi=130)
+    atomic_write(picture, lambda part: draw(recipes).savefig(part, format="png", dpi=130))
     write_csv(picture.with_suffix(".csv"), recipes)
     print(f"written: {picture}, {picture.with_suffix('.csv')}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from llava.eval.fitprune.search import TOKENS, Cost, Walk, kept_by, least_share,
 from llava.eval.fitprune.sources import MINI, open_source
 from llava.eval.fitprune.statistics import Statistics, cache_root
 from llava.eval.flops import DecoderShape, ModelShape, exact_flops, tokens_per_layer
+from llava.files import atomic_write
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
 from llava.pruning.recipes import FORMAT, SHIPPED_FOLDER, Recipe, describe, parse_recipe, read_recipe
@@ -188,10 +188,7 @@ def predicted_flops(shape: ModelShape, deleted: tuple[int, ...], tokens: int, te
 
 def write_recipe(facts: dict[str, Any], file: Path) -> None:
     """Write a recipe's file, whole or not at all: a list of numbers in one line."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    temporary.write_text(as_text(facts) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    atomic_write(file, as_text(facts) + "\n")
 
 
 def as_text(facts: dict[str, Any]) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava import files
 from llava.pruning.recipes import Recipe
 
 COLUMNS = (
@@ -69,17 +69,16 @@ def draw(recipes: Sequence[Recipe]):
 
 def write_csv(file: Path, recipes: Sequence[Recipe]) -> None:
     """One line a recipe and layer, and what it is; empty where the recipe does not know."""
-    with file.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        writer.writerow(COLUMNS)
-        for recipe in recipes:
-            facts = recipe.facts
-            saved = facts["flops"]["visual"]["reduction_ratio"] if "flops" in facts else None
-            lost = facts.get("divergence", {})
-            for layer, deleted in enumerate(recipe.deleted):
-                here = [lost[name][layer] if lost else None for name in ("visual", "text")]
-                counts = recipe.mean_fraction, layer, recipe.kept[layer], deleted
-                writer.writerow([recipe.name, saved, *counts, *here, lost.get("mean")])
+    lines = []
+    for recipe in recipes:
+        facts = recipe.facts
+        saved = facts["flops"]["visual"]["reduction_ratio"] if "flops" in facts else None
+        lost = facts.get("divergence", {})
+        for layer, deleted in enumerate(recipe.deleted):
+            here = [lost[name][layer] if lost else None for name in ("visual", "text")]
+            counts = recipe.mean_fraction, layer, recipe.kept[layer], deleted
+            lines.append([recipe.name, saved, *counts, *here, lost.get("mean")])
+    files.write_csv(file, COLUMNS, lines)
 
 
 def _label(recipe: Recipe) -> str:

@@ -20,6 +20,7 @@ import torch
 from llava.eval.fitprune.observation import send
 from llava.eval.fitprune.samples import Sample, Samples, digest_of
 from llava.eval.fitprune.search import Walk, kept_by
+from llava.files import atomic_write
 from llava.pruning.base import kept_count
 from llava.pruning.methods.fitprune import deletable, importance
 from llava.pruning.recipes import model_fingerprint
@@ -193,10 +194,7 @@ def _read(file: Path, width: int) -> tuple[int, list]:
 
 
 def _replace(file: Path, content: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    atomic_write(file, json.dumps(content) + "\n")
 
 
 def cache_root() -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from llava.eval.plots.drawing import new_figure, styles
+from llava.files import atomic_write, check_writable, write_csv, write_json
 from llava.runtime import device_name
 
 NOT_MEASURED = "not measured"
@@ -38,7 +37,7 @@ class Report:
         self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
         if self._json.exists() and not force:
             raise FileExistsError(f"{self._json} is a finished measurement: choose another --output, or use --force")
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(self._json)
         self.folder, self.name = folder, name
 
     def write(self, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], table: str) -> str:
@@ -46,11 +45,9 @@ class Report:
         machine = describe_machine(settings["device"])
         where = f"{machine['name']}, PyTorch {machine['torch']}; times are median / 95th percentile"
         text = f"`{settings['command']}`\n\n{where}\n\n{table}\n"
-        self._markdown.write_text(text, encoding="utf-8")
+        atomic_write(self._markdown, text)
         content = {"settings": dict(settings), "machine": machine, "rows": list(rows)}
-        part = self._json.with_suffix(".json.part")
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(self._json)
+        write_json(self._json, content)
         return text
 
     def write_curve(self, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -61,15 +58,14 @@ class Report:
         points : mapping
             What changes ("N", "k", "batch") -> rows as `select.measure` gives them.
         """
-        with (self.folder / f"{self.name}_curve.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["axis", "method", "n", "k", "batch", "ms_median", "ms_p95", "times_published"])
-            for axis, rows in points.items():
-                for row in rows:
-                    size = [row["n"], row["k"], row["batch"]]
-                    writer.writerow(
-                        [axis, row["method"], *size, row["ms"]["median"], row["ms"]["p95"], row["times_published"]]
-                    )
+        numbers = ("method", "n", "k", "batch")
+        lines = [
+            [axis, *(row[name] for name in numbers), row["ms"]["median"], row["ms"]["p95"], row["times_published"]]
+            for axis, rows in points.items()
+            for row in rows
+        ]
+        header = ["axis", *numbers, "ms_median", "ms_p95", "times_published"]
+        write_csv(self.folder / f"{self.name}_curve.csv", header, lines)
         _draw(points, self.folder / f"{self.name}_curve.png")
 
 
@@ -97,7 +93,7 @@ def _draw(points: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None
         plot.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter=plain)
         plot.grid(alpha=0.25)
     plots[0].legend(fontsize="small")
-    figure.savefig(file, dpi=150)
+    atomic_write(file, lambda part: figure.savefig(part, format="png", dpi=150))
 
 
 def markdown(columns: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

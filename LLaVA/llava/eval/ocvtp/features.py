@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llava.files import atomic_write, write_json
+
 DESCRIPTION = "features.json"
 TENSOR = "features"
 
@@ -67,8 +69,7 @@ def describe(folder: Path, description: Description) -> None:
     """
     file = folder / DESCRIPTION
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(description), indent=2) + "\n", encoding="utf-8")
+        write_json(file, asdict(description))
         return
     there = read_description(folder)
     for name, value in asdict(description).items():
@@ -101,10 +102,8 @@ def read_description(folder: Path) -> Description:
 
 def write_shard(folder: Path, shard: int, features: torch.Tensor, names: list[str]) -> None:
     """Write a shard (pictures, tokens, width) in float16, whole or not at all."""
-    file = shard_file(folder, shard)
-    part = file.with_suffix(".part")
-    save_file({TENSOR: features.to(torch.float16).contiguous()}, part, metadata={"names": json.dumps(names)})
-    part.replace(file)
+    tensors, metadata = {TENSOR: features.to(torch.float16).contiguous()}, {"names": json.dumps(names)}
+    atomic_write(shard_file(folder, shard), lambda part: save_file(tensors, part, metadata=metadata))
 
 
 def has_shard(folder: Path, shard: int, names: list[str]) -> bool:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava.files import atomic_write
+
 LOG = "log.jsonl"
 CURVE = "loss.png"
 
@@ -13,15 +15,13 @@ CURVE = "loss.png"
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The epochs that are on record."""
     file = folder / LOG
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [json.loads(line) for line in file.read_text().split("\n") if line] if file.is_file() else []
 
 
 def write_log(folder: Path, lines: list[dict[str, Any]]) -> None:
     """Write all lines anew: after a run that was killed, the log may be ahead of the state."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    part = folder / f"{LOG}.part"
-    part.write_text(text)
-    part.replace(folder / LOG)
+    atomic_write(folder / LOG, text)
 
 
 def draw_curve(folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -38,4 +38,4 @@ def draw_curve(folder: Path, lines: list[dict[str, Any]]) -> None:
     axis.set(xlabel="epoch", ylabel="area-weighted squared error")
     axis.set_title(f"best validation {best['validation']:.4g} after epoch {best['epoch']}", fontsize=10)
     axis.legend(frameon=False, loc="upper right")
-    figure.savefig(folder / CURVE, dpi=110)
+    atomic_write(folder / CURVE, lambda part: figure.savefig(part, format="png", dpi=110))

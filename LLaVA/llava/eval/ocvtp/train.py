@@ -21,6 +21,7 @@ from tqdm import tqdm
 from llava.eval.ocvtp.features import Description, Features
 from llava.eval.ocvtp.objective import Draws, Reconstruction, seed_of, seeded
 from llava.eval.ocvtp.record import draw_curve, read_log, write_log
+from llava.files import atomic_write
 from llava.pruning.ocvtp.config import SlotConfig
 
 STATE = "state.pt"
@@ -360,6 +361,4 @@ class _Training:
             "progress": self.progress.fields,
             "identity": self._identity,
         }
-        part = self.run.folder / f"{STATE}.part"
-        torch.save(state, part)
-        part.replace(self.run.folder / STATE)
+        atomic_write(self.run.folder / STATE, lambda part: torch.save(state, part))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from llava.files import atomic_write, csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,10 +66,9 @@ class Drawn:
 
     def save(self, folder: Path) -> Path:
         """Write NAME.png and NAME.csv; returns the PNG's path."""
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.png"
-        path.write_bytes(self.png())
-        path.with_suffix(".csv").write_text(self.csv(), encoding="utf-8")
+        atomic_write(path, self.png())
+        atomic_write(path.with_suffix(".csv"), self.csv())
         return path
 
     def png(self) -> bytes:
@@ -79,11 +79,7 @@ class Drawn:
 
     def csv(self) -> str:
         """The numbers."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.header)
-        writer.writerows([_rounded(value) for value in line] for line in self.lines)
-        return text.getvalue()
+        return csv_text(self.header, ([_rounded(value) for value in line] for line in self.lines))
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.files import write_json
+
 MODEL_TYPE = "ocvtp"
 
 
@@ -93,8 +95,7 @@ class SlotConfig:
 
     def save(self, folder: Path) -> None:
         """Write ``config.json``."""
-        text = json.dumps({"model_type": MODEL_TYPE, **asdict(self)}, indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(folder / "config.json", {"model_type": MODEL_TYPE, **asdict(self)})
 
     @classmethod
     def load(cls, folder: Path) -> SlotConfig:

@@ -1,0 +1,111 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def atomic_write(path: Path | str, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: nobody reads half of it, and what was there stays where writing fails.
+
+    Parameters
+    ----------
+    path : path
+        Its folder is made where it is missing. A link's target is written; a device or a pipe is written to.
+    content : str, bytes or callable
+        Text is written as UTF-8, a name's bytes that are none as escapes, which JSON can read. A callable writes the
+        file that it is given.
+
+    Raises
+    ------
+    OSError
+        In one sentence: the file, and why it cannot be written.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            _fill(path, content)
+            return
+        target = path.resolve()
+        _refuse_what_cannot_be(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Not the process's number: the processes of two machines may write into one folder.
+        part = target.with_name(f".{secrets.token_hex(8)}.part")
+        try:
+            _fill(part, content)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise type(error)(_sentence(path, error)) from error
+
+
+def write_json(path: Path | str, content: Any) -> None:
+    """`atomic_write` of JSON for people to read, too; what JSON does not know is written as text."""
+    atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_csv(path: Path | str, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """`atomic_write` of a table."""
+    atomic_write(path, csv_text(header, lines))
+
+
+def csv_text(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A table as CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def check_writable(path: Path | str) -> None:
+    """Refuse, before the work, a file that cannot be written after it. Nothing is made.
+
+    Raises
+    ------
+    OSError
+        As `atomic_write`.
+    """
+    path = Path(path)
+    try:
+        _refuse_what_cannot_be(path.resolve())
+    except OSError as error:
+        raise type(error)(_sentence(path, error)) from error
+
+
+def _fill(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
+def _refuse_what_cannot_be(path: Path) -> None:
+    """Raise what the system would say, without trying: a file's folder would be made, a read-only file replaced."""
+    if path.is_dir():
+        raise IsADirectoryError(None, "it is a folder")
+    if path.exists() and not _may(path, os.W_OK):
+        raise PermissionError(None, "it is read-only")
+    folder = next(parent for parent in path.parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(None, f"{folder} is no folder")
+    if not _may(folder, os.W_OK | os.X_OK):
+        raise PermissionError(None, f"the folder {folder} is read-only")
+
+
+def _may(path: Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _sentence(path: Path, error: OSError) -> str:
+    return f"{path} cannot be written: {error.strerror or error}"
