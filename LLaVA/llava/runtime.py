@@ -5,12 +5,26 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
+
+PLACE = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}
+PLACES = ("TORCHELASTIC_", "PET_", "ACCELERATE_", "OMPI_", "PMI_", "PMIX_", "MV2_", "SLURM_")
+"""How torchrun, accelerate, MPI and SLURM name a process's place in a launch: whole names, and beginnings."""
 
 
 def is_main_process() -> bool:
     """Whether this process is alone or the first of its launch, as accelerate and torchrun number them."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def forget_place(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Take out what gives a process its place in another launch: a worker would wait for processes that never come."""
+    for name in [name for name in environ if name in PLACE or name.startswith(PLACES)]:
+        del environ[name]
 
 
 def print_everything() -> None:

@@ -15,9 +15,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run what the command line asks for; 0 when every task has its result."""
     options = read(arguments)
     # The imports take seconds: --help and a wrong value should not.
-    from llava.runtime import print_everything
+    from llava.runtime import forget_place, print_everything
 
-    from .launch import forget_place
     from .lock import locked
     from .plan import make_plan
     from .records import sentence

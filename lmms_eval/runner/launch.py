@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,9 @@ from .options import Options
 from .plan import SWITCH, Job, Plan
 from .tasks import data_version
 
+JOIN = timedelta(minutes=10)
+"""For the machines of a run to find each other."""
 WORKER = "lmms_eval_otprune_runner.worker"
-PLACE = {
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "NODE_RANK"),
-    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-}
-PLACES = ("TORCHELASTIC_", "PET_", "ACCELERATE_", "OMPI_", "PMI_", "PMIX_", "MV2_", "SLURM_")
-"""How torchrun, accelerate, MPI and SLURM name a process's place in a launch: whole names, and beginnings."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +36,6 @@ class Launch:
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
-
-
-def forget_place(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Take out what gives a process its place in another launch: a worker would wait for processes that never come."""
-    for name in [name for name in environ if name in PLACE or name.startswith(PLACES)]:
-        del environ[name]
 
 
 def describe_launch(job: Job, plan: Plan, options: Options) -> Launch:
@@ -66,6 +57,7 @@ def describe_launch(job: Job, plan: Plan, options: Options) -> Launch:
             f"--node_rank={options.machine_rank}",
             f"--master_addr={options.main_process_ip}",
             f"--master_port={options.main_process_port}",
+            f"--rdzv_conf=timeout={JOIN.seconds}",
         ]
     torchrun = (sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={plan.num_processes}")
     return Launch((*torchrun, "-m", WORKER), environment)
@@ -108,6 +100,11 @@ def run_job(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
         progress = records.read_json(state) or {}
         if "task" not in progress:
             reason = progress.get("cannot_start", f"the worker ended with status {status} before its first task")
+            if not progress and options.num_machines > 1:
+                reason += (
+                    f"; {options.num_machines} machines were to meet at {options.main_process_ip}:"
+                    f"{options.main_process_port} within {JOIN.seconds // 60} minutes"
+                )
             for task in todo:
                 records.record_failure(job.folder, task, reason)
             return

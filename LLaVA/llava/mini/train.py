@@ -34,6 +34,7 @@ from llava.mini.packing import Mixture, PackedScenes, collate
 from llava.mini.tower import TowerScenes, TowerTask
 from llava.mini.vocabulary import build_tokenizer
 from llava.model.tokenizer import load_tokenizer
+from llava.runtime import forget_place
 
 __all__ = ["CONFIG", "STAGES", "main", "read_config", "train"]
 
@@ -226,6 +227,7 @@ def _export(config: dict, folder: Path) -> None:
 def _work(rank: int, name: str, config: dict, arguments: argparse.Namespace, port: int, seconds: float) -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.processes > 1:
+        forget_place()
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         distributed.init_process_group("gloo", rank=rank, world_size=arguments.processes)
     run = Run(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from llava.eval.benchmark_tasks import task_folders
 from llava.eval.latency.methods import UNPRUNED, read_methods
 from llava.pruning import PruningConfig
+from llava.runtime import forget_place
 
 TASKS = ["mini_pope", "mini_gqa"]
 
@@ -129,6 +130,7 @@ def run_tasks(
     environment = {
         name: value for name, value in os.environ.items() if name not in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
     }
+    forget_place(environment)
     done = subprocess.run(
         command, env=environment | switch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
