@@ -22,7 +22,7 @@ from llava.constants import (
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import assign_images, embed, lay_out, original_positions, stack
-from llava.model.visual_cache import Span, VisualCache, content_digests
+from llava.model.visual_cache import Span, VisualCache
 from llava.model.visual_sequence import (
     ImageTokens,
     PromptFacts,
@@ -317,8 +317,8 @@ class LlavaMetaForCausalLM:
     prompt_tokenizer
         Turns a prompt's ids back into text, for methods that read the question with another model; None if unknown.
     visual_cache : VisualCache or None
-        With one, the kept tokens of an image are computed once and remembered, wherever the pruner looks at nothing but
-        the image and no gradient is wanted. None, the default: every image is encoded whenever it comes.
+        With one, the vision tower sees an image once, whichever methods prune it, unless gradients are wanted. None, the
+        default: every image is encoded whenever it comes.
     visual_token_counts : sequence of (total, kept)
         For each image that stood in a prompt of the latest call, in the order of the rows; kept is what the last
         decoder layer sees.
@@ -421,15 +421,30 @@ class LlavaMetaForCausalLM:
 
     def _encode_and_observe(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`encode_images`, and what the active pruner asks of the vision encoder: (B, N, D), {name: (B, N, ...)}."""
-        needs = self._pruner.needs if self._pruner is not None else frozenset()
+        pruner, tower = self._pruner, self.get_vision_tower()
+        needs = pruner.needs if pruner is not None else frozenset()
         wanted = needs & ENCODER_NEEDS
         if "text_similarity" in needs:
             wanted |= {"encoder_features"}
-        if not wanted:
-            return self.encode_images(images), {}
-        tower = self.get_vision_tower()
-        features, notes = tower.observe(images, wanted, self._pruner.encoder_layers, self._pruner.feature_layer)
-        return self._project(features), notes
+
+        def encode(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            if not wanted:
+                return {"features": tower(pixels)}
+            features, notes = tower.observe(pixels, wanted, pruner.encoder_layers, pruner.feature_layer)
+            return {"features": features, **{self._output_name(name): note for name, note in notes.items()}}
+
+        names = {name: self._output_name(name) for name in sorted(wanted)}
+        if self.visual_cache is None or torch.is_grad_enabled():
+            outputs = encode(images)
+        else:
+            outputs = self.visual_cache.outputs(images, ("features", *names.values()), encode)
+        return self._project(outputs["features"]), {name: outputs[full] for name, full in names.items()}
+
+    def _output_name(self, need: str) -> str:
+        """What an output of the vision tower is remembered as: of some, the pruner says which layer's they are."""
+        if need == "received_attention":
+            return f"{need} of {self._pruner.encoder_layers}"
+        return f"{need} of {self._pruner.feature_layer}" if need == "layer_features" else need
 
     def visual_tokens(self, images, image_sizes=None) -> list[torch.Tensor]:
         """Every image's visual tokens (N_i, D), as an unpruned model would see them; see `image_tokens`."""
@@ -545,7 +560,7 @@ class LlavaMetaForCausalLM:
         images_of_rows = assign_images([int((ids == IMAGE_TOKEN_INDEX).sum()) for ids in ids_rows], len(images))
         # A row that takes an image and has no mark for it does not use it.
         asked = [(image, ids_rows[row], label_rows[row]) for row, own in enumerate(images_of_rows) for image in own]
-        spans = self._cached_spans(asked, images, image_sizes)
+        spans = self._spans(asked, images, image_sizes)
         self._count(spans)
 
         limit = getattr(self.config, "tokenizer_model_max_length", None)
@@ -573,33 +588,6 @@ class LlavaMetaForCausalLM:
             embed(prompts, lambda ids: self.get_model().embed_tokens(ids.to(device, non_blocking=True))),
             None if labels is None else prompts.labels.to(device, non_blocking=True),
         )
-
-    def _cached_spans(self, asked: Sequence[tuple[int, torch.Tensor, torch.Tensor]], images, image_sizes) -> list[Span]:
-        """`_spans`, with what `visual_cache` remembers of the images."""
-        needs = self._pruner.needs if self._pruner is not None else frozenset()
-        by_image_alone = not self._drops_inside and not needs & {"question", "text_similarity"}
-        if self.visual_cache is None or torch.is_grad_enabled() or not by_image_alone:
-            return self._spans(asked, images, image_sizes)
-        switch = None if self._pruning is None else self._pruning.fingerprint()
-        sizes = [None] * len(images) if image_sizes is None else [tuple(map(int, size)) for size in image_sizes]
-        digests = content_digests([images[image] for image, _, _ in asked])
-        keys = [
-            (digest, images[image].dtype, tuple(images[image].shape), sizes[image], switch)
-            for digest, (image, _, _) in zip(digests, asked, strict=True)
-        ]
-        spans: dict[object, Span | None] = {}
-        for key in keys:
-            if key in spans:
-                self.visual_cache.hits += 1  # asked twice in one batch
-            else:
-                spans[key] = self.visual_cache.get(key)
-        missing = {key: one for key, one in zip(keys, asked, strict=True) if spans[key] is None}
-        if missing:
-            for key, span in zip(missing, self._spans(list(missing.values()), images, image_sizes), strict=True):
-                spans[key] = span
-                self.visual_cache.put(key, span)
-        self.visual_facts = ()
-        return [spans[key] for key in keys]
 
     def _spans(self, asked: Sequence[tuple[int, torch.Tensor, torch.Tensor]], images, image_sizes) -> list[Span]:
         """What stands in each image's place, encoded and pruned now.

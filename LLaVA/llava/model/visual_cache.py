@@ -1,24 +1,33 @@
-"""Images that are never encoded twice: what is kept of each, remembered by its content."""
+"""Images that are never encoded twice: what the vision tower gave for each, found again by its content."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
+import transformers
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from llava.pruning.base import content_key
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_logger = logging.getLogger(__name__)
 
 
 def content_digests(images: Sequence[torch.Tensor]) -> list[Hashable]:
     """A digest of each image's values, computed where they lie: on a GPU the host waits once for all of them.
 
     On a CPU it is `content_key`; on a GPU two sums of the values' bits with random weights, modulo 2^64. Images that
-    differ agree in both once in 2^60 times or less, and nobody chooses images that do: for telling pictures apart, not
+    differ agree in both once in 2^60 times or less, and nobody chooses images that do: for telling images apart, not
     for signing them.
 
     Parameters
@@ -65,17 +74,13 @@ class Span:
         """An image (N, D) of which nothing was dropped."""
         return cls(features, torch.arange(len(features), device=features.device), len(features))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return self.features.nbytes + self.indices.nbytes
-
 
 class VisualCache:
-    """Spans by key, the least recently used out when they take too many bytes.
+    """The vision tower's outputs by image, in memory, the least recently used out when they take too many bytes.
 
-    Benchmarks ask many questions about one picture (GQA about 31, POPE 18), and methods that do not look at the
-    question keep the same tokens for all of them. A pruned image of LLaVA-1.5-7B takes half a megabyte.
+    Benchmarks ask many questions about one image (GQA about 31, POPE 18), and every pruning method sees the same
+    features of it. They are remembered as the tower gives them, before projector and pruner; an image (or crop) of
+    LLaVA-1.5 takes 1.2 MB in half precision. A cache belongs to one tower: `clear` it when the weights change.
 
     Parameters
     ----------
@@ -85,7 +90,7 @@ class VisualCache:
     Attributes
     ----------
     hits, misses : int
-        Images that were there, and that had to be encoded.
+        Images (or crops) that were there, and that had to be encoded.
     nbytes : int
         What is remembered now.
 
@@ -100,39 +105,166 @@ class VisualCache:
             raise ValueError(f"a cache of visual tokens cannot hold {max_bytes} bytes")
         self.max_bytes = max_bytes
         self.hits = self.misses = self.nbytes = 0
-        self._spans: OrderedDict[Hashable, Span] = OrderedDict()
+        self._entries: OrderedDict[Hashable, dict[str, torch.Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._entries)
 
-    def get(self, key: Hashable) -> Span | None:
-        """What is remembered under a key; counts a hit or a miss."""
-        span = self._spans.get(key)
-        if span is None:
-            self.misses += 1
+    def outputs(
+        self,
+        images: torch.Tensor,
+        names: Sequence[str],
+        encode: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
+    ) -> dict[str, torch.Tensor]:
+        """The encoder's outputs for a batch; only images that are not known with all of them are encoded.
+
+        Parameters
+        ----------
+        images : Tensor (B, 3, H, W)
+        names : sequence of str
+            Outputs that are wanted. A name stands for all that an output depends on besides image and tower.
+        encode : callable
+            Pixels (b, 3, H, W) -> at least those outputs, (b, N, ...) each.
+
+        Returns
+        -------
+        dict of str to Tensor (B, N, ...)
+        """
+        shape_and_type = (*images.shape[1:], str(images.dtype))
+        keys = [(digest, *shape_and_type) for digest in content_digests(list(images))]
+        found: dict[Hashable, Mapping[str, torch.Tensor] | None] = {}
+        for key in keys:
+            if key not in found:
+                found[key] = self.get(key, names)
+        missing = [key for key, entry in found.items() if entry is None]
+        self.misses += len(missing)
+        self.hits += len(keys) - len(missing)
+        if missing:
+            chosen = [keys.index(key) for key in missing]
+            # An index would be brought to the GPU first.
+            fresh = encode(images if len(missing) == len(keys) else torch.stack([images[i] for i in chosen]))
+            for row, key in enumerate(missing):
+                found[key] = {name: fresh[name][row] for name in names}
+                self.put(key, found[key])
+            if len(missing) == len(keys):
+                return {name: fresh[name] for name in names}
+        return {name: torch.stack([found[key][name] for key in keys]) for name in names}
+
+    def get(self, key: Hashable, names: Sequence[str]) -> Mapping[str, torch.Tensor] | None:
+        """An image's outputs, if all of ``names`` are remembered."""
+        entry = self._entries.get(key)
+        if entry is None or not entry.keys() >= set(names):
             return None
-        self.hits += 1
-        self._spans.move_to_end(key)
-        return span
+        self._entries.move_to_end(key)
+        return entry
 
-    def put(self, key: Hashable, span: Span) -> None:
-        """Remember a span, and forget the least recently used ones where there is no room."""
-        self._forget(key)
-        if span.nbytes > self.max_bytes:
-            return
+    def put(self, key: Hashable, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Remember an image's outputs beside those that are, and forget others where there is no room."""
         # A row of a batch would keep the whole batch alive.
-        span = Span(span.features.detach().clone(), span.indices.clone(), span.total)
-        self._spans[key] = span
-        self.nbytes += span.nbytes
+        entry = self._forget(key) | {name: values.detach().clone() for name, values in outputs.items()}
+        size = _nbytes(entry)
+        if size > self.max_bytes:
+            return
+        self._entries[key] = entry
+        self.nbytes += size
         while self.nbytes > self.max_bytes:
-            self._forget(next(iter(self._spans)))
+            self._forget(next(iter(self._entries)))
 
     def clear(self) -> None:
-        """Forget everything, for instance after the weights have changed; the counts stay."""
-        self._spans.clear()
+        """Forget everything; the counts stay."""
+        self._entries.clear()
         self.nbytes = 0
 
-    def _forget(self, key: Hashable) -> None:
-        span = self._spans.pop(key, None)
-        if span is not None:
-            self.nbytes -= span.nbytes
+    def _forget(self, key: Hashable) -> dict[str, torch.Tensor]:
+        entry = self._entries.pop(key, {})
+        self.nbytes -= _nbytes(entry)
+        return entry
+
+
+def _nbytes(entry: Mapping[str, torch.Tensor]) -> int:
+    return sum(values.nbytes for values in entry.values())
+
+
+class VisualStore(VisualCache):
+    """The same in files, which the processes and the configurations of a run share; read memory-mapped.
+
+    Nothing is thrown out when the folder is full: run after run asks for the same images in the same order, and the
+    least recently used one is then the next that is wanted.
+
+    Parameters
+    ----------
+    folder : Path
+        Of one tower: see `encoder_fingerprint`. Several processes of a machine may use it at once.
+    max_bytes : int
+        What the folder may hold, all processes together.
+    device : torch.device or str
+        Where outputs are wanted.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, device: torch.device | str = "cpu"):
+        super().__init__(max_bytes)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._device, self._full = folder, torch.device(device), False
+
+    def get(self, key: Hashable, names: Sequence[str]) -> Mapping[str, torch.Tensor] | None:
+        try:
+            return {name: self._read(self._path(key, name)) for name in names}
+        except (OSError, SafetensorError):
+            return None
+
+    def put(self, key: Hashable, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Write an image's outputs, each whole or not at all; does nothing once there is no room."""
+        try:
+            for name, values in outputs.items():
+                path = self._path(key, name)
+                if not self._full and not path.exists():
+                    self._write(path, values)
+        except OSError as error:
+            self._full = True
+            _logger.warning("encoded images are not stored any more: %s", error)
+
+    def _path(self, key: Hashable, name: str) -> Path:
+        file = hashlib.sha256(repr((key, name)).encode()).hexdigest()[:32]
+        return self._folder / file[:2] / f"{file}.safetensors"
+
+    def _read(self, path: Path) -> torch.Tensor:
+        return load_file(path)["values"].to(self._device, non_blocking=True)
+
+    def _write(self, path: Path, values: torch.Tensor) -> None:
+        used = self._folder / "bytes"
+        with FileLock(self._folder / "lock"):
+            self.nbytes = int(used.read_text()) if used.exists() else 0
+            if self.nbytes + values.nbytes > self.max_bytes:
+                self._full = True
+                return
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.part")
+            save_file({"values": values.detach().cpu().contiguous()}, temporary)
+            temporary.replace(path)
+            self.nbytes += values.nbytes
+            used.write_text(str(self.nbytes))
+
+
+def encoder_fingerprint(tower: torch.nn.Module) -> str:
+    """Sixteen hexadecimal digits of all that a vision tower's outputs depend on besides the pixels.
+
+    Weights, sizes and the layer that is read, dtype, attention and device, this code, and the libraries' versions.
+    """
+    digest = hashlib.sha256()
+    for name, values in sorted(tower.state_dict().items()):
+        digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
+        digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy())
+    about = (
+        tower.config.to_json_string(),
+        tower.config._attn_implementation,
+        tower.select_layer,
+        tower.select_feature,
+        tower.device.type,
+        torch.cuda.get_device_name(tower.device) if tower.device.type == "cuda" else "",
+        torch.__version__,
+        transformers.__version__,
+    )
+    digest.update(repr(about).encode())
+    for path in sorted((Path(__file__).parent / "multimodal_encoder").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
