@@ -27,7 +27,7 @@ def read_batch_size(value: int | str) -> int:
 
 
 def read_visual_cache(value: int | str) -> int | None:
-    """Bytes that kept visual tokens may take; None for "off".
+    """Bytes that encoded images may take; None for "off".
 
     Raises
     ------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +63,21 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
             table = write_report(plan, arguments, last=job is plan.jobs[-1])
     if options.machine_rank > 0:
         print("The results are on the machine of rank 0.")
-        return _failures(plan)
-    print(f"\n{table}\nEverything is in {plan.output}", flush=True)
-    if options.report:
-        print(write_page(plan))
-    return _failures(plan, identities_of)
+    else:
+        print(f"\n{table}\nEverything is in {plan.output}", flush=True)
+        if options.report:
+            print(write_page(plan))
+    status = _failures(plan, identities_of if options.machine_rank == 0 else None)
+    if status == 0:
+        _forget_encoded_images(plan.encoded_images)
+    return status
+
+
+def _forget_encoded_images(folder: Path) -> None:
+    """They serve the rows that are still to come, and take more room than all results."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # those of another machine are still there
+        folder.parent.rmdir()
 
 
 def _failures(plan: Any, identities_of: Mapping[Path, Mapping[str, Any]] | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from llava.pruning.ocvtp.variables import translated
 
 from . import records
-from .options import Options
+from .options import OFF, Options
 from .plan import SWITCH, Job, Plan
 from .tasks import data_version
 
@@ -83,6 +83,7 @@ def run_job(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
         "dtype": plan.dtype,
         "conv_template": options.conv_template,
         "batch_size": plan.batch_size,
+        "visual_cache": _visual_cache(plan),
         "limit": options.limit,
         "grey": job.grey,
         "all_metrics": options.all_metrics,
@@ -112,6 +113,15 @@ def run_job(job: Job, plan: Plan, options: Options, identities: Mapping[str, Map
         if progress["task"] in todo and records.failure(job.folder, progress["task"]) is None:
             records.record_failure(job.folder, progress["task"], f"the worker ended with status {status}")
         todo = [task for task in todo if records.failure(job.folder, task) is None]
+
+
+def _visual_cache(plan: Plan) -> dict[str, Any]:
+    """Arguments of the model."""
+    if plan.visual_cache is None:
+        return {"visual_cache": OFF}
+    if plan.visual_cache == 0:
+        return {}
+    return {"visual_cache": plan.visual_cache, "visual_cache_folder": str(plan.encoded_images)}
 
 
 def _start(launch: Launch, specification: Path) -> int:

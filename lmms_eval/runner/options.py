@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ WHOLE_NUMBERS = {
     "seed": (0, 2**32 - 1),
 }
 """Option -> the smallest and the largest value; NumPy takes no other seeds."""
+OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Options:
     dtype: str
     conv_template: str
     device: str
+    visual_cache: float | str | None
     output: Path | None
     report: bool
     dry_run: bool
@@ -104,6 +107,10 @@ def _check(found: argparse.Namespace) -> Options:
             f"--machine-rank {found.machine_rank}: with --num-machines {found.num_machines} it must be "
             f"0 to {whole['num_machines'] - 1}"
         )
+    if found.visual_cache not in (None, OFF):
+        found.visual_cache = _number(found.visual_cache, "--visual-cache", f"number >= 0, or {OFF}")
+        if not 0 <= found.visual_cache < math.inf:
+            raise ValueError(f"--visual-cache {found.visual_cache:g}: must be a number >= 0, or {OFF}")
     if whole["num_machines"] > 1 and found.main_process_ip is None:
         raise ValueError("--num-machines needs --main-process-ip, the address of the machine of rank 0")
     if not methods and found.no_unpruned:
@@ -122,6 +129,7 @@ def _check(found: argparse.Namespace) -> Options:
         dtype=found.dtype,
         conv_template=found.conv_template,
         device=found.device,
+        visual_cache=found.visual_cache,
         output=found.output,
         report=not found.no_report,
         dry_run=found.dry_run,
@@ -208,6 +216,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--device", choices=DEVICES, default="auto", help="default: CUDA where there is one, else the CPU"
     )
+    parser.add_argument(
+        "--visual-cache",
+        metavar="GIB",
+        help="disk, in the result folder and until all is done, for encoded images that all methods share; 0: none, "
+        "each process remembers some in memory; off: every image is encoded whenever it comes (default: 8 on a CPU, "
+        "0 on a GPU)",
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="result folder (default: results/SUITE)")
     parser.add_argument(
         "--no-report", action="store_true", help="leave out the HTML report with figures that is made at the end"
@@ -238,12 +253,12 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _number(text: str, option: str) -> float:
+def _number(text: str, option: str, allowed: str = "number") -> float:
     # float and int also take 1_0 for 10, and digits of every script.
     try:
         return float(text if text.isascii() and "_" not in text else "none")
     except ValueError:
-        raise ValueError(f"{option} {text}: must be a number") from None
+        raise ValueError(f"{option} {text}: must be a {allowed}") from None
 
 
 def _whole(text: str, option: str, low: int, high: int | None = None) -> int:

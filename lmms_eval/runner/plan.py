@@ -21,7 +21,7 @@ from llava.pruning.ocvtp.variables import translated
 from llava.pruning.registry import method_class, resolve_name
 
 from . import records
-from .options import Method, Options
+from .options import OFF, Method, Options
 from .suites import SUITES, Suite
 
 # Measured with the embedded model on two cores: larger batches gain nothing on a CPU, and one process a core with one
@@ -29,6 +29,8 @@ from .suites import SUITES, Suite
 CPU_BATCH_SIZE = 4
 CPU_PROCESSES = 4
 GPU_BATCH_SIZE = 1
+CPU_VISUAL_CACHE = 8
+"""GiB: a CPU needs longer for an image than a disk. The embedded suite takes one, with every method two."""
 SWITCH = ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
 LONGEST_NAME = 200
 BUDGET = ("ratio", "layer")
@@ -65,7 +67,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before the first worker starts."""
+    """Everything that is decided before the first worker starts.
+
+    Attributes
+    ----------
+    visual_cache : int or None
+        Bytes of encoded images on the disk; 0: in the memory of each process, None: nowhere.
+    encoded_images : Path
+        Where on the disk, while the run lasts: a folder for each machine.
+    """
 
     suite: Suite
     tasks: tuple[str, ...]
@@ -75,6 +85,8 @@ class Plan:
     dtype: str
     num_processes: int
     batch_size: int
+    visual_cache: int | None
+    encoded_images: Path
     output: Path
 
 
@@ -104,6 +116,8 @@ def make_plan(options: Options, environ: Mapping[str, str] = os.environ) -> Plan
         dtype=options.dtype if options.dtype != "auto" else ("float16" if device == "cuda" else "float32"),
         num_processes=options.num_processes or _processes(device, suite),
         batch_size=options.batch_size or (GPU_BATCH_SIZE if device == "cuda" else CPU_BATCH_SIZE),
+        visual_cache=_visual_cache(options, device),
+        encoded_images=output / "encoded-images" / str(options.machine_rank),
         output=output,
     )
 
@@ -127,6 +141,13 @@ def _processes(device: str, suite: Suite) -> int:
         return torch.cuda.device_count()
     # Every process holds the whole model: nothing for a published checkpoint in a CPU's memory.
     return min(_cores(), CPU_PROCESSES) if device == "cpu" and suite.name == "mini" else 1
+
+
+def _visual_cache(options: Options, device: str) -> int | None:
+    if options.visual_cache == OFF:
+        return None
+    gib = (0 if device == "cuda" else CPU_VISUAL_CACHE) if options.visual_cache is None else options.visual_cache
+    return int(gib * 2**30)
 
 
 def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, str]) -> Iterator[Job]:

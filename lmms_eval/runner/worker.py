@@ -86,6 +86,7 @@ def _load(spec: dict[str, Any], terminal: TextIO) -> Llava:
         conv_template=spec["conv_template"],
         resume_dir=spec["answers"],
         grey_pictures=spec["grey"],
+        **spec["visual_cache"],
     )
     lm.keep_model = True
     lm.terminal = terminal

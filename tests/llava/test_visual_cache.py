@@ -227,7 +227,7 @@ def test_what_an_encoding_depends_on_is_in_the_fingerprint(tower, tmp_path):
         fingerprint(lambda loaded: loaded.half()),
         fingerprint(lambda loaded: setattr(loaded, "select_layer", -1)),
         fingerprint(lambda loaded: setattr(loaded, "select_feature", "cls_patch")),
-        fingerprint(lambda loaded: loaded.vision_tower.set_attn_implementation("eager")),
+        fingerprint(lambda loaded: setattr(loaded.config, "_attn_implementation", "eager")),
         fingerprint(folder=save_tower(tmp_path / "larger", 112)),
     }
     assert len(found) == 7 and fingerprint() in found

@@ -1,4 +1,4 @@
-"""What makes a run fast and must not change it: pictures prepared ahead, and kept tokens that are remembered."""
+"""What makes a run fast and must not change it: pictures prepared ahead, and encoded images that are remembered."""
 
 from __future__ import annotations
 
@@ -115,6 +115,22 @@ class TestRememberedPictures:
         lm.generate_until(requests())
         lm.generate_until(requests())
         assert [(report["visual_cache_hits"], report["visual_cache_misses"]) for report in reports] == [(5, 2), (7, 0)]
+
+    def test_in_files_serve_another_process_and_another_method(self, load, monkeypatch, tmp_path):
+        plain = load(visual_cache="off").generate_until(requests())
+        first, again = (load(visual_cache_folder=str(tmp_path)) for _ in range(2))
+        assert first.generate_until(requests()) == again.generate_until(requests()) == plain
+        monkeypatch.setenv("BASELINE", "OURS")
+        monkeypatch.setenv("SUBSET_RATIO", "0.5")
+        pruned, half = load(visual_cache_folder=str(tmp_path)), load(visual_cache_folder=str(tmp_path), dtype="float16")
+        assert pruned.generate_until(requests()) == load(visual_cache="off").generate_until(requests())
+        half.generate_until(requests())
+        assert [lm.visual_cache_counts()["misses"] for lm in (first, again, pruned, half)] == [
+            DIFFERENT,
+            0,
+            0,
+            DIFFERENT,
+        ]
 
     @pytest.mark.parametrize("value", ["on", "-1", "1.5", "256MiB"])
     def test_a_wrong_size_is_refused(self, load, value):

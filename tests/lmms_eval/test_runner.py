@@ -100,8 +100,10 @@ class TestResults:
         assert tokens["kept"] == {"min": 8, "mean": 8, "max": 8}
         assert tokens["per_layer"] == [8, 8, 8]
         assert found["tasks"]["gqa"]["visual_tokens"]["images"] == ROWS
-        assert sum(found["tasks"]["gqa"]["visual_cache"].values()) == ROWS
+        # The unpruned run has encoded every image.
+        assert found["tasks"]["gqa"]["visual_cache"] == {"hits": ROWS, "misses": 0}
         assert results(reference, "unpruned")["visual_tokens"]["kept"]["min"] == 16
+        assert not (reference / "encoded-images").exists()
         assert len(answers(reference, "gqa")) == ROWS
 
     def test_hold_the_cost_of_the_prefill_relative_to_unpruned(self, reference):
@@ -177,7 +179,7 @@ def test_processes_that_do_not_find_each_other_say_so():
 
 class TestSameAnswers:
     def test_of_two_processes(self, workplace, reference, run, command):
-        arguments = command("two", "gqa,mme,pope", "--num-processes", "2", "--no-unpruned")
+        arguments = command("two", "gqa,mme,pope", "--num-processes", "2", "--no-unpruned", "--visual-cache", "off")
         status, printed = run(workplace, arguments, **LEFT_OVER)
         assert status == 0, printed
         output = workplace / "two"
@@ -373,6 +375,9 @@ class TestOptions:
             (["--method", "otprune:gamma"], "an option reads name=value"),
             (["--method", "none", "--no-unpruned"], "leaves nothing to run"),
             (["large"], "invalid choice: 'large'"),
+            (["--visual-cache", "on"], "--visual-cache on: must be a number >= 0, or off"),
+            (["--visual-cache", "-1"], "--visual-cache -1: must be a number >= 0, or off"),
+            (["--visual-cache", "inf"], "--visual-cache inf: must be a number >= 0, or off"),
             (["--dtype", "int8"], "invalid choice: 'int8'"),
             (["--method", "nosuch", "--device", "cpu"], "unknown method 'NOSUCH'"),
             (["--method", "otprune:gama=1", "--device", "cpu"], "OTPRUNE_GAMA=1"),
@@ -478,6 +483,7 @@ class TestPlan:
         monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
         mini = plan.make_plan(options.read([]))
         assert (mini.suite.name, mini.dtype, mini.device) == ("mini", "float32", "cpu")
+        assert mini.visual_cache == 8 * 2**30
         assert [job.folder.as_posix() for job in mini.jobs] == [
             "results/mini/llava-mini/unpruned",
             "results/mini/llava-mini/otprune-0.098",
@@ -486,6 +492,9 @@ class TestPlan:
         monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 4)
         paper = plan.make_plan(options.read([]))
         assert (paper.suite.name, paper.dtype, paper.num_processes, paper.batch_size) == ("paper", "float16", 4, 1)
+        assert paper.visual_cache == 0
+        assert plan.make_plan(options.read(["--visual-cache", "0.5"])).visual_cache == 2**29
+        assert plan.make_plan(options.read(["--visual-cache", "off"])).visual_cache is None
         assert [job.model for job in paper.jobs[::2]] == [
             "liuhaotian/llava-v1.5-7b",
             "liuhaotian/llava-v1.6-vicuna-7b",

@@ -317,8 +317,8 @@ class LlavaMetaForCausalLM:
     prompt_tokenizer
         Turns a prompt's ids back into text, for methods that read the question with another model; None if unknown.
     visual_cache : VisualCache or None
-        With one, the vision tower sees an image once, whichever methods prune it, unless gradients are wanted. None, the
-        default: every image is encoded whenever it comes.
+        With one, the vision tower sees an image once, whichever methods prune it, unless gradients are wanted. None,
+        the default: every image is encoded whenever it comes.
     visual_token_counts : sequence of (total, kept)
         For each image that stood in a prompt of the latest call, in the order of the rows; kept is what the last
         decoder layer sees.

@@ -22,7 +22,7 @@ NEW_TOKENS = 2
 
 @dataclass(frozen=True)
 class Setting:
-    """How a run is made: prompts that are generated together, and whether kept tokens are remembered."""
+    """How a run is made: prompts that are generated together, and whether encoded images are remembered."""
 
     batch: int
     cached: bool
