@@ -6,6 +6,7 @@ For GPUs that are not here they are compiled, and not run.
 from __future__ import annotations
 
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from llava.pruning.methods import divprune
 from llava.pruning.methods.divprune import cosine_similarity, max_min_select
 from llava.pruning.registry import method_class
 from no_waiting import no_waiting
+from pretended_gpu import GPU, pretended_gpu
 from selections import assert_is_greedy
 from tilings import ot_kernel_in
 
@@ -152,34 +154,32 @@ class TestSeveralBlocks:
 
     def test_every_step_takes_the_largest_gain(self, run_blocks):
         kernels = ot_kernel(random(2, 45, 12), gamma=0.5)
-        for kernel, order in zip(kernels, run_blocks(greedy.select_in_shape, kernels, 14, self.SHAPE), strict=True):
+        for kernel, order in zip(kernels, run_blocks(greedy.select_in_shape, kernels, 14, self.SHAPE, 2), strict=True):
             assert_is_greedy(kernel, order)
 
     def test_ties_go_to_the_lowest_index_of_all_blocks(self, run_blocks):
         kernels = torch.stack([torch.eye(40), groups([20, 3, 17])])
-        order = run_blocks(greedy.select_in_shape, kernels, 6, self.SHAPE)
+        order = run_blocks(greedy.select_in_shape, kernels, 6, self.SHAPE, 1)
         assert order.tolist() == [[0, 1, 2, 3, 4, 5], [0, 20, 23, 1, 2, 3]]
 
     def test_one_block_would_have_chosen_the_same(self, run, run_blocks):
         kernel = ot_kernel(random(1, 48, 60), gamma=1.0)
         alone = run(greedy.greedy_select, kernel, 20)
-        assert torch.equal(run_blocks(greedy.select_in_shape, kernel, 20, self.SHAPE), alone)
+        assert torch.equal(run_blocks(greedy.select_in_shape, kernel, 20, self.SHAPE, 1), alone)
 
 
 class TestShape:
-    @pytest.mark.parametrize("batch", [1, 2, 7, 32, 132, 500])
     @pytest.mark.parametrize("n", [1, 33, 576, 1024, 1025, 2340, 2880, 20000])
-    def test_every_token_has_a_place_and_waiting_blocks_run_together(self, batch, n):
-        shape = greedy.shape_for(batch, n, multiprocessors=132)
+    def test_every_token_has_a_place_and_waiting_blocks_run_together(self, n):
+        shape = greedy.shape_for(n, multiprocessors=132)
         assert shape.blocks * shape.columns >= n > (shape.blocks - 1) * shape.columns
         assert all(size & (size - 1) == 0 for size in (shape.columns, shape.rows, shape.warps))
-        assert shape.blocks == 1 or shape.blocks * batch <= 132
+        assert shape.blocks <= 132
         # One thread reads one block's bid.
         assert shape.blocks <= 32 * shape.warps
 
     def test_a_small_image_has_one_block_and_a_large_one_shares_the_gpu(self):
-        assert [greedy.shape_for(1, n, 132).blocks for n in (576, 1024, 2880)] == [1, 1, 23]
-        assert [greedy.shape_for(batch, 2880, 132).blocks for batch in (1, 8, 32, 200)] == [23, 12, 3, 1]
+        assert [greedy.shape_for(n, 132).blocks for n in (576, 1024, 2880)] == [1, 1, 23]
 
 
 class TestMaxMin:
@@ -271,9 +271,8 @@ class TestProductsAtTheEdge:
         # Mirrored tiles are equal; within a tile on the diagonal the order of the sums differs.
         torch.testing.assert_close(found, found.mT, rtol=1e-6, atol=1e-7)
 
-    def test_the_largest_tiles_that_fill_the_gpu_are_taken(self):
-        sides = [symmetric.tiling_for(batch, n, 132).side for batch, n in ((1, 576), (8, 576), (32, 576), (1, 2880))]
-        assert sides == [32, 64, 128, 128]
+    def test_the_largest_tiles_with_which_an_image_fills_the_gpu_are_taken(self):
+        assert [symmetric.tiling_for(n, 132).side for n in (576, 1152, 2880)] == [32, 64, 128]
 
 
 LIMITS = {80: 163, 90: 227, 100: 227, 120: 99}
@@ -309,6 +308,17 @@ class TestMachineCode:
             one.metadata.name == "_greedy" and n > 1024 for one in compiled
         ]
 
+    @pytest.mark.parametrize(("n", "dtype"), [(576, torch.float16), (2341, torch.float32)], ids=str)
+    def test_an_image_meets_the_same_machine_code_in_every_batch(self, capability, n, dtype):
+        def code(batch: int) -> set[str]:
+            x = torch.ones(batch, n, 64, dtype=dtype)
+            with compiled_for(capability) as compiled:
+                greedy.greedy_select(symmetric.ot_kernel(x, 0.01), 5)
+                max_min.max_min_select(symmetric.cosine_similarity(x), 5)
+            return {one.hash for one in compiled}
+
+        assert code(1) == code(8) == code(33)
+
     def test_images_of_many_sizes_share_their_kernels(self, capability):
         with compiled_for(capability) as compiled:
             for n in (1040, 1499, 1500, 2144, 2341, 2880):  # blocks an image: 9 to 23
@@ -326,11 +336,59 @@ class TestMachineCode:
         assert max(bytes_spilled(one, tmp_path) for one in compiled) <= 16
 
 
+def on_the_gpu(name: str, *arguments):
+    """`kernels.fused`, wherever the tensors say that they lie."""
+    return getattr(FUSED[name], name)(*arguments) if name in FUSED else None
+
+
+class TestAKernelThatCannotBeLaunched:
+    @pytest.fixture
+    def gpu(self, monkeypatch):
+        with pretended_gpu():
+            monkeypatch.setattr(kernels, "_triton_serves", lambda device: True)
+            monkeypatch.setattr(kernels, "_UNUSABLE", set())
+            yield lambda error: [monkeypatch.setattr(module, name, raising(error)) for name, module in FUSED.items()]
+            monkeypatch.undo()
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch"),
+            PermissionError("[Errno 13] Permission denied: '/.triton'"),
+            subprocess.CalledProcessError(255, "ptxas"),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_warns_once_and_the_plain_version_serves(self, gpu, error):
+        gpu(error)
+        x = random(2, 40, 16)
+        expected = [select(x, k=9, method=method) for method in ("otprune", "divprune")]
+        with pytest.warns(UserWarning, match=type(error).__name__) as said:
+            for _ in range(2):
+                found = [select(x.to(GPU), k=9, method=method).cpu() for method in ("otprune", "divprune")]
+        assert [str(one.message).split()[0] for one in said] == [
+            *("ot_kernel", "greedy_select", "cosine_similarity", "max_min_select")
+        ]
+        assert all(map(torch.equal, found, expected))
+
+    def test_for_want_of_memory_says_so(self, gpu):
+        gpu(torch.OutOfMemoryError("CUDA out of memory"))
+        with pytest.raises(torch.OutOfMemoryError):
+            select(random(2, 40, 16).to(GPU), k=9)
+
+
+def raising(error: Exception):
+    def function(*arguments):
+        raise error
+
+    return function
+
+
 @pytest.mark.parametrize("name", ["otprune", "divprune", "dpp", "cdpruner"])
 def test_three_matrices_an_image_are_all_that_is_held(name, monkeypatch):
     """What is allocated for the launches, of which none is made."""
     for module in (llava_arch, divprune):
-        monkeypatch.setattr(module, "fused", lambda name, tensor: getattr(FUSED.get(name), name, None))
+        monkeypatch.setattr(module, "fused", on_the_gpu)
     options = {"relevance": "embeddings"} if name == "cdpruner" else {}
     n, tokens = 1200, torch.ones(2, 1200, 32)
     asked = VisualTokens(tokens, 40, question=tuple(torch.ones(2, 3, 32)))
@@ -361,6 +419,14 @@ class TestOnAGpu:
         assert relative_error(symmetric.ot_kernel(x, 0.01), expected) < PRECISION
         unit = torch.nn.functional.normalize(x.double(), dim=-1)
         assert relative_error(symmetric.cosine_similarity(x), unit @ unit.mT) < PRECISION
+
+    @pytest.mark.parametrize("n", [576, 2341])
+    def test_an_image_is_the_same_in_every_batch_to_the_last_bit(self, n):
+        x = random(33, n, 256).half().cuda()
+        together, order = ot_kernel(x), ot_select(x, n // 10)
+        for image in (0, 7, 32):
+            assert torch.equal(ot_kernel(x[image]), together[image])
+            assert torch.equal(ot_select(x[image], n // 10), order[image])
 
     @pytest.mark.parametrize("method", ["otprune", "divprune", "dpp"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -74,9 +74,9 @@ def ot_kernel(features: torch.Tensor, gamma: float = GAMMA) -> torch.Tensor:
     """
     if features.ndim == 2:
         return ot_kernel(features.unsqueeze(0), gamma)[0]
-    fast = fused("ot_kernel", features)
-    if fast is not None:
-        return fast(features, gamma)
+    kernel = fused("ot_kernel", features, gamma)
+    if kernel is not None:
+        return kernel
     with torch.autocast(features.device.type, enabled=False):
         x = features.float()
         norm = torch.linalg.vector_norm(x, dim=-2, keepdim=True)  # (B, 1, D)
@@ -120,9 +120,9 @@ def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
         return greedy_select(kernel.unsqueeze(0), k)[0]
 
     kernel = kernel if kernel.dtype == torch.float64 else kernel.float()
-    fast = fused("greedy_select", kernel)
-    if fast is not None:
-        return fast(kernel, k)
+    order = fused("greedy_select", kernel, k)
+    if order is not None:
+        return order
     batch = kernel.shape[0]
     rows = torch.arange(batch, device=kernel.device)
     gain = kernel.diagonal(dim1=-2, dim2=-1).clone()  # (B, N)
@@ -174,8 +174,8 @@ def ot_select(features: torch.Tensor, k: int, gamma: float = GAMMA) -> torch.Ten
     _check_budget(k, features.shape[-2])
     if features.ndim == 2:
         return ot_select(features.unsqueeze(0), k, gamma)[0]
-    fast = fused("ot_select", features)
-    return greedy_select(ot_kernel(features, gamma), k) if fast is None else fast(features, k, gamma)
+    order = fused("ot_select", features, k, gamma)
+    return greedy_select(ot_kernel(features, gamma), k) if order is None else order
 
 
 def _check_budget(k: int, n: int) -> None:

@@ -1,7 +1,8 @@
 """Fast versions of the selections, each with the signature of the plain PyTorch one that it stands in for.
 
 The plain version is the specification. It runs wherever no fast one serves: for a matrix that is not float32, where a
-gradient is wanted, and on a GPU without Triton. Tokens may have any floating dtype; both versions read them as float32.
+gradient is wanted, on a GPU without Triton, and where a kernel cannot be launched. Tokens may have any floating dtype;
+both versions read them as float32.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _ON_GPU = {
 }
 _ON_CPU = dict.fromkeys(("greedy_select", "max_min_select", "gram", "ot_select", "cosine_similarity"), "host")
 _READS_AS_FLOAT32 = ("ot_kernel", "ot_select", "cosine_similarity")
+_UNUSABLE: set[tuple[str, torch.device]] = set()
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -42,18 +44,40 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     Tensor (B, N, N)
         In the dtype of x.
     """
-    fast = fused("gram", x)
-    return x @ x.mT if fast is None else fast(x)
+    product = fused("gram", x)
+    return x @ x.mT if product is None else product
 
 
-def fused(name: str, tensor: torch.Tensor) -> Callable | None:
-    """The fast version of the function ``name`` for input like ``tensor``; None where the plain one has to serve."""
+def fused(name: str, tensor: torch.Tensor, *arguments) -> torch.Tensor | None:
+    """What the fast version of the function ``name`` makes of its arguments; None where the plain one has to serve.
+
+    A GPU kernel that cannot be compiled or launched is not tried again: it warns, once.
+    """
+    function = fast_version(name, tensor)
+    if function is None:
+        return None
+    try:
+        return function(tensor, *arguments)
+    except Exception as error:
+        # Triton, its compiler and the driver say what they lack in many ways. The plain version needs no less memory.
+        if tensor.device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _UNUSABLE.add((name, tensor.device))
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"{name} runs without its fused kernel on {tensor.device} ({reason})", stacklevel=3)
+        return None
+
+
+def fast_version(name: str, tensor: torch.Tensor) -> Callable | None:
+    """The fast version of the function ``name`` for input like ``tensor``, if there is one."""
     readable = tensor.is_floating_point() if name in _READS_AS_FLOAT32 else tensor.dtype == torch.float32
     if not readable or (tensor.requires_grad and torch.is_grad_enabled()):
         return None
     if tensor.device.type == "cpu":
         modules = _ON_CPU
-    elif tensor.device.type == "cuda" and _triton_serves(tensor.device.index):
+    elif (
+        tensor.device.type == "cuda" and (name, tensor.device) not in _UNUSABLE and _triton_serves(tensor.device.index)
+    ):
         modules = _ON_GPU
     else:
         return None

@@ -33,9 +33,12 @@ class Shape(NamedTuple):
     warps: int
 
 
-def shape_for(batch: int, n: int, multiprocessors: int) -> Shape:
-    """One block an image of up to 1024 tokens; beyond, as many as the GPU holds at once, down to 128 tokens a block."""
-    share = n if n <= 1024 else max(128, triton.cdiv(n, max(1, multiprocessors // batch)))
+def shape_for(n: int, multiprocessors: int) -> Shape:
+    """One block an image of up to 1024 tokens; beyond, as many as the GPU holds at once, down to 128 tokens a block.
+
+    Whatever the batch is: another shape adds up in another order, and rounding would tip near-ties.
+    """
+    share = n if n <= 1024 else max(128, triton.cdiv(n, multiprocessors))
     columns = max(32, triton.next_power_of_2(share))
     warps = min(16, max(4, columns // 16))
     # 32 numbers of the factor a thread are in flight.
@@ -45,13 +48,16 @@ def shape_for(batch: int, n: int, multiprocessors: int) -> Shape:
 def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
     """Greedy maximisation of ``log det K_C``: (B, N, N), float32 -> (B, k), int64, in greedy order.
 
-    Launches do not depend on k, and the host waits for nothing.
+    Launches do not depend on k, and the host waits for nothing. A launch takes all images, or as many as the GPU holds
+    at once where an image's blocks wait for each other.
     """
-    return select_in_shape(kernel, k, shape_for(len(kernel), kernel.shape[-1], kernels.multiprocessors(kernel.device)))
+    multiprocessors = kernels.multiprocessors(kernel.device)
+    shape = shape_for(kernel.shape[-1], multiprocessors)
+    return select_in_shape(kernel, k, shape, len(kernel) if shape.blocks == 1 else multiprocessors // shape.blocks)
 
 
-def select_in_shape(kernel: torch.Tensor, k: int, shape: Shape) -> torch.Tensor:
-    """`greedy_select` with the work spread as told."""
+def select_in_shape(kernel: torch.Tensor, k: int, shape: Shape, images: int) -> torch.Tensor:
+    """`greedy_select` with the work spread as told, so many images a launch."""
     batch, n, _ = kernel.shape
     kernel = kernel.contiguous()
     pitch = 32 * triton.cdiv(n, 32)  # a row begins where a wide load can
@@ -59,34 +65,37 @@ def select_in_shape(kernel: torch.Tensor, k: int, shape: Shape) -> torch.Tensor:
     bids = torch.zeros(batch, k if shape.blocks > 1 else 0, shape.blocks, dtype=torch.int64, device=kernel.device)
     order = torch.empty(batch, k, dtype=torch.int64, device=kernel.device)
     with torch.cuda.device_of(kernel):  # Triton launches on the current device
-        _greedy[(batch * shape.blocks,)](
-            kernel,
-            factor,
-            bids,
-            order,
-            n,
-            pitch,
-            k,
-            shape.blocks,
-            EXHAUSTED=kernels.EXHAUSTED,
-            SEVERAL=shape.blocks > 1,
-            COLUMNS=shape.columns,
-            ROWS=shape.rows,
-            LANES=32 * shape.warps,
-            num_warps=shape.warps,
-            enable_fp_fusion=True,
-            # Blocks that wait for each other have to run at the same time; the driver refuses a launch that cannot.
-            launch_cooperative_grid=shape.blocks > 1,
-        )
+        for first in range(0, batch, images):
+            _greedy[(min(images, batch - first) * shape.blocks,)](
+                kernel,
+                factor,
+                bids,
+                order,
+                first,
+                n,
+                pitch,
+                k,
+                shape.blocks,
+                EXHAUSTED=kernels.EXHAUSTED,
+                SEVERAL=shape.blocks > 1,
+                COLUMNS=shape.columns,
+                ROWS=shape.rows,
+                LANES=32 * shape.warps,
+                num_warps=shape.warps,
+                enable_fp_fusion=True,
+                # Blocks that wait for each other have to run at the same time; the driver refuses a launch that cannot.
+                launch_cooperative_grid=shape.blocks > 1,
+            )
     return order
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def _greedy(
     kernel,
     factor,
     bids,
     order,
+    first,
     n,
     pitch,
     k,
@@ -97,11 +106,11 @@ def _greedy(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Steps of `greedy_select` for one block's columns of one image.
+    """Steps of `greedy_select` for one block's columns of one image, counted from the ``first`` on.
 
     kernel (B, N, N) and factor (B, k, pitch), float32; bids (B, k, blocks) of zeros and order (B, k), int64.
     """
-    image = (tl.program_id(0) // blocks).to(tl.int64)
+    image = (first + tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     kernel += image * n * n
     factor += image * k * pitch

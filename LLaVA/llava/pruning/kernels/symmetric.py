@@ -62,10 +62,13 @@ class Tiling(NamedTuple):
 TILINGS = (Tiling(128, 8, 3), Tiling(64, 4, 4), Tiling(32, 4, 5))
 
 
-def tiling_for(batch: int, n: int, multiprocessors: int) -> Tiling:
-    """The largest tiles that give every multiprocessor one, else the smallest."""
+def tiling_for(n: int, multiprocessors: int) -> Tiling:
+    """The largest tiles of which one image gives every multiprocessor one, else the smallest.
+
+    Whatever the batch is: matrix units may add up the products of other tiles in another order.
+    """
     for tiling in TILINGS:
-        if batch * _tiles(n, tiling.side) >= multiprocessors:
+        if _tiles(n, tiling.side) >= multiprocessors:
             return tiling
     return TILINGS[-1]
 
@@ -135,7 +138,7 @@ def _multiply_tiles(
 ) -> None:
     """Write ``factor x x^T`` (B, N, width), in two parts if there is a rest to write."""
     batch, n, pitch = x.high.shape
-    tiling = tiling_for(batch, n, kernels.multiprocessors(x.high.device))
+    tiling = tiling_for(n, kernels.multiprocessors(x.high.device))
     with torch.cuda.device_of(x.high):  # Triton launches on the current device
         _multiply[(_tiles(n, tiling.side), batch)](
             x.high,

@@ -14,9 +14,9 @@ from llava.pruning.kernels import fused
 
 def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
     """Cosine of every pair of tokens: (B, N, D) -> (B, N, N), float32; 0 beside a token of zeros."""
-    fast = fused("cosine_similarity", features)
-    if fast is not None:
-        return fast(features)
+    similarity = fused("cosine_similarity", features)
+    if similarity is not None:
+        return similarity
     with torch.autocast(features.device.type, enabled=False):
         unit = torch.nn.functional.normalize(features.float(), dim=-1)
         return unit @ unit.mT
@@ -42,9 +42,9 @@ def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
 
     Source: DivPrune, CVPR 2025.
     """
-    fast = fused("max_min_select", distance)
-    if fast is not None:
-        return fast(distance, k)
+    order = fused("max_min_select", distance, k)
+    if order is not None:
+        return order
     batch, n, _ = distance.shape
     rows = torch.arange(batch, device=distance.device)
     others = distance.clone()
