@@ -1,0 +1,129 @@
+"""An exported checkpoint in transformers' own LLaVA gives this package's ids, pixels, kept tokens and logits."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from golden import golden_root
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import choose_conv_mode, conv_templates
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+from llava.pruning import available_methods, pruning
+from llava.serve.export_hf import main
+
+ROOT = golden_root() / "llava"
+CHECKPOINTS = json.loads((ROOT / "manifest.json").read_text())["checkpoints"]
+NAMES = [
+    name
+    for name in ("llava-v1.5-tiny", "llava-v1.5-tiny-lora", "llava-v1.6-vicuna-tiny", "llava-v1.6-mistral-tiny")
+    if (ROOT / CHECKPOINTS[name]["path"]).exists()
+]
+QUESTION = "What is  shown in the image?"
+METHODS = [
+    name
+    for name, info in available_methods().items()
+    if info.stage.startswith("before") and info.needs <= {"image_keys"}
+]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request, tmp_path_factory):
+    """One checkpoint here and there, in float32, and the mode of its conversations."""
+    spec, folder = CHECKPOINTS[request.param], tmp_path_factory.mktemp("exported") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # checkpoints name their vision towers relative to it
+        base = [] if spec["model_base"] is None else ["--model-base", spec["model_base"]]
+        mode = choose_conv_mode(spec["model_name"], None)
+        assert main([spec["path"], str(folder), "--conv-mode", mode, *base]) == 0
+        own = load_pretrained_model(
+            spec["path"], spec["model_base"], spec["model_name"], device="cpu", dtype=torch.float32
+        )
+    return own, (AutoProcessor.from_pretrained(folder), _exported(folder)), mode
+
+
+def _exported(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def inputs_of(pair, size=(90, 60)):
+    """The same question here and there: (ids, pixels) and the processor's output."""
+    (tokenizer, model, image_processor, _), (processor, _), mode = pair
+    noise = np.random.default_rng(3).integers(0, 255, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    conversation = conv_templates[mode].copy()
+    conversation.append_message(conversation.roles[0], f"{DEFAULT_IMAGE_TOKEN}\n{QUESTION}")
+    conversation.append_message(conversation.roles[1], None)
+    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+    pixels = process_images([image], image_processor, model.config)[0]
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return (ids, pixels), processor(images=image, text=text, return_tensors="pt"), size
+
+
+def test_ids_and_pixels_are_llavas_own(pair):
+    (ids, pixels), exported, _ = inputs_of(pair)
+    image_token = pair[1][1].config.image_token_id
+    found = exported["input_ids"][0].tolist()
+    once = [i for place, i in enumerate(found) if i != image_token or found[place - 1] != image_token]
+    assert [IMAGE_TOKEN_INDEX if i == image_token else i for i in once] == ids.tolist()
+    # transformers resizes with torchvision, LLaVA with Pillow: one or two grey levels apart.
+    torch.testing.assert_close(exported["pixel_values"][0], pixels, rtol=0, atol=2.5 / 255 / 0.26)
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+@torch.no_grad()
+def test_logits_and_counts_are_llavas_own(pair, method):
+    (ids, _), exported, size = inputs_of(pair)
+    (_, own, _, _), (_, other), _ = pair
+    images = [exported["pixel_values"][0]]
+
+    def both():
+        here = own(ids[None], images=images, image_sizes=[size]).logits[0, -1]
+        there = other(**exported).logits[0, -1]
+        return here, there[: len(here)]
+
+    if method is None:
+        here, there = both()
+    else:
+        with pruning(own, method, ratio=0.3) as mine, pruning(other, method, ratio=0.3) as theirs:
+            here, there = both()
+            assert list(mine.visual_token_counts) == theirs.visual_token_counts
+    torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(90, 60), (60, 200), (56, 56)])
+def test_answers_are_llavas_own(pair, size):
+    (ids, _), exported, _ = inputs_of(pair, size)
+    (_, own, _, _), (_, other), _ = pair
+    length = exported["input_ids"].shape[1]
+    with pruning(own, "otprune", ratio=0.2), pruning(other, "otprune", ratio=0.2):
+        here = own.generate(
+            ids[None], images=[exported["pixel_values"][0]], image_sizes=[size], max_new_tokens=5, do_sample=False
+        )
+        there = other.generate(**exported, max_new_tokens=5, do_sample=False)[:, length:]
+    assert there.tolist() == here.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere-at-all", "{out}", "--conv-mode", "vicuna_v1"], "nowhere-at-all"),
+        (["llava-mini", "{full}"], "is not empty"),
+        (["llava-mini", "{out}", "--conv-mode", "llava_v0"], "conversation mode 'llava_v0' cannot be written"),
+        (["llava-mini", "{out}", "--conv-mode", "nonsense"], "unknown conversation mode 'nonsense'"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence(arguments, sentence, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    places = {"out": tmp_path / "out", "full": tmp_path / "full"}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert sentence in said[-1] and not (tmp_path / "out").exists()
