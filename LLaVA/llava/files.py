@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and where they are kept."""
 
 from __future__ import annotations
 
@@ -47,6 +47,28 @@ def atomic_write(path: Path | str, content: str | bytes | Callable[[Path], objec
             part.unlink(missing_ok=True)
     except OSError as error:
         raise type(error)(_sentence(path, error)) from error
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept for this user: ``otprune`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``.
+
+    Raises
+    ------
+    OSError
+        If neither that variable is set nor a home folder known.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "otprune"
+    except RuntimeError:
+        raise FileNotFoundError("this user has no home folder for a cache") from None
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, or None when there is none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def write_json(path: Path | str, content: Any) -> None:

@@ -28,6 +28,8 @@ class Question:
         The text handed over by lmms-eval, before the conversation template.
     settings : dict
         Generation settings, JSON-serialisable.
+    seed : int, or None
+        Of the process's random state, for an answer that is sampled.
     """
 
     task: str
@@ -36,6 +38,7 @@ class Question:
     repeat: int
     prompt: str
     settings: dict[str, Any]
+    seed: int | None = None
 
     def fields(self) -> dict[str, Any]:
         """What identifies the question in a line of the log; the prompt as a digest."""

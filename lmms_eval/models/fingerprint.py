@@ -1,13 +1,25 @@
-"""A short name for the weights behind a path, so that answers of one checkpoint are never taken for another's."""
+"""A short name for all that makes an answer, so that those of one checkpoint or code are never taken for another's."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import lmms_eval_otprune
+from lmms_eval_otprune.digests import file_digests
 
 import llava
+from llava.model.builder import read_config
 
-_SAMPLE = 1 << 16
+PACKAGES = ("torch", "transformers", "tokenizers", "pillow")
+"""Whose version an answer may depend on."""
+_NOT_ANSWERING = ("eval", "mini", "serve", "train")
+_CHECKPOINT_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
 
 
 def model_fingerprint(
@@ -21,57 +33,80 @@ def model_fingerprint(
         Local folders or Hub ids.
     dtype, attn_implementation, conv_template : str
         Names of the floating type, the attention and the conversation template.
+
+    Returns
+    -------
+    str
+        weights/code/dtype/attention/template/versions
     """
     weights = "+".join(checkpoint_fingerprint(path) for path in (pretrained, model_base) if path)
-    return f"{weights}/{code_fingerprint()}/{dtype}/{attn_implementation}/{conv_template}"
+    versions = ",".join(f"{package}-{version(package)}" for package in PACKAGES)
+    return f"{weights}/{code_fingerprint()}/{dtype}/{attn_implementation}/{conv_template}/{versions}"
 
 
 def code_fingerprint() -> str:
-    """Twelve hexadecimal digits of the source files that turn a picture and a question into an answer.
+    """Twelve hexadecimal digits of the source files that turn an image and a question into an answer.
 
-    Whoever changes a method would otherwise be shown the answers of the old one.
+    Whoever changes a method or a prompt would otherwise be shown the answers of the old one.
     """
-    package = Path(llava.__file__).parent
+    return source_digest(_sources())
+
+
+def source_digest(files: Iterable[Path]) -> str:
+    """Twelve hexadecimal digits of files' names and contents."""
     digest = hashlib.sha256()
-    folders = ("model/**/*.py", "pruning/**/*.py", "eval/fitprune/**/*.py")
-    for path in sorted([*package.glob("*.py"), *(path for folder in folders for path in package.glob(folder))]):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    for path in files:
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
+def _sources() -> Iterator[Path]:
+    package, plugin = (Path(module.__file__).parent for module in (llava, lmms_eval_otprune))
+    yield from sorted(plugin.glob("*.py"))
+    for path in sorted(package.rglob("*.py")):
+        inside = path.relative_to(package).parts
+        # FitPrune's recipes are fitted when a model is loaded.
+        if inside[0] not in _NOT_ANSWERING or inside[:2] == ("eval", "fitprune"):
+            yield path
+
+
 def checkpoint_fingerprint(checkpoint: str) -> str:
-    """Twelve hexadecimal digits that change when a local checkpoint's files do.
+    """Twelve hexadecimal digits that change when the content of a checkpoint or of its vision tower does.
 
     Parameters
     ----------
     checkpoint : str
-        A local folder, or a Hub id. Of each file of a folder the name, the size, and the first, middle and last 64 KiB
-        count (reading all of 14 GB would take longer than many runs); a Hub id stands for the revision in the local
-        cache, and only for its own name where there is none.
+        A local folder, or a Hub id, which stands for the revision that would be loaded now: its configuration is
+        fetched, so that it is named alike before and after its weights are.
     """
+    tower = _config(checkpoint).get("mm_vision_tower")
+    parts = [_content(checkpoint)]
+    if isinstance(tower, str):
+        inside = os.path.join(checkpoint, tower)
+        tower = inside if os.path.isdir(inside) and not os.path.isdir(tower) else tower
+        _config(tower)
+        parts.append(_content(tower))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _config(checkpoint: str) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        return read_config(checkpoint)
+    return {}
+
+
+def _content(checkpoint: str) -> str:
     folder = Path(checkpoint)
     if not folder.is_dir():
-        return _short(f"hub:{checkpoint}@{_cached_revision(checkpoint)}".encode())
-    digest = hashlib.sha256()
-    for path in sorted(item for item in folder.rglob("*") if item.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for start in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()[:12]
+        return f"hub:{checkpoint}@{_cached_revision(checkpoint)}"
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in _CHECKPOINT_FILES and path.is_file()]
+    return "\n".join(f"{path.name} {digest}" for path, digest in zip(files, file_digests(files), strict=True))
 
 
 def _cached_revision(repository: str) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    try:
+    with suppress(ValueError):
         found = try_to_load_from_cache(repository, "config.json")
-    except ValueError:
-        return None
-    return Path(found).parent.name if isinstance(found, str) else None
-
-
-def _short(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+        return Path(found).parent.name if isinstance(found, str) else None
+    return None

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -182,6 +182,9 @@ class Llava(lmms):
         )
         if grey_pictures:
             self.model_fingerprint += "/grey"
+        if model_name:
+            # It decides what the checkpoint's files are taken for.
+            self.model_fingerprint += f"/{model_name}"
         pruning = self.model.pruning
         self.pruning_fingerprint = UNPRUNED if pruning is None else pruning.fingerprint()
         cache_key.extend_with(f"{self.model_fingerprint}|{self.pruning_fingerprint}")
@@ -351,10 +354,11 @@ class Llava(lmms):
         for name in sorted(settings.ignored - self._ignored_settings):
             logger.warning(f"llava ignores the generation setting {name} of {task}")
             self._ignored_settings.add(name)
-        first = Question(task, split, doc_id, 0, context, settings.to_dict())
+        seed = torch.initial_seed() if settings.temperature > 0 else None
+        first = Question(task, split, doc_id, 0, context, settings.to_dict(), seed)
         identity = repr(first.fields())
         asked[identity] += 1
-        return Question(task, split, doc_id, asked[identity] - 1, context, settings.to_dict()), images_of
+        return replace(first, repeat=asked[identity] - 1), images_of
 
     def _deliver(self, question: Question, answer: Answer) -> GenerationResult:
         self.visual_tokens[question.task][answer.prompt] += 1

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava.files import read_json as read_json
 from llava.files import write_json as write_json
 
 RESULT, FAILURE = "result.json", "failure.json"
-
-
-def read_json(path: Path) -> Any:
-    """The file's content, or None when there is none that can be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def task_folder(job_folder: Path, task: str) -> Path:

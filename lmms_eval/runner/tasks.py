@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from lmms_eval_otprune.fingerprint import model_fingerprint
+import lmms_eval_otprune_tasks
+from lmms_eval_otprune.fingerprint import model_fingerprint, source_digest
 from lmms_eval_otprune.java import needs_java
 
 from llava.model.builder import resolve_model_path
@@ -23,9 +26,15 @@ def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[st
         "limit": options.limit,
         "seed": options.seed,
         "data": data_version(plan.suite),
+        "scoring": f"lmms-eval-{version('lmms-eval')}/{source_digest(_scoring_files())}",
     }
     metrics = "all" if options.all_metrics else "table"
     return {task: {"task": task, **common, **({"metrics": metrics} if needs_java(task) else {})} for task in plan.tasks}
+
+
+def _scoring_files() -> list[Path]:
+    folder = Path(lmms_eval_otprune_tasks.__file__).parent
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml"))
 
 
 def data_version(suite: Suite) -> str:
