@@ -234,16 +234,6 @@ def test_surplus_images_of_one_prompt_are_ignored(model):
     torch.testing.assert_close(logits_of(model, ids, images), logits_of(model, ids, images[:1]), rtol=1e-5, atol=1e-5)
 
 
-def test_the_context_manager_restores_what_was_before(model):
-    before = PruningConfig(method="uniform", ratio=0.5)
-    model.set_pruning(before)
-    with pytest.raises(RuntimeError, match="stop"), pruning(model, "otprune", ratio=0.1):
-        assert model.pruning.method == "otprune"
-        raise RuntimeError("stop")
-    assert model.pruning == before
-    model.set_pruning(None)
-
-
 def test_the_environment_is_read_when_the_model_is_built_and_never_again(tower, monkeypatch):
     monkeypatch.setenv("BASELINE", "OURS")
     monkeypatch.setenv("SUBSET_RATIO", "0.25")

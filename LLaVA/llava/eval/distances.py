@@ -24,7 +24,7 @@ from llava.eval.results.rows import Row
 from llava.eval.transport import gaussian_distance, guarantee, log_det, objective_kernel, wasserstein
 from llava.mm_utils import get_model_name_from_path, load_image, process_images
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
-from llava.pruning import PruningConfig, kept_count
+from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import ENCODER_NEEDS, content_key
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -94,12 +94,8 @@ class Encoder:
             self._pixels = self.pixels(picture)
         needs = frozenset(config.build_pruner().needs)
         if needs not in self._tokens:
-            before = self.model.pruning
-            self.model.set_pruning(config)
-            try:
+            with pruning(self.model, config):
                 self._tokens[needs] = self.model.image_tokens([self._pixels], [picture.size])[0]
-            finally:
-                self.model.set_pruning(before)
         if not len(self._tokens[needs].features):
             raise ValueError("the picture has no visual tokens")
         return self._tokens[needs]

@@ -10,7 +10,7 @@ import torch
 
 from llava.eval.views import View
 from llava.model.visual_sequence import PromptFacts, as_visual_tokens
-from llava.pruning import PruningConfig, kept_count
+from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import content_key
 from llava.pruning.methods.ocvtp import claims
 
@@ -48,12 +48,8 @@ def slot_map(model, pixels: torch.Tensor, size: tuple[int, int], config: Pruning
     pruner = config.build_pruner()
     if pruner.per_crop:
         raise ValueError("the slots of single crops are not drawn: leave out OCVTP_PER_CROP")
-    before = model.pruning
-    model.set_pruning(config)
-    try:
+    with pruning(model, config):
         image = model.image_tokens([pixels], [size])[0]
-    finally:
-        model.set_pruning(before)
     n = len(image.features)
     k = kept_count(n, config.ratio) if pruner.target is None else min(pruner.target, n)
     tokens = as_visual_tokens(image.features[None], k, [image], [PromptFacts(key=content_key(pixels))])

@@ -22,7 +22,7 @@ from llava.files import atomic_write, check_writable
 from llava.mm_utils import get_model_name_from_path, load_image, process_images
 from llava.model.llava_arch import ot_select
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
-from llava.pruning import PruningConfig, kept_count
+from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import content_key
 from llava.pruning.config import options_from_env
 from llava.pruning.registry import resolve_name
@@ -42,12 +42,8 @@ def kept_order(model, pixels: torch.Tensor, size: tuple[int, int], config: Pruni
         For a method that needs more than the picture: a question, or attention inside the decoder; for a picture
         without visual tokens.
     """
-    before = model.pruning
-    model.set_pruning(config)
-    try:
+    with pruning(model, config):
         image = model.image_tokens([pixels], [size])[0]
-    finally:
-        model.set_pruning(before)
     if not len(image.features):
         raise ValueError("the picture has no visual tokens")
     return listed(image, PromptFacts(key=content_key(pixels)), config)

@@ -366,8 +366,7 @@ class LlavaMetaForCausalLM:
             pruner.check_tokens(self.tokens_of_an_image())
             if self.get_vision_tower() is not None:
                 pruner.check_encoder(self.get_vision_tower().hidden_size)
-        self._pruning = config
-        self.use_pruner(pruner, stages)
+        self.use_pruner(pruner, stages, config)
 
     def fit_pruning(self) -> None:
         """Let the active method learn from this model where to drop, if it has to; done at the first use otherwise.
@@ -380,16 +379,23 @@ class LlavaMetaForCausalLM:
         config, pruner = self._pruning, self._pruner
         if config is None or self._stages or not pruner.fits:
             return
-        self.set_pruning(None)
+        stages = self._stages
+        self.use_pruner(None, ())
         try:
             stages = pruner.fit(self, config.ratio)
         finally:
-            self.set_pruning(config)
-        self.use_pruner(pruner, stages)
+            self.use_pruner(pruner, stages, config)
 
-    def use_pruner(self, pruner: Pruner | None, stages: tuple[tuple[int, float], ...]) -> None:
-        """Prune inside the decoder with a method that no configuration names; see `Pruner.stages`."""
-        self._pruner, self._stages = pruner, stages
+    @property
+    def pruner_in_use(self) -> tuple[Pruner | None, tuple[tuple[int, float], ...], PruningConfig | None]:
+        """What `use_pruner` takes to bring back what prunes now, fitted or set by hand."""
+        return self._pruner, self._stages, self._pruning
+
+    def use_pruner(
+        self, pruner: Pruner | None, stages: tuple[tuple[int, float], ...], config: PruningConfig | None = None
+    ) -> None:
+        """Prune with a method as it is; see `Pruner.stages`. ``config`` is what `pruning` then says, if anything."""
+        self._pruner, self._stages, self._pruning = pruner, stages, config
 
     def tokens_of_an_image(self) -> int | None:
         """Visual tokens of every image of this model; None where that depends on the image, or there is no tower."""

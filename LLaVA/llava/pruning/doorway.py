@@ -6,8 +6,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from numbers import Integral
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -67,18 +70,33 @@ def select(
     return indices if features.ndim == 3 else indices[0]
 
 
+class _Block:
+    """One `pruning` block on a model; ``before`` is what to bring back at its end."""
+
+    def __init__(self, before: Any):
+        self.before = before
+
+
+_blocks: WeakKeyDictionary[Any, list[_Block]] = WeakKeyDictionary()
+_lock = Lock()
+_own: ContextVar[tuple[_Block, ...]] = ContextVar("own", default=())
+"""The blocks that this thread (or asynchronous task) is in."""
+
+
 @contextmanager
 def pruning(
-    model: Any, method: str, ratio: float | None = None, layer: int | None = None, **options: Any
+    model: Any, method: str | PruningConfig, ratio: float | None = None, layer: int | None = None, **options: Any
 ) -> Iterator[Any]:
     """Prune with a method inside a ``with`` block, and restore what the model did before.
+
+    Blocks of one thread may stand in one another. A model has one method at a time, for all threads that use it.
 
     Parameters
     ----------
     model
         A LLaVA model of this package, or a vision-language model of transformers (docs/models.md says which).
     method, ratio, layer, **options
-        As in `PruningConfig`.
+        As in `PruningConfig`; or a `PruningConfig` alone.
 
     Yields
     ------
@@ -89,13 +107,35 @@ def pruning(
     ------
     ValueError
         For an unknown method or option, a value out of range, or a model in which the method cannot work.
+    RuntimeError
+        If another thread (or asynchronous task) is in such a block with the same model.
     """
-    before = _active(model)
-    report = _set(model, PruningConfig(method=method, ratio=ratio, layer=layer, options=options))
+    config = method if isinstance(method, PruningConfig) else PruningConfig(method, ratio, layer, options)
+    model = _unwrapped(model)
+    with _lock:
+        blocks = _blocks.setdefault(model, [])
+        if not set(blocks) <= set(_own.get()):
+            raise RuntimeError(
+                f"another thread or task is in a pruning block with this model: a model prunes with one method at a "
+                f"time, so {config.method} has to wait, or use a copy of the model"
+            )
+        block = _Block(model.pruner_in_use if _is_ours(model) else _active(model))
+        report = _set(model, config)
+        blocks.append(block)
+    _own.set((*_own.get(), block))
     try:
         yield report
     finally:
-        _set(model, before)
+        _own.set(tuple(one for one in _own.get() if one is not block))
+        with _lock:
+            place = blocks.index(block)
+            del blocks[place]
+            if place < len(blocks):  # the blocks of a generator may end in any order
+                blocks[place].before = block.before
+            elif _is_ours(model):
+                model.use_pruner(*block.before)
+            else:
+                _set(model, block.before)
 
 
 def prune(model: Any, method: str, ratio: float | None = None, layer: int | None = None, **options: Any) -> None:
@@ -129,8 +169,21 @@ def apply_switch(model: Any, environ: Mapping[str, str] = os.environ) -> Pruning
     return _active(model)
 
 
+def _unwrapped(model: Any) -> Any:
+    """The model inside the wrappers of PEFT, DistributedDataParallel and torch.compile."""
+    if hasattr(model, "get_base_model"):
+        return _unwrapped(model.get_base_model())
+    inner = getattr(model, "_orig_mod", getattr(model, "module", None))
+    return model if inner is None else _unwrapped(inner)
+
+
+def _is_ours(model: Any) -> bool:
+    return hasattr(model, "set_pruning")
+
+
 def _active(model: Any) -> PruningConfig | None:
-    if hasattr(model, "set_pruning"):
+    model = _unwrapped(model)
+    if _is_ours(model):
         return model.pruning
     from llava.adapters.transformers import active_session
 
@@ -139,7 +192,8 @@ def _active(model: Any) -> PruningConfig | None:
 
 
 def _set(model: Any, config: PruningConfig | None) -> Any:
-    if hasattr(model, "set_pruning"):
+    model = _unwrapped(model)
+    if _is_ours(model):
         model.set_pruning(config)
         return model
     from llava.adapters.transformers import set_pruning
@@ -150,4 +204,4 @@ def _set(model: Any, config: PruningConfig | None) -> Any:
 def _announce(model: Any) -> None:
     config = _active(model)
     if config is not None:
-        print(f"{model.config.model_type}: {config.describe()}", file=sys.stderr)
+        print(f"{_unwrapped(model).config.model_type}: {config.describe()}", file=sys.stderr)

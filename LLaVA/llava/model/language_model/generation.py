@@ -220,8 +220,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         """The decoder stack, which carries vision tower and projector."""
         return self.model
 
-    def use_pruner(self, pruner: Pruner | None, stages: tuple[tuple[int, float], ...]) -> None:
-        super().use_pruner(pruner, stages)
+    def use_pruner(self, pruner: Pruner | None, stages: tuple[tuple[int, float], ...], config=None) -> None:
+        super().use_pruner(pruner, stages, config)
         inside = bool(stages) and not self.prunes_before_decoder
         self.get_model().layer_drop = LayerDrop(pruner, stages) if inside else None
 
