@@ -24,6 +24,11 @@ def finished(job_folder: Path, task: str, identity: Mapping[str, Any]) -> dict[s
     return result if isinstance(result, dict) and result.get("identity") in enough else None
 
 
+def is_outdated(job_folder: Path, task: str, identity: Mapping[str, Any]) -> bool:
+    """Whether a task has a result that was made with other settings."""
+    return (task_folder(job_folder, task) / RESULT).exists() and finished(job_folder, task, identity) is None
+
+
 def failure(job_folder: Path, task: str) -> str | None:
     """Why a task failed, or None."""
     record = read_json(task_folder(job_folder, task) / FAILURE)

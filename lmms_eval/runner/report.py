@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from lmms_eval_otprune.token_counts import merged_summary
@@ -25,15 +26,19 @@ TABLES = {"markdown": "table.md", "csv": "table.csv", "json": "table.json", "htm
 def collect(
     job: Job, plan: Plan, options: Options, identities: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Put a job's task results together: ``results.json`` and ``manifest.json`` in its folder.
+    """Put a job's task results together, also those of earlier commands: ``results.json`` and ``manifest.json``.
 
     Returns
     -------
     dict, or None without images
         The `summary` of visual tokens over all tasks.
     """
-    results = {task: records.finished(job.folder, task, identities[task]) for task in plan.tasks}
+    wanted = {task: _wanted(identities[task], task in plan.tasks) for task in plan.suite.tasks}
+    results = {task: records.finished(job.folder, task, identity) for task, identity in wanted.items()}
     done = {task: result for task, result in results.items() if result}
+    outdated = [task for task, identity in wanted.items() if records.is_outdated(job.folder, task, identity)]
+    if outdated:
+        print(f"{job.label}: {', '.join(outdated)} had other settings or another version, and are left out", flush=True)
     machine = records.read_json(job.folder / "machine.json") or {}
     pruning = machine.pop("pruning", None) or (job.pruning and job.pruning.to_dict())
     if pruning is not None:
@@ -56,7 +61,7 @@ def collect(
                 task: {name: value for name, value in result.items() if name not in ("identity", "task")}
                 for task, result in done.items()
             },
-            "failed": {task: reason for task in plan.tasks if (reason := records.failure(job.folder, task))},
+            "failed": {task: reason for task in plan.suite.tasks if (reason := records.failure(job.folder, task))},
             "left_out": list(plan.left_out),
         },
     )
@@ -70,6 +75,11 @@ def collect(
         },
     )
     return visual_tokens
+
+
+def _wanted(identity: Mapping[str, Any], asked_for: bool) -> Mapping[str, Any]:
+    """A task that this command does not evaluate may have more or fewer metrics than it would ask for."""
+    return identity if asked_for or "metrics" not in identity else {**identity, "metrics": "table"}
 
 
 def write_page(plan: Plan) -> str:
@@ -90,7 +100,7 @@ def write_page(plan: Plan) -> str:
 
 
 def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> str:
-    """Write the table in every format and the manifest of the whole run; returns the table in Markdown.
+    """Write the table over all finished rows in the folder, and the manifest; returns the table in Markdown.
 
     Parameters
     ----------
@@ -100,21 +110,27 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> str
     last : bool
         All jobs are done: intervals are worth their seconds now.
     """
-    runs = [records.read_json(job.folder / "results.json") for job in plan.jobs]
-    records.write_json(plan.output / "results.json", {"runs": [run for run in runs if run]})
+    before = records.read_json(plan.output / "manifest.json")
+    before = before if isinstance(before, dict) else {}
+    folders = _job_folders(plan, before)
+    finished = [folder for folder in folders if (folder / "results.json").exists()]
+    records.write_json(
+        plan.output / "results.json", {"runs": [records.read_json(folder / "results.json") for folder in finished]}
+    )
+    tasks = {*plan.tasks, *_names(before, "tasks")}
     records.write_json(
         plan.output / "manifest.json",
         {
             "command": shlex.join(["run_OTPrune.sh", *arguments]),
             "suite": plan.suite.name,
-            "tasks": list(plan.tasks),
+            "tasks": [task for task in plan.suite.tasks if task in tasks],
             "left_out": list(plan.left_out),
-            "jobs": [str(job.folder.relative_to(plan.output)) for job in plan.jobs],
+            "jobs": [str(folder.relative_to(plan.output)) for folder in folders],
             "git_commit": git_commit(),
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )
-    # The jobs of one run are alike but for a task that an older version finished, which is better shown than hidden.
+    # Rows of earlier commands may have been made with other settings or versions: better shown, with a remark.
     rows = load_runs([plan.output])
     try:
         table = build_table(rows, intervals=last, allow_mixed=True)
@@ -123,3 +139,25 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> str
     for name, file in TABLES.items():
         atomic_write(plan.output / file, table.render(name))
     return table.render("markdown")
+
+
+def _job_folders(plan: Plan, before: Mapping[str, Any]) -> list[Path]:
+    """Of all rows in the output folder: as in the manifest of the command before, then this command's, then others."""
+    own = [job.folder for job in plan.jobs]
+    named = [plan.output / job for job in _names(before, "jobs")]
+    found = sorted(path.parent for path in plan.output.glob("*/*/results.json"))
+    folders = []
+    for folder in dict.fromkeys([*named, *own, *found]):
+        if folder not in own:
+            try:
+                load_runs([folder])
+            except ValueError as error:
+                print(f"Left out of the table: {error}", flush=True)
+                continue
+        folders.append(folder)
+    return folders
+
+
+def _names(manifest: Mapping[str, Any], key: str) -> list[str]:
+    found = manifest.get(key)
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []

@@ -18,7 +18,7 @@ from .suites import Suite
 
 
 def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[str, Any]]:
-    """Task -> everything that its result depends on, JSON-serialisable."""
+    """Task of the suite -> everything that its result depends on, JSON-serialisable."""
     common = {
         "model": model_fingerprint(resolve_model_path(job.model), None, plan.dtype, "sdpa", options.conv_template),
         "pruning": None if job.pruning is None else job.pruning.to_dict(),
@@ -29,7 +29,10 @@ def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[st
         "scoring": f"lmms-eval-{version('lmms-eval')}/{source_digest(_scoring_files())}",
     }
     metrics = "all" if options.all_metrics else "table"
-    return {task: {"task": task, **common, **({"metrics": metrics} if needs_java(task) else {})} for task in plan.tasks}
+    return {
+        task: {"task": task, **common, **({"metrics": metrics} if needs_java(task) else {})}
+        for task in plan.suite.tasks
+    }
 
 
 def _scoring_files() -> list[Path]:

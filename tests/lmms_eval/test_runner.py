@@ -53,6 +53,13 @@ def reference(workplace, run, command) -> Path:
     return workplace / "reference"
 
 
+METRICS = {
+    "gqa": {"exact_match": 1.0},
+    "mme": {"mme_perception_score": 1500.0},
+    "pope": {"pope_f1_score": 1.0},
+}
+
+
 def job(output: Path, name: str = PRUNED) -> Path:
     return output / "llava-v1.5-tiny" / name
 
@@ -287,6 +294,57 @@ class TestFailures:
         error = capsys.readouterr().err
         assert status == 1
         assert error.startswith(f"run_OTPrune.sh: {tmp_path / output}: ") and len(error.splitlines()) == 1
+
+
+class TestTableOfAFolder:
+    """Holds every finished row and column, whatever the command asked for that wrote it last."""
+
+    @pytest.fixture
+    def evaluate(self, tmp_path, command, monkeypatch) -> Callable[..., list[dict]]:
+        """Run a command whose workers get every answer right; returns the table's rows."""
+
+        def run_job(job: plan.Job, made: plan.Plan, _: options.Options, identities: dict) -> None:
+            for task in made.tasks:
+                result = {"identity": identities[task], "metrics": METRICS[task], "visual_tokens": None, "samples": 1}
+                records.write_json(job.folder / "tasks" / task / "result.json", result)
+
+        def run(tasks: str, *more: str) -> list[dict]:
+            assert main(command(str(tmp_path / "out"), tasks, *more)[1:]) == 0
+            return list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
+
+        monkeypatch.setattr(launch, "run_job", run_job)
+        return run
+
+    def test_holds_the_tasks_of_earlier_commands(self, evaluate, tmp_path):
+        evaluate("gqa,mme")
+        rows = evaluate("pope")
+        assert [(row["GQA"], row["MME-P"], row["POPE"]) for row in rows] == [("100.0", "1500.0", "100.0")] * 2
+        assert json.loads((tmp_path / "out" / "manifest.json").read_text())["tasks"] == ["gqa", "mme", "pope"]
+
+    def test_holds_the_methods_of_earlier_commands_in_their_order(self, evaluate, tmp_path):
+        evaluate("gqa")
+        rows = evaluate("gqa", "--method", "random", "--no-unpruned")
+        assert [row["method"] for row in rows] == ["unpruned", "otprune", "random"]
+        whole = json.loads((tmp_path / "out" / "results.json").read_text())
+        assert len(whole["runs"]) == 3
+
+    def test_says_what_other_settings_keep_out_of_it(self, evaluate, capsys):
+        evaluate("gqa", "--no-unpruned")
+        capsys.readouterr()
+        [row] = evaluate("pope", "--no-unpruned", "--limit", "4")
+        assert (row["GQA"], row["POPE"]) == ("", "100.0")
+        said = "gqa had other settings or another version, and are left out"
+        assert f"llava-v1.5-tiny, {PRUNED}: {said}" in capsys.readouterr().out
+        [row] = evaluate("pope", "--no-unpruned")
+        assert (row["GQA"], row["POPE"]) == ("100.0", "100.0")
+
+    def test_names_what_it_cannot_read(self, evaluate, tmp_path, capsys):
+        evaluate("gqa")
+        damaged = job(tmp_path / "out", "unpruned") / "results.json"
+        damaged.write_text("{")
+        rows = evaluate("gqa", "--no-unpruned")
+        assert [row["method"] for row in rows] == ["otprune"]
+        assert f"Left out of the table: {damaged} cannot be read" in capsys.readouterr().out
 
 
 class TestOneRunAtATime:
