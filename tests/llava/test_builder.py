@@ -183,6 +183,8 @@ def test_a_tower_without_weights_is_named(checkpoint):
 
 
 def as_safetensors(folder: Path) -> Path:
+    if (folder / "model.safetensors").exists():
+        return folder / "model.safetensors"
     weights = {}
     for file in sorted(folder.glob("pytorch_model-*.bin")):
         weights |= torch.load(file, weights_only=True)
@@ -224,7 +226,10 @@ def test_weights_of_another_shape_are_named(checkpoint):
         load(checkpoint)
 
 
-def adapters_on(base: Path, folder: Path, added_tokens: int, extras: tuple[str, ...]) -> Path:
+VOCABULARY_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def adapters_on(base: Path, folder: Path, added_tokens: int = 0, extras: tuple[str, ...] = ()) -> Path:
     """A LoRA checkpoint on ``base`` whose vocabulary is larger, with the named weights beside the adapters."""
     model = load(base, dtype=torch.float32)[1]
     adapters = LoraConfig(r=2, target_modules=["o_proj"], task_type="CAUSAL_LM")
@@ -238,7 +243,173 @@ def adapters_on(base: Path, folder: Path, added_tokens: int, extras: tuple[str, 
     return folder
 
 
-VOCABULARY_WEIGHTS = ("model.embed_tokens.weight", "lm_head.weight")
+def adapters_alone(base: Path, folder: Path) -> Path:
+    """What peft itself writes: adapters, here of weights that change every answer, and no configuration of a model."""
+    model = get_peft_model(
+        load(base, dtype=torch.float32)[1], LoraConfig(r=2, target_modules=["o_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def projector_alone(base: Path, folder: Path) -> Path:
+    """A pretraining stage's result: projector and configuration."""
+    folder.mkdir()
+    weights = load_file(as_safetensors(base))
+    torch.save({name: value for name, value in weights.items() if "mm_projector" in name}, folder / "mm_projector.bin")
+    shutil.copy(base / "config.json", folder)
+    return folder
+
+
+class TestWhatACheckpointIs:
+    """Its files say, whatever its name says."""
+
+    @pytest.mark.parametrize("name", ["my-finetune", "llava-lora"])
+    def test_adapters(self, checkpoint, tmp_path, name):
+        folder = adapters_on(checkpoint, tmp_path / name, 2, VOCABULARY_WEIGHTS)
+        _, model, _, _ = load_pretrained_model(str(folder), str(checkpoint), name, device="cpu")
+        assert model.config.vocab_size == 1002 and model.config.name_or_path == str(folder)
+
+    def test_adapters_without_a_configuration_are_those_of_their_base(self, checkpoint, tmp_path):
+        folder = adapters_alone(checkpoint, tmp_path / "adapters")
+        merged = load_pretrained_model(str(folder), str(checkpoint), "x", device="cpu", dtype=torch.float32)[1]
+        before = load(checkpoint, dtype=torch.float32)[1].state_dict()
+        changed = {name for name, value in merged.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == {f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(3)}
+
+    @pytest.mark.parametrize("name", ["my-finetune", "llava-pretrain"])
+    def test_a_projector(self, checkpoint, tmp_path, name):
+        whole = load(checkpoint)[1].model.mm_projector[0].weight
+        folder = projector_alone(checkpoint, tmp_path / name)
+        _, model, _, _ = load_pretrained_model(str(folder), str(checkpoint), name, device="cpu")
+        assert torch.equal(model.model.mm_projector[0].weight, whole)
+
+    def test_a_whole_model_named_after_its_adapters(self, checkpoint, recwarn):
+        _, model, _, _ = load_pretrained_model(str(checkpoint), None, "llava-lora-merged", device="cpu")
+        assert type(model) is LlavaLlamaForCausalLM and not recwarn.list
+
+    def test_a_language_model_named_llava(self, checkpoint):
+        plain = {key: None for key in json.loads((checkpoint / "config.json").read_text()) if "mm_" in key}
+        edit_config(checkpoint, **plain, model_type="llama", architectures=["LlamaForCausalLM"])
+        assert load(checkpoint)[2] is None
+        with pytest.raises(ValueError, match="is a language model without vision: give a LLaVA, such as llava-mini"):
+            load(checkpoint, multimodal=True)
+
+    def test_a_tower_beside_the_adapters_is_found(self, checkpoint, tmp_path):
+        folder = adapters_on(checkpoint, tmp_path / "lora", 0, VOCABULARY_WEIGHTS)
+        shutil.rmtree(checkpoint / "openai")
+        _, model, _, _ = load_pretrained_model(str(folder), str(checkpoint), "x", device="cpu")
+        assert model.get_vision_tower().vision_tower_name == str(folder / "openai" / "clip-vit-tiny-patch14-56")
+
+    @pytest.mark.parametrize(
+        ("make", "with_base", "error", "said"),
+        [
+            (adapters_alone, False, ValueError, "adapters alone: give the model they were trained on as model_base"),
+            (projector_alone, False, ValueError, "projector alone: give the language model it was trained with as mo"),
+            (lambda base, _: base, True, ValueError, "holds all its weights, neither adapters nor a projector"),
+        ],
+        ids=["adapters", "projector", "whole"],
+    )
+    def test_a_base_too_few_or_too_many_is_named(self, checkpoint, tmp_path, make, with_base, error, said):
+        folder = make(checkpoint, tmp_path / "made")
+        if not (folder / "config.json").exists():
+            shutil.copy(checkpoint / "config.json", folder)
+        with pytest.raises(error, match=said):
+            load_pretrained_model(str(folder), str(checkpoint) if with_base else None, NAME, device="cpu")
+
+    def test_the_base_that_adapters_name_is_told(self, checkpoint, tmp_path):
+        folder = adapters_on(checkpoint, tmp_path / "lora")
+        with pytest.raises(ValueError, match=rf"\(adapter_config.json says {checkpoint}\)"):
+            load_pretrained_model(str(folder), None, "x", device="cpu")
+
+    def test_no_weights_at_all(self, checkpoint):
+        as_safetensors(checkpoint).unlink()
+        with pytest.raises(
+            OSError, match=r"holds no weights: no model.safetensors, pytorch_model.bin, mm_projector.bin"
+        ):
+            load(checkpoint)
+
+    def test_adapters_on_a_language_model_bring_the_projector(self, checkpoint, tmp_path):
+        folder = adapters_on(checkpoint, tmp_path / "lora")
+        (folder / "non_lora_trainables.bin").unlink()
+        file = checkpoint / "model.safetensors"
+        save_file({k: v for k, v in load_file(file).items() if "mm_" not in k}, file, metadata={"format": "pt"})
+        with pytest.raises(
+            ValueError, match=r"mm_projector.* missing \(neither model_base nor non_lora_trainables.bin"
+        ):
+            load_pretrained_model(str(folder), str(checkpoint), "x", device="cpu")
+
+    @pytest.mark.parametrize("model_type", ["llava", "llava_next"])
+    def test_the_layout_of_transformers_itself(self, checkpoint, model_type):
+        edit_config(checkpoint, model_type=model_type, text_config={"model_type": "llama"}, vision_config={})
+        with pytest.raises(ValueError, match=rf"transformers' own layout \({model_type}\).*liuhaotian/llava-v1.5-7b"):
+            load(checkpoint)
+
+    @pytest.mark.parametrize(
+        "name",
+        ["pytorch_model-00001-of-00002.bin", "tokenizer.model", "openai/clip-vit-tiny-patch14-56/model.safetensors"],
+    )
+    def test_a_note_of_git_lfs(self, checkpoint, name):
+        note = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
+        (checkpoint / name).write_text(note)
+        with pytest.raises((OSError, ValueError), match=rf"{name} is git-LFS's note on a file.*run 'git lfs pull' in "):
+            load(checkpoint)
+
+
+def publish(cache: Path, repository: str, folder: Path, commit: str, branch: str) -> None:
+    """Put a folder where a download of that commit would have put it."""
+    place = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, place / "snapshots" / commit)
+    (place / "refs").mkdir(exist_ok=True)
+    (place / "refs" / branch).write_text(commit)
+
+
+class TestHub:
+    """A hub id, found in a cache folder that only the arguments name."""
+
+    @pytest.fixture
+    def cache(self, checkpoint, tmp_path, monkeypatch) -> Path:
+        monkeypatch.chdir(tmp_path)
+        tower = checkpoint / "openai"
+        publish(tmp_path / "cache", "openai/clip-vit-tiny-patch14-56", next(tower.iterdir()), "0" * 40, "main")
+        shutil.rmtree(tower)
+        publish(tmp_path / "cache", "owner/name", checkpoint, "a" * 40, "main")
+        edit_config(checkpoint, mm_vision_select_layer=-1)
+        weights = load_file(as_safetensors(checkpoint))
+        weights["lm_head.weight"].zero_()
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        settings = json.loads((checkpoint / "tokenizer_config.json").read_text()) | {"model_max_length": 77}
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+        publish(tmp_path / "cache", "owner/name", checkpoint, "b" * 40, "other")
+        return tmp_path / "cache"
+
+    def test_a_revision_is_one_of_configuration_tokenizer_and_weights(self, cache):
+        for revision, layer, zero in (("main", -2, False), ("other", -1, True), ("b" * 40, -1, True)):
+            tokenizer, model, processor, _ = load_pretrained_model(
+                "owner/name", None, "x", device="cpu", cache_dir=cache, revision=revision
+            )
+            assert model.get_vision_tower().select_layer == model.config.mm_vision_select_layer == layer
+            assert (tokenizer.model_max_length == 77) is zero is not bool(model.lm_head.weight.any())
+            assert processor.crop_size["height"] == 56 and model.config.name_or_path == "owner/name"
+
+    def test_a_revision_is_not_the_bases(self, cache, checkpoint, tmp_path):
+        publish(cache, "owner/part", projector_alone(checkpoint, tmp_path / "part"), "c" * 40, "main")
+        _, model, _, _ = load_pretrained_model(
+            "owner/part", "owner/name", "x", device="cpu", cache_dir=cache, revision="c" * 40
+        )
+        assert model.lm_head.weight.any()
+
+    def test_what_the_cache_lacks_is_named(self, cache):
+        with pytest.raises(OSError, match="owner/name is neither a folder nor a checkpoint that the hub gives") as said:
+            load_pretrained_model("owner/name", None, "x", device="cpu", cache_dir=cache.parent / "empty")
+        assert "\n" not in str(said.value)
+
+    def test_a_tower_in_a_folder_of_the_checkpoint(self, cache, checkpoint):
+        shutil.copytree(cache / "models--openai--clip-vit-tiny-patch14-56/snapshots" / ("0" * 40), checkpoint / "tower")
+        edit_config(checkpoint, mm_vision_tower="tower")
+        publish(cache, "owner/whole", checkpoint, "d" * 40, "main")
+        _, model, _, _ = load_pretrained_model("owner/whole", None, "x", device="cpu", cache_dir=cache)
+        assert model.get_vision_tower().is_loaded
 
 
 def test_tokens_added_in_lora_training_come_with_their_embeddings(checkpoint, tmp_path):
@@ -308,16 +479,27 @@ class TestWithoutTheLoader:
         assert CLIPVisionTower(folder, args, delay_load=True).is_loaded is unfreeze
 
 
-def test_a_pickle_with_code_is_not_run(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "mm_projector.bin", "non_lora_trainables.bin", "adapter_model.bin"]
+)
+def test_a_pickle_with_code_is_not_run(checkpoint, tmp_path, name):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
-    as_safetensors(checkpoint).unlink()
-    torch.save({"model.embed_tokens.weight": Evil()}, checkpoint / "pytorch_model.bin")
-    with pytest.raises(OSError, match="Cannot read the weights in"):
-        load(checkpoint)
+    folder, base = checkpoint, None
+    if name != "pytorch_model.bin":
+        make = projector_alone if name == "mm_projector.bin" else adapters_on
+        folder, base = make(checkpoint, tmp_path / "made"), str(checkpoint)
+    for file in folder.glob(f"{name.split('.')[0]}*"):
+        file.unlink()
+    if base is None:
+        (folder / "pytorch_model.bin.index.json").unlink(missing_ok=True)
+    torch.save({"model.embed_tokens.weight": Evil()}, folder / name)
+    with pytest.raises(OSError, match="they hold more than tensors, which would run as code") as said:
+        load_pretrained_model(str(folder), base, NAME, device="cpu")
     assert not (tmp_path / "ran").exists()
+    assert "weights_only" not in str(said.value) and "\n" not in str(said.value)
 
 
 @pytest.mark.parametrize("name", ["LlavaMptModel", "LlavaMptForCausalLM"])

@@ -72,7 +72,7 @@ class Encoder:
 
         dtype = torch.float32 if device == "cpu" else torch.float16
         _, model, processor, _ = load_pretrained_model(
-            path, None, get_model_name_from_path(path), device=device, dtype=dtype
+            path, None, get_model_name_from_path(path), device=device, dtype=dtype, multimodal=True
         )
         return cls(model, processor)
 

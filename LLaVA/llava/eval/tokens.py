@@ -158,7 +158,12 @@ def main(argv: list[str] | None = None) -> Path:
     image = load_image(arguments.image)
     dtype = torch.float32 if arguments.device == "cpu" else torch.float16
     _, model, processor, _ = load_pretrained_model(
-        arguments.model, None, get_model_name_from_path(arguments.model), device=arguments.device, dtype=dtype
+        arguments.model,
+        None,
+        get_model_name_from_path(arguments.model),
+        device=arguments.device,
+        dtype=dtype,
+        multimodal=True,
     )
     pixels = process_images([image], processor, model.config)[0].to(model.device, dtype)
     views = views_of(image, model.config, model.get_vision_tower())

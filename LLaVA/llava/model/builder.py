@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
-import llava
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.model.checkpoint import (
+    ADAPTERS,
+    EMBEDDED_MODEL,
+    EXTRAS,
+    HUB_OPTIONS,
+    PROJECTOR,
+    Checkpoint,
+    Layout,
+    open_checkpoint,
+    read_config,
+    read_tensors,
+    resolve_model_path,
+    unreadable,
+)
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.tokenizer import load_tokenizer
 from llava.pruning.config import PruningConfig
 from llava.runtime import is_main_process
 
-EMBEDDED_MODEL = "llava-mini"
+__all__ = ["EMBEDDED_MODEL", "announce_pruning", "load_pretrained_model", "read_config", "resolve_model_path"]
+
 DEFAULT_CONTEXT_LENGTH = 2048
+_WHERE_MISSING = {
+    "full": "a projector-only or LoRA checkpoint needs model_base",
+    "projector": f"neither model_base nor {PROJECTOR} has them",
+    "adapters": f"neither model_base nor {EXTRAS} has them",
+}
 _CLASSES = {"llama": (LlavaConfig, LlavaLlamaForCausalLM), "mistral": (LlavaMistralConfig, LlavaMistralForCausalLM)}
 
 
@@ -53,10 +69,11 @@ def load_pretrained_model(
     model_path : str
         A checkpoint folder, a hub id, or "llava-mini", the model that ships with the package.
     model_base : str or None
-        The language model that a projector-only or LoRA checkpoint goes onto.
+        The language model that a projector-only or LoRA checkpoint goes onto, or the LLaVA that adapters go onto.
     model_name : str
-        Usually the last part of the path. "lora" in it marks a LoRA checkpoint; a name without "llava" whose
-        configuration is no LLaVA's loads a plain language model.
+        Usually the last part of the path; not looked at. What the checkpoint is, its files say: ``adapter_config.json``
+        marks adapters, ``mm_projector.bin`` without other weights a projector, ``mm_vision_tower`` in ``config.json`` a
+        LLaVA. Anything else loads as a plain language model.
     load_8bit, load_4bit : bool
         Quantise the language model with bitsandbytes; vision tower, projector and output layer stay as they are.
     device_map : str, dict or None
@@ -67,10 +84,14 @@ def load_pretrained_model(
         Use flash-attention 2, which must be installed.
     torch_dtype, dtype : torch.dtype or str
         Floating-point type of all weights; float16 when neither is given.
-    multimodal, customized_config
+    multimodal : bool, optional
+        True refuses a plain language model.
+    customized_config
         Accepted for evaluation harnesses and ignored.
     **kwargs
-        Go to ``from_pretrained`` (``attn_implementation``, ``cache_dir``, ``revision``, ...).
+        Go to ``from_pretrained`` (``attn_implementation``, ``max_memory``, ...). ``cache_dir``, ``token``,
+        ``local_files_only`` and ``force_download`` hold for all that comes from the hub, ``revision`` for what comes
+        from ``model_path``.
 
     Returns
     -------
@@ -81,13 +102,15 @@ def load_pretrained_model(
     Raises
     ------
     ValueError
-        For a wrong switch, dtype or combination of arguments, a checkpoint of another architecture, or a vision tower
-        that is missing.
+        For a wrong switch, dtype or combination of arguments, a checkpoint of another architecture, a projector or
+        adapters without their base, or a vision tower that is missing.
     OSError
         If the checkpoint, or a file of it, is missing or unreadable.
     """
     pruning = PruningConfig.from_env()
-    path = resolve_model_path(model_path)
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    # A revision is one of this repository, not of the base's or the vision tower's.
+    hub_elsewhere = {name: value for name, value in hub.items() if name != "revision"}
     kwargs |= _placement(device_map, device)
     kwargs["dtype"] = _dtype(dtype if dtype is not None else torch_dtype)
     if use_flash_attn:
@@ -95,36 +118,41 @@ def load_pretrained_model(
     if load_8bit or load_4bit:
         kwargs["quantization_config"] = _quantization(load_8bit, load_4bit)
 
-    raw_config = read_config(path)
-    is_lora = "lora" in model_name.lower()
-    if "llava" not in model_name.lower() and not _is_llava(raw_config):
-        return _load_plain(path, model_base, kwargs)
-    if is_lora and model_base is None:
-        warnings.warn(
-            f"{model_name} looks like a LoRA checkpoint: without model_base it is read as a full one", stacklevel=2
-        )
-
-    config_class, model_class = _classes(raw_config, path)
+    checkpoint = open_checkpoint(model_path, hub)
+    base = open_checkpoint(model_base, hub_elsewhere) if model_base else None
+    # Adapters that were trained on a whole model come without a configuration of their own.
+    described = base if base and checkpoint.has(ADAPTERS) and not checkpoint.has("config.json") else checkpoint
+    raw_config = read_config(str(described.folder))
+    if not _is_llava(raw_config):
+        if multimodal:
+            raise ValueError(f"{checkpoint.name} is a language model without vision: give a LLaVA, such as llava-mini")
+        return _load_plain(checkpoint, base, kwargs)
+    config_class, model_class = _classes(raw_config, checkpoint.name)
     with _quiet():
-        config = config_class.from_pretrained(path)
-    config.name_or_path = path
+        config = config_class.from_pretrained(described.folder)
     if getattr(config, "mm_vision_tower", None) is None:
-        raise ValueError(f"{path} is no LLaVA: its config.json names no vision tower (mm_vision_tower)")
+        raise ValueError(f"{checkpoint.name} is no LLaVA: its config.json names no vision tower (mm_vision_tower)")
     if pruning is not None:
         pruning.stages(config.num_hidden_layers)
 
-    weights_path = resolve_model_path(model_base) if model_base else path
-    tokenizer = load_tokenizer(weights_path)
-    if model_base and is_lora:
+    layout = checkpoint.layout(with_base=base is not None)
+    weights = base or checkpoint
+    weights.fetch_weights()
+    tokenizer = load_tokenizer(weights.folder)
+    folders = [str(each.folder) for each in (checkpoint, base) if each]
+    kwargs["tower_source"] = {"folders": folders, "hub": hub_elsewhere}
+    if layout == "adapters":
         # Training may have added tokens; the embeddings of all of them then lie beside the adapters.
         kwargs["ignore_mismatched_sizes"] = True
-    model, missing = _load_weights(model_class, weights_path, config, kwargs)
-    if model_base and is_lora:
-        missing -= _load_extra(model, _lora_extras(path))
-        model = _merge_lora(model, path)
-    elif model_base:
-        missing -= _load_extra(model, _torch_file(path, "mm_projector.bin"))
-    _check_filled(model, missing, path)
+    model, missing = _load_weights(model_class, weights, config, kwargs)
+    if layout == "adapters":
+        if checkpoint.has(EXTRAS):
+            missing -= _load_extra(model, _lora_extras(checkpoint))
+        model = _merge_lora(model, checkpoint)
+    elif layout == "projector":
+        missing -= _load_extra(model, read_tensors(checkpoint.folder / PROJECTOR))
+    _check_filled(model, missing, checkpoint.name, layout)
+    model.config.name_or_path = checkpoint.name
 
     _add_image_tokens(model, tokenizer)
     model.prompt_tokenizer = tokenizer
@@ -134,13 +162,6 @@ def load_pretrained_model(
     announce_pruning(model)
     model.fit_pruning()
     return tokenizer, model, image_processor, getattr(config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
-
-
-def resolve_model_path(path: str) -> str:
-    """The folder or hub id behind a model's name; "llava-mini" is the checkpoint inside this package."""
-    if path == EMBEDDED_MODEL and not Path(path).is_dir():
-        return str(Path(llava.__file__).parent / "mini" / "checkpoint")
-    return path
 
 
 def _placement(device_map, device) -> dict[str, Any]:
@@ -180,43 +201,17 @@ def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig:
     )
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """A checkpoint's config.json as it stands; AutoConfig takes model_type "llava" for an unrelated architecture.
-
-    Raises
-    ------
-    OSError
-        If the folder, or the file on the hub, is not there.
-    ValueError
-        If the file is no JSON object.
-    """
-    if Path(path).is_dir():
-        file = Path(path) / "config.json"
-        if not file.is_file():
-            raise OSError(f"{path} is no checkpoint: it has no config.json")
-    else:
-        if path.startswith((".", "/", "~")):
-            raise OSError(f"There is no checkpoint folder {path}")
-        try:
-            file = Path(cached_file(path, "config.json"))
-        except OSError as error:
-            reason = str(error).splitlines()[0]
-            raise OSError(f"{path} is neither a folder nor a checkpoint that the hub gives: {reason}") from error
-    try:
-        config = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} does not hold a JSON object")
-    return config
-
-
 def _is_llava(raw_config: dict[str, Any]) -> bool:
     return "mm_vision_tower" in raw_config or str(raw_config.get("model_type", "")).startswith("llava")
 
 
 def _classes(raw_config: dict[str, Any], path: str):
     """Configuration and model class by what the checkpoint says of itself, not by the name of its folder."""
+    if "text_config" in raw_config:
+        raise ValueError(
+            f"{path} is in transformers' own layout ({raw_config.get('model_type')}), as checkpoints under llava-hf/ "
+            "are: give the original one, such as liuhaotian/llava-v1.5-7b"
+        )
     described = f"{raw_config.get('model_type', '')} {' '.join(raw_config.get('architectures') or [])}".lower()
     if "mpt" in described:
         raise ValueError(f"{path}: LLaVA on MPT is not supported (the original could not run it with images either)")
@@ -231,14 +226,16 @@ def _classes(raw_config: dict[str, Any], path: str):
 
 
 def _load_weights(
-    model_class: type[PreTrainedModel], path: str, config, kwargs: dict[str, Any]
+    model_class: type[PreTrainedModel], checkpoint: Checkpoint, config, kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, set[str]]:
     """The model with what the checkpoint holds of it, and the names of the weights it does not hold in this shape."""
     try:
         with _quiet():
-            model, info = model_class.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+            model, info = model_class.from_pretrained(
+                checkpoint.folder, config=config, output_loading_info=True, **kwargs
+            )
     except (RuntimeError, EOFError, KeyError, UnpicklingError, SafetensorError) as error:
-        raise OSError(f"Cannot read the weights in {path}: {error}") from error
+        raise unreadable(checkpoint.name, error) from error
     return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
 
 
@@ -251,17 +248,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _torch_file(path: str, name: str) -> dict[str, torch.Tensor]:
-    """Read a tensor dictionary; never unpickles code."""
-    file = Path(path) / name if Path(path).is_dir() else Path(cached_file(path, name))
-    if not file.is_file():
-        raise OSError(f"{path} has no {name}")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise OSError(f"Cannot read {file}: {error}") from error
 
 
 def _load_extra(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> set[str]:
@@ -277,34 +263,39 @@ def _load_extra(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> set
     return set(weights)
 
 
-def _lora_extras(path: str) -> dict[str, torch.Tensor]:
+def _lora_extras(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What was trained beside the adapters, under the model's own names."""
-    extras = _torch_file(path, "non_lora_trainables.bin")
+    extras = read_tensors(checkpoint.folder / EXTRAS)
     extras = {key.removeprefix("base_model."): value for key, value in extras.items()}
     if any(key.startswith("model.model.") for key in extras):
         extras = {key.removeprefix("model."): value for key, value in extras.items()}
     return extras
 
 
-def _merge_lora(model: PreTrainedModel, path: str) -> PreTrainedModel:
+def _merge_lora(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ImportError("A LoRA checkpoint needs the package peft: pip install peft") from error
-    adapters = PeftConfig.from_pretrained(path)
+    if not checkpoint.has("adapter_model.safetensors", "adapter_model.bin"):
+        raise OSError(f"{checkpoint.name} has no adapter_model.safetensors")
+    adapters = PeftConfig.from_pretrained(checkpoint.folder)
     # The adapters were trained on the language model; the tower's projections only share their names.
     adapters.exclude_modules = r".*(vision_tower|mm_projector).*"
-    return PeftModel.from_pretrained(model, path, config=adapters).merge_and_unload()
+    try:
+        return PeftModel.from_pretrained(model, checkpoint.folder, config=adapters).merge_and_unload()
+    except (RuntimeError, UnpicklingError, SafetensorError) as error:
+        raise unreadable(checkpoint.name, error) from error
 
 
-def _check_filled(model: PreTrainedModel, missing: set[str], path: str) -> None:
+def _check_filled(model: PreTrainedModel, missing: set[str], path: str, layout: Layout) -> None:
     """Nothing but a vision tower may be missing: what is missing would be left at random values."""
     missing = sorted(key for key in missing if ".vision_tower." not in key)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(
             f"{path} does not hold all weights of {type(model).__name__}: {', '.join(missing[:3])}{more} missing "
-            "(a projector-only or LoRA checkpoint needs model_base)"
+            f"({_WHERE_MISSING[layout]})"
         )
 
 
@@ -349,15 +340,17 @@ def announce_pruning(model: PreTrainedModel) -> None:
             print(f"{model.pruning.method}: {remark}", file=sys.stderr)
 
 
-def _load_plain(path: str, model_base: str | None, kwargs: dict[str, Any]):
-    """A language model without vision, with adapters where ``model_base`` is given."""
-    weights_path = resolve_model_path(model_base) if model_base else path
-    is_llama = read_config(weights_path).get("model_type") in _CLASSES
-    tokenizer = load_tokenizer(weights_path) if is_llama else AutoTokenizer.from_pretrained(weights_path)
-    model = AutoModelForCausalLM.from_pretrained(weights_path, **kwargs)
-    if model_base:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, path).merge_and_unload()
+def _load_plain(checkpoint: Checkpoint, base: Checkpoint | None, kwargs: dict[str, Any]):
+    """A language model without vision, with adapters where there is a base."""
+    layout = checkpoint.layout(with_base=base is not None)
+    if layout == "projector":
+        raise ValueError(f"{checkpoint.name} is no LLaVA: its config.json names no vision tower (mm_vision_tower)")
+    weights = base or checkpoint
+    weights.fetch_weights()
+    is_llama = read_config(str(weights.folder)).get("model_type") in _CLASSES
+    tokenizer = load_tokenizer(weights.folder) if is_llama else AutoTokenizer.from_pretrained(weights.folder)
+    model = AutoModelForCausalLM.from_pretrained(weights.folder, **kwargs)
+    if layout == "adapters":
+        model = _merge_lora(model, checkpoint)
     context = getattr(model.config, "max_sequence_length", DEFAULT_CONTEXT_LENGTH)
     return tokenizer, model.eval(), None, context

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from llava.constants import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
 )
+from llava.model.checkpoint import read_tensors
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import assign_images, embed, lay_out, original_positions, stack
@@ -258,12 +260,20 @@ def _published_greedy(kernel: torch.Tensor, k: int, rows_dtype: torch.dtype) -> 
 
 
 class LlavaMetaModel:
-    """Adds vision tower, projector and the anyres newline to a decoder-only language model."""
+    """Adds vision tower, projector and the anyres newline to a decoder-only language model.
 
-    def __init__(self, config):
+    Parameters
+    ----------
+    config
+        With ``mm_vision_tower`` it names a tower, which is then built.
+    **tower_source
+        Where that is looked for: ``folders`` and ``hub`` of `build_vision_tower`.
+    """
+
+    def __init__(self, config, **tower_source: Any):
         super().__init__(config)
         if hasattr(config, "mm_vision_tower"):
-            self.vision_tower = build_vision_tower(config, delay_load=True)
+            self.vision_tower = build_vision_tower(config, delay_load=True, **tower_source)
             self.mm_projector = build_vision_projector(config)
             if "unpad" in getattr(config, "mm_patch_merge_type", ""):
                 self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
@@ -300,7 +310,7 @@ class LlavaMetaModel:
                 self.image_newline = nn.Parameter(torch.randn(config.hidden_size, dtype=self.dtype) * scale)
         self.mm_projector.requires_grad_(True)
         if getattr(model_args, "pretrain_mm_mlp_adapter", None):
-            weights = torch.load(model_args.pretrain_mm_mlp_adapter, map_location="cpu", weights_only=True)
+            weights = read_tensors(Path(model_args.pretrain_mm_mlp_adapter))
             prefix = "mm_projector."
             self.mm_projector.load_state_dict(
                 {key.split(prefix)[1]: value for key, value in weights.items() if prefix in key}
@@ -640,7 +650,8 @@ class LlavaMetaForCausalLM:
         from llava.model.multimodal_encoder.clip_text import ClipText, question_text
 
         if self._clip_text is None:
-            self._clip_text = ClipText(self.get_vision_tower().vision_tower_name)
+            tower = self.get_vision_tower()
+            self._clip_text = ClipText(tower.vision_tower_name, tower.hub)
         if self.prompt_tokenizer is None:
             raise ValueError("the model has no prompt_tokenizer to read the question with: use load_pretrained_model")
         question = question_text(self.prompt_tokenizer.decode(asked, skip_special_tokens=True))
@@ -694,7 +705,7 @@ class LlavaMetaForCausalLM:
             self.get_input_embeddings().requires_grad_(True)
             self.get_output_embeddings().requires_grad_(False)
         if model_args.pretrain_mm_mlp_adapter:
-            weights = torch.load(model_args.pretrain_mm_mlp_adapter, map_location="cpu", weights_only=True)
+            weights = read_tensors(Path(model_args.pretrain_mm_mlp_adapter))
             trained = weights["model.embed_tokens.weight"]
             self.get_input_embeddings().weight.data[-added:] = trained[-added:]
 

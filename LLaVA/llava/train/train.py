@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from llava.files import atomic_write
 from llava.model.builder import announce_pruning, load_pretrained_model
+from llava.model.checkpoint import read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
 from llava.model.tokenizer import load_tokenizer
@@ -73,7 +74,7 @@ def load_trainable(arguments: argparse.Namespace):
         config.image_aspect_ratio = "pad"
         processor = model.get_vision_tower().image_processor
     if arguments.projector:
-        weights = torch.load(arguments.projector, map_location="cpu", weights_only=True)
+        weights = read_tensors(Path(arguments.projector))
         prefix = "mm_projector."
         own = {name.split(prefix)[1]: value.float() for name, value in weights.items() if prefix in name}
         model.get_model().mm_projector.load_state_dict(own)

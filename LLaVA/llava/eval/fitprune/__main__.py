@@ -54,10 +54,8 @@ def _fit(arguments: argparse.Namespace) -> None:
     dtype = arguments.dtype or ("float32" if device == "cpu" else "float16")
     name = get_model_name_from_path(arguments.model)
     tokenizer, model, processor, _ = load_pretrained_model(
-        arguments.model, arguments.model_base, name, device=device, dtype=dtype
+        arguments.model, arguments.model_base, name, device=device, dtype=dtype, multimodal=True
     )
-    if processor is None:
-        raise ValueError(f"--model {arguments.model}: no LLaVA, but a language model without a vision tower")
     samples = Samples(source, tokenizer, model.config, arguments.conv_mode)
     statistics = Statistics(model, processor, samples, arguments.statistics or cache_root())
     for budget, file in zip(budgets, files, strict=True):

@@ -81,7 +81,13 @@ def load(name: str, device: torch.device, dtype: torch.dtype, attention: str) ->
     from llava.model.builder import load_pretrained_model
 
     _, model, _, _ = load_pretrained_model(
-        name, None, get_model_name_from_path(name), device=str(device), dtype=dtype, attn_implementation=attention
+        name,
+        None,
+        get_model_name_from_path(name),
+        device=str(device),
+        dtype=dtype,
+        attn_implementation=attention,
+        multimodal=True,
     )
     return model
 

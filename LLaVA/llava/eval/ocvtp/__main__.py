@@ -35,7 +35,9 @@ def _extract(arguments: argparse.Namespace) -> int:
     pictures = find_pictures(arguments.images).first(arguments.count)
     dtype = torch.float32 if arguments.device == "cpu" else torch.float16
     name = get_model_name_from_path(arguments.model)
-    _, model, _, _ = load_pretrained_model(arguments.model, None, name, device=arguments.device, dtype=dtype)
+    _, model, _, _ = load_pretrained_model(
+        arguments.model, None, name, device=arguments.device, dtype=dtype, multimodal=True
+    )
     description = extract(
         model.get_vision_tower(),
         arguments.model,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
@@ -22,8 +25,8 @@ class LlavaLlamaModel(LlavaMetaModel, DroppingDecoder, LlamaModel):
 
     config_class = LlavaConfig
 
-    def __init__(self, config: LlamaConfig):
-        super().__init__(config)
+    def __init__(self, config: LlamaConfig, **tower_source: Any):
+        super().__init__(config, **tower_source)
 
 
 class LlavaLlamaForCausalLM(LlavaGenerationMixin, LlamaForCausalLM):
@@ -31,10 +34,10 @@ class LlavaLlamaForCausalLM(LlavaGenerationMixin, LlamaForCausalLM):
 
     config_class = LlavaConfig
 
-    def __init__(self, config: LlavaConfig):
+    def __init__(self, config: LlavaConfig, tower_source: Mapping[str, Any] | None = None):
         pruning = PruningConfig.from_env()
         super(LlamaForCausalLM, self).__init__(config)
-        self.model = LlavaLlamaModel(config)
+        self.model = LlavaLlamaModel(config, **(tower_source or {}))
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.set_pruning(pruning)

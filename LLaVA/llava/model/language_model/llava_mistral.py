@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM, MistralModel
 
@@ -22,8 +25,8 @@ class LlavaMistralModel(LlavaMetaModel, DroppingDecoder, MistralModel):
 
     config_class = LlavaMistralConfig
 
-    def __init__(self, config: MistralConfig):
-        super().__init__(config)
+    def __init__(self, config: MistralConfig, **tower_source: Any):
+        super().__init__(config, **tower_source)
 
 
 class LlavaMistralForCausalLM(LlavaGenerationMixin, MistralForCausalLM):
@@ -31,10 +34,10 @@ class LlavaMistralForCausalLM(LlavaGenerationMixin, MistralForCausalLM):
 
     config_class = LlavaMistralConfig
 
-    def __init__(self, config: LlavaMistralConfig):
+    def __init__(self, config: LlavaMistralConfig, tower_source: Mapping[str, Any] | None = None):
         pruning = PruningConfig.from_env()
         super(MistralForCausalLM, self).__init__(config)
-        self.model = LlavaMistralModel(config)
+        self.model = LlavaMistralModel(config, **(tower_source or {}))
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.set_pruning(pruning)

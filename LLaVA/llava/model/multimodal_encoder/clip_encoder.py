@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
+from llava.model.checkpoint import first_line, refuse_lfs_notes
 from llava.model.multimodal_encoder.observations import EncoderObserver
 
 
@@ -52,6 +55,9 @@ class CLIPVisionTower(nn.Module):
         Build the modules from the tower's configuration only; the weights follow from the LLaVA checkpoint or from
         `load_model`. Not with ``args.unfreeze_mm_vision_tower``, unless a checkpoint is just being loaded.
 
+    hub : mapping, optional
+        ``cache_dir``, ``token`` and so on for a hub id.
+
     Attributes
     ----------
     is_loaded : bool
@@ -65,16 +71,19 @@ class CLIPVisionTower(nn.Module):
         If the tower's configuration cannot be read.
     """
 
-    def __init__(self, vision_tower: str, args, delay_load: bool = False):
+    def __init__(self, vision_tower: str, args, delay_load: bool = False, hub: Mapping[str, Any] | None = None):
         super().__init__()
+        self.hub = dict(hub or {})
         self.is_loaded = self.in_own_folder = False
         self.vision_tower_name = vision_tower
         self.select_layer = args.mm_vision_select_layer
         self.select_feature = getattr(args, "mm_vision_select_feature", "patch")
         try:
-            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower)
+            self.cfg_only = CLIPVisionConfig.from_pretrained(vision_tower, **self.hub)
         except (OSError, ValueError) as error:
-            raise ValueError(f"Cannot read the configuration of the vision tower {vision_tower!r}: {error}") from error
+            raise ValueError(
+                f"Cannot read the configuration of the vision tower {vision_tower!r}: {first_line(error)}"
+            ) from error
         # transformers builds a model on the meta device to fill it from a checkpoint, and loads no other model there.
         being_filled = torch.get_default_device().type == "meta"
         if delay_load and (being_filled or not getattr(args, "unfreeze_mm_vision_tower", False)):
@@ -96,11 +105,13 @@ class CLIPVisionTower(nn.Module):
         if self.is_loaded:
             return
         try:
+            if Path(self.vision_tower_name).is_dir():
+                refuse_lfs_notes(Path(self.vision_tower_name))
             model = CLIPVisionModel.from_pretrained(
-                self.vision_tower_name, device_map=device_map, dtype=dtype or torch.float32
+                self.vision_tower_name, device_map=device_map, dtype=dtype or torch.float32, **self.hub
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"Cannot load the vision tower {self.vision_tower_name!r}: {error}") from error
+            raise ValueError(f"Cannot load the vision tower {self.vision_tower_name!r}: {first_line(error)}") from error
         self.vision_tower = PublishedNames(model).eval()
         self.mark_loaded()
         self.in_own_folder = True
@@ -109,7 +120,7 @@ class CLIPVisionTower(nn.Module):
         """Declare that the weights are in place, freeze them, and read the image processor."""
         self.vision_tower.requires_grad_(False)
         # The PIL processor resizes as the published models were trained; the torchvision one is a grey level off.
-        self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name)
+        self.image_processor = CLIPImageProcessorPil.from_pretrained(self.vision_tower_name, **self.hub)
         self.is_loaded = True
 
     def hidden_state(self, images: torch.Tensor, observer: EncoderObserver | None = None) -> torch.Tensor:

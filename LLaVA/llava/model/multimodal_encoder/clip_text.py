@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -54,6 +56,8 @@ class ClipText:
     ----------
     tower : str
         A local folder or a hub id that holds the whole CLIP model with its tokenizer.
+    hub : mapping, optional
+        ``cache_dir``, ``token`` and so on for a hub id.
 
     Raises
     ------
@@ -61,18 +65,19 @@ class ClipText:
         If there is no text tower, or no tokenizer; the message names the tower.
     """
 
-    def __init__(self, tower: str):
+    def __init__(self, tower: str, hub: Mapping[str, Any] | None = None):
         from transformers import AutoConfig, CLIPModel, CLIPTokenizer
 
+        hub = hub or {}
         try:
-            kind = AutoConfig.from_pretrained(tower).model_type
+            kind = AutoConfig.from_pretrained(tower, **hub).model_type
         except (OSError, ValueError) as error:
             raise _no_text_tower(tower, str(error)) from error
         if kind != "clip":
             raise _no_text_tower(tower, f"its configuration is that of a {kind}, not of a clip")
         try:
-            model, report = CLIPModel.from_pretrained(tower, dtype=torch.float32, output_loading_info=True)
-            tokenizer = CLIPTokenizer.from_pretrained(tower)
+            model, report = CLIPModel.from_pretrained(tower, dtype=torch.float32, output_loading_info=True, **hub)
+            tokenizer = CLIPTokenizer.from_pretrained(tower, **hub)
         except (OSError, ValueError, RuntimeError) as error:
             raise _no_text_tower(tower, str(error)) from error
         if report["missing_keys"]:

@@ -1,0 +1,223 @@
+"""What a checkpoint is: the folder it lies in, its configuration, and which of the published layouts its files have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers.utils import cached_file
+
+import llava
+
+EMBEDDED_MODEL = "llava-mini"
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+"""Arguments of ``from_pretrained`` that say which files of a hub id are meant, and how they come here."""
+ADAPTERS, PROJECTOR, EXTRAS = "adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"
+_SMALL_FILES = ["*.json", "*.txt", "*.model", PROJECTOR, EXTRAS, "adapter_model.*"]
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
+_LFS_MARK = b"version https://git-lfs.github.com/spec/"
+
+Layout = Literal["full", "projector", "adapters"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are on this disk.
+
+    Attributes
+    ----------
+    name : str
+        As it was asked for: a folder or a hub id.
+    folder : Path
+    hub : mapping, or None
+        `HUB_OPTIONS` of a hub id, "revision" the commit.
+    """
+
+    name: str
+    folder: Path
+    hub: Mapping[str, Any] | None = None
+
+    def has(self, *names: str) -> bool:
+        """Whether one of these files is there; names may be patterns."""
+        return any(next(self.folder.glob(name), None) for name in names)
+
+    def fetch_weights(self) -> None:
+        """Bring a hub id's weights here, in one of the two formats, and the tower that it may hold in a folder."""
+        if self.hub is None or self.has(*_WEIGHTS):
+            return
+        tower = read_config(str(self.folder)).get("mm_vision_tower")
+        inside = [f"{tower}/*"] if isinstance(tower, str) and (self.folder / tower).is_dir() else []
+        for pattern in _WEIGHTS:
+            _fetch(self.name, self.hub, [pattern, *inside])
+            if self.has(pattern):
+                return
+
+    def layout(self, with_base: bool) -> Layout:
+        """What the files hold: all weights, which are fetched, a projector, or LoRA adapters.
+
+        Raises
+        ------
+        OSError
+            If they hold none of these.
+        ValueError
+            If a projector or adapters come without their base, or all weights come with one.
+        """
+        if not (with_base and self.has(ADAPTERS, PROJECTOR)):
+            self.fetch_weights()
+        full = self.has(*_WEIGHTS, "*.index.json")
+        if self.has(ADAPTERS) and (with_base or not full):
+            if with_base:
+                return "adapters"
+            base = _read_json(self.folder / ADAPTERS).get("base_model_name_or_path")
+            raise ValueError(
+                f"{self.name} holds LoRA adapters alone: give the model they were trained on as model_base"
+                + (f" ({ADAPTERS} says {base})" if base else "")
+            )
+        if full:
+            if with_base:
+                raise ValueError(f"{self.name} holds all its weights, neither adapters nor a projector: no model_base")
+            return "full"
+        if not self.has(PROJECTOR):
+            raise OSError(
+                f"{self.name} holds no weights: no model.safetensors, pytorch_model.bin, {PROJECTOR} or {ADAPTERS}"
+            )
+        if not with_base:
+            raise ValueError(
+                f"{self.name} holds a projector alone: give the language model it was trained with as model_base"
+            )
+        return "projector"
+
+
+def resolve_model_path(path: str) -> str:
+    """The folder or hub id behind a model's name; "llava-mini" is the checkpoint inside this package."""
+    if path == EMBEDDED_MODEL and not Path(path).is_dir():
+        return str(Path(llava.__file__).parent / "mini" / "checkpoint")
+    return path
+
+
+def open_checkpoint(path: str, hub: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in a folder, or of a hub id after all but its weights has been fetched, of one commit.
+
+    Parameters
+    ----------
+    path : str
+        A folder, a hub id, or "llava-mini".
+    hub : mapping
+        `HUB_OPTIONS`.
+
+    Raises
+    ------
+    OSError
+        If there is no such checkpoint, or a file holds git-LFS's note in place of its content.
+    """
+    path = resolve_model_path(path)
+    folder = Path(path)
+    if not folder.is_dir():
+        _refuse_paths(path)
+        folder = _fetch(path, hub, _SMALL_FILES)
+        return Checkpoint(path, folder, {**hub, "revision": folder.name})
+    refuse_lfs_notes(folder)
+    return Checkpoint(path, folder)
+
+
+def read_config(path: str, hub: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A checkpoint's config.json as it stands; AutoConfig takes model_type "llava" for an unrelated architecture.
+
+    Parameters
+    ----------
+    path : str
+        A folder or a hub id.
+    hub : mapping, optional
+        `HUB_OPTIONS`.
+
+    Raises
+    ------
+    OSError
+        If the folder, or the file on the hub, is not there.
+    ValueError
+        If the file is no JSON object.
+    """
+    if Path(path).is_dir():
+        file = Path(path) / "config.json"
+        if not file.is_file():
+            raise OSError(f"{path} is no checkpoint: it has no config.json")
+    else:
+        _refuse_paths(path)
+        try:
+            file = Path(cached_file(path, "config.json", **(hub or {})))
+        except OSError as error:
+            raise _not_on_hub(path, error) from error
+    return _read_json(file)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read a tensor dictionary that torch wrote; code in it is not run.
+
+    Raises
+    ------
+    OSError
+        If there is no such file, or it holds anything else.
+    """
+    if not file.is_file():
+        raise OSError(f"{file.parent} has no {file.name}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise unreadable(str(file), error) from error
+
+
+def unreadable(what: str, error: Exception) -> OSError:
+    """One sentence on weights that cannot be read, without torch's advice to run the code in them."""
+    if isinstance(error, UnpicklingError) and "weights_only" in str(error):
+        return OSError(
+            f"Cannot read the weights in {what}: they hold more than tensors, which would run as code; convert them to "
+            "safetensors where they come from"
+        )
+    return OSError(f"Cannot read the weights in {what}: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in its first line, or what kind it is of."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def refuse_lfs_notes(folder: Path) -> None:
+    """Raise an OSError if a file in a folder holds git-LFS's note in place of its content."""
+    for file in sorted(item for item in folder.iterdir() if item.suffix in (".safetensors", ".bin", ".model", ".json")):
+        with file.open("rb") as content:
+            if content.read(len(_LFS_MARK)) == _LFS_MARK:
+                raise OSError(f"{file} is git-LFS's note on a file, not the file: run 'git lfs pull' in {folder}")
+
+
+def _refuse_paths(path: str) -> None:
+    if Path(path).is_file():
+        raise OSError(f"{path} is a file; a checkpoint is a folder or a hub id")
+    if path.startswith((".", "/", "~")):
+        raise OSError(f"There is no checkpoint folder {path}")
+
+
+def _fetch(path: str, hub: Mapping[str, Any], patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(path, allow_patterns=patterns, **hub))
+    except (OSError, ValueError) as error:
+        raise _not_on_hub(path, error) from error
+
+
+def _not_on_hub(path: str, error: Exception) -> OSError:
+    return OSError(f"{path} is neither a folder nor a checkpoint that the hub gives: {first_line(error)}")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} does not hold a JSON object")
+    return content
