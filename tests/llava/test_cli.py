@@ -105,6 +105,36 @@ def test_the_end_of_an_answer_is_marked_once(talk, capsys):
     assert made.calls[1]["input_ids"].tolist()[0].count(made.tokenizer.eos_token_id) == 1
 
 
+def test_a_mark_is_not_typed_and_the_conversation_goes_on(talk, capsys):
+    made = talk("What about <image>?", "What is it?")
+    assert made.code == 0 and len(made.calls) == 1
+    assert made.calls[0]["input_ids"].tolist() == [expected_ids(made, "llava_v1", "<image>\nWhat is it?", None)]
+    assert "<image> stands for the image, which is shown already" in capsys.readouterr().out
+
+
+def test_a_mark_that_the_model_writes_is_no_second_image(talk):
+    made = talk("What is it?", "How many?", answer="An <image> of bicycles.")
+    assert [(call["input_ids"] == -200).sum() for call in made.calls] == [1, 1]
+
+
+def test_a_model_without_vision_is_one_sentence(talk, monkeypatch, capsys):
+    class Plain(Stub):
+        def load(self, *args, **kwargs):
+            tokenizer, model, _, context = super().load(*args, **kwargs)
+            return tokenizer, model, None, context
+
+    monkeypatch.setattr(sys.modules[__name__], "Stub", Plain)
+    assert talk("What is it?").code == 1
+    assert (
+        "x/llava-v1.5-7b is a language model without vision: give a LLaVA, such as llava-mini"
+        in capsys.readouterr().err
+    )
+
+
+def test_without_a_name_the_embedded_model_talks():
+    assert cli.parse_args(["--image-file", "a.png"]).model_path == "llava-mini"
+
+
 def test_an_empty_line_ends_the_conversation(talk, capsys):
     made = talk("", "never asked")
     assert made.calls == []

@@ -180,6 +180,15 @@ def test_a_checkpoint_that_is_missing_is_one_sentence(monkeypatch, capsys, tmp_p
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and "llava-none" in captured.err
 
 
+def test_a_model_without_vision_is_one_sentence(stub, capsys):
+    stub().processor = None
+    assert run("--image-file", "images/im2_97x61.png") == 1
+    assert (
+        "x/llava-v1.5-7b is a language model without vision: give a LLaVA, such as llava-mini"
+        in capsys.readouterr().err
+    )
+
+
 def test_the_defaults_of_the_command_line(stub):
     made = stub()
     assert run("--image-file", "images/im2_97x61.png") == 0

@@ -15,7 +15,7 @@ from llava.arguments import positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import EMBEDDED_MODEL, load_pretrained_model
 from llava.utils import disable_torch_init
 
 __all__ = ["eval_model", "image_parser", "load_image", "load_images", "main"]
@@ -54,7 +54,7 @@ def eval_model(args: Any) -> str:
     OSError
         If an image or the checkpoint cannot be read.
     ValueError
-        If an image is damaged, or ``conv_mode`` is unknown.
+        If an image is damaged, ``conv_mode`` is unknown, or the checkpoint has no vision.
     IndexError
         If the query has more places for images than there are images; the model says so.
     """
@@ -75,6 +75,10 @@ def eval_model(args: Any) -> str:
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, args.model_base, model_name, **options
     )
+    if image_processor is None:
+        raise ValueError(
+            f"{args.model_path} is a language model without vision: give a LLaVA, such as {EMBEDDED_MODEL}"
+        )
 
     args.conv_mode = choose_conv_mode(model_name, args.conv_mode, model.config, tokenizer)
     conv = conv_templates[args.conv_mode].copy()
@@ -126,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Ask a LLaVA checkpoint one question about one or more images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model-path", default="facebook/opt-350m", help="folder or Hub id of the checkpoint")
+    parser.add_argument("--model-path", default=EMBEDDED_MODEL, help="folder or Hub id of the checkpoint")
     parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
     parser.add_argument("--image-file", required=True, help="paths or http(s) addresses, separated by --sep")
     parser.add_argument("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} says where an image goes")

@@ -13,10 +13,10 @@ import torch
 from transformers import TextStreamer
 
 from llava.arguments import positive
-from llava.constants import IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import EMBEDDED_MODEL, load_pretrained_model
 from llava.utils import disable_torch_init
 
 
@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> None:
     OSError
         If the image or the checkpoint cannot be read.
     ValueError
-        If the image is damaged, or ``conv_mode`` is unknown.
+        If the image is damaged, ``conv_mode`` is unknown, or the checkpoint has no vision.
     """
     disable_torch_init()
     model_name = get_model_name_from_path(args.model_path)
@@ -43,6 +43,10 @@ def main(args: argparse.Namespace) -> None:
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, args.model_base, model_name, args.load_8bit, args.load_4bit, device=args.device
     )
+    if image_processor is None:
+        raise ValueError(
+            f"{args.model_path} is a language model without vision: give a LLaVA, such as {EMBEDDED_MODEL}"
+        )
     pixels = process_images([image], image_processor, model.config)
     pixels = images_to(pixels, model.device, getattr(model, "dtype", torch.float16))
 
@@ -53,6 +57,9 @@ def main(args: argparse.Namespace) -> None:
     # The image is named in the first question only, and handed over at every turn.
     mark = image_mark(model.config)
     while question := _ask(f"{names[0]}: "):
+        if DEFAULT_IMAGE_TOKEN in question:
+            print(f"{DEFAULT_IMAGE_TOKEN} stands for the image, which is shown already: please ask without it")
+            continue
         conv.append_message(conv.roles[0], f"{mark}\n{question}" if mark else question)
         conv.append_message(conv.roles[1], None)
         mark = None
@@ -73,6 +80,8 @@ def main(args: argparse.Namespace) -> None:
             )
         # Without special tokens: the template itself ends the turn, and one </s> too many confuses the next answer.
         answer = tokenizer.decode(output_ids[0], skip_special_tokens=True).strip()
+        # Written by the model, too, it would stand for an image in the next prompt.
+        answer = answer.replace(DEFAULT_IMAGE_TOKEN, "")
         conv.messages[-1][-1] = answer
         if args.debug:
             print("\n", {"prompt": prompt, "outputs": answer}, "\n")
@@ -93,7 +102,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         description="Talk with a LLaVA checkpoint about one image. An empty line ends the conversation.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model-path", default="facebook/opt-350m", help="folder or Hub id of the checkpoint")
+    parser.add_argument("--model-path", default=EMBEDDED_MODEL, help="folder or Hub id of the checkpoint")
     parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
     parser.add_argument("--image-file", required=True, help="path or http(s) address")
     parser.add_argument("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:1, cpu")
