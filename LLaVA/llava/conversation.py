@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.images import REDUCING_GAP, pad_to_square
 
 # The mean colour of CLIP's training pictures, which "Pad" fills with.
 PAD_COLOUR = (122, 116, 104)
@@ -189,9 +190,11 @@ class Conversation:
             If the mode is none of the four.
         """
         if image_process_mode == "Pad":
-            image = _pad_to_square(image)
+            if image.width != image.height:
+                side = min(max_len, min_len) if max(image.size) > max_len else max(image.size)
+                image = pad_to_square(image.convert("RGB"), PAD_COLOUR, side)
         elif image_process_mode == "Resize":
-            image = image.resize((336, 336))
+            image = image.resize((336, 336), reducing_gap=REDUCING_GAP)
         elif image_process_mode not in ("Default", "Crop"):
             raise ValueError(
                 f"Invalid image_process_mode: {image_process_mode!r}; allowed: 'Pad', 'Resize', 'Default', 'Crop'"
@@ -199,9 +202,10 @@ class Conversation:
         shorter, longer = sorted(image.size)
         if longer > max_len:
             aspect = longer / shorter
-            shortest = int(min(max_len / aspect, min_len, shorter))
-            longest = int(shortest * aspect)
-            image = image.resize((shortest, longest) if image.height > image.width else (longest, shortest))
+            shortest = max(1, int(min(max_len / aspect, min_len, shorter)))
+            longest = min(max_len, int(shortest * aspect))
+            size = (shortest, longest) if image.height > image.width else (longest, shortest)
+            image = image.resize(size, reducing_gap=REDUCING_GAP)
         if return_pil:
             return image
         buffer = BytesIO()
@@ -248,15 +252,6 @@ class Conversation:
 def _text(message: str | tuple | None) -> str | None:
     """What a turn says; None if the model is to write it, which an image without words does not mean."""
     return message[0] if isinstance(message, tuple) else message or None
-
-
-def _pad_to_square(image: Image.Image) -> Image.Image:
-    if image.width == image.height:
-        return image
-    side = max(image.size)
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image.convert("RGB"), ((side - image.width) // 2, (side - image.height) // 2))
-    return square
 
 
 def conv_mode_for(model_name: str, model_config: Any = None, tokenizer: Any = None) -> str:

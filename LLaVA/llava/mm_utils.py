@@ -1,175 +1,46 @@
-"""From pictures and prompts to what the model takes: pixel values and token ids."""
+"""From images and prompts to what the model takes: pixel values and token ids."""
 
 from __future__ import annotations
 
 import ast
-import base64
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from io import BytesIO
-from typing import Any, BinaryIO
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image
 from transformers import StoppingCriteria
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.images import (
+    REDUCING_GAP,
+    expand2square,
+    load_image,
+    load_image_from_base64,
+    load_rgb,
+    pad_to_square,
+)
+
+__all__ = [
+    "KeywordsStoppingCriteria",
+    "divide_to_patches",
+    "expand2square",
+    "get_anyres_image_grid_shape",
+    "get_model_name_from_path",
+    "images_to",
+    "load_image",
+    "load_image_from_base64",
+    "load_rgb",
+    "process_anyres_image",
+    "process_images",
+    "resize_and_pad_image",
+    "select_best_resolution",
+    "tokenizer_image_token",
+]
 
 # Above this ratio of the sides, the resize to a given shorter side would make hundreds of megabytes of pixels, of
 # which the centre crop keeps a few columns. No photograph comes near it.
 MAX_SIDE_RATIO = 256
-# Seconds to connect, and seconds to wait for the next bytes.
-DOWNLOAD_TIMEOUT = (10, 60)
-
-
-def load_rgb(source: Image.Image | str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read a picture, decode it completely and bring it to 8-bit RGB.
-
-    Transparency is dropped, not blended; a palette is looked up; 16-bit grey keeps its high byte (Pillow by itself
-    would clip it to white); 32-bit integers count as 16-bit grey unless none is above 255; of an animation the
-    current frame is taken, which is the first one of a newly opened file. Orientation marks in EXIF data are not
-    followed, as in the original LLaVA.
-
-    Parameters
-    ----------
-    source : PIL.Image.Image, path or binary file
-        An RGB image that is already decoded is returned as it is. A file is refused when it is cut off; an image
-        that somebody else opened follows the process's Pillow setting for that (lmms-eval accepts cut-off pictures,
-        because published data sets hold some).
-    name : str, optional
-        What error messages call the picture; the path or the image's format and size by default.
-
-    Returns
-    -------
-    PIL.Image.Image
-        Mode "RGB", decoded.
-
-    Raises
-    ------
-    FileNotFoundError, IsADirectoryError
-        If there is no such file.
-    ValueError
-        If the content is no picture, is cut off or damaged, is unreasonably large, or holds numbers that have no
-        defined brightness (floating point, or integers outside 0..65535).
-    TypeError
-        If ``source`` is none of the above.
-    """
-    opened_here = not isinstance(source, Image.Image)
-    if opened_here:
-        image, name = _open_image(source, name)
-    else:
-        image = source
-        name = name or f"the {image.width}x{image.height} {image.format or image.mode} image"
-    try:
-        with _strict_decoding() if opened_here else nullcontext():
-            image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise ValueError(f"{name} is truncated or damaged: {error}") from error
-    if image.mode.startswith("I"):
-        return _grey_from_integers(image, name)
-    if image.mode == "F":
-        raise ValueError(
-            f"{name} holds floating-point numbers, which have no defined brightness; convert it to 8 or 16 bits first"
-        )
-    if image.mode == "RGB":
-        return image
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"{name} has mode {image.mode!r}, which cannot be converted to RGB: {error}") from error
-
-
-@contextmanager
-def _strict_decoding() -> Iterator[None]:
-    """Have Pillow refuse cut-off files inside the block, whatever another package told it for the whole process."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def _open_image(source: str | os.PathLike | BinaryIO, name: str | None) -> tuple[Image.Image, str]:
-    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
-        raise TypeError(f"expected a PIL image, a path or a binary file, got {type(source).__name__}")
-    name = name or (os.fspath(source) if isinstance(source, (str, os.PathLike)) else "the image")
-    try:
-        return Image.open(source), name
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"image file {name} does not exist") from error
-    except IsADirectoryError as error:
-        raise IsADirectoryError(f"image file {name} is a folder") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not a picture in a format that Pillow can read") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error}") from error
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
-        if getattr(error, "errno", None) is not None:  # the system's own words, with the path: no permission, ...
-            raise
-        raise ValueError(f"{name} is truncated or damaged: {error}") from error
-
-
-def _grey_from_integers(image: Image.Image, name: str) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"{name} holds integers from {low} to {high}; allowed: 0 to 65535 (16 bits)")
-    if image.mode != "I" or high > 255:
-        values >>= 8
-    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
-
-
-def load_image(image_file: str) -> Image.Image:
-    """Read a picture from a file or from the web, as :func:`load_rgb` does.
-
-    Parameters
-    ----------
-    image_file : str
-        A path, or an address that begins with ``http://`` or ``https://``.
-
-    Raises
-    ------
-    OSError
-        If the file does not exist or the address cannot be fetched.
-    ValueError
-        If what was read is not a sound picture.
-    """
-    if not image_file.startswith(("http://", "https://")):
-        return load_rgb(image_file)
-    # Only needed here: importing the package must not need the web.
-    import requests
-
-    try:
-        response = requests.get(image_file, timeout=DOWNLOAD_TIMEOUT)
-        response.raise_for_status()
-    except requests.RequestException as error:
-        raise OSError(f"could not fetch {image_file}: {error}") from error
-    return load_rgb(BytesIO(response.content), name=image_file)
-
-
-def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Open a picture that was sent as base64 text; its mode is left as it is."""
-    return Image.open(BytesIO(base64.b64decode(image)))
-
-
-def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...]) -> Image.Image:
-    """Centre a picture on a square canvas of its own mode; a square picture is returned as it is.
-
-    Parameters
-    ----------
-    pil_img : PIL.Image.Image
-    background_color : int or tuple of int
-        One number per channel.
-    """
-    if pil_img.width == pil_img.height:
-        return pil_img
-    side = max(pil_img.size)
-    square = Image.new(pil_img.mode, (side, side), background_color)
-    square.paste(pil_img, ((side - pil_img.width) // 2, (side - pil_img.height) // 2))
-    return square
 
 
 def select_best_resolution(
@@ -222,7 +93,9 @@ def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int])
     else:
         size = (min(math.ceil(width * scale_height), target_width), target_height)
     canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
-    canvas.paste(image.resize(size), ((target_width - size[0]) // 2, (target_height - size[1]) // 2))
+    canvas.paste(
+        image.resize(size, reducing_gap=REDUCING_GAP), ((target_width - size[0]) // 2, (target_height - size[1]) // 2)
+    )
     return canvas
 
 
@@ -291,7 +164,7 @@ def process_anyres_image(
     best = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
     crops = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
     side = processor.size["shortest_edge"]
-    views = [image.resize((side, side)), *crops]
+    views = [image.resize((side, side), reducing_gap=REDUCING_GAP), *crops]
     return torch.stack([_preprocess(processor, view) for view in views])
 
 
@@ -346,7 +219,8 @@ def process_images(
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     if aspect_ratio == "pad":
         colour = tuple(int(mean * 255) for mean in image_processor.image_mean)
-        pixels = [_preprocess(image_processor, expand2square(image, colour)) for image in images]
+        side = image_processor.size["shortest_edge"]
+        pixels = [_preprocess(image_processor, pad_to_square(image, colour, side)) for image in images]
     elif aspect_ratio == "anyres":
         pixels = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
     else:

@@ -193,7 +193,7 @@ def test_options(talk, capsys):
     ("options", "message"),
     [
         (["--image-file", "images/none.png"], "images/none.png does not exist"),
-        (["--image-file", "manifest.json"], "manifest.json is not a picture"),
+        (["--image-file", "manifest.json"], "manifest.json is not an image"),
         (["--conv-mode", "v9"], "unknown conversation mode 'v9'; allowed: default"),
     ],
     ids=["missing", "no picture", "template"],

@@ -137,6 +137,20 @@ def test_process_image(case):
         assert hashlib.sha256(result.convert("RGB").tobytes()).hexdigest() == case["sha256"]
 
 
+@pytest.mark.parametrize("size", [(20000, 2), (2, 20000), (1345, 1)], ids=str)
+def test_process_image_shrinks_an_image_of_any_shape(monkeypatch, size):
+    if max(size) == 20000:
+        monkeypatch.setattr("llava.images.expand2square", lambda *_: pytest.fail("a canvas of 1.6 GB is built"))
+    picture = Image.new("RGB", size, (200, 30, 90))
+    found = {mode: converted(picture, mode).size for mode in ("Default", "Crop", "Pad", "Resize")}
+    thin = (1344, 1) if size[0] > size[1] else (1, 1344)
+    assert found == {"Default": thin, "Crop": thin, "Pad": (672, 672), "Resize": (336, 336)}
+
+
+def converted(picture: Image.Image, mode: str) -> Image.Image:
+    return conversation.default_conversation.process_image(picture, mode, return_pil=True)
+
+
 def test_process_image_encodes_png_by_default():
     picture = Image.new("RGB", (5, 3), (1, 2, 3))
     text = conversation.default_conversation.process_image(picture, "Default")

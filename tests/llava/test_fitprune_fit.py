@@ -315,7 +315,7 @@ class TestStatistics:
         entry = {"id": "x", "image": "bad.png", "conversations": turns("<image>\nwhat")}
         (tmp_path / "data.json").write_text(json.dumps([entry]))
         source = open_source(str(tmp_path / "data.json"), 1)
-        with pytest.raises(ValueError, match=r"conversation x: .*bad\.png is not a picture"):
+        with pytest.raises(ValueError, match=r"conversation x: .*bad\.png is not an image"):
             Samples(source, Words(), model.config)[0]
 
 

@@ -1,16 +1,13 @@
-"""Pictures to pixel values, prompts to token ids, keywords that stop generation; against the original's outputs."""
+"""Images to pixel values, prompts to token ids, keywords that stop generation; against the original's outputs."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import io
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import requests
 import torch
 from PIL import Image, ImageFile
 from transformers import CLIPImageProcessorPil
@@ -24,9 +21,6 @@ from llava.mm_utils import (
     get_anyres_image_grid_shape,
     get_model_name_from_path,
     images_to,
-    load_image,
-    load_image_from_base64,
-    load_rgb,
     process_anyres_image,
     process_images,
     resize_and_pad_image,
@@ -34,6 +28,7 @@ from llava.mm_utils import (
     tokenizer_image_token,
 )
 from llava.model.tokenizer import load_tokenizer
+from noise_images import encoded, noise
 
 ROOT = golden_root() / "llava"
 MANIFEST = json.loads((ROOT / "manifest.json").read_text())
@@ -55,17 +50,6 @@ def image(name: str) -> Image.Image:
 
 def processor(folder: str = SMALL) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil.from_pretrained(ROOT / folder)
-
-
-def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def encoded(picture: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def config(aspect_ratio: str | None) -> SimpleNamespace:
@@ -206,6 +190,16 @@ def test_pictures_of_extreme_shape_are_padded_with_the_mean_colour(size):
         assert result[0, :, 0, 0].abs().max() < 0.016
 
 
+def test_an_image_that_padding_would_make_enormous_is_padded_small(monkeypatch):
+    """As a canvas of 60000 x 60000 pixels it takes 14 GB."""
+    expected = process_images([Image.new("RGB", (6000, 2), (200, 30, 90))], processor(), config("pad"))
+    monkeypatch.setattr("llava.images.expand2square", lambda *_: pytest.fail("the canvas is built"))
+    for size in ((60000, 20), (20, 60000)):
+        result = process_images([Image.new("RGB", size, (200, 30, 90))], processor(), config("pad"))
+        result = result if size[0] > size[1] else result.transpose(2, 3)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0.016)  # a grey level
+
+
 @pytest.mark.parametrize("size", [(1, 700), (701, 1), (2, 1301), (5, 3000)], ids=str)
 def test_cutting_the_ends_off_a_very_long_picture_changes_nothing(size):
     picture = noise(*size)
@@ -213,136 +207,11 @@ def test_cutting_the_ends_off_a_very_long_picture_changes_nothing(size):
     assert torch.equal(process_images([picture], processor(), config("square")), whole)
 
 
-def test_rgb_is_handed_through():
-    picture = noise(5, 4)
-    assert load_rgb(picture) is picture
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "HSV"])
-def test_modes_become_rgb_as_pillow_converts_them(mode):
-    picture = noise(9, 7).convert("L" if mode in ("LA", "PA") else "RGB").convert(mode)
-    result = load_rgb(picture)
-    assert result.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(result), np.asarray(picture.convert("RGB")))
-
-
-def test_transparency_is_dropped_not_blended():
-    pixels = np.array([[[10, 20, 30, 0], [40, 50, 60, 128]]], dtype=np.uint8)
-    assert np.asarray(load_rgb(Image.fromarray(pixels))).tolist() == [[[10, 20, 30], [40, 50, 60]]]
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(kind):
-    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    result = load_rgb(io.BytesIO(encoded(Image.fromarray(grey * 257), kind)))
-    np.testing.assert_array_equal(np.asarray(result)[..., 1], grey)
-
-
-def test_integers_of_32_bits_are_scaled_by_what_they_hold():
-    wide = Image.fromarray(np.array([[0, 65535]], dtype=np.int32))
-    assert np.asarray(load_rgb(wide))[..., 0].tolist() == [[0, 255]]
-    narrow = Image.fromarray(np.array([[0, 255]], dtype=np.int32))
-    assert np.asarray(load_rgb(narrow))[..., 0].tolist() == [[0, 255]]
-    with pytest.raises(ValueError, match="from -1 to 70000; allowed: 0 to 65535"):
-        load_rgb(Image.fromarray(np.array([[-1, 70000]], dtype=np.int32)))
-
-
-def test_floating_point_pictures_are_refused():
-    with pytest.raises(ValueError, match="floating-point"):
-        load_rgb(Image.fromarray(np.zeros((2, 2), dtype=np.float32)))
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_of_an_animation_the_first_frame_is_taken(kind):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-    assert Image.open(io.BytesIO(data)).n_frames == 2
-    assert load_rgb(io.BytesIO(data)).getpixel((4, 4)) == (255, 0, 0)
-
-
-def test_the_frame_that_a_caller_chose_is_kept():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    film = Image.open(io.BytesIO(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])))
-    film.seek(1)
-    assert load_rgb(film).getpixel((4, 4)) == (0, 255, 0)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
-def test_a_truncated_file_gives_one_clear_error(kind, kept, tmp_path):
-    data = encoded(noise(64, 48), kind)
-    file = tmp_path / "cut.img"
-    file.write_bytes(data[: int(len(data) * kept)])
-    with pytest.raises(ValueError, match=r"cut\.img is (truncated or damaged|not a picture)"):
-        load_image(str(file))
-
-
-def test_a_truncated_file_is_refused_whatever_the_process_accepts(monkeypatch, tmp_path):
-    """lmms-eval tells Pillow to accept cut-off pictures."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-    data = encoded(noise(64, 48), "PNG")
-    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cut\.png is truncated"):
-        load_image(str(tmp_path / "cut.png"))
-    assert ImageFile.LOAD_TRUNCATED_IMAGES
-
-
 def test_a_truncated_image_object_is_refused_where_it_is_processed(monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
     data = encoded(noise(64, 48), "PNG")
     with pytest.raises(ValueError, match="the 64x48 PNG image is truncated"):
         process_images([Image.open(io.BytesIO(data[: len(data) // 2]))], processor(), config("pad"))
-
-
-def test_files_that_are_no_pictures(tmp_path):
-    (tmp_path / "note.txt").write_text("not a picture")
-    with pytest.raises(ValueError, match=r"note\.txt is not a picture"):
-        load_image(str(tmp_path / "note.txt"))
-    with pytest.raises(FileNotFoundError, match=r"nothing\.png does not exist"):
-        load_image(str(tmp_path / "nothing.png"))
-    with pytest.raises(IsADirectoryError, match="is a folder"):
-        load_image(str(tmp_path))
-    with pytest.raises(TypeError, match="ndarray"):
-        load_rgb(np.zeros((4, 4, 3), dtype=np.uint8))
-
-
-def test_a_decompression_bomb_is_refused(monkeypatch, tmp_path):
-    noise(40, 40).save(tmp_path / "big.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"big\.png is too large"):
-        load_image(str(tmp_path / "big.png"))
-
-
-def test_an_image_from_the_web_is_fetched_with_a_timeout_and_tls_checks(monkeypatch):
-    picture = noise(6, 5)
-    answer = requests.Response()
-    answer.status_code, answer._content = 200, encoded(picture, "PNG")
-
-    def get(url, **kwargs):
-        assert url == "https://example.org/a.png"
-        assert kwargs["timeout"] and kwargs.get("verify", True) is True
-        return answer
-
-    monkeypatch.setattr(requests, "get", get)
-    assert load_image("https://example.org/a.png").tobytes() == picture.tobytes()
-    answer.status_code, answer.reason = 404, "Not Found"
-    with pytest.raises(OSError, match=r"could not fetch https://example.org/a.png: 404"):
-        load_image("https://example.org/a.png")
-    answer.status_code, answer._content = 200, b"<html>"
-    with pytest.raises(ValueError, match=r"https://example.org/a.png is not a picture"):
-        load_image("https://example.org/a.png")
-
-
-def test_base64():
-    case = golden("base64.json")
-    picture = load_image_from_base64(case["base64"])
-    assert (list(picture.size), picture.mode) == (case["size"], case["mode"])
-    assert hashlib.sha256(picture.tobytes()).hexdigest() == case["sha256"]
-
-
-def test_base64_keeps_the_mode():
-    text = base64.b64encode(encoded(noise(3, 3, "RGBA"), "PNG")).decode()
-    assert load_image_from_base64(text).mode == "RGBA"
 
 
 def test_images_to_moves_tensors_and_lists():

@@ -143,7 +143,7 @@ def write_cut(path) -> None:
     [
         ("missing.png", lambda path: None, "missing.png does not exist"),
         ("cut.png", write_cut, "cut.png is truncated or damaged"),
-        ("note.txt", lambda path: path.write_text("hello"), "note.txt is not a picture"),
+        ("note.txt", lambda path: path.write_text("hello"), "note.txt is not an image"),
         ("folder", lambda path: path.mkdir(), "folder is a folder"),
     ],
 )

@@ -22,7 +22,8 @@ from PIL import Image
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.rows import Row
 from llava.eval.transport import gaussian_distance, guarantee, log_det, objective_kernel, wasserstein
-from llava.mm_utils import get_model_name_from_path, load_image, process_images
+from llava.images import load_image, load_rgb
+from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import ENCODER_NEEDS, content_key
@@ -167,7 +168,7 @@ def pictures_of_folder(folder: Path, number: int) -> list[Image.Image]:
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
     if not paths:
         raise ValueError(f"{folder} has no pictures ({', '.join(PICTURES)})")
-    return [Image.open(path).convert("RGB") for path in paths[:number]]
+    return [load_rgb(path) for path in paths[:number]]
 
 
 def _stored(path: Path) -> Iterator[bytes]:

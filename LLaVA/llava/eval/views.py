@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llava.mm_utils import expand2square, get_anyres_image_grid_shape
+from llava.images import REDUCING_GAP, pad_to_square
+from llava.mm_utils import get_anyres_image_grid_shape
 from llava.model.visual_sequence import unpad_image
 
 
@@ -52,8 +53,8 @@ def views_of(image: Image.Image, config, tower) -> list[View]:
     base = np.arange(side * side).reshape(side, side)
     aspect = getattr(config, "image_aspect_ratio", None)
     if aspect == "pad":
-        return [View("image", expand2square(image, (122, 116, 104)), base)]
-    square = image.resize((tower.config.image_size,) * 2)
+        return [View("image", pad_to_square(image, (122, 116, 104), tower.config.image_size), base)]
+    square = image.resize((tower.config.image_size,) * 2, reducing_gap=REDUCING_GAP)
     if aspect != "anyres":
         return [View("image", square, base)]
     columns, rows = get_anyres_image_grid_shape(image.size, config.image_grid_pinpoints, tower.config.image_size)

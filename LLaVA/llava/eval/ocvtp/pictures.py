@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from llava.eval.benchmark_tasks import load_tasks
+from llava.images import load_rgb
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 SCENES = "scenes:"
@@ -44,8 +45,8 @@ class Pictures:
             If it cannot be read.
         """
         try:
-            return self.opener(number).convert("RGB")
-        except OSError as error:
+            return load_rgb(self.opener(number))
+        except (OSError, ValueError) as error:
             raise OSError(f"Cannot read the picture {self.names[number]}: {error}") from error
 
     def first(self, count: int | None) -> Pictures:
@@ -85,7 +86,7 @@ def find_pictures(source: str) -> Pictures:
 
 def _folder(folder: Path) -> Pictures:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    return Pictures([file.relative_to(folder).as_posix() for file in files], lambda number: Image.open(files[number]))
+    return Pictures([file.relative_to(folder).as_posix() for file in files], lambda number: load_rgb(files[number]))
 
 
 def _scenes(source: str) -> Pictures:
