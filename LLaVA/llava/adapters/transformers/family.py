@@ -13,6 +13,8 @@ from llava.pruning.layout import FeatureMap, Layout
 
 Inputs = Mapping[str, Any]
 """The arguments of ``get_image_features``, by name."""
+Entries = Sequence[torch.Tensor]
+"""The features (N, D) of each entry of the encoder's output."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,21 @@ class Family:
     layouts : callable, optional
         (base model, entries, arguments of ``get_image_features``) -> for each entry the feature maps of its tokens, or
         None where they are not known. Without it, methods that need a grid (``downsample``) are refused.
+    to_tokens : callable, optional
+        (base model, values (I, P, C) of the patches of each call of the encoder, entries, arguments of
+        ``get_image_features``) -> for each entry the values (N, C) of its tokens, the mean of a token's patches.
+        Without it, methods that look at the vision encoder are refused.
     first_position : int
         Rotary position of a prompt's first token.
     """
 
     image: Literal["entry", "run"] = "run"
-    layouts: Callable[[nn.Module, Sequence[torch.Tensor], Inputs], list[Layout | None]] | None = None
+    layouts: Callable[[nn.Module, Entries, Inputs], list[Layout | None]] | None = None
+    to_tokens: Callable[[nn.Module, list[torch.Tensor], Entries, Inputs], list[torch.Tensor]] | None = None
     first_position: int = 0
 
 
-def square(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -> list[Layout | None]:
+def square(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Every entry is a square map."""
     sides = [round(len(entry) ** 0.5) for entry in entries]
     return [
@@ -44,7 +51,7 @@ def square(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -> 
     ]
 
 
-def grid_thw(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -> list[Layout | None]:
+def grid_thw(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Qwen and GLM: patches (frames, rows, columns) are stated, and merged in squares."""
     merge = base.config.vision_config.spatial_merge_size
     return [
@@ -53,24 +60,24 @@ def grid_thw(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -
     ]
 
 
-def square_tiles(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -> list[Layout | None]:
+def square_tiles(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Idefics3: an entry holds all tiles of a prompt, each a square map."""
     side = round(base.image_seq_len**0.5)
     return [(FeatureMap(side, side),) * (len(entry) // base.image_seq_len) for entry in entries]
 
 
-def stated_size(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -> list[Layout | None]:
+def stated_size(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Pixtral's tower: a map of the image's own size."""
     cell = base.config.vision_config.patch_size * getattr(base.config, "spatial_merge_size", 1)
     return [(FeatureMap(height // cell, width // cell),) for height, width in inputs["image_sizes"].tolist()]
 
 
-def square_or_stated_size(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -> list[Layout | None]:
+def square_or_stated_size(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """LLaVA: CLIP's square, or Pixtral's tower."""
     return (square if inputs.get("image_sizes") is None else stated_size)(base, entries, inputs)
 
 
-def anyres(base: nn.Module, entries: Sequence[torch.Tensor], inputs: Inputs) -> list[Layout | None]:
+def anyres(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """LLaVA-NeXT and -OneVision: a base view, then the unpadded map of the crops with a newline token a row."""
     vision = base.config.vision_config
     side = vision.image_size // vision.patch_size
@@ -99,27 +106,112 @@ def _crops(base: nn.Module, size: Sequence[int], side: int, tokens: int) -> Feat
     return FeatureMap(int(height // shrink), int(width // shrink), "row")
 
 
+def patches(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+    """Every patch is a token."""
+    return list(torch.cat(calls))
+
+
+def packed(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+    """Pixtral's tower: one sequence of all images' patches, merged in squares by Mistral 3."""
+    if inputs.get("image_sizes") is None:
+        return patches(base, calls, entries, inputs)
+    merge = getattr(base.config, "spatial_merge_size", 1)
+    sizes = (inputs["image_sizes"] // base.config.vision_config.patch_size).tolist()
+    parts = calls[0][0].split([rows * columns for rows, columns in sizes])
+    return [
+        part.view(rows // merge, merge, columns // merge, merge, -1).mean(dim=(1, 3)).flatten(0, 1)
+        for part, (rows, columns) in zip(parts, sizes, strict=True)
+    ]
+
+
+def repacked(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+    """LLaVA-NeXT and -OneVision: the model's own packing of crops, with zeros for newline tokens."""
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    values, config, sizes = torch.cat(calls), base.config, inputs["image_sizes"]
+    alone = inputs.get("batch_num_images")
+    cut = [True] * len(sizes) if alone is None else [count == 1 for count in alone for _ in range(count)]
+    counts = [
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size) if is_cut else 1
+        for size, is_cut in zip(sizes, cut, strict=True)
+    ]
+    names = {"vision_feature_select_strategy": "default"}
+    if config.model_type == "llava_onevision":
+        names = {"vision_aspect_ratio": config.vision_aspect_ratio}
+    newline = values.new_zeros(values.shape[-1])
+    return base.pack_image_features(values.split(counts), sizes, image_newline=newline, **names)[0]
+
+
+def merged(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+    """Qwen and GLM: a token's patches stand side by side."""
+    values = torch.cat([call[0] for call in calls])
+    means = values.view(-1, base.visual.spatial_merge_size**2, values.shape[-1]).mean(dim=1)
+    return list(means.split([len(entry) for entry in entries]))
+
+
+def windowed(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+    """Qwen2.5: as `merged`, in the order of the tower's windows."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
+
+    tower = base.visual
+    index, _ = get_vision_window_index(
+        inputs["image_grid_thw"],
+        spatial_merge_size=tower.spatial_merge_size,
+        window_size=tower.window_size,
+        patch_size=tower.patch_size,
+    )
+    values = torch.cat(merged(base, calls, entries, inputs))[index.argsort().to(calls[0].device)]
+    return list(values.split([len(entry) for entry in entries]))
+
+
+def _shuffled(shuffle: Callable[[nn.Module, torch.Tensor, int], torch.Tensor]) -> Callable[..., list[torch.Tensor]]:
+    """A pixel shuffle puts a token's patches side by side in its channels."""
+
+    def to_tokens(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+        values = torch.cat(calls)
+        channels = shuffle(base, values.float(), round(values.shape[1] ** 0.5))
+        width = values.shape[-1]
+        means = channels.reshape(-1, channels.shape[-1] // width, width).mean(dim=1)
+        return list(means.split([len(entry) for entry in entries]))
+
+    return to_tokens
+
+
+def pooled(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+    """Gemma 3: the average of squares of the grid."""
+    values = torch.cat(calls).float()
+    side = round(values.shape[1] ** 0.5)
+    grid = values.transpose(1, 2).unflatten(2, (side, side))
+    return list(base.multi_modal_projector.avg_pool(grid).flatten(2).transpose(1, 2))
+
+
+aya_tokens = _shuffled(lambda base, values, side: base.multi_modal_projector.pixel_shuffle(values))
+idefics_tokens = _shuffled(lambda base, values, side: base.connector.pixel_shuffle(values, base.config.scale_factor))
+internvl_tokens = _shuffled(
+    lambda base, values, side: base.pixel_shuffle(values.unflatten(1, (side, side)), base.config.downsample_ratio)
+)
+
 FAMILIES: dict[str, Family] = {
-    "aya_vision": Family(layouts=square),
+    "aya_vision": Family(layouts=square, to_tokens=aya_tokens),
     "cohere2_vision": Family(layouts=square),
-    "gemma3": Family("entry", square),
-    "glm46v": Family("entry", grid_thw),
-    "glm4v": Family("entry", grid_thw),
-    "idefics3": Family(layouts=square_tiles),
-    "internvl": Family(layouts=square),
-    "llava": Family("entry", square_or_stated_size),
-    "llava_next": Family("entry", anyres),
-    "llava_onevision": Family("entry", anyres),
-    "mistral3": Family("entry", stated_size),
+    "gemma3": Family("entry", square, pooled),
+    "glm46v": Family("entry", grid_thw, merged),
+    "glm4v": Family("entry", grid_thw, merged),
+    "idefics3": Family(layouts=square_tiles, to_tokens=idefics_tokens),
+    "internvl": Family(layouts=square, to_tokens=internvl_tokens),
+    "llava": Family("entry", square_or_stated_size, packed),
+    "llava_next": Family("entry", anyres, repacked),
+    "llava_onevision": Family("entry", anyres, repacked),
+    "mistral3": Family("entry", stated_size, packed),
     "ovis2": Family(),
-    "paligemma": Family("entry", square, first_position=1),
-    "qwen2_5_vl": Family("entry", grid_thw),
-    "qwen2_vl": Family("entry", grid_thw),
-    "qwen3_5": Family("entry", grid_thw),
-    "qwen3_vl": Family("entry", grid_thw),
-    "qwen3_vl_moe": Family("entry", grid_thw),
-    "smolvlm": Family(layouts=square_tiles),
-    "vipllava": Family("entry", square),
+    "paligemma": Family("entry", square, patches, first_position=1),
+    "qwen2_5_vl": Family("entry", grid_thw, windowed),
+    "qwen2_vl": Family("entry", grid_thw, merged),
+    "qwen3_5": Family("entry", grid_thw, merged),
+    "qwen3_vl": Family("entry", grid_thw, merged),
+    "qwen3_vl_moe": Family("entry", grid_thw, merged),
+    "smolvlm": Family(layouts=square_tiles, to_tokens=idefics_tokens),
+    "vipllava": Family("entry", square, patches),
 }
 """By ``model.config.model_type``."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llava.adapters.transformers.encoder import Signals
 from llava.adapters.transformers.family import Family, Inputs
 from llava.model.visual_sequence import ImageTokens
 from llava.pruning.base import content_key
@@ -48,19 +49,27 @@ class Encoding:
         Of each entry.
     keys : sequence of int, or None
         Digest of each entry's pixels.
+    signals : dict of name -> sequence of Tensor (N_i, ...)
+        What a pruner asked of the vision encoder, for the tokens of each entry.
     """
 
     entries: Sequence[torch.Tensor]
     layouts: Sequence[Layout | None]
     keys: Sequence[int] | None
+    signals: Mapping[str, Sequence[torch.Tensor]]
 
     @classmethod
-    def of(cls, base: nn.Module, family: Family, output: Any, inputs: Inputs, keys: bool) -> Encoding:
-        """Describe an output of ``get_image_features``, whose ``pooler_output`` is a list."""
+    def of(cls, base: nn.Module, family: Family, output: Any, inputs: Inputs, patches: Signals, keys: bool) -> Encoding:
+        """Describe an output of ``get_image_features``, whose ``pooler_output`` is a list.
+
+        ``patches`` are the encoder's signals; ``keys`` says whether pixels have to be told apart.
+        """
         entries = output.pooler_output
         flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
         layouts = family.layouts(base, flat, inputs) if family.layouts else [None] * len(flat)
-        return cls(entries, layouts, [content_key(own) for own in _pixels(inputs, len(flat))] if keys else None)
+        signals = {name: family.to_tokens(base, calls, flat, inputs) for name, calls in patches.items()}
+        digests = [content_key(own) for own in _pixels(inputs, len(flat))] if keys else None
+        return cls(entries, layouts, digests, _by_field(signals))
 
     def images(self, output: Any, marks: torch.Tensor, family: Family) -> list[PromptImage]:
         """The images of the prompts, row by row.
@@ -95,12 +104,17 @@ class Encoding:
             borders[edges] = True
         else:
             borders[1:-1] |= places[1:, 1] != places[:-1, 1] + 1
+        signals = {name: torch.cat([own[index] for index in order]) for name, own in self.signals.items()}
         layout_of = _layout_by_span([self.layouts[index] for index in order], lengths)
         return [
             PromptImage(
                 int(places[begin, 0]),
                 places[begin:end, 1],
-                ImageTokens(features[begin:end], layout_of(begin, end)),
+                ImageTokens(
+                    features[begin:end],
+                    layout_of(begin, end),
+                    {name: values[begin:end] for name, values in signals.items()},
+                ),
                 self._key(begin, end, order, edges),
             )
             for begin, end in pairwise(borders.nonzero().flatten().tolist())
@@ -116,6 +130,17 @@ class Encoding:
             if max(low, begin) < min(high, end)
         ]
         return parts[0][0] if len(parts) == 1 and parts[0][1] == 0 else hash(tuple(parts)) & (2**63 - 1)
+
+
+def _by_field(signals: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+    """Signals by the field of `VisualTokens` that they are for: layers of received attention side by side."""
+    fields = {name: values for name, values in signals.items() if not name.startswith("received_attention ")}
+    if "final_cls_attention" in fields:
+        fields["final_cls_attention"] = [values[:, 0] for values in fields["final_cls_attention"]]
+    layers = [signals[name] for name in sorted(signals) if name not in fields]
+    if layers:
+        fields["received_attention"] = [torch.cat(columns, dim=-1) for columns in zip(*layers, strict=True)]
+    return fields
 
 
 def _layout_by_span(layouts: Sequence[Layout | None], lengths: Sequence[int]) -> Callable[[int, int], Layout | None]:

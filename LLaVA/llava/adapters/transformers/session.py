@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from llava.adapters.transformers.encoder import EncoderView, Signals
 from llava.adapters.transformers.family import FAMILIES, Family
 from llava.adapters.transformers.images import Encoding, PromptImage
 from llava.adapters.transformers.inputs import TOKEN_TYPES, KeptColumns, KeptPrompt, cache_of, kept_features
 from llava.constants import IGNORE_INDEX
 from llava.model.visual_sequence import PromptFacts, reduce_images
-from llava.pruning.base import KeptTokens
+from llava.pruning.base import ENCODER_NEEDS, KeptTokens
 from llava.pruning.config import PruningConfig
 
 ATTRIBUTE = "_visual_token_pruning"
@@ -75,6 +77,7 @@ class Session:
         self.stages = self.config.stages(text.num_hidden_layers)
         self.visual_token_counts: list[tuple[int, int]] = []
         self.error: Exception | None = None
+        self.encoder: EncoderView | None = None
         self._handles: list[Any] = []
         self._columns: KeptColumns | None = None
         self._prompt: KeptPrompt | None = None
@@ -84,9 +87,14 @@ class Session:
         kind, method = self.model.config.model_type, self.config.method
         if [layer for layer, _ in self.stages] != [0]:
             raise ValueError(f"{method} drops tokens inside the decoder, which is not available for {kind}")
-        missing = sorted(self.pruner.needs - {"image_keys", "question"})
+        missing = sorted(self.pruner.needs - {"image_keys", "question"} - ENCODER_NEEDS)
         if missing:
             raise ValueError(f"{method} needs {', '.join(missing)}, which is not available for {kind}")
+        if self.pruner.needs & ENCODER_NEEDS:
+            if self.family.to_tokens is None:
+                raise ValueError(f"{method} looks at the vision encoder, which is not available for {kind}")
+            self.encoder = EncoderView(self.model, self.pruner)
+            self.pruner.check_encoder(self.encoder.width)
         if self._multimodal_rope and self.pruner.position_ids == "compact":
             raise ValueError(f"{kind} has rotary positions of several axes, which cannot be renumbered (compact)")
 
@@ -109,9 +117,10 @@ class Session:
         # generate reads the signature, which functools.wraps keeps.
         @functools.wraps(original)
         def described(*args, **kwargs):
-            output = original(*args, **kwargs)
+            with nullcontext({}) if self.encoder is None else self.encoder.observed() as patches:
+                output = original(*args, **kwargs)
             given = signature.bind_partial(*args, **kwargs).arguments
-            self._describe(output, {**given, **given.get("kwargs", {})})
+            self._describe(output, {**given, **given.get("kwargs", {})}, patches)
             return output
 
         base.get_image_features = described
@@ -128,12 +137,12 @@ class Session:
         self.model.base_model.__dict__.pop("get_image_features", None)
         self.model.__dict__.pop(ATTRIBUTE, None)
 
-    def _describe(self, output: Any, inputs: dict[str, Any]) -> None:
+    def _describe(self, output: Any, inputs: dict[str, Any], patches: Signals) -> None:
         """Hang on an encoder's output what is known of it only now."""
         listed = not isinstance(output.pooler_output, torch.Tensor)
         output.pooler_output = list(output.pooler_output)  # entries keep their identity in a list
         keys = "image_keys" in self.pruner.needs
-        output.encoding = Encoding.of(self.model.base_model, self.family, output, inputs, keys)
+        output.encoding = Encoding.of(self.model.base_model, self.family, output, inputs, patches, keys)
         output.listed = listed
 
     # Each call
@@ -259,7 +268,7 @@ class Session:
         positions: torch.Tensor,
     ) -> dict[str, Any]:
         whole = all(total == left for total, left in self.visual_token_counts)
-        if whole and not self.pruner.merges and self.pruner.keeps_raster_order:
+        if whole and not self.pruner.varies:  # `reduce` hands such images on as they came
             if not output.listed:
                 output = type(output)(**{**output, "pooler_output": torch.stack(output.pooler_output)})
             return inputs | {"mm_encoder_outputs": {**inputs["mm_encoder_outputs"], "image": output}}

@@ -1,0 +1,112 @@
+"""Looking into an attention module of any model of transformers, without changing what it computes.
+
+Every module asks the attention interface for its function by the name in its configuration. A watched module gets a
+copy of its configuration that names the function here, which looks at queries and keys (after norms and rotary
+embedding) and hands on to the function that the module would have called.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "watched_for_pruning"
+
+
+class Call(NamedTuple):
+    """What an attention module was about to compute.
+
+    Attributes
+    ----------
+    query : Tensor (B, H, Q, d)
+    key : Tensor (B, H', T, d)
+        H is a multiple of H'.
+    mask : Tensor (B or 1, 1 or H, Q, T) bool or additive, or anything else that a kernel takes, or None
+    scaling : float or None
+    softcap : float or None
+    causal : bool
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float | None
+    softcap: float | None
+    causal: bool
+
+    def weights(self, queries: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of the softmax for some queries alone.
+
+        Parameters
+        ----------
+        queries : Tensor (B, q), int64
+        valid : Tensor (B, T), bool, optional
+            Keys that may be looked at, where no mask says so.
+
+        Returns
+        -------
+        Tensor (B, H, q, T), float32
+        """
+        batch, heads, _, width = self.query.shape
+        asked = self.query.gather(2, queries[:, None, :, None].expand(-1, heads, -1, width))
+        keys = self.key.repeat_interleave(heads // self.key.shape[1], dim=1)
+        with torch.autocast(self.query.device.type, enabled=False):
+            logits = (asked * (width**-0.5 if self.scaling is None else self.scaling) @ keys.mT).float()
+        if self.softcap:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.mask is not None and self.mask.ndim == 4:
+            mask = self.mask.expand(batch, -1, -1, -1)[..., : keys.shape[2]]
+            mask = mask.gather(2, queries[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()
+        else:
+            place = torch.arange(keys.shape[2], device=keys.device)
+            seen = place <= queries[..., None] if self.causal else torch.ones_like(queries[..., None] == place)
+            if valid is not None:
+                seen = seen & valid[:, None]
+            logits = logits.masked_fill(~seen[:, None], -torch.inf)
+        return logits.softmax(dim=-1)
+
+
+class Watch:
+    """Calls ``look`` with every `Call` of one attention module, until it is removed."""
+
+    def __init__(self, module: nn.Module, look: Callable[[Call], None]):
+        name = module.config._attn_implementation
+        self.module, self.look, self.config = module, look, module.config
+        eager = name in (None, "eager")
+        module_file = sys.modules[type(module).__module__]
+        self.function = module_file.eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[name]
+        # The setter of this attribute would walk into other configurations.
+        module.config = copy.copy(module.config)
+        module.config._attn_implementation_internal = NAME
+        module._watch_for_pruning = self
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        self.module.config = self.config
+        del self.module._watch_for_pruning
+
+
+def _watched(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    scaling = kwargs.get("scaling", args[0] if args else None)
+    watch, causal = module._watch_for_pruning, getattr(module, "is_causal", True)
+    watch.look(Call(query, key, attention_mask, scaling, kwargs.get("softcap"), causal))
+    return watch.function(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+AttentionInterface.register(NAME, _watched)

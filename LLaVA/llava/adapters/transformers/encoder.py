@@ -1,0 +1,150 @@
+"""What a pruner wants to know about the vision encoder, for every patch, while the images are encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from llava.adapters.transformers.attention import Call, Watch
+from llava.pruning.base import ENCODER_NEEDS, Pruner
+
+CLS_NEEDS = frozenset({"cls_attention", "final_cls_attention"})
+Signals = dict[str, list[torch.Tensor]]
+"""Name of a signal -> (I, P, C) of the patches of each call of the encoder's attention: a batch of images, or a packed
+sequence of several (or a window of one)."""
+
+
+class EncoderView:
+    """The vision encoder of a model, as far as a pruner needs to see it.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers.
+    pruner : Pruner
+
+    Raises
+    ------
+    ValueError
+        If the encoder has no [CLS] token, or not the layers, that the pruner asks for.
+    """
+
+    def __init__(self, model: nn.Module, pruner: Pruner):
+        self.needs, self.pruner, kind = pruner.needs & ENCODER_NEEDS, pruner, type(pruner).__name__
+        self.tower = model.get_encoder("image")
+        self.attention = {
+            name: module
+            for name, module in self.tower.named_modules()
+            if "Attention" in type(module).__name__ and hasattr(module, "config") and hasattr(module, "is_causal")
+        }
+        self.depth = _depth_read(model.config, len(self.attention))
+        self.has_cls = any(
+            hasattr(getattr(self.tower, "embeddings", None), n) for n in ("class_embedding", "cls_token")
+        )
+        if self.needs & CLS_NEEDS and not self.has_cls:
+            raise ValueError(
+                f"{kind} ranks by the attention of [CLS], and the vision encoder, {type(self.tower).__name__}, "
+                "has no such token"
+            )
+        layers = [*self._received_layers, *([pruner.feature_layer] if "layer_features" in self.needs else [])]
+        for layer in layers:
+            if not -self.depth <= layer < self.depth:
+                raise ValueError(f"{kind} asks for layer {layer} of the vision encoder, of which {self.depth} are read")
+        whole = getattr(model.config.vision_config, "fullatt_block_indexes", None)
+        windowed = [layer for layer in self._received_layers if whole and layer % self.depth not in whole]
+        if windowed:
+            raise ValueError(
+                f"{kind} asks for the attention of layer {windowed[0]} of the vision encoder, which only looks at "
+                f"windows; layers {', '.join(map(str, whole))} look at the whole image"
+            )
+
+    @property
+    def width(self) -> int:
+        """Numbers of a patch in the encoder."""
+        config = self.tower.config
+        return getattr(config, "embed_dim", None) or config.hidden_size
+
+    @property
+    def _received_layers(self) -> Sequence[int]:
+        return self.pruner.encoder_layers if "received_attention" in self.needs else ()
+
+    @contextmanager
+    def observed(self) -> Iterator[Signals]:
+        """Yields signals that are filled while images are encoded inside the block.
+
+        Those of ``received_attention`` are named "received_attention 0" and so on, one a layer.
+        """
+        signals: Signals = {}
+        names, modules = list(self.attention), list(self.attention.values())
+        last, following = self.depth - 1, min(self.depth, len(modules) - 1)
+        with ExitStack() as stack:
+            looks: dict[int, list] = {}
+            if self.needs & {"cls_attention", "encoder_keys"}:
+                looks.setdefault(last, []).append(self._last)
+            if self.needs & {"final_keys", "final_cls_attention"}:
+                looks.setdefault(following, []).append(_wide_head)
+            for number, layer in enumerate(self._received_layers):
+                looks.setdefault(layer % self.depth, []).append(_received(number))
+            for layer, own in looks.items():
+
+                def look(call: Call, own=own) -> None:
+                    for one in own:
+                        self._note(signals, one(call))
+
+                stack.callback(Watch(modules[layer], look).remove)
+            for name, layer in (("encoder_features", last), ("layer_features", self.pruner.feature_layer)):
+                if name in self.needs:
+                    block = self.tower.get_submodule(names[layer % self.depth].rpartition(".")[0])
+
+                    def hook(module, args, output, name=name) -> None:
+                        hidden = output[0] if isinstance(output, tuple) else output
+                        self._note(signals, {name: hidden if hidden.ndim == 3 else hidden[None]})
+
+                    stack.callback(block.register_forward_hook(hook).remove)
+            yield signals
+
+    def _note(self, signals: Signals, found: dict[str, torch.Tensor]) -> None:
+        for name, values in found.items():
+            signals.setdefault(name, []).append(values[:, 1:] if self.has_cls else values)
+
+    def _last(self, call: Call) -> dict[str, torch.Tensor]:
+        found = {}
+        if "encoder_keys" in self.needs:
+            found["encoder_keys"] = call.key.float().mean(dim=1)
+        if "cls_attention" in self.needs:
+            first = torch.zeros(len(call.query), 1, dtype=torch.int64, device=call.query.device)
+            found["cls_attention"] = call.weights(first)[:, :, 0].transpose(1, 2)
+        return found
+
+
+def _wide_head(call: Call) -> dict[str, torch.Tensor]:
+    """Keys, and [CLS]'s attention if all heads were one."""
+    keys, query = call.key.transpose(1, 2).flatten(2), call.query[:, :, :1].transpose(1, 2).flatten(2)
+    with torch.autocast(keys.device.type, enabled=False):
+        rows = ((query @ keys.mT).float() * keys.shape[-1] ** -0.5).softmax(dim=-1)
+    return {"final_keys": keys, "final_cls_attention": rows[:, 0, :, None]}
+
+
+def _received(number: int):
+    """What each patch receives, averaged over heads and queries; an image at a time, whose maps are (H, P, P)."""
+
+    def look(call: Call) -> dict[str, torch.Tensor]:
+        every = torch.arange(call.query.shape[2], device=call.query.device)[None]
+        maps = []
+        for image in range(len(call.query)):
+            mask = call.mask if call.mask is None or len(call.mask) == 1 else call.mask[image : image + 1]
+            one = call._replace(query=call.query[image : image + 1], key=call.key[image : image + 1], mask=mask)
+            maps.append(one.weights(every)[0].mean(dim=(0, 1)))
+        return {f"received_attention {number}": torch.stack(maps)[..., None]}
+
+    return look
+
+
+def _depth_read(config, layers: int) -> int:
+    """How many of the encoder's layers the language model's input went through."""
+    layer = getattr(config, "vision_feature_layer", None)
+    layer = layer if isinstance(layer, int) else -1
+    return layer if layer >= 0 else layers + 1 + layer

@@ -1,0 +1,76 @@
+"""What a pruner sees of the vision encoder belongs to the token that it is said to belong to."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from llava.adapters.transformers import FAMILIES
+from llava.adapters.transformers.encoder import EncoderView
+from llava.pruning import pruning
+from tiny_vlms import TINY, Picture, tiny
+
+LOOKING = sorted(name for name in TINY if FAMILIES[tiny(name).model.config.model_type].to_tokens)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_a_token_is_the_mean_of_the_patches_that_it_is_made_from(name):
+    """The gradient of a token's features with respect to the patches is nonzero at its own patches alone."""
+    model = tiny(name).model
+    family, base = FAMILIES[model.config.model_type], model.base_model
+    pixels = tiny(name).pixels([[Picture(0, 3), Picture(1, 3)]])
+    pruner = SimpleNamespace(needs=frozenset({"encoder_features"}), feature_layer=None)
+    view = EncoderView(model, pruner)
+    with view.observed() as signals:
+        output = base.get_image_features(**pixels, return_dict=True)
+    calls = signals["encoder_features"]
+    entries = [entry.reshape(-1, entry.shape[-1]) for entry in output.pooler_output]
+    place = torch.randint(len(entries[-1]), (), generator=torch.Generator().manual_seed(7))
+    if name in ("llava_next", "llava_onevision"):
+        place = torch.tensor(3)  # a newline token has no patches
+    hidden = [call if call._base is None else call._base for call in calls]  # signals are views: [CLS] cut off
+    gradients = torch.autograd.grad(entries[-1][place].square().sum(), hidden)
+    strengths = [gradient.abs().sum(dim=-1, keepdim=True).view(-1, *gradient.shape[-2:-1], 1) for gradient in gradients]
+    strengths = [strength[:, 1:] if view.has_cls else strength for strength in strengths]
+    *others, last = family.to_tokens(base, strengths, entries, pixels)
+    assert last[place] > 0
+    assert int((last > 0).sum()) == 1 and all(not other.any() for other in others)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options", "sentence"),
+    [
+        ("gemma3", "visionzip", {}, r"ranks by the attention of \[CLS\], and the vision encoder, SiglipVisionModel"),
+        ("llava", "hiprune", {"object_layer": 9}, "asks for layer .* of the vision encoder, of which 2 are read"),
+        ("qwen2_5_vl", "hiprune", {"object_layer": 2}, "only looks at windows; layers 2 look at the whole image"),
+        ("ovis2", "hiprune", {"object_layer": 1}, "not available for ovis2"),
+        ("llava", "ocvtp", {}, "asks for layer 2 of the vision encoder, of which 2 are read"),
+    ],
+)
+def test_what_an_encoder_cannot_show_is_refused(name, method, options, sentence):
+    model = tiny(name).model
+    with pytest.raises(ValueError, match=sentence), pruning(model, method, ratio=0.5, **options):
+        pass
+    assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl"])
+def test_encoder_attention_is_that_of_the_eager_encoder(name):
+    """Received attention, read off queries and keys, is the mean of the maps that the eager encoder returns."""
+    model = tiny(name, "eager").model
+    pixels = tiny(name).pixels([[Picture(0)]])
+    pruner = SimpleNamespace(
+        needs=frozenset({"received_attention", "cls_attention"}), encoder_layers=(0, 1), feature_layer=None
+    )
+    view = EncoderView(model, pruner)
+    with torch.no_grad(), view.observed() as signals:
+        model.base_model.get_image_features(**pixels, return_dict=True)
+        maps = view.tower(pixels["pixel_values"], output_attentions=True).attentions
+    for layer in (0, 1):
+        expected = maps[layer].mean(dim=(1, 2))[:, 1:]
+        torch.testing.assert_close(signals[f"received_attention {layer}"][0][..., 0], expected)
+    torch.testing.assert_close(
+        signals["cls_attention"][0], maps[view.depth - 1][:, :, 0, 1:].transpose(1, 2), rtol=1e-4, atol=1e-6
+    )
