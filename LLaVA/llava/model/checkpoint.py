@@ -10,7 +10,7 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from transformers.utils import cached_file
 
 import llava
@@ -203,8 +203,10 @@ def _refuse_paths(path: str) -> None:
 
 
 def _fetch(path: str, hub: Mapping[str, Any], patterns: list[str]) -> Path:
+    # huggingface_hub 1 asks the hub for the files of a commit in offline mode, too.
+    here_only = hub.get("local_files_only") or is_offline_mode()
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns, **hub))
+        return Path(snapshot_download(path, allow_patterns=patterns, **{**hub, "local_files_only": here_only}))
     except (OSError, ValueError) as error:
         raise _not_on_hub(path, error) from error
 
