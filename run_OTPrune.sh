@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Evaluates LLaVA with and without OTPrune on eleven benchmarks and writes the table. Sets itself up on first use.
 # What can be chosen: bash run_OTPrune.sh --help
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -euo pipefail
 
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P)
 source "$here/LLaVA/scripts/setup.sh"
 
 # The options need nothing but Python: --help and a wrong value do not wait for the set-up.

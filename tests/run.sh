@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Sets up, then checks style and runs the tests: tests/run.sh [--transformers oldest|newest|VERSION] [pytest's arguments]
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -euo pipefail
 
-here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P)
 source "$here/../LLaVA/scripts/setup.sh"
 
 # Puts a transformers before the environment's own: the oldest that is allowed, the newest there is, or one by its version.

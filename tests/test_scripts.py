@@ -116,6 +116,23 @@ class TestBeforeSetUp:
         assert "usage: run_OTPrune.sh" in done.stdout
         assert not (clone / ".venv").exists()
 
+    @pytest.mark.parametrize("shell", ["sh", "bash"])
+    @pytest.mark.parametrize("script", ["run_OTPrune.sh", "LLaVA/scripts/measure_gpu.sh"])
+    def test_any_shell_and_a_link_will_do(self, clone, tmp_path, shell, script):
+        link = tmp_path / "a link"
+        link.symlink_to(clone / script)
+        done = subprocess.run(
+            [shutil.which(shell), str(link), "--help"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "--num-processes" in done.stdout or "bash LLaVA/scripts/measure_gpu.sh [DIR]" in done.stdout
+
     def test_a_wrong_value_fails_at_once(self, clone):
         done = bash(clone, "run_OTPrune.sh", "--ratio", "1.5")
         assert done.returncode == 2

@@ -5,9 +5,10 @@
 #
 #   bash LLaVA/scripts/measure_gpu.sh [DIR]      results in DIR, gpu by default; what is there already is not measured again
 #   PYTHON=python3 POPE=100x18 ONE_BY_ONE=25 SUITE_LIMIT=100 STEP_LIMIT=300 (seconds a step) are its settings
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -uo pipefail
 
-root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
+root=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/../.." && pwd -P)
 refuse() {
     echo "measure_gpu.sh: $1" >&2
     exit 2
