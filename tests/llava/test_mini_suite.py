@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from ast import literal_eval
 from collections import Counter
@@ -284,13 +285,13 @@ def test_a_caption_of_the_picture_beats_a_caption_of_another_one(docs):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Building writes only the marker; returns how often it was asked to."""
+    """Building writes one small table; returns how often it was asked to."""
     builds = []
 
     def build(folder: Path) -> None:
         builds.append(folder)
-        folder.mkdir()
-        (folder / suite.MARKER).write_text(json.dumps({"version": suite.VERSION}))
+        (folder / "POPE").mkdir(parents=True)
+        (folder / "POPE" / "test.parquet").write_bytes(b"table")
 
     monkeypatch.setattr(suite, "_build", build)
     return builds
@@ -313,6 +314,44 @@ def test_a_suite_of_another_version_is_replaced(quick, tmp_path):
     (tmp_path / suite.MARKER).write_text('{"version": "0"}')
     suite.prepare(tmp_path)
     assert json.loads((tmp_path / suite.MARKER).read_text())["version"] == suite.VERSION
+
+
+@pytest.mark.parametrize("damage", ["file gone", "folder gone", "file cut", "marker gone", "marker cut"])
+def test_a_suite_that_was_deleted_in_part_is_built_again(quick, tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("LLAVA_MINI_CACHE", str(tmp_path))
+    root = suite.prepare()
+    table, marker = root / "POPE" / "test.parquet", root / suite.MARKER
+    {
+        "file gone": table.unlink,
+        "folder gone": lambda: shutil.rmtree(table.parent),
+        "file cut": lambda: table.write_bytes(b"ta"),
+        "marker gone": marker.unlink,
+        "marker cut": lambda: marker.write_text("{"),
+    }[damage]()
+    assert suite.prepare() == root and len(quick) == 2
+    assert table.read_bytes() == b"table"
+    assert suite.prepare() == root and len(quick) == 2
+
+
+@pytest.mark.parametrize("variable", ["LLAVA_MINI_CACHE", "XDG_CACHE_HOME", None])
+def test_without_a_home_folder_the_variable_is_named(monkeypatch, variable):
+    def unknown(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LLAVA_MINI_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "~nobody/cache")
+    monkeypatch.setattr(Path, "expanduser", unknown)
+    with pytest.raises(OSError, match=r"no place for the mini suite .*: set LLAVA_MINI_CACHE to a folder"):
+        suite.default_root()
+
+
+def test_where_no_folder_can_be_made_the_variable_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LLAVA_MINI_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(OSError, match=f"cannot be built in {tmp_path}/file/below .*: set LLAVA_MINI_CACHE anew"):
+        suite.prepare()
 
 
 def test_of_many_at_once_one_builds(quick, tmp_path):

@@ -25,6 +25,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava.files import cache_folder, read_json, write_json
 from llava.mini.benchmarks import BUILDERS, Table
 from llava.mini.scenes import WORLD_VERSION
 
@@ -95,19 +96,26 @@ def _version() -> str:
 
 VERSION = _version()
 """The world's version and a digest of the suite's whole content."""
+NAME = f"mini-suite-{VERSION}"
 
 
 def default_root() -> Path:
-    """The suite's folder: ``mini-suite-<VERSION>`` in ``$LLAVA_MINI_CACHE``, or in ``otprune`` in the user's cache."""
-    if os.environ.get("LLAVA_MINI_CACHE"):
-        base = Path(os.environ["LLAVA_MINI_CACHE"])
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "otprune"
-    return base.expanduser().absolute() / f"mini-suite-{VERSION}"
+    """The suite's folder: ``mini-suite-<VERSION>`` in ``$LLAVA_MINI_CACHE``, or in ``otprune`` in the user's cache.
+
+    Raises
+    ------
+    OSError
+        If that variable is not set and the user has no cache.
+    """
+    try:
+        base = Path(os.environ.get("LLAVA_MINI_CACHE") or cache_folder()).expanduser()
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(f"no place for the mini suite ({error}): set LLAVA_MINI_CACHE to a folder") from None
+    return base.absolute() / NAME
 
 
 def prepare(root: str | Path | None = None, force: bool = False) -> Path:
-    """Build the suite unless it is there, and say where.
+    """Build the suite unless it is there and whole, and say where.
 
     The suite appears at once and whole: it is built in a folder beside `root` and then renamed. Of several processes
     that want it at the same time, one builds and the others wait.
@@ -128,6 +136,8 @@ def prepare(root: str | Path | None = None, force: bool = False) -> Path:
     ------
     FileExistsError
         If `root` is a file, or a folder that is not empty and holds no suite.
+    OSError
+        If it cannot be written.
     RuntimeError
         If this machine makes other rows or pixels than those on record.
     """
@@ -136,15 +146,23 @@ def prepare(root: str | Path | None = None, force: bool = False) -> Path:
         return root
     from filelock import FileLock
 
-    root.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the mini suite cannot be built in {root.parent} ({error.strerror}): set LLAVA_MINI_CACHE anew"
+        ) from None
     with FileLock(root.with_name(f".{root.name}.lock")):
         if _is_suite(root) and not force:
             return root
-        if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARKER).exists())):
+        # Of a suite that somebody has deleted in part, its name or its marker is left.
+        ours = root.is_dir() and (root.name == NAME or (root / MARKER).exists() or not any(root.iterdir()))
+        if root.exists() and not ours:
             raise FileExistsError(f"{root} is there and is no mini suite; choose another folder or remove it")
         building = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
         try:
             _build(building)
+            write_json(building / MARKER, {"version": VERSION, "files": _sizes(building)})
             if root.exists():
                 outdated = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
                 root.rename(outdated)
@@ -156,8 +174,15 @@ def prepare(root: str | Path | None = None, force: bool = False) -> Path:
 
 
 def _is_suite(root: Path) -> bool:
-    marker = root / MARKER
-    return marker.exists() and json.loads(marker.read_text())["version"] == VERSION
+    """Whether all files of this version are there, of the size that they were written with."""
+    marker = read_json(root / MARKER)
+    marker = marker if isinstance(marker, dict) else {}
+    return marker.get("version") == VERSION and marker.get("files") == _sizes(root)
+
+
+def _sizes(root: Path) -> dict[str, int]:
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != MARKER)
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
 
 
 def _build(folder: Path) -> None:
@@ -172,7 +197,6 @@ def _build(folder: Path) -> None:
             if found != recorded[name]["sha256"]:
                 raise RuntimeError(f"{name}: the rows made here have the hash {found}, not {recorded[name]['sha256']}")
         _write_tables(folder / task.folder, tables)
-    (folder / MARKER).write_text(json.dumps({"version": VERSION}) + "\n")
 
 
 def table_hash(rows: Iterable[dict[str, Any]]) -> str:

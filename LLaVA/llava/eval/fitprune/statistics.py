@@ -8,7 +8,6 @@ at any time, it goes on where it was and ends in the same sums.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from llava.eval.fitprune.observation import send
 from llava.eval.fitprune.samples import Sample, Samples, digest_of
 from llava.eval.fitprune.search import Walk, kept_by
-from llava.files import atomic_write
+from llava.files import atomic_write, cache_folder
 from llava.pruning.base import kept_count
 from llava.pruning.methods.fitprune import deletable, importance
 from llava.pruning.recipes import model_fingerprint
@@ -199,5 +198,4 @@ def _replace(file: Path, content: dict[str, Any]) -> None:
 
 def cache_root() -> Path:
     """``otprune/fitprune`` in the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base.expanduser().absolute() / "otprune" / "fitprune"
+    return cache_folder().absolute() / "fitprune"
