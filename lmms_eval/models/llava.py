@@ -392,8 +392,7 @@ class Llava(lmms):
         """Read a batch's pictures and tokenise its prompts; runs while the device works on the batch before."""
         rows = []
         for item in batch:
-            document = self.task_dict[item.question.task][item.question.split][item.question.doc_id]
-            rows.append(self._row(item.question, item.images_of(document)))
+            rows.append(self._row(item.question, self._images(item.question, item.images_of)))
         settings = GenerationSettings(**batch[0].question.settings)
         images = [image for row in rows for image in row.images]
         return _Prepared(rows, self._pixels(images, settings.for_preparing(config)))
@@ -413,10 +412,21 @@ class Llava(lmms):
                         answers[index] = answer
         return answers
 
-    def _row(self, question: Question, visuals: Sequence[Image.Image] | None) -> Row:
-        images = [image for image in visuals or () if image is not None]
-        if self._grey_pictures:
-            images = [Image.new("RGB", image.size, GREY) for image in images]
+    def _images(self, question: Question, images_of: Callable[[Any], list[Image.Image] | None]) -> list[Image.Image]:
+        """A document's images, decoded; what stops that is told with the document's place."""
+        try:
+            document = self.task_dict[question.task][question.split][question.doc_id]
+            images = [image for image in images_of(document) or () if image is not None]
+            for image in images:
+                image.load()
+        except Exception as error:
+            raise ValueError(
+                f"{question.task}, document {question.doc_id}: its images cannot be read "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            ) from error
+        return [Image.new("RGB", image.size, GREY) for image in images] if self._grey_pictures else images
+
+    def _row(self, question: Question, images: Sequence[Image.Image]) -> Row:
         prompt = self._conversation(question.prompt, len(images))
         try:
             return make_row(self.tokenizer, prompt, images)
@@ -474,10 +484,10 @@ class Llava(lmms):
     @torch.inference_mode()
     def _score(self, request: Instance) -> tuple[tuple[float, bool], list[ImageCount]]:
         context, target, images_of, doc_id, task, split = request.args
-        document = self.task_dict[task][split][doc_id]
-        answer = target if isinstance(target, str) else target(document)
         context = context[0] if isinstance(context, list) else context
-        row = self._row(Question(task, split, doc_id, 0, context, {}), images_of(document))
+        question = Question(task, split, doc_id, 0, context, {})
+        row = self._row(question, self._images(question, images_of))
+        answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
         whole = self._conversation(context, len(row.images), answer)
         input_ids = make_row(self.tokenizer, whole, row.images).input_ids
         continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)

@@ -197,6 +197,21 @@ class TestAnswers:
         with pytest.raises(ValueError, match="looks, document 0: the prompt has 2 <image> marks, but there are 1"):
             lm.generate_until(requests(documents=lm.task_dict["looks"]["test"]))
 
+    @pytest.mark.parametrize(
+        ("images_of", "reason"),
+        [
+            (lambda document: [Image.open(io.BytesIO(b"no image"))], "UnidentifiedImageError: cannot identify"),
+            (lambda document: [document["image"]], "KeyError: 'image'"),
+            (lambda document: ["image.png"], "AttributeError: 'str' object has no attribute 'load'"),
+        ],
+        ids=["no image", "missing", "path"],
+    )
+    def test_an_image_that_cannot_be_read_is_named_with_its_document(self, load, images_of, reason):
+        [asked] = requests()[3:4]
+        asked.arguments = (*asked.arguments[:2], images_of, *asked.arguments[3:])
+        with pytest.raises(ValueError, match=rf"looks, document 3: its images cannot be read \({reason}"):
+            load().generate_until([*requests()[:3], asked])
+
     def test_a_surplus_image_is_not_taken_for_the_next_row_s(self, load):
         surplus = [
             {"question": "<image>\nWhat?", "images": [picture(1), picture(2)]},
