@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lmms_eval_otprune_tasks
 import pytest
+from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.tasks.mmmu import utils as builtin_mmmu
 from lmms_eval.utils import load_yaml_config
@@ -41,6 +42,22 @@ class TestEmbedded:
         assert task.config.generation_kwargs.items() >= (builtin.get("generation_kwargs") or {}).items()
         assert isinstance(task.doc_to_text(document), str)
         assert all(image.mode == "RGB" for image in task.doc_to_visual(document))
+
+    def test_asks_chat_models_in_messages(self, name, monkeypatch):
+        # MMMU's own code switches this on for the whole process.
+        kept = builtin_mmmu.config["metadata"]
+        monkeypatch.setitem(kept, "interleaved_format", kept["interleaved_format"])
+        manager = TaskManager(include_defaults=False, include_path=str(FOLDER), model_name="qwen2_5_vl")
+        [task] = get_task_dict([name], manager, "chat").values()
+        assert isinstance(task, ConfigurableMessagesTask) and task.model_name == "qwen2_5_vl"
+        document = task.eval_docs[0]
+        metadata = {"task": name, "doc_id": 0, "repeats": 1, "split": task.config.test_split}
+        request = task.construct_requests(doc_id=0, ctx="", metadata=metadata)
+        _, messages_of, *_ = request.args
+        [turn] = messages_of(document)
+        shown = [part["url"] for part in turn["content"] if part["type"] == "image"]
+        assert [image.tobytes() for image in shown] == [image.tobytes() for image in task.doc_to_visual(document)]
+        assert any(part["type"] == "text" and part["text"] for part in turn["content"])
 
     def test_is_scored_without_opening_pictures(self, manager, name):
         features = load(manager, name).eval_docs_no_media.features
