@@ -29,3 +29,12 @@ def above_zero(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be a number > 0, not {text}")
     return value
+
+
+def text(argument: str) -> str:
+    """Text that was UTF-8: other bytes come from the system as lone surrogates, which no tokenizer takes."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be UTF-8, not {argument!a}") from None
+    return argument

@@ -105,6 +105,12 @@ def test_the_end_of_an_answer_is_marked_once(talk, capsys):
     assert made.calls[1]["input_ids"].tolist()[0].count(made.tokenizer.eos_token_id) == 1
 
 
+def test_what_is_not_utf_8_is_asked_for_again(talk, capsys):
+    made = talk("What is \udcff?", "What is it?")
+    assert made.code == 0 and len(made.calls) == 1
+    assert "that was not UTF-8: please type it again" in capsys.readouterr().out
+
+
 def test_a_mark_is_not_typed_and_the_conversation_goes_on(talk, capsys):
     made = talk("What about <image>?", "What is it?")
     assert made.code == 0 and len(made.calls) == 1

@@ -138,6 +138,13 @@ def write_cut(path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def test_a_question_that_is_not_utf_8_is_refused_before_anything_is_read(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_llava.main(["--image-file", "missing.png", "--query", "What is \udcff?"])
+    assert ended.value.code == 2
+    assert r"argument --query: must be UTF-8, not 'What is \udcff?'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [

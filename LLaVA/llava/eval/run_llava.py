@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llava.arguments import positive
+from llava.arguments import positive, text
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
@@ -133,7 +133,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-path", default=EMBEDDED_MODEL, help="folder or Hub id of the checkpoint")
     parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
     parser.add_argument("--image-file", required=True, help="paths or http(s) addresses, separated by --sep")
-    parser.add_argument("--query", required=True, help=f"the question; {IMAGE_PLACEHOLDER} says where an image goes")
+    where = f"{IMAGE_PLACEHOLDER} says where an image goes"
+    parser.add_argument("--query", required=True, type=text, help=f"the question; {where}")
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
     parser.add_argument("--sep", default=",", help="what separates the images")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")

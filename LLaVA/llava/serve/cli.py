@@ -90,9 +90,14 @@ def main(args: argparse.Namespace) -> None:
 
 def _ask(prompt: str) -> str:
     try:
-        return input(prompt)
+        question = input(prompt)
+        question.encode()
+        return question
     except EOFError:
         return ""
+    except UnicodeError:
+        print("that was not UTF-8: please type it again")
+        return _ask(prompt)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
