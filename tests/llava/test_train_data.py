@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.splice import assign_images
 from llava.model.tokenizer import load_tokenizer
 from llava.train import train
-from llava.train.data import Collator, read_entries, tokenize_conversation
+from llava.train.data import (
+    Collator,
+    ConversationDataset,
+    find_faults,
+    read_entries,
+    summary,
+    tokenize_conversation,
+)
 from weight_names import weight_names
 
 TURNS = [
@@ -69,9 +80,12 @@ def test_plain_is_the_image_and_its_caption(tokenizer):
     [
         ({"conversations": TURNS}, "1 <image> marks, but 0 images"),
         ({"image": ["a.png", "b.png"], "conversations": TURNS}, "1 <image> marks, but 2 images"),
+        ({"image": 5, "conversations": TURNS}, "'image' must be a file name or a list of them, got 5"),
+        ({"image": ["a.png", None], "conversations": TURNS}, "'image' must be a file name or a list of them"),
         ({"image": "a.png", "conversations": TURNS[:3]}, "last turn must be an answer"),
         ({"image": "a.png", "conversations": TURNS[1:3]}, "turn 0 must be"),
         ({"image": "a.png", "conversations": []}, "at least two turns"),
+        ({"image": "a.png", "conversations": [TURNS[0], {"from": "gpt", "value": " "}]}, "answer in turn 1 is empty"),
         ("text", "at least two turns"),
     ],
 )
@@ -79,9 +93,90 @@ def test_a_wrong_entry_is_named(tmp_path, entry, complaint):
     file = tmp_path / "data.json"
     file.write_text(json.dumps([{"image": "a.png", "conversations": TURNS}, entry]))
 
-    with pytest.raises(ValueError, match="entry 1") as error:
+    with pytest.raises(ValueError, match=r"1 of 2 entries of .* cannot be used:\n  entry 1: ") as error:
         read_entries(file)
     assert complaint in str(error.value)
+
+
+def test_images_that_are_not_there_and_captions_of_no_image_are_faults(tmp_path):
+    Image.new("RGB", (3, 3)).save(tmp_path / "good.png")
+    (tmp_path / "text.png").write_text("not an image")
+    caption = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A star."}]
+    names = ["good.png", "missing.png", "text.png", "."]
+    entries = [{"image": name, "conversations": caption} for name in names]
+    entries.append({"image": "good.png", "conversations": TURNS})
+
+    faults = find_faults(entries, "plain", tmp_path)
+
+    assert list(faults) == [1, 2, 3, 4]
+    said = ["missing.png does not exist", "text.png is not an image", "is a folder", "one image and its caption"]
+    assert all(part in faults[number] for number, part in enumerate(said, start=1))
+
+
+def test_a_long_summary_names_the_first_entries():
+    entries = [{"id": f"x{number}"} for number in range(25)]
+    lines = summary("data.json", entries, find_faults(entries)).splitlines()
+    assert len(lines) == 22 and lines[1].startswith("  entry 0 (id x0): ") and lines[-1] == "  and 5 more"
+
+
+def test_an_answer_beyond_the_kept_tokens_is_a_fault(tokenizer):
+    """At every length: a fault is what leaves no label, whether or not it had to be tokenised to see that."""
+    questions = ["<image>", "Ĉu " * 30 + "<image>", "word " * 300]
+    entries = [
+        {
+            "image": ["a.png"] * question.count("<image>"),
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}],
+        }
+        for question in questions
+    ]
+    labels = [tokenize_conversation(entry["conversations"], tokenizer, "v1")[1] for entry in entries]
+    for length in range(1, max(map(len, labels)) + 2, 5):
+        faults = find_faults(entries, "v1", None, tokenizer, length)
+        without = [number for number, row in enumerate(labels) if set(row[:length]) == {IGNORE_INDEX}]
+        assert list(faults) == without, length
+    assert "its first answer begins at token" in find_faults(entries, "v1", None, tokenizer, 40)[2]
+
+
+@pytest.fixture
+def dialogues(tmp_path):
+    """Three conversations about one image in each of several turns, or about none; each image has a grey of its own."""
+    entries, greys = [], []
+    for number, images in enumerate((3, 0, 2)):
+        names = [f"{number}_{place}.png" for place in range(images)]
+        own = [20 + 60 * number + 20 * place for place in range(images)]
+        for name, grey in zip(names, own, strict=True):
+            Image.new("RGB", (20, 30), (grey,) * 3).save(tmp_path / name)
+        turns = []
+        for _ in range(max(1, images)):
+            turns.append({"from": "human", "value": "<image> What is it?" if images else "What is it?"})
+            turns.append({"from": "gpt", "value": "It is grey."})
+        entries.append({"image": names, "conversations": turns})
+        greys.append(own)
+    return entries, greys
+
+
+def test_wherever_an_entry_is_cut_each_row_has_its_own_images(dialogues, golden_llava, tokenizer, tmp_path):
+    entries, greys = dialogues
+    processor = CLIPImageProcessorPil.from_pretrained(next((golden_llava / "openai").glob("*-56")))
+    config = SimpleNamespace(image_aspect_ratio="square")
+    longest = max(len(tokenize_conversation(entry["conversations"], tokenizer, "v1")[0]) for entry in entries)
+    counts = set()
+    for length in range(1, longest + 2, 2):
+        dataset = ConversationDataset(entries, tmp_path, tokenizer, processor, config, "v1", length)
+        batch = Collator(0, 56)([dataset[number] for number in range(3)])
+        marks = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in batch["input_ids"]]
+        for own, expected in zip(assign_images(marks, len(batch["images"])), greys, strict=True):
+            mean, std = processor.image_mean[0], processor.image_std[0]
+            seen = [round(float(batch["images"][image][0].mean() * std + mean) * 255) for image in own]
+            assert seen == expected[: len(own)], length
+        counts.add(tuple(marks))
+    assert counts == {(0, 0, 0), (1, 0, 1), (2, 0, 2), (3, 0, 2)}
+
+
+def test_a_row_with_an_image_too_many_is_refused():
+    row = {"input_ids": torch.tensor([1, 5]), "labels": torch.tensor([1, 5]), "images": [torch.ones(3, 4, 4)]}
+    with pytest.raises(ValueError, match="example 0 of the batch has 0 image marks, but 1 images"):
+        Collator(0, 4)([row | {"sizes": [(4, 4)]}])
 
 
 def test_rows_are_padded_and_every_row_brings_an_image():
@@ -248,3 +343,72 @@ def test_the_projector_is_trained_on_what_pruning_leaves(
         torch.load(tmp_path / name / "mm_projector.bin", weights_only=True) for name in ("unpruned", "pruned")
     )
     assert all(not torch.equal(weight, unpruned[name]) for name, weight in pruned.items())
+
+
+class TestFaultyEntries:
+    """Among six entries one is wrong, or its image is."""
+
+    @pytest.fixture
+    def finetune(self, run, golden_llava, tmp_path):
+        source = golden_llava / "checkpoints" / "llava-v1.5-tiny"
+        return lambda *options: run(
+            "--stage", "finetune", "--model", source, "--output", tmp_path / "llava-out", *options
+        )
+
+    def spoil(self, data, **changes):
+        entries = json.loads(data.read_text())
+        entries[3] |= changes
+        data.write_text(json.dumps(entries))
+
+    def steps(self, tmp_path):
+        return len((tmp_path / "llava-out" / "log.jsonl").read_text().splitlines())
+
+    @pytest.mark.parametrize("image", [5, "gone.png"])
+    def test_they_end_a_run_before_the_model_is_read(self, finetune, data, image, monkeypatch):
+        self.spoil(data, image=image)
+        monkeypatch.setattr(train, "load_trainable", lambda _: pytest.fail("the model is read"))
+        with pytest.raises(ValueError, match=r"1 of 6 entries .*\n  entry 3 \(id 3\): .*\n--faulty skip"):
+            finetune()
+
+    def test_or_are_skipped_when_asked(self, finetune, data, tmp_path, caplog):
+        self.spoil(data, image="gone.png")
+        assert finetune("--faulty", "skip") == 0
+        assert self.steps(tmp_path) == 3 and "gone.png does not exist" in caplog.text
+
+    def test_nothing_is_trained_on_faults_alone(self, finetune, data):
+        data.write_text(json.dumps([{"image": 5}]))
+        with pytest.raises(ValueError, match="1 of 1 entries"):
+            finetune("--faulty", "skip")
+
+    def test_a_damaged_image_is_named_when_it_is_read(self, finetune, data, tmp_path):
+        cut(tmp_path / "3.png")
+        with pytest.raises(ValueError, match=r"entry 3 \(id 3\): .*3.png is truncated"):
+            finetune()
+
+    def test_or_another_entry_stands_in_for_it(self, finetune, data, tmp_path, caplog):
+        cut(tmp_path / "3.png")
+        assert finetune("--faulty", "skip") == 0
+        assert self.steps(tmp_path) == 3 and "the next entry stands in for it" in caplog.text
+
+    def test_a_loss_that_is_no_number_names_its_entries(self, finetune, tmp_path):
+        order = train._order(6, 1, 0)[2:4]
+        names = ", ".join(f"entry {number} \\(id {number}\\)" for number in order)
+        with pytest.raises(FloatingPointError, match=f"the loss of step 1 is nan, on {names}"):
+            finetune("--learning-rate", "1e30")
+
+    @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_on_the_command_line_they_are_one_sentence(self, golden_llava, data, tmp_path, monkeypatch, workers):
+        cut(tmp_path / "3.png")
+        model = golden_llava / "checkpoints" / "llava-v1.5-tiny"
+        monkeypatch.chdir(golden_llava)
+        options = ["--stage", "finetune", "--model", model, "--data", data, "--images", tmp_path, "--output", tmp_path]
+        monkeypatch.setattr(sys, "argv", ["train", *map(str, options), "--workers", str(workers)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("llava.train.train", run_name="__main__")
+        assert ended.value.code.startswith("llava.train.train: entry 3 (id 3): ")
+        assert "\n" not in ended.value.code
+
+
+def cut(file) -> None:
+    file.write_bytes(file.read_bytes()[:60])

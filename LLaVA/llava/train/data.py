@@ -7,33 +7,48 @@ A file is a JSON list of entries ``{"id", "image", "conversations": [{"from": "h
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.mm_utils import load_rgb, process_images, tokenizer_image_token
+from llava.images import load_rgb, open_image
+from llava.mm_utils import process_images, tokenizer_image_token
 
-__all__ = ["TEMPLATES", "Collator", "ConversationDataset", "read_entries", "tokenize_conversation"]
+__all__ = [
+    "TEMPLATES",
+    "Collator",
+    "ConversationDataset",
+    "find_faults",
+    "read_entries",
+    "read_list",
+    "summary",
+    "tokenize_conversation",
+]
+
+logger = logging.getLogger(__name__)
 
 # What `--template` may name: the conversation template, and how its training labels are made.
 TEMPLATES = {"v1": "vicuna_v1", "plain": "plain"}
 SPEAKERS = ("human", "gpt")
+MOST_NAMED = 20
+"""Faulty entries that a summary names."""
 
 
-def read_entries(file: str | Path) -> list[dict[str, Any]]:
-    """The entries of a data file, checked.
+def read_list(file: str | Path) -> list[Any]:
+    """The entries of a data file, not checked.
 
     Raises
     ------
     OSError
         If the file cannot be read.
     ValueError
-        If it is not a JSON list of conversations; the message names the entry.
+        If it is not a JSON list.
     """
     try:
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -41,13 +56,77 @@ def read_entries(file: str | Path) -> list[dict[str, Any]]:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file} must hold a JSON list of at least one conversation")
+    return entries
+
+
+def read_entries(file: str | Path) -> list[dict[str, Any]]:
+    """The entries of a data file, checked but for their images and length.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    ValueError
+        If it is not a JSON list of conversations; the message names the entries.
+    """
+    entries = read_list(file)
+    faults = find_faults(entries)
+    if faults:
+        raise ValueError(summary(file, entries, faults))
+    return entries
+
+
+def find_faults(
+    entries: Sequence[Any],
+    template: str | None = None,
+    images: str | Path | None = None,
+    tokenizer=None,
+    max_length: int | None = None,
+) -> dict[int, str]:
+    """What is wrong with entries: number -> one sentence. Nothing is decoded and hardly anything tokenised.
+
+    Parameters
+    ----------
+    entries : sequence
+        As a data file holds them.
+    template : str, optional
+        What is wrong for one template alone, see `tokenize_conversation`.
+    images : str or Path, optional
+        The folder that image names are relative to: that each is there, and begins as an image does.
+    tokenizer, max_length
+        Given both, and a template: that an answer begins within ``max_length`` tokens.
+    """
+    faults, seen = {}, set()
     for number, entry in enumerate(entries):
         try:
             _check_entry(entry)
-        except ValueError as error:
-            name = entry.get("id", number) if isinstance(entry, dict) else number
-            raise ValueError(f"{file}, entry {number} (id {name}): {error}") from error
-    return entries
+            if template == "plain":
+                _check_plain(entry["conversations"])
+            if images is not None:
+                for name in set(_image_names(entry)) - seen:
+                    open_image(Path(images) / name).close()
+                    seen.add(name)
+            if tokenizer is not None and max_length is not None:
+                _check_length(entry["conversations"], tokenizer, template, max_length)
+        except (OSError, ValueError) as error:
+            faults[number] = str(error)
+    return faults
+
+
+def summary(file: str | Path, entries: Sequence[Any], faults: Mapping[int, str]) -> str:
+    """How many entries cannot be used, and what is wrong with the first of them, a line each."""
+    lines = [f"{len(faults)} of {len(entries)} entries of {file} cannot be used:"]
+    lines += [f"  {entry_name(entries, number)}: {fault}" for number, fault in list(faults.items())[:MOST_NAMED]]
+    if len(faults) > MOST_NAMED:
+        lines.append(f"  and {len(faults) - MOST_NAMED} more")
+    return "\n".join(lines)
+
+
+def entry_name(entries: Sequence[Any], number: int) -> str:
+    """What messages call an entry: its number in the file, from 0, and its id if it has one."""
+    entry = entries[number]
+    known = f" (id {entry['id']})" if isinstance(entry, dict) and "id" in entry else ""
+    return f"entry {number}{known}"
 
 
 def _check_entry(entry: Any) -> None:
@@ -60,12 +139,39 @@ def _check_entry(entry: Any) -> None:
             raise ValueError(f"turn {place} must be {{'from': '{speaker}', 'value': text}}, got {turn!r}")
     if len(turns) % 2:
         raise ValueError("the last turn must be an answer ('gpt')")
+    image = entry.get("image")
+    if not (image is None or isinstance(image, str) or (isinstance(image, list) and all(map(_is_name, image)))):
+        raise ValueError(f"'image' must be a file name or a list of them, got {image!r}")
     marks = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
     images = len(_image_names(entry))
     if marks != images:
         raise ValueError(f"{marks} {DEFAULT_IMAGE_TOKEN} marks, but {images} images")
-    if any(DEFAULT_IMAGE_TOKEN in turn["value"] for turn in turns[1::2]):
-        raise ValueError(f"an answer contains {DEFAULT_IMAGE_TOKEN}")
+    for place, turn in list(enumerate(turns))[1::2]:
+        if DEFAULT_IMAGE_TOKEN in turn["value"]:
+            raise ValueError(f"the answer in turn {place} contains {DEFAULT_IMAGE_TOKEN}")
+        if not turn["value"].strip():
+            raise ValueError(f"the answer in turn {place} is empty")
+
+
+def _check_plain(turns: Sequence[dict[str, str]]) -> None:
+    if len(turns) != 2 or turns[0]["value"].count(DEFAULT_IMAGE_TOKEN) != 1:
+        texts = [turn["value"] for turn in turns]
+        raise ValueError(f"the plain template takes one image and its caption, got {texts!r}")
+
+
+def _check_length(turns: Sequence[dict[str, str]], tokenizer, template: str, max_length: int) -> None:
+    asked, _ = next(iter(_spans(turns, template)))
+    # A token has a byte at least, and each stretch of text a few of its own: few conversations have to be tokenised.
+    if len(asked.encode()) + 4 * (1 + asked.count(DEFAULT_IMAGE_TOKEN)) < max_length:
+        return
+    _, labels = tokenize_conversation(turns, tokenizer, template)
+    if all(label == IGNORE_INDEX for label in labels[:max_length]):
+        first = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
+        raise ValueError(f"its first answer begins at token {first}, beyond the {max_length} that are kept")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _image_names(entry: dict[str, Any]) -> list[str]:
@@ -99,13 +205,7 @@ def tokenize_conversation(turns: Sequence[dict[str, str]], tokenizer, template: 
     """
     if template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}; got {template!r}")
-    texts = [turn["value"] for turn in turns]
-    if template == "plain":
-        if len(texts) != 2 or texts[0].count(DEFAULT_IMAGE_TOKEN) != 1:
-            raise ValueError(f"the plain template takes one image and its caption, got {texts!r}")
-        spans = [(DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN + texts[1] + conv_templates["plain"].sep)]
-    else:
-        spans = _v1_spans([_image_first(text) if place % 2 == 0 else text for place, text in enumerate(texts)])
+    spans = list(_spans(turns, template))
     input_ids = tokenizer_image_token(spans[-1][1], tokenizer)
     labels = [IGNORE_INDEX] * len(input_ids)
     for asked, answered in spans:
@@ -115,17 +215,20 @@ def tokenize_conversation(turns: Sequence[dict[str, str]], tokenizer, template: 
     return input_ids, labels
 
 
-def _v1_spans(texts: list[str]) -> list[tuple[str, str]]:
-    """For every answer the whole text in front of it, and the same with the answer."""
-    conversation = conv_templates[TEMPLATES["v1"]].copy()
-    spans = []
+def _spans(turns: Sequence[dict[str, str]], template: str) -> Iterator[tuple[str, str]]:
+    """For every answer the whole text before it, and the same with the answer."""
+    texts = [turn["value"] for turn in turns]
+    if template == "plain":
+        _check_plain(turns)
+        yield DEFAULT_IMAGE_TOKEN, DEFAULT_IMAGE_TOKEN + texts[1] + conv_templates["plain"].sep
+        return
+    conversation = conv_templates[TEMPLATES[template]].copy()
     for question, answer in zip(texts[::2], texts[1::2], strict=True):
-        conversation.append_message(conversation.roles[0], question)
+        conversation.append_message(conversation.roles[0], _image_first(question))
         conversation.append_message(conversation.roles[1], None)
         asked = conversation.get_prompt()
         conversation.messages[-1][-1] = answer
-        spans.append((asked, conversation.get_prompt()))
-    return spans
+        yield asked, conversation.get_prompt()
 
 
 def _image_first(text: str) -> str:
@@ -156,7 +259,10 @@ class ConversationDataset(Dataset):
     template : str
         See `tokenize_conversation`.
     max_length : int, optional
-        Cut off tokens behind this many.
+        Cut off tokens after this many, and with a mark its image.
+    skip : container of int, optional
+        Entries that are not asked for because something is wrong with them. Given, one whose image turns out to be
+        damaged is skipped, too: the next one stands in for it, with a warning. Default: a damaged image is an error.
     """
 
     def __init__(
@@ -168,25 +274,42 @@ class ConversationDataset(Dataset):
         config,
         template: str = "v1",
         max_length: int | None = None,
+        skip: Container[int] | None = None,
     ):
         self.entries, self.images = entries, Path(images)
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
-        self.template, self.max_length = template, max_length
+        self.template, self.max_length, self.skip = template, max_length, skip
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """``input_ids``, ``labels`` (T,); ``images``, a list of float32 tensors; ``sizes``, their (width, height)."""
-        entry = self.entries[number]
+        usable = (
+            other % len(self.entries)
+            for other in range(number, number + len(self.entries))
+            if other == number or other % len(self.entries) not in self.skip
+        )
+        for place in usable:
+            try:
+                return self._example(self.entries[place])
+            except (OSError, ValueError) as error:
+                fault = f"{entry_name(self.entries, place)}: {error}"
+                if self.skip is None:
+                    raise ValueError(fault) from error
+                logger.warning("%s; the next entry stands in for it", fault)
+        raise ValueError("none of the entries can be read")
+
+    def _example(self, entry: dict[str, Any]) -> dict[str, Any]:
         input_ids, labels = tokenize_conversation(entry["conversations"], self.tokenizer, self.template)
-        pictures = [load_rgb(self.images / name) for name in _image_names(entry)]
-        pixels = list(process_images(pictures, self.image_processor, self.config)) if pictures else []
+        input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
+        # An image whose mark was cut off would be taken for the next row's.
+        images = [load_rgb(self.images / name) for name in _image_names(entry)[: input_ids.count(IMAGE_TOKEN_INDEX)]]
         return {
-            "input_ids": torch.tensor(input_ids[: self.max_length]),
-            "labels": torch.tensor(labels[: self.max_length]),
-            "images": pixels,
-            "sizes": [picture.size for picture in pictures],
+            "input_ids": torch.tensor(input_ids),
+            "labels": torch.tensor(labels),
+            "images": list(process_images(images, self.image_processor, self.config)) if images else [],
+            "sizes": [image.size for image in images],
         }
 
 
@@ -204,7 +327,17 @@ class Collator:
         self.pad_token_id, self.image_size = pad_token_id, image_size
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``input_ids``, ``labels``, ``attention_mask`` (B, T); ``images``, ``image_sizes`` as the model takes them."""
+        """``input_ids``, ``labels``, ``attention_mask`` (B, T); ``images``, ``image_sizes`` as the model takes them.
+
+        Raises
+        ------
+        ValueError
+            If an example has another number of images than of marks: the rows after it would see its images.
+        """
+        for place, example in enumerate(examples):
+            marks, images = int((example["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(example["images"])
+            if marks != images:
+                raise ValueError(f"example {place} of the batch has {marks} image marks, but {images} images")
         blank = torch.zeros(3, self.image_size, self.image_size)
         ids, labels = [e["input_ids"] for e in examples], [e["labels"] for e in examples]
         images = [image for e in examples for image in (e["images"] or [blank])]

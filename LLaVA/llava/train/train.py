@@ -3,8 +3,10 @@
 ``pretrain`` trains the projector alone (on captions, template ``plain``) and writes ``mm_projector.bin`` and
 ``config.json``. ``finetune`` trains projector and language model, or with ``--lora-rank`` adapters on it, and writes
 a full checkpoint folder, or ``adapter_model.safetensors`` and ``non_lora_trainables.bin``. `load_pretrained_model`
-reads all three. The vision tower stays frozen. With ``BASELINE`` set the model is trained on the tokens that pruning
-keeps; the choice itself has no gradient. Start it with ``accelerate launch -m llava.train.train ...`` on several GPUs.
+reads all three. The vision tower stays frozen. The data are checked before the model is read: what cannot be used is
+named and ends the run, or is left out with ``--faulty skip``. With ``BASELINE`` set the model is trained on the tokens
+that pruning keeps; the choice itself has no gradient. Start it with ``accelerate launch -m llava.train.train ...`` on
+several GPUs.
 """
 
 from __future__ import annotations
@@ -16,24 +18,37 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from llava.arguments import positive
 from llava.files import atomic_write
 from llava.model.builder import announce_pruning, load_pretrained_model
 from llava.model.checkpoint import read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
 from llava.model.tokenizer import load_tokenizer
-from llava.train.data import TEMPLATES, Collator, ConversationDataset, read_entries
+from llava.train.data import (
+    TEMPLATES,
+    Collator,
+    ConversationDataset,
+    entry_name,
+    find_faults,
+    read_list,
+    summary,
+)
 
 __all__ = ["learning_rate_factor", "load_trainable", "main"]
+
+logger = get_logger(__name__)
 
 STATE = "training_state.pt"
 # The layers of a decoder that get adapters; the tower's projections only share some of these names.
@@ -195,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
     add("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
     add("--lora-alpha", type=float, help="default: twice the rank")
-    add("--max-length", type=int, default=2048, help="tokens of text a conversation")
+    add("--max-length", type=positive, default=2048, help="tokens of text a conversation")
+    add("--faulty", choices=("stop", "skip"), default="stop", help="what to do where entries of --data cannot be used")
     add("--bf16", action="store_true", help="bfloat16 arithmetic; weights stay float32")
     add("--gradient-checkpointing", action="store_true")
     add("--save-steps", type=int, default=500, help="how often the state for --resume is written")
@@ -214,6 +230,21 @@ def _fill_defaults(arguments: argparse.Namespace) -> None:
         arguments.learning_rate = 1e-3 if pretrain else 2e-4 if arguments.lora_rank else 2e-5
 
 
+def _checked_entries(arguments: argparse.Namespace) -> tuple[list[Any], dict[int, str]]:
+    """What ``--data`` holds, and what is wrong with which entries: a `ValueError` unless these can be skipped."""
+    entries = read_list(arguments.data)
+    tokenizer = load_tokenizer(arguments.model)
+    faults = find_faults(entries, arguments.template, arguments.images, tokenizer, arguments.max_length)
+    if faults:
+        said = summary(arguments.data, entries, faults)
+        if arguments.faulty == "stop":
+            raise ValueError(f"{said}\n--faulty skip trains on the others")
+        if len(faults) == len(entries):
+            raise ValueError(said)
+        logger.warning("%s", said)
+    return entries, faults
+
+
 def main(argv: list[str] | None = None) -> int:
     """Train; returns 0, or 3 when ``--stop-after`` came first."""
     parser = _parser()
@@ -223,11 +254,11 @@ def main(argv: list[str] | None = None) -> int:
     if (folder / STATE).exists() and not arguments.resume:
         parser.error(f"{folder} holds an unfinished run: give --resume, or another --output")
     folder.mkdir(parents=True, exist_ok=True)
-    entries = read_entries(arguments.data)
     set_seed(arguments.seed)
     accelerator = Accelerator(
         mixed_precision="bf16" if arguments.bf16 else "no", gradient_accumulation_steps=arguments.accumulate
     )
+    entries, faults = _checked_entries(arguments)
     model, tokenizer, processor = load_trainable(arguments)
     inner = _inner(model)
     if arguments.gradient_checkpointing:
@@ -237,10 +268,18 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
 
     dataset = ConversationDataset(
-        entries, arguments.images, tokenizer, processor, model.config, arguments.template, arguments.max_length
+        entries,
+        arguments.images,
+        tokenizer,
+        processor,
+        model.config,
+        arguments.template,
+        arguments.max_length,
+        skip=faults if arguments.faulty == "skip" else None,
     )
     per_step = arguments.batch_size * arguments.accumulate * accelerator.num_processes
-    order = _order(len(entries), arguments.epochs, arguments.seed)
+    usable = [number for number in range(len(entries)) if number not in faults]
+    order = [usable[place] for place in _order(len(usable), arguments.epochs, arguments.seed)]
     steps = math.ceil(len(order) / per_step)
     first = _load_state(folder, model, optimizer) if (folder / STATE).exists() else 0
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -254,13 +293,17 @@ def main(argv: list[str] | None = None) -> int:
     model.train()
     step = first
     bar = tqdm(total=steps, initial=first, desc=arguments.stage, disable=not accelerator.is_main_process)
-    for batch in loader:
+    for number, batch in enumerate(loader):
         for group in optimizer.param_groups:
             group["lr"] = arguments.learning_rate * learning_rate_factor(step, steps, arguments.warmup)
         with accelerator.accumulate(model):
             loss = model(**batch, use_cache=False).loss
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
+                # Processes take batches in turn.
+                place = number * accelerator.num_processes + accelerator.process_index
+                start = first * per_step + place * arguments.batch_size
+                names = [entry_name(entries, entry) for entry in order[start : start + arguments.batch_size]]
+                raise FloatingPointError(f"the loss of step {step} is {loss.item()}, on {', '.join(names)}")
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(trained, arguments.clip)
@@ -292,4 +335,8 @@ def _log(folder: Path, step: int, loss: float, rate: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
+        # That of a process that reads images comes with its traceback in front.
+        sys.exit(f"llava.train.train: {str(error).rpartition('ValueError: ')[2].strip()}")
