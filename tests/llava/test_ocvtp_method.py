@@ -313,6 +313,7 @@ def test_switched_off_they_mean_nothing():
         ({"OCL_ENABLE": "1", "OCVTP_TOP_K": "1"}, "OCVTP_TOP_K=1 is set beside OCL_ENABLE=1"),
         ({"OCL_ENABLE": "1", "OCL_MODE": "merging"}, "OCL_MODE=merging: must be pruning"),
         ({"OCL_ENABLE": "1", "OCL_TOPK": "0"}, "OCL_TOPK=0: must be a whole number >= 1"),
+        ({"OCL_ENABLE": "1", "OCL_TOPK": "1_0"}, "OCL_TOPK=1_0: must be a whole number >= 1"),
         ({"OCL_ENABLE": "1", "OCL_TARGET_NUM": "all"}, "OCL_TARGET_NUM=all: must be a whole number >= 1"),
         ({"OCL_ENABLE": "1", "OCL_PAD_MODE": "zero"}, "OCL_PAD_MODE=zero: must be att_score or random or none"),
         ({"OCL_ENABLE": "1", "OCL_LAYER_IDX": "-3"}, "OCL_LAYER_IDX=-3: must be a layer"),

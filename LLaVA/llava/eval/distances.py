@@ -27,6 +27,7 @@ from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import ENCODER_NEEDS, content_key
+from llava.runtime import print_everything
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -221,4 +222,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

@@ -21,6 +21,7 @@ from llava.eval.results.rows import Row
 from llava.eval.results.runs import missing_tasks, unfinished
 from llava.eval.table import add_arguments, build_table, load_runs
 from llava.files import check_writable
+from llava.runtime import print_everything
 
 FROM_SCORES = {"ratios": draw_ratios, "gamma": draw_gamma, "time": draw_time}
 FROM_DISTANCES = {
@@ -170,4 +171,5 @@ def _rows(found: argparse.Namespace) -> Sequence[Row]:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

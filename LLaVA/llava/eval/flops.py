@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from llava.files import check_writable, write_json
+from llava.runtime import print_everything
 
 if TYPE_CHECKING:
     from llava.pruning import PruningConfig
@@ -604,4 +605,5 @@ def _ranges(tokens: Sequence[int]) -> str:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

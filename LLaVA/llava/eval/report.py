@@ -33,6 +33,7 @@ from llava.eval.token_page import SCRIPT, STYLE, data_uri, selection_html
 from llava.files import atomic_write, check_writable
 from llava.mm_utils import load_image
 from llava.pruning import PruningConfig
+from llava.runtime import print_everything
 
 TEMPLATE = "report.html.jinja"
 MOST_MAPS = 6
@@ -259,4 +260,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

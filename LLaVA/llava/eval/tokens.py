@@ -26,6 +26,7 @@ from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import content_key
 from llava.pruning.config import options_from_env
 from llava.pruning.registry import resolve_name
+from llava.runtime import print_everything
 
 DIMMED = 0.22
 WIDTH, TITLE = 4.2, 0.3
@@ -191,6 +192,7 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
+    print_everything()
     try:
         main()
     except (OSError, ValueError) as error:

@@ -28,6 +28,7 @@ from PIL import Image
 from llava.files import cache_folder, read_json, write_json
 from llava.mini.benchmarks import BUILDERS, Table
 from llava.mini.scenes import WORLD_VERSION
+from llava.runtime import print_everything
 
 __all__ = ["TASKS", "VERSION", "MiniTask", "default_root", "prepare", "table_hash"]
 
@@ -288,4 +289,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    print_everything()
     main()

@@ -34,7 +34,7 @@ from llava.mini.packing import Mixture, PackedScenes, collate
 from llava.mini.tower import TowerScenes, TowerTask
 from llava.mini.vocabulary import build_tokenizer
 from llava.model.tokenizer import load_tokenizer
-from llava.runtime import forget_place
+from llava.runtime import forget_place, print_everything
 
 __all__ = ["CONFIG", "STAGES", "main", "read_config", "train"]
 
@@ -308,4 +308,5 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava.pruning import available_methods
 from llava.pruning.registry import common_options
+from llava.runtime import print_everything
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,4 +31,5 @@ def _default(value: Any) -> str:
 
 
 if __name__ == "__main__":
+    print_everything()
     main()

@@ -17,6 +17,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
 from llava.model.builder import EMBEDDED_MODEL, load_pretrained_model
+from llava.runtime import print_everything
 from llava.utils import disable_torch_init
 
 
@@ -140,4 +141,5 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(run())

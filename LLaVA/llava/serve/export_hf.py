@@ -22,6 +22,7 @@ from llava.conversation import Conversation, SeparatorStyle, choose_conv_mode, c
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import SPACE
+from llava.runtime import print_everything
 
 TEXT = (
     "{%- set text -%}{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
@@ -235,4 +236,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

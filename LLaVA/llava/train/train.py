@@ -36,6 +36,7 @@ from llava.model.checkpoint import read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
 from llava.model.tokenizer import load_tokenizer
+from llava.runtime import print_everything
 from llava.train.data import (
     TEMPLATES,
     Collator,
@@ -335,6 +336,7 @@ def _log(folder: Path, step: int, loss: float, rate: float) -> None:
 
 
 if __name__ == "__main__":
+    print_everything()
     try:
         sys.exit(main())
     except (OSError, ValueError, ImportError, FloatingPointError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from llava.eval.fitprune.sources import MINI
 from llava.files import atomic_write, check_writable
 from llava.pruning.recipes import SHIPPED_MODEL, describe, known_recipes, read_recipe
+from llava.runtime import print_everything
 
 SAMPLES = 655
 """A thousandth of LLaVA's instruction data, as published."""
@@ -167,4 +168,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

@@ -16,6 +16,7 @@ from llava.eval.latency import pope, prefill, select, suite
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import RANDOM, load
 from llava.eval.latency.report import Report, markdown, mebibytes, milliseconds
+from llava.runtime import print_everything
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -218,4 +219,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

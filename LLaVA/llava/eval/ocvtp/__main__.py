@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llava.arguments import above_zero, positive, whole
+from llava.runtime import print_everything
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,4 +164,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())

@@ -66,13 +66,9 @@ def _text(name: str, text: str) -> str:
 
 
 def _whole(name: str, text: str) -> str:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
         raise ValueError(f"{name}={text}: must be a whole number >= 1")
-    return str(value)
+    return str(int(text))
 
 
 def _layer(name: str, text: str) -> str:
