@@ -460,7 +460,7 @@ def _ovis2(attention: str) -> TinyModel:
         vision_config=tower | {"num_visual_indicator_tokens": 5},
         text_config=tf.Qwen2Config(**_text()),
         image_token_id=IMAGE,
-        visual_indicator_token_ids=[92, 93, 94, 95, 96],
+        visual_indicator_token_ids=[START, END, BREAK, SEPARATOR, VIDEO],
         hidden_size=32,
     )
     model = _built(tf.Ovis2ForConditionalGeneration, config, attention)

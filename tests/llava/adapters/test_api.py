@@ -72,8 +72,10 @@ def test_what_cannot_work_is_refused_and_changes_nothing(name, method, options, 
 
 
 def test_another_kind_of_model_is_refused():
-    with pytest.raises(ValueError, match=r"not available for 'Linear'.*qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"'Linear' models cannot be pruned: .*qwen2_5_vl"):
         prune(torch.nn.Linear(1, 1), "otprune", ratio=0.1)
+    with pytest.raises(ValueError, match="LlavaModel has no language-model head"):
+        prune(tiny("llava").model.model, "otprune", ratio=0.1)
 
 
 def test_a_further_turn_through_generate_is_refused():

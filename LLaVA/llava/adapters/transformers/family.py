@@ -203,7 +203,7 @@ FAMILIES: dict[str, Family] = {
     "llava_next": Family("entry", anyres, repacked),
     "llava_onevision": Family("entry", anyres, repacked),
     "mistral3": Family("entry", stated_size, packed),
-    "ovis2": Family(),
+    "ovis2": Family(layouts=square),
     "paligemma": Family("entry", square, patches, first_position=1),
     "qwen2_5_vl": Family("entry", grid_thw, windowed),
     "qwen2_vl": Family("entry", grid_thw, merged),
@@ -214,6 +214,36 @@ FAMILIES: dict[str, Family] = {
     "vipllava": Family("entry", square, patches),
 }
 """By ``model.config.model_type``."""
+
+
+IMPOSSIBLE = {
+    "blip-2": "a Q-Former has made 32 tokens of an image already",
+    "chameleon": "its images are discrete tokens of the vocabulary",
+    "emu3": "its images are discrete tokens of the vocabulary",
+    "fuyu": "its decoder reads the encoder's last hidden state, not the features that are handed over",
+    "granite4_vision": "its features enter the decoder at several layers, and zeros stand in the prompt",
+    "instructblip": "a Q-Former has made 32 tokens of an image already",
+    "instructblipvideo": "a Q-Former has made 32 tokens of an image already",
+    "llama4": "its decoder reads the encoder's last hidden state, not the features that are handed over",
+    "mllama": "its images are read by cross-attention and stand nowhere in the prompt",
+}
+"""Families that this way of pruning cannot serve, and why."""
+
+
+def why_not(model_type: str, takes_encoded_images: bool) -> str | None:
+    """Why a family cannot be pruned; None if it can.
+
+    Parameters
+    ----------
+    model_type : str
+    takes_encoded_images : bool
+        Whether its ``forward`` has an argument ``mm_encoder_outputs``.
+    """
+    if not takes_encoded_images:
+        return IMPOSSIBLE.get(model_type, "it does not take encoded images apart from pixels (mm_encoder_outputs)")
+    if model_type in FAMILIES:
+        return None
+    return IMPOSSIBLE.get(model_type, "nobody has tried it: docs/models.md says how to add a family")
 
 
 def register_family(model_type: str, family: Family) -> None:

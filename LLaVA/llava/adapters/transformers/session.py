@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llava.adapters.transformers.encoder import EncoderView, Signals
-from llava.adapters.transformers.family import FAMILIES, Family
+from llava.adapters.transformers.family import FAMILIES, Family, why_not
 from llava.adapters.transformers.images import Encoding, PromptImage
 from llava.adapters.transformers.inputs import TOKEN_TYPES, KeptColumns, KeptPrompt, cache_of, kept_features
 from llava.constants import IGNORE_INDEX
@@ -317,10 +317,13 @@ class Session:
 
 def _family(model: nn.Module) -> Family:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind not in FAMILIES:
-        raise ValueError(f"pruning is not available for {kind!r} models; it is for {', '.join(sorted(FAMILIES))}")
-    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"pruning {type(model).__name__} needs transformers >= 5.18 and its language-model head")
+    reason = why_not(kind, "mm_encoder_outputs" in inspect.signature(model.forward).parameters)
+    if kind in FAMILIES and reason is not None:
+        raise ValueError("pruning models of transformers needs transformers >= 5.18")
+    if kind in FAMILIES and not hasattr(model, "generate"):
+        raise ValueError(f"{type(model).__name__} has no language-model head: prune the model that generates")
+    if reason is not None:
+        raise ValueError(f"{kind!r} models cannot be pruned: {reason}. Supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind]
 
 
