@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
+from llava.model.multimodal_encoder.observations import encoder_outputs
 from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
-from llava.pruning import pruning
+from llava.pruning import PruningConfig, pruning
 from tiny_llava import build, pad_rows, pixels, prompt, save_tower
 
 KINDS = ["memory", "files"]
@@ -137,6 +138,10 @@ def model(tower):
     return model
 
 
+def pruner_of(method: str, **options):
+    return PruningConfig(method, 0.3, options=options).build_pruner()
+
+
 def answers(model, rows, images):
     ids, mask = pad_rows(rows)
     return model.generate(ids, images=images, attention_mask=mask, max_new_tokens=4, do_sample=False).tolist()
@@ -182,6 +187,20 @@ def test_answers_are_the_same_and_all_methods_share_an_image(model, make_cache):
     assert model.encoded == 2 * 6
     model.visual_cache = make_cache(10**7)
     assert ask_all() == plain and (model.encoded == 2 * 6) == isinstance(model.visual_cache, VisualStore)
+
+
+def test_what_later_methods_want_is_remembered_with_the_first(model, make_cache):
+    later = [pruner_of("visionzip"), pruner_of("hiprune", object_layer=1), pruner_of("hiprune", object_layer=2)]
+    model.visual_cache = make_cache(10**7)
+    model.visual_cache.expected = tuple(
+        output for pruner in later for outputs in encoder_outputs(pruner).values() for output in outputs
+    )
+    model.encoded = 0
+    ask(model)
+    for switch in ({"method": "visionzip"}, {"method": "hiprune", "object_layer": 2}):
+        with pruning(model, ratio=0.3, **switch):
+            ask(model)
+    assert model.encoded == 2
 
 
 def test_crops_of_anyres_images_are_remembered(tower, make_cache):

@@ -22,9 +22,10 @@ from llava.constants import (
 )
 from llava.model.checkpoint import read_tensors
 from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.observations import Output, encoder_outputs
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import assign_images, embed, lay_out, original_positions, stack
-from llava.model.visual_cache import Span, VisualCache
+from llava.model.visual_cache import FEATURES, Span, VisualCache
 from llava.model.visual_sequence import (
     ImageTokens,
     PromptFacts,
@@ -35,7 +36,7 @@ from llava.model.visual_sequence import (
     reduce_images,
 )
 from llava.model.visual_sequence import unpad_image as unpad_image
-from llava.pruning.base import ENCODER_NEEDS, INSIDE, Pruner, VisualTokens, content_key, kept_count
+from llava.pruning.base import INSIDE, Pruner, VisualTokens, content_key, kept_count
 from llava.pruning.config import PruningConfig
 from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM, fused, gram
 from llava.pruning.schedule import kept_after_attention, kept_per_layer
@@ -437,30 +438,25 @@ class LlavaMetaForCausalLM:
 
     def _encode_and_observe(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`encode_images`, and what the active pruner asks of the vision encoder: (B, N, D), {name: (B, N, ...)}."""
-        pruner, tower = self._pruner, self.get_vision_tower()
-        needs = pruner.needs if pruner is not None else frozenset()
-        wanted = needs & ENCODER_NEEDS
-        if "text_similarity" in needs:
-            wanted |= {"encoder_features"}
+        tower, needs = self.get_vision_tower(), encoder_outputs(self._pruner)
+        wanted = dict.fromkeys(output for outputs in needs.values() for output in outputs)
+        cache = None if torch.is_grad_enabled() else self.visual_cache
 
-        def encode(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-            if not wanted:
-                return {"features": tower(pixels)}
-            features, notes = tower.observe(pixels, wanted, pruner.encoder_layers, pruner.feature_layer)
-            return {"features": features, **{self._output_name(name): note for name, note in notes.items()}}
+        def encode(pixels: torch.Tensor) -> dict[Output, torch.Tensor]:
+            every = wanted if cache is None else wanted | dict.fromkeys(cache.expected)
+            if not every:
+                return {FEATURES: tower(pixels)}
+            features, outputs = tower.observe(pixels, every)
+            return {FEATURES: features, **outputs}
 
-        names = {name: self._output_name(name) for name in sorted(wanted)}
-        if self.visual_cache is None or torch.is_grad_enabled():
-            outputs = encode(images)
-        else:
-            outputs = self.visual_cache.outputs(images, ("features", *names.values()), encode)
-        return self._project(outputs["features"]), {name: outputs[full] for name, full in names.items()}
-
-    def _output_name(self, need: str) -> str:
-        """What an output of the vision tower is remembered as: of some, the pruner says which layer's they are."""
-        if need == "received_attention":
-            return f"{need} of {self._pruner.encoder_layers}"
-        return f"{need} of {self._pruner.feature_layer}" if need == "layer_features" else need
+        found = encode(images) if cache is None else cache.outputs(images, (FEATURES, *wanted), encode)
+        notes = {
+            need: torch.stack([found[output] for output in outputs], -1)
+            if need == "received_attention"
+            else found[outputs[0]]
+            for need, outputs in needs.items()
+        }
+        return self._project(found[FEATURES]), notes
 
     def visual_tokens(self, images, image_sizes=None) -> list[torch.Tensor]:
         """Every image's visual tokens (N_i, D), as an unpruned model would see them; see `image_tokens`."""

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from llava.pruning.base import content_key
 
+FEATURES = ("features", None)
+"""What the tower is there for; the other outputs are `Output`s that pruners ask for."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _logger = logging.getLogger(__name__)
 
@@ -93,6 +95,8 @@ class VisualCache:
         Images (or crops) that were there, and that had to be encoded.
     nbytes : int
         What is remembered now.
+    expected : tuple of Output
+        What later calls are going to want as well: it is remembered when an image is encoded anyway.
 
     Raises
     ------
@@ -105,7 +109,8 @@ class VisualCache:
             raise ValueError(f"a cache of visual tokens cannot hold {max_bytes} bytes")
         self.max_bytes = max_bytes
         self.hits = self.misses = self.nbytes = 0
-        self._entries: OrderedDict[Hashable, dict[str, torch.Tensor]] = OrderedDict()
+        self.expected: tuple[Hashable, ...] = ()
+        self._entries: OrderedDict[Hashable, dict[Hashable, torch.Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -113,26 +118,26 @@ class VisualCache:
     def outputs(
         self,
         images: torch.Tensor,
-        names: Sequence[str],
-        encode: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
-    ) -> dict[str, torch.Tensor]:
+        names: Sequence[Hashable],
+        encode: Callable[[torch.Tensor], Mapping[Hashable, torch.Tensor]],
+    ) -> dict[Hashable, torch.Tensor]:
         """The encoder's outputs for a batch; only images that are not known with all of them are encoded.
 
         Parameters
         ----------
         images : Tensor (B, 3, H, W)
-        names : sequence of str
+        names : sequence
             Outputs that are wanted. A name stands for all that an output depends on besides image and tower.
         encode : callable
-            Pixels (b, 3, H, W) -> at least those outputs, (b, N, ...) each.
+            Pixels (b, 3, H, W) -> at least those outputs, (b, N, ...) each; all that it gives is remembered.
 
         Returns
         -------
-        dict of str to Tensor (B, N, ...)
+        dict of name to Tensor (B, N, ...)
         """
         shape_and_type = (*images.shape[1:], str(images.dtype))
         keys = [(digest, *shape_and_type) for digest in content_digests(list(images))]
-        found: dict[Hashable, Mapping[str, torch.Tensor] | None] = {}
+        found: dict[Hashable, Mapping[Hashable, torch.Tensor] | None] = {}
         for key in keys:
             if key not in found:
                 found[key] = self.get(key, names)
@@ -144,13 +149,13 @@ class VisualCache:
             # An index would be brought to the GPU first.
             fresh = encode(images if len(missing) == len(keys) else torch.stack([images[i] for i in chosen]))
             for row, key in enumerate(missing):
-                found[key] = {name: fresh[name][row] for name in names}
+                found[key] = {name: values[row] for name, values in fresh.items()}
                 self.put(key, found[key])
             if len(missing) == len(keys):
                 return {name: fresh[name] for name in names}
         return {name: torch.stack([found[key][name] for key in keys]) for name in names}
 
-    def get(self, key: Hashable, names: Sequence[str]) -> Mapping[str, torch.Tensor] | None:
+    def get(self, key: Hashable, names: Sequence[Hashable]) -> Mapping[Hashable, torch.Tensor] | None:
         """An image's outputs, if all of ``names`` are remembered."""
         entry = self._entries.get(key)
         if entry is None or not entry.keys() >= set(names):
@@ -158,7 +163,7 @@ class VisualCache:
         self._entries.move_to_end(key)
         return entry
 
-    def put(self, key: Hashable, outputs: Mapping[str, torch.Tensor]) -> None:
+    def put(self, key: Hashable, outputs: Mapping[Hashable, torch.Tensor]) -> None:
         """Remember an image's outputs beside those that are, and forget others where there is no room."""
         # A row of a batch would keep the whole batch alive.
         entry = self._forget(key) | {name: values.detach().clone() for name, values in outputs.items()}
@@ -175,13 +180,13 @@ class VisualCache:
         self._entries.clear()
         self.nbytes = 0
 
-    def _forget(self, key: Hashable) -> dict[str, torch.Tensor]:
+    def _forget(self, key: Hashable) -> dict[Hashable, torch.Tensor]:
         entry = self._entries.pop(key, {})
         self.nbytes -= _nbytes(entry)
         return entry
 
 
-def _nbytes(entry: Mapping[str, torch.Tensor]) -> int:
+def _nbytes(entry: Mapping[Hashable, torch.Tensor]) -> int:
     return sum(values.nbytes for values in entry.values())
 
 
@@ -206,13 +211,13 @@ class VisualStore(VisualCache):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._device, self._full = folder, torch.device(device), False
 
-    def get(self, key: Hashable, names: Sequence[str]) -> Mapping[str, torch.Tensor] | None:
+    def get(self, key: Hashable, names: Sequence[Hashable]) -> Mapping[Hashable, torch.Tensor] | None:
         try:
             return {name: self._read(self._path(key, name)) for name in names}
         except (OSError, SafetensorError):
             return None
 
-    def put(self, key: Hashable, outputs: Mapping[str, torch.Tensor]) -> None:
+    def put(self, key: Hashable, outputs: Mapping[Hashable, torch.Tensor]) -> None:
         """Write an image's outputs, each whole or not at all; does nothing once there is no room."""
         try:
             for name, values in outputs.items():
@@ -223,7 +228,7 @@ class VisualStore(VisualCache):
             self._full = True
             _logger.warning("encoded images are not stored any more: %s", error)
 
-    def _path(self, key: Hashable, name: str) -> Path:
+    def _path(self, key: Hashable, name: Hashable) -> Path:
         file = hashlib.sha256(repr((key, name)).encode()).hexdigest()[:32]
         return self._folder / file[:2] / f"{file}.safetensors"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.model.checkpoint import first_line, refuse_lfs_notes
-from llava.model.multimodal_encoder.observations import EncoderObserver
+from llava.model.multimodal_encoder.observations import EncoderObserver, Output
 
 
 class PublishedNames(nn.Module):
@@ -131,15 +131,13 @@ class CLIPVisionTower(nn.Module):
         """
         model, depth = self.vision_tower.vision_model, self.depth
         layers = model.encoder.layers
-        if observer is not None:
-            observer.check(depth)
         hidden = model.pre_layrnorm(model.embeddings(images))
         for number, layer in enumerate(layers[:depth]):
             if observer is not None:
-                observer.before_layer(number, depth, layer, hidden)
+                observer.before_layer(number, layer, hidden)
             hidden = layer(hidden, None)
         if observer is not None:
-            observer.finish(depth, layers[min(depth, len(layers) - 1)], hidden)
+            observer.finish(layers[min(depth, len(layers) - 1)], hidden)
         return hidden
 
     @property
@@ -199,33 +197,28 @@ class CLIPVisionTower(nn.Module):
 
     @torch.no_grad()
     def observe(
-        self,
-        images: torch.Tensor,
-        needs: frozenset[str],
-        layers: Sequence[int] = (),
-        feature_layer: int | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Encode pixels (B, 3, H, W), and note down what a pruning method needs.
-
-        Parameters
-        ----------
-        images : Tensor (B, 3, H, W)
-        needs, layers, feature_layer
-            See `EncoderObserver`.
+        self, images: torch.Tensor, wanted: Iterable[Output]
+    ) -> tuple[torch.Tensor, dict[Output, torch.Tensor]]:
+        """Encode pixels (B, 3, H, W), and note down what pruning methods need.
 
         Returns
         -------
         features : Tensor (B, N, D)
             As from `forward`.
-        notes : dict of str to Tensor (B, N, ...)
+        outputs : dict of Output to Tensor (B, N, ...)
             Zeros at [CLS] where ``select_feature`` is "cls_patch".
+
+        Raises
+        ------
+        ValueError
+            If a layer that is asked for does not run.
         """
-        observer = EncoderObserver(needs, layers, feature_layer)
+        observer = EncoderObserver(wanted, self.depth)
         hidden = self.hidden_state(images.to(device=self.device, dtype=self.dtype), observer)
-        notes = observer.notes
+        outputs = observer.outputs
         if self.select_feature == "cls_patch":
-            notes = {name: torch.cat([torch.zeros_like(note[:, :1]), note], dim=1) for name, note in notes.items()}
-        return self.select_tokens(hidden).to(images.dtype), notes
+            outputs = {name: torch.cat([torch.zeros_like(one[:, :1]), one], dim=1) for name, one in outputs.items()}
+        return self.select_tokens(hidden).to(images.dtype), outputs
 
     @property
     def dummy_feature(self) -> torch.Tensor:

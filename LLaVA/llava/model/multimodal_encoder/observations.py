@@ -6,12 +6,12 @@ itself runs on its fast kernels, in every layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from llava.pruning.base import products
+from llava.pruning.base import ENCODER_NEEDS, Pruner, products
 
 
 def _split(projected: torch.Tensor, heads: int) -> torch.Tensor:
@@ -69,60 +69,77 @@ def wide_head(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
     return keys[:, 1:], rows.softmax(dim=-1)[:, 0, 1:]
 
 
+Output = tuple[str, int | None]
+"""A need of a pruner (`llava.pruning.base.ENCODER_NEEDS`), and the layer that it is taken from where that is a choice:
+0-based, or from the end of the layers that run."""
+
+
+def encoder_outputs(pruner: Pruner | None) -> dict[str, tuple[Output, ...]]:
+    """What a pruner asks of the vision encoder: each need with the outputs that it consists of."""
+    if pruner is None:
+        return {}
+    found: dict[str, tuple[Output, ...]] = {}
+    for need in sorted(pruner.needs & ENCODER_NEEDS):
+        layers: tuple[int | None, ...] = (None,)
+        if need == "received_attention":
+            layers = tuple(pruner.encoder_layers)
+        elif need == "layer_features":
+            layers = (pruner.feature_layer,)
+        found[need] = tuple((need, layer) for layer in layers)
+    if "text_similarity" in pruner.needs:
+        found["encoder_features"] = (("encoder_features", None),)
+    return found
+
+
 class EncoderObserver:
-    """Watches an encoder run and notes down what a pruner needs.
+    """Watches an encoder run and notes down what pruners need.
 
     Parameters
     ----------
-    needs : frozenset of str
-        Among `llava.pruning.base.ENCODER_NEEDS`.
-    layers : sequence of int
-        Those of ``received_attention``: 0-based, or from the end of the layers that run.
-    feature_layer : int or None
-        That of ``layer_features``, counted in the same way.
+    wanted : iterable of Output
+    depth : int
+        Layers that run.
 
     Attributes
     ----------
-    notes : dict of str to Tensor (B, P, ...)
+    outputs : dict of Output to Tensor (B, P, ...)
         Complete after `finish`.
+
+    Raises
+    ------
+    ValueError
+        If a layer is not among those that run.
     """
 
-    def __init__(self, needs: frozenset[str], layers: Sequence[int] = (), feature_layer: int | None = None):
-        self.needs, self.layers, self.feature_layer = needs, tuple(layers), feature_layer
-        self.notes: dict[str, torch.Tensor] = {}
-        self._received: dict[int, torch.Tensor] = {}
-
-    def check(self, depth: int) -> None:
-        """Raise a ValueError when a layer is not among the ``depth`` that run."""
-        for layer in (*self.layers, *(() if self.feature_layer is None else (self.feature_layer,))):
-            if not -depth <= layer < depth:
+    def __init__(self, wanted: Iterable[Output], depth: int):
+        self._wanted: dict[Output, list[Output]] = {}
+        for need, layer in wanted:
+            if layer is not None and not -depth <= layer < depth:
                 raise ValueError(
                     f"the pruning method asks for layer {layer} of the vision encoder, of which {depth} layers run"
                 )
+            place = None if layer is None else layer % depth
+            self._wanted.setdefault((need, place), []).append((need, layer))
+        self._depth = depth
+        self.outputs: dict[Output, torch.Tensor] = {}
 
-    def before_layer(self, number: int, depth: int, layer: nn.Module, hidden: torch.Tensor) -> None:
-        """Look at layer ``number`` of ``depth`` and its input (B, 1 + P, C)."""
-        for wanted in self.layers:
-            if wanted % depth == number and number not in self._received:
-                self._received[number] = received_attention(layer, hidden)
-        if self.feature_layer is not None and self.feature_layer % depth == number - 1:
-            self.notes["layer_features"] = hidden[:, 1:]
-        if number != depth - 1:
-            return
-        if "cls_attention" in self.needs:
-            self.notes["cls_attention"] = cls_attention(layer, hidden)
-        if "encoder_keys" in self.needs:
-            self.notes["encoder_keys"] = mean_keys(layer, hidden)
+    def before_layer(self, number: int, layer: nn.Module, hidden: torch.Tensor) -> None:
+        """Look at a layer and its input (B, 1 + P, C)."""
+        self._note(("received_attention", number), lambda: received_attention(layer, hidden))
+        self._note(("layer_features", number - 1), lambda: hidden[:, 1:])
+        if number == self._depth - 1:
+            self._note(("cls_attention", None), lambda: cls_attention(layer, hidden))
+            self._note(("encoder_keys", None), lambda: mean_keys(layer, hidden))
 
-    def finish(self, depth: int, last: nn.Module, hidden: torch.Tensor) -> None:
+    def finish(self, last: nn.Module, hidden: torch.Tensor) -> None:
         """Look at the output (B, 1 + P, C) of the last layer that ran, and at the layer that would come next."""
-        if "encoder_features" in self.needs:
-            self.notes["encoder_features"] = hidden[:, 1:]
-        if self.feature_layer is not None and self.feature_layer % depth == depth - 1:
-            self.notes["layer_features"] = hidden[:, 1:]
-        if {"final_keys", "final_cls_attention"} & self.needs:
-            self.notes["final_keys"], self.notes["final_cls_attention"] = wide_head(last, hidden)
-        if self.layers:
-            self.notes["received_attention"] = torch.stack(
-                [self._received[wanted % depth] for wanted in self.layers], -1
-            )
+        self._note(("encoder_features", None), lambda: hidden[:, 1:])
+        self._note(("layer_features", self._depth - 1), lambda: hidden[:, 1:])
+        if {("final_keys", None), ("final_cls_attention", None)} & self._wanted.keys():
+            keys, attention = wide_head(last, hidden)
+            self._note(("final_keys", None), lambda: keys)
+            self._note(("final_cls_attention", None), lambda: attention)
+
+    def _note(self, found: Output, compute: Callable[[], torch.Tensor]) -> None:
+        if names := self._wanted.get(found):
+            self.outputs |= dict.fromkeys(names, compute())
