@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
@@ -145,7 +145,6 @@ class Llava(lmms):
         self._batch_size = read_batch_size(batch_size)
         self._use_cache = use_cache
         cache_bytes = read_visual_cache(visual_cache)
-        self._grey_pictures = grey_pictures
 
         self.accelerator = join()
         self._rank = self.accelerator.process_index
@@ -173,29 +172,45 @@ class Llava(lmms):
         self.conv_template = conv_template
         self._conversation = partial(conversation, conv_template, mark=image_mark(self.config))
 
-        self.model_fingerprint = model_fingerprint(
+        self._loaded_fingerprint = model_fingerprint(
             resolve_model_path(pretrained),
             model_base and resolve_model_path(model_base),
             str(self.dtype).removeprefix("torch."),
             attn_implementation,
             conv_template,
         )
-        if grey_pictures:
-            self.model_fingerprint += "/grey"
         if model_name:
             # It decides what the checkpoint's files are taken for.
-            self.model_fingerprint += f"/{model_name}"
-        pruning = self.model.pruning
-        self.pruning_fingerprint = UNPRUNED if pruning is None else pruning.fingerprint()
-        cache_key.extend_with(f"{self.model_fingerprint}|{self.pruning_fingerprint}")
-        folder = None if resume_dir is None else Path(resume_dir)
-        self._answers = AnswerLog(folder, self._rank, self.model_fingerprint, self.pruning_fingerprint)
+            self._loaded_fingerprint += f"/{model_name}"
+        self.start_run(resume_dir, grey_pictures)
 
         self.keep_model = False
         self.label = "LLaVA"
-        self.terminal: TextIO = sys.stderr
+        self.open_progress: Callable[[str, int, int], Progress] = partial(Progress, file=sys.stderr)
         self.visual_tokens: dict[str, Counter[PromptCount]] = defaultdict(Counter)
         self._ignored_settings: set[str] = set()
+
+    def start_run(self, resume_dir: str | None = None, grey_pictures: bool = False, writer: int | None = None) -> None:
+        """Begin with the answers of a configuration: the model's own ``pruning``, and what is shown of the pictures.
+
+        Parameters
+        ----------
+        resume_dir, grey_pictures
+            As of the class.
+        writer : int, optional
+            Whose file of answers this process appends to; default: its rank's.
+        """
+        self._grey_pictures = grey_pictures
+        self.model_fingerprint = f"{self._loaded_fingerprint}/grey" if grey_pictures else self._loaded_fingerprint
+        pruning = self.model.pruning
+        self.pruning_fingerprint = UNPRUNED if pruning is None else pruning.fingerprint()
+        cache_key.extend_with(f"{self.model_fingerprint}|{self.pruning_fingerprint}")
+        self._answers = AnswerLog(
+            None if resume_dir is None else Path(resume_dir),
+            self._rank if writer is None else writer,
+            self.model_fingerprint,
+            self.pruning_fingerprint,
+        )
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Llava:
@@ -343,7 +358,7 @@ class Llava(lmms):
         return VisualStore(Path(folder) / encoder_fingerprint(tower), max_bytes, tower.device)
 
     def _progress(self, total: int, done: int) -> Progress:
-        return Progress(self.label, total, done, self.terminal if self._rank == 0 else None)
+        return self.open_progress(self.label, total, done) if self._rank == 0 else Progress(self.label, total, done)
 
     def _question(self, request: Instance, asked: Counter[str]) -> tuple[Question, Callable]:
         context, gen_kwargs, images_of, doc_id, task, split = request.args

@@ -27,7 +27,7 @@ class Progress:
         Where to draw; None draws nothing.
     """
 
-    def __init__(self, label: str, total: int, done: int, file: TextIO | None):
+    def __init__(self, label: str, total: int, done: int, file: TextIO | None = None):
         self._images = 0
         self._total_tokens = 0
         self._kept_tokens = 0.0

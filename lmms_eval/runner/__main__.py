@@ -47,27 +47,33 @@ def main(arguments: Sequence[str]) -> int:
 def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
     from lmms_eval_otprune.token_counts import describe
 
-    from .launch import run_job
+    from .dispatch import evaluate
     from .report import collect, write_page, write_report
+    from .screen import Screen
     from .tasks import task_identities
 
-    identities_of = {}
-    for job in plan.jobs:
-        identities = identities_of[job.folder] = task_identities(job, plan, options)
-        print(f"\n{job.label}", flush=True)
-        run_job(job, plan, options, identities)
-        if options.machine_rank == 0:
-            visual_tokens = collect(job, plan, options, identities)
+    identities = {job.folder: task_identities(job, plan, options) for job in plan.jobs}
+    with Screen(len(plan.jobs) * len(plan.tasks)) as screen:
+
+        def finished(job: Any) -> None:
+            if options.machine_rank > 0:
+                return
+            visual_tokens = collect(job, plan, options, identities[job.folder])
             if visual_tokens:
-                print(f"{job.label}: {describe(visual_tokens)}", flush=True)
-            table = write_report(plan, arguments, last=job is plan.jobs[-1])
+                screen.say(f"{job.label}: {describe(visual_tokens)}")
+            screen.show(write_report(plan, arguments, last=False).rows)
+
+        for model in dict.fromkeys(job.model for job in plan.jobs):
+            jobs = [job for job in plan.jobs if job.model == model]
+            evaluate(jobs, plan, options, identities, screen, finished)
     if options.machine_rank > 0:
         print("The results are on the machine of rank 0.")
     else:
-        print(f"\n{table}\nEverything is in {plan.output}", flush=True)
+        table = write_report(plan, arguments)
+        print(f"\n{table.render('markdown')}\nEverything is in {plan.output}", flush=True)
         if options.report:
             print(write_page(plan))
-    status = _failures(plan, identities_of if options.machine_rank == 0 else None)
+    status = _failures(plan, identities if options.machine_rank == 0 else None)
     if status == 0:
         _forget_encoded_images(plan.encoded_images)
     return status
@@ -114,14 +120,16 @@ def _announce(plan: Any, options: Options) -> None:
     )
     if not options.dry_run:
         return
-    from .launch import describe_launch
+    from .dispatch import describe_workers
 
     for job in plan.jobs:
-        launch = describe_launch(job, plan, options)
         switch = " ".join(f"{name}={shlex.quote(value)}" for name, value in job.switch.items())
         what = "unpruned, grey pictures" if job.grey else "unpruned"
         print(f"  {job.model}: {job.pruning.describe() if job.pruning else what}")
-        print(f"    {switch} {shlex.join(launch.command)} ...".replace("     ", "    "))
+        if switch:
+            print(f"    {switch}")
+    number, launch = describe_workers(plan, options, len(plan.jobs) * len(plan.tasks))
+    print(f"  {number} x {shlex.join(launch.command)} ...")
     print(f"  tasks: {', '.join(plan.tasks)}")
 
 

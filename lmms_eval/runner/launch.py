@@ -1,31 +1,30 @@
-"""Runs one job: starts its worker group, and starts it again without the task that brought it down."""
+"""Starts workers, which evaluate the tasks that they are handed, and listens to them."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from llava.pruning.ocvtp.variables import translated
 
-from . import records
-from .options import OFF, Options
-from .plan import SWITCH, Job, Plan
-from .tasks import data_version
+from .options import Options
+from .plan import SWITCH, Plan
 
-JOIN = timedelta(minutes=10)
-"""For the machines of a run to find each other."""
 WORKER = "lmms_eval_otprune_runner.worker"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How the processes of a worker group are started.
+    """How a worker is started: one process, or a group that evaluates each task together.
 
     Attributes
     ----------
@@ -38,17 +37,16 @@ class Launch:
     environment: Mapping[str, str]
 
 
-def describe_launch(job: Job, plan: Plan, options: Options) -> Launch:
+def describe_launch(plan: Plan, options: Options, processes: int) -> Launch:
     """One plain process, or torchrun's: as many as asked for, on this machine and on the others."""
-    rest = {name: value for name, value in translated(os.environ).items() if name not in SWITCH}
-    environment = {**rest, **job.switch}
+    environment = {name: value for name, value in translated(os.environ).items() if name not in SWITCH}
     if plan.device == "cpu":
         # Otherwise accelerate looks for as many GPUs, and starts one process when there are none.
         environment["ACCELERATE_USE_CPU"] = "true"
     if plan.num_processes > 1:
         # More threads than cores make each other wait.
         environment.setdefault("OMP_NUM_THREADS", "1")
-    if plan.num_processes == 1 and options.num_machines == 1:
+    if processes == 1 and options.num_machines == 1:
         return Launch((sys.executable, "-m", WORKER), environment)
     meeting = ["--standalone"]
     if options.num_machines > 1:
@@ -57,81 +55,64 @@ def describe_launch(job: Job, plan: Plan, options: Options) -> Launch:
             f"--node_rank={options.machine_rank}",
             f"--master_addr={options.main_process_ip}",
             f"--master_port={options.main_process_port}",
-            f"--rdzv_conf=timeout={JOIN.seconds}",
         ]
-    torchrun = (sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={plan.num_processes}")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}")
     return Launch((*torchrun, "-m", WORKER), environment)
 
 
-def run_job(job: Job, plan: Plan, options: Options, identities: Mapping[str, Mapping[str, Any]]) -> None:
-    """Evaluate the tasks of a job that have no result yet; what happened is found in the job's folder.
+class Worker:
+    """A running worker: a process, or a group of them, that speaks for itself through its first process.
 
-    A task that fails, or takes its worker with it, costs itself alone: the others are evaluated by a new worker group.
+    What it says is put on a queue as (worker, event); the last event is ``{"ended": status}``. It ends when its
+    standard input does, and so with this process, however that goes.
+
+    Parameters
+    ----------
+    launch : Launch
+    specification : Path
+    log : Path
+        What it prints goes there.
+    events : Queue
+
+    Attributes
+    ----------
+    unit : tuple of (int, str), or None
+        Number of the job and the task that it is at.
+    has_worked : bool
+        Whether it has come as far as its first task.
     """
-    todo = [task for task in plan.tasks if not records.finished(job.folder, task, identities[task])]
-    for task in todo:
-        records.forget_failure(job.folder, task)
-    state = job.folder / f"worker-{options.machine_rank}.json"
-    launch = describe_launch(job, plan, options)
-    specification = {
-        "model": job.model,
-        "label": job.label,
-        "folder": str(job.folder),
-        "answers": str(job.folder / f"answers-{data_version(plan.suite)}"),
-        "state": str(state),
-        "device": None if plan.device == "cuda" else plan.device,
-        "dtype": plan.dtype,
-        "conv_template": options.conv_template,
-        "batch_size": plan.batch_size,
-        "visual_cache": _visual_cache(plan),
-        "limit": options.limit,
-        "grey": job.grey,
-        "all_metrics": options.all_metrics,
-        "seed": options.seed,
-        "identities": identities,
-    }
-    # The other machines' result folders may be their own: they follow machine 0 even when it has nothing left to do.
-    while todo or options.num_machines > 1:
-        path = job.folder / f"worker-{options.machine_rank}.specification.json"
-        records.write_json(path, {**specification, "tasks": todo})
-        state.unlink(missing_ok=True)
-        status = _start(launch, path)
-        if status == 0:
-            return
-        progress = records.read_json(state) or {}
-        if "task" not in progress:
-            reason = progress.get("cannot_start", f"the worker ended with status {status} before its first task")
-            if not progress and options.num_machines > 1:
-                reason += (
-                    f"; {options.num_machines} machines were to meet at {options.main_process_ip}:"
-                    f"{options.main_process_port} within {JOIN.seconds // 60} minutes"
-                )
-            for task in todo:
-                records.record_failure(job.folder, task, reason)
-            return
-        todo = [task for task in todo if not records.finished(job.folder, task, identities[task])]
-        if progress["task"] in todo and records.failure(job.folder, progress["task"]) is None:
-            records.record_failure(job.folder, progress["task"], f"the worker ended with status {status}")
-        todo = [task for task in todo if records.failure(job.folder, task) is None]
 
+    def __init__(self, launch: Launch, specification: Path, log: Path, events: Queue):
+        self.unit: tuple[int, str] | None = None
+        self.has_worked = False
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [*launch.command, str(specification)],
+                env=dict(launch.environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+            )
+        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
-def _visual_cache(plan: Plan) -> dict[str, Any]:
-    """Arguments of the model."""
-    if plan.visual_cache is None:
-        return {"visual_cache": OFF}
-    if plan.visual_cache == 0:
-        return {}
-    return {"visual_cache": plan.visual_cache, "visual_cache_folder": str(plan.encoded_images)}
+    def give(self, unit: tuple[int, str] | None) -> None:
+        """Hand over the next task; None: there is none."""
+        self.unit = unit
+        with suppress(BrokenPipeError):  # it has just died, and its end is on the queue
+            self._process.stdin.write(json.dumps(unit).encode() + b"\n")
+            self._process.stdin.flush()
 
+    def stop(self) -> None:
+        """End it, and wait until it is gone."""
+        self._process.stdin.close()
+        self._process.wait()
 
-def _start(launch: Launch, specification: Path) -> int:
-    """Run a worker group to its end. The pipe tells the workers when this process is gone, however it went."""
-    process = subprocess.Popen(
-        [*launch.command, str(specification)], env=dict(launch.environment), stdin=subprocess.PIPE
-    )
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.stdin.close()
-        process.wait()
-        raise
+    def _listen(self, events: Queue[tuple[Worker, dict[str, Any]]]) -> None:
+        for line in self._process.stdout:
+            # Libraries may print before the worker has sent that to its log.
+            with suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    events.put((self, event))
+        events.put((self, {"ended": self._process.wait()}))

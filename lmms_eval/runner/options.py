@@ -53,7 +53,7 @@ class Options:
 
     suite: str | None
     models: tuple[str, ...]
-    methods: tuple[Method, ...]
+    methods: tuple[Method, ...] | None
     ratios: tuple[str, ...]
     layer: str
     tasks: tuple[str, ...]
@@ -88,7 +88,9 @@ def read(arguments: Sequence[str]) -> Options:
 
 
 def _check(found: argparse.Namespace) -> Options:
-    methods = tuple(_method(text) for text in _split(found.method) if text.lower() not in ("none", "orig"))
+    methods = None
+    if found.method is not None:
+        methods = tuple(_method(text) for text in _split(found.method) if text.lower() not in ("none", "orig"))
     ratios = tuple(_split(found.ratio))
     for ratio in ratios:
         if not 0 < _number(ratio, "--ratio") <= 1:
@@ -113,7 +115,7 @@ def _check(found: argparse.Namespace) -> Options:
             raise ValueError(f"--visual-cache {found.visual_cache:g}: must be a number >= 0, or {OFF}")
     if whole["num_machines"] > 1 and found.main_process_ip is None:
         raise ValueError("--num-machines needs --main-process-ip, the address of the machine of rank 0")
-    if not methods and found.no_unpruned:
+    if methods == () and found.no_unpruned:
         raise ValueError("--method none with --no-unpruned leaves nothing to run")
     return Options(
         suite=found.suite,
@@ -144,7 +146,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     switch = os.environ
-    method = "ocvtp" if switch.get("OCL_ENABLE", "").lower() in ("1", "true") else "otprune"
+    method = "ocvtp" if switch.get("OCL_ENABLE", "").lower() in ("1", "true") else None
+    defaults = "; ".join(f"{suite.name}: {','.join(suite.methods)}" for suite in SUITES.values())
     parser = _Parser(
         prog="run_OTPrune.sh",
         description="Evaluate LLaVA with and without visual token pruning on eleven benchmarks, and write the table. "
@@ -168,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
         default=switch.get("BASELINE") or method,
         metavar="NAME[,NAME]",
         help="pruning methods, with options as random:seed=1, and a ratio or layer of their own as "
-        "fastv:ratio=0.2:layer=3; none: unpruned only (default: %(default)s)",
+        f"fastv:ratio=0.2:layer=3; none: unpruned only (default: {switch.get('BASELINE') or method or defaults})",
     )
     parser.add_argument(
         "--ratio",

@@ -152,7 +152,8 @@ def _visual_cache(options: Options, device: str) -> int | None:
 
 def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, str]) -> Iterator[Job]:
     prunings = [(None, {})] if options.unpruned else []
-    for method in options.methods:
+    methods = tuple(map(Method, suite.methods)) if options.methods is None else options.methods
+    for method in methods:
         prunings += _prunings(method, options, environ)
     names: dict[str, str] = {}
     for model in options.models or suite.models:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmms_eval_otprune.token_counts import merged_summary
 
-from llava.eval.table import build_table, load_runs
+from llava.eval.table import Table, build_table, load_runs
 from llava.files import atomic_write
 
 from . import records
@@ -99,8 +99,8 @@ def write_page(plan: Plan) -> str:
     return f"Report: {page}"
 
 
-def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> str:
-    """Write the table over all finished rows in the folder, and the manifest; returns the table in Markdown.
+def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Table:
+    """Write the table over all finished rows in the folder, and the manifest; returns the table.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> str
         table = build_table(rows, allow_mixed=True, remarks=[f"No intervals: {error}."])
     for name, file in TABLES.items():
         atomic_write(plan.output / file, table.render(name))
-    return table.render("markdown")
+    return table
 
 
 def _job_folders(plan: Plan, before: Mapping[str, Any]) -> list[Path]:

@@ -29,11 +29,14 @@ class Suite:
     tasks : tuple of str
         Names that lmms-eval knows, in the order of the table.
     models : tuple of str
+    methods : tuple of str
+        Those that prune, beside the unpruned model.
     """
 
     name: str
     tasks: tuple[str, ...]
     models: tuple[str, ...]
+    methods: tuple[str, ...]
 
     def task(self, name: str) -> str:
         """The suite's task behind a name: its own, the published benchmark's, or MMBench's without the judge.
@@ -54,10 +57,12 @@ SUITES = {
         "mini",
         tuple(f"mini_{task.removesuffix('_static')}" for task in PAPER_TASKS),
         ("llava-mini",),
+        ("otprune", "random", "divprune"),
     ),
     "paper": Suite(
         "paper",
         PAPER_TASKS,
         ("liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.6-vicuna-7b", "liuhaotian/llava-v1.5-13b"),
+        ("otprune",),
     ),
 }

@@ -1,70 +1,125 @@
-"""One process of a worker group: loads the model once and evaluates task after task.
+"""One process of a worker: loads the model once and evaluates the tasks that it is handed, of one row after another.
 
-Started by `launch` with the path of a specification; several processes find each other as torchrun tells them to.
+Started by `launch` with the path of a specification; several processes find each other as torchrun tells them to. The
+first of all reads from standard input what to do next, and the first on each machine says on standard output what is
+done, a JSON object a line.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import select
 import sys
 import threading
 import time
 import traceback
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from queue import SimpleQueue
+from typing import Any
 
 import datasets
 import torch.distributed
+import transformers
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.loggers import EvaluationTracker
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import get_datetime_str
 from lmms_eval_otprune.llava import Llava
-from lmms_eval_otprune.token_counts import summary
+from lmms_eval_otprune.token_counts import ImageCount, summary
 from loguru import logger
 from tenacity import RetryError
+
+from llava.model.builder import announce_pruning
+from llava.model.multimodal_encoder.observations import Output, encoder_outputs
+from llava.pruning import PruningConfig
+from llava.runtime import is_main_process
 
 from . import records
 from .entries import task_entry, task_manager
 from .manifest import describe_machine
 
+REPORT_INTERVAL = 0.2
+"""Seconds between two words on how far a task is."""
+
+
+class Channel(io.TextIOBase):
+    """What `launch` hears: events of the first process on this machine. What is printed into it, a person reads."""
+
+    def __init__(self):
+        self._file = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+        self._silent = int(os.environ.get("LOCAL_RANK", 0)) != 0
+
+    def send(self, **event: Any) -> None:
+        if not self._silent:
+            self._file.write(json.dumps(event) + "\n")
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            self.send(says=text.strip())
+        return len(text)
+
+
+class Reported:
+    """A task's progress, told to `launch`."""
+
+    def __init__(self, channel: Channel, label: str, total: int, done: int):
+        self._channel, self._total, self._done, self._last = channel, total, done, 0.0
+
+    def __enter__(self) -> Reported:
+        self.advance(0, ())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self, samples: int, images: Sequence[ImageCount]) -> None:
+        self._done += samples
+        if time.monotonic() - self._last >= REPORT_INTERVAL or self._done == self._total:
+            self._last = time.monotonic()
+            self._channel.send(done=self._done, of=self._total)
+
 
 def main(specification: str) -> None:
-    """Evaluate what the specification lists; status 0 when every task was tried."""
+    """Evaluate what is handed over; status 0 when every task was tried."""
     spec = json.loads(Path(specification).read_text(encoding="utf-8"))
-    folder = Path(spec["folder"])
-    terminal = _quiet(folder / "worker.log")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    channel, orders = Channel(), SimpleQueue()
+    _quiet()
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     try:
-        lm = _load(spec, terminal)
-        tasks = _agree_on(spec["tasks"])
-        if lm.rank == 0:
-            records.write_json(folder / "machine.json", describe_machine(lm, spec["model"]))
-        manager = task_manager(tasks)
+        lm = _load(spec, channel)
+        manager = task_manager(spec["tasks"])
     except Exception as error:
         _log_traceback()
-        try:
-            _note(spec, {"cannot_start": _sentence(error)})
-        except OSError as problem:
-            print(f"{_sentence(error)} (not recorded: {_sentence(problem)})", file=terminal)
+        channel.send(cannot_start=_sentence(error))
         raise SystemExit(1) from error
-    for number, task in enumerate(tasks, start=1):
-        lm.label = f"{spec['label']} [{number}/{len(tasks)}] {task}"
+    current = None
+    while (unit := _next(lm, channel, orders)) is not None:
+        number, task = unit
+        job = spec["jobs"][number]
+        channel.send(begins=unit)
         try:
-            _note(spec, {"task": task})
-            _evaluate(lm, task, spec, manager)
+            if number != current:
+                _enter(lm, job, spec)
+                current = number
+            lm.label = f"{job['label']} {task}"
+            _evaluate(lm, task, job, spec, manager)
         except Exception as error:
+            current = None
             _log_traceback()
             # The first to fail knows why; the others only see that it is gone.
+            folder = Path(job["folder"])
             if records.failure(folder, task) is None:
-                records.record_failure(folder, task, _sentence(error), terminal)
+                records.record_failure(folder, task, _sentence(error), channel)
             if lm.world_size > 1:
                 # The other processes wait for this one in a collective operation: the group must be started again.
                 raise SystemExit(1) from error
+        channel.send(tried=unit)
 
 
 def _leave() -> None:
@@ -77,24 +132,62 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _load(spec: dict[str, Any], terminal: TextIO) -> Llava:
+def _load(spec: dict[str, Any], channel: Channel) -> Llava:
     lm = Llava(
         pretrained=spec["model"],
         batch_size=spec["batch_size"],
         device=spec["device"],
         dtype=spec["dtype"],
         conv_template=spec["conv_template"],
-        resume_dir=spec["answers"],
-        grey_pictures=spec["grey"],
         **spec["visual_cache"],
     )
+    if "visual_cache_folder" in spec["visual_cache"]:
+        lm.model.visual_cache.expected = _wanted_of_the_encoder(spec["jobs"])
     lm.keep_model = True
-    lm.terminal = terminal
+    lm.open_progress = lambda *about: Reported(channel, *about)
     return lm
 
 
-def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) -> None:
-    folder = records.task_folder(Path(spec["folder"]), task)
+def _wanted_of_the_encoder(jobs: Sequence[Mapping[str, Any]]) -> tuple[Output, ...]:
+    """What any row that is to come asks of it: then each image is encoded once for all of them."""
+    found: dict[Output, None] = {}
+    for job in jobs:
+        with suppress(ValueError):  # it is told when the row's turn comes
+            if job["to_do"] and (config := _pruning(job)) is not None:
+                for outputs in encoder_outputs(config.build_pruner()).values():
+                    found |= dict.fromkeys(outputs)
+    return tuple(found)
+
+
+def _pruning(job: Mapping[str, Any]) -> PruningConfig | None:
+    return PruningConfig.from_env({**os.environ, **job["switch"]}) if job["switch"] else None
+
+
+def _next(lm: Llava, channel: Channel, orders: SimpleQueue) -> tuple[int, str] | None:
+    """The next job's number and task, as the first of all processes was told; None: there is none."""
+    unit = [None]
+    if lm.rank == 0:
+        channel.send(ready=True)
+        unit = [orders.get()]
+    if lm.world_size > 1:
+        torch.distributed.broadcast_object_list(unit)
+    return unit[0]
+
+
+def _enter(lm: Llava, job: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
+    """Go over to another row: its log, its pruning, its answers."""
+    _log_to(Path(job["folder"]) / "worker.log")
+    lm.model.set_pruning(_pruning(job))
+    announce_pruning(lm.model)
+    lm.model.fit_pruning()
+    lm.start_run(job["answers"], job["grey"], spec["writer"])
+    if lm.rank == 0:
+        machine = {**describe_machine(lm, spec["model"]), "processes": spec["processes"]}
+        records.write_json(Path(job["folder"]) / "machine.json", machine)
+
+
+def _evaluate(lm: Llava, task: str, job: Mapping[str, Any], spec: Mapping[str, Any], manager: TaskManager) -> None:
+    folder = records.task_folder(Path(job["folder"]), task)
     started = time.perf_counter()
     lm.visual_tokens.clear()
     cached_before = lm.visual_cache_counts()
@@ -126,17 +219,17 @@ def _evaluate(lm: Llava, task: str, spec: dict[str, Any], manager: TaskManager) 
     samples = results.pop("samples")
     tracker = EvaluationTracker(output_path=str(folder))
     # The model's name becomes a folder.
-    name = Path(spec["folder"]).parent.name
+    name = Path(job["folder"]).parent.name
     tracker.general_config_tracker.log_experiment_args("llava", f"pretrained={name}", None, None, False)
     tracker.save_results_aggregated(results=results, samples=samples, datetime_str=stamp)
     tracker.save_results_samples(task_name=task, samples=samples[task])
     _check_saved(folder, task, stamp, len(samples[task]))
-    records.forget_failure(Path(spec["folder"]), task)
+    records.forget_failure(Path(job["folder"]), task)
     records.write_json(
         folder / records.RESULT,
         {
             "task": task,
-            "identity": spec["identities"][task],
+            "identity": job["identities"][task],
             "metrics": _metrics(results["results"][task]),
             "samples": len(samples[task]),
             "visual_tokens": summary(prompts, lm.model_shape()),
@@ -173,40 +266,34 @@ def _gather(counts: Counter, lm: Llava) -> Counter:
     return sum(gathered or (), Counter())
 
 
-def _agree_on(tasks: list[str]) -> list[str]:
-    """Rank 0's list: other machines may not see its result folder."""
-    if not torch.distributed.is_initialized():
-        return tasks
-    agreed = [tasks]
-    torch.distributed.broadcast_object_list(agreed)
-    return agreed[0]
-
-
-def _note(spec: dict[str, Any], content: dict[str, Any]) -> None:
-    """Tell `launch`, on this machine, how far the group has come."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        records.write_json(Path(spec["state"]), content)
-
-
-def _quiet(log: Path) -> TextIO:
-    """Send everything that is printed to a log, and return a stream to the terminal for the progress bar."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _quiet() -> None:
+    """Send to the log, which standard error is, what libraries print; no progress bars of theirs."""
+    os.dup2(2, 1)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     logger.remove()
     logger.add(sys.stderr, level="INFO")
     datasets.disable_progress_bars()
-    return terminal
+    transformers.utils.logging.disable_progress_bar()
 
 
-def _end_with_parent() -> None:
-    """Standard input is a pipe from the launching process: it ends when that one does, however it ends."""
-    while os.read(0, 1):
-        pass
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+
+
+def _listen(orders: SimpleQueue) -> None:
+    """Hear what to do, and end with the launching process: standard input ends when that one does, however it ends."""
+    if is_main_process():
+        for line in io.FileIO(0, closefd=False):
+            orders.put(json.loads(line))
+    else:
+        # It belongs to the first process; this one only sees it closed.
+        closed = select.poll()
+        closed.register(0, select.POLLHUP)
+        closed.poll()
     os._exit(1)
 
 

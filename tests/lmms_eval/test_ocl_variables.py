@@ -25,8 +25,9 @@ def test_the_pruned_run_gets_them_and_the_unpruned_one_does_not(switched_on, tmp
     chosen = options.read(["mini", "--output", str(tmp_path)])
     made = plan.make_plan(chosen)
     assert [job.pruning and job.pruning.method for job in made.jobs] == [None, "ocvtp"]
-    unpruned, pruned = (PruningConfig.from_env(describe_launch(job, made, chosen).environment) for job in made.jobs)
-    assert unpruned is None
+    rest = describe_launch(made, chosen, 1).environment
+    assert PruningConfig.from_env(rest) is None
+    pruned = PruningConfig.from_env({**rest, **made.jobs[1].switch})
     assert dict(pruned.options) == {"target": 40, "attention": "cls"} and pruned.ratio is None
 
 
@@ -39,4 +40,4 @@ def test_a_second_switch_beside_them_is_refused(switched_on, monkeypatch, tmp_pa
 def test_switched_off_the_default_method_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("OCL_ENABLE", "0")
     made = plan.make_plan(options.read(["mini", "--output", str(tmp_path)]))
-    assert [job.pruning and job.pruning.method for job in made.jobs] == [None, "otprune"]
+    assert [job.pruning and job.pruning.method for job in made.jobs] == [None, "otprune", "random", "divprune"]

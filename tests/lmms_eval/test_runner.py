@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from lmms_eval_otprune import java
-from lmms_eval_otprune_runner import launch, lock, options, plan, records
+from lmms_eval_otprune_runner import dispatch, lock, options, plan, records
 from lmms_eval_otprune_runner.__main__ import main
 
 from llava.model.llava_arch import gamma_for_width
@@ -64,9 +64,9 @@ def job(output: Path, name: str = PRUNED) -> Path:
     return output / "llava-v1.5-tiny" / name
 
 
-def answers(output: Path, task: str) -> dict[int, str]:
+def answers(output: Path, task: str, name: str = PRUNED) -> dict[int, str]:
     """Document -> answer, from lmms-eval's own log of samples."""
-    [log] = (job(output) / "tasks" / task).glob(f"*/*_samples_{task}.jsonl")
+    [log] = (job(output, name) / "tasks" / task).glob(f"*/*_samples_{task}.jsonl")
     samples = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(samples) == len({sample["doc_id"] for sample in samples})
     return {sample["doc_id"]: sample["filtered_resps"] for sample in samples}
@@ -78,7 +78,7 @@ def results(output: Path, name: str = PRUNED) -> dict:
 
 def jobs(*arguments: str) -> list[plan.Job]:
     """What would be run with the embedded model, the unpruned run left out."""
-    chosen = options.read(["mini", "--device", "cpu", "--no-unpruned", *arguments])
+    chosen = options.read(["mini", "--device", "cpu", "--no-unpruned", "--method", "otprune", *arguments])
     return list(plan.make_plan(chosen).jobs)
 
 
@@ -197,6 +197,23 @@ class TestSameAnswers:
         assert metrics(output) == metrics(reference)
         assert results(output)["visual_tokens"] == results(reference)["visual_tokens"]
 
+    def test_of_processes_that_work_alone_at_several_rows(self, workplace, reference, run, command):
+        arguments = command("alone", "gqa,mme,pope", "--num-processes", "2", "--method", "otprune,random")
+        status, printed = run(workplace, arguments)
+        assert status == 0, printed
+        output = workplace / "alone"
+        assert json.loads((job(output) / "manifest.json").read_text())["processes"] == 2
+        assert {path.name for path in output.rglob("answers_rank*.jsonl")} == {
+            "answers_rank0.jsonl",
+            "answers_rank1.jsonl",
+        }
+        for name in (PRUNED, "unpruned"):
+            found, expected = results(output, name), results(reference, name)
+            for task in ("gqa", "mme", "pope"):
+                assert answers(output, task, name) == answers(reference, task, name)
+                assert found["tasks"][task]["visual_tokens"] == expected["tasks"][task]["visual_tokens"]
+        assert answers(output, "pope", "random-0.5") != answers(output, "pope")
+
     def test_of_two_machines(self, workplace, reference, start, command):
         meeting = ["--num-machines", "2", "--main-process-ip", "127.0.0.1", "--main-process-port", str(free_port())]
         machines = [
@@ -271,7 +288,7 @@ class TestFailures:
         assert "Traceback" not in printed
 
     def test_of_a_task_is_also_that_it_left_no_result(self, tmp_path, command, monkeypatch, capsys):
-        monkeypatch.setattr(launch, "run_job", lambda *_: None)
+        monkeypatch.setattr(dispatch, "evaluate", lambda *_: None)
         assert main(command(str(tmp_path / "out"), "gqa,pope", "--no-unpruned")[1:]) == 1
         assert f"FAILED llava-v1.5-tiny, {PRUNED}, gqa, pope: it has no result" in capsys.readouterr().err
 
@@ -303,16 +320,20 @@ class TestTableOfAFolder:
     def evaluate(self, tmp_path, command, monkeypatch) -> Callable[..., list[dict]]:
         """Run a command whose workers get every answer right; returns the table's rows."""
 
-        def run_job(job: plan.Job, made: plan.Plan, _: options.Options, identities: dict) -> None:
-            for task in made.tasks:
-                result = {"identity": identities[task], "metrics": METRICS[task], "visual_tokens": None, "samples": 1}
-                records.write_json(job.folder / "tasks" / task / "result.json", result)
+        def answer(made_jobs: list[plan.Job], made: plan.Plan, _: options.Options, identities: dict, *rest) -> None:
+            _, finished = rest
+            for job in made_jobs:
+                for task in made.tasks:
+                    found = {"metrics": METRICS[task], "visual_tokens": None, "samples": 1, "seconds": 1}
+                    result = {"identity": identities[job.folder][task], **found}
+                    records.write_json(job.folder / "tasks" / task / "result.json", result)
+                finished(job)
 
         def run(tasks: str, *more: str) -> list[dict]:
             assert main(command(str(tmp_path / "out"), tasks, *more)[1:]) == 0
             return list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
 
-        monkeypatch.setattr(launch, "run_job", run_job)
+        monkeypatch.setattr(dispatch, "evaluate", answer)
         return run
 
     def test_holds_the_tasks_of_earlier_commands(self, evaluate, tmp_path):
@@ -543,8 +564,8 @@ class TestPlan:
         assert (mini.suite.name, mini.dtype, mini.device) == ("mini", "float32", "cpu")
         assert mini.visual_cache == 8 * 2**30
         assert [job.folder.as_posix() for job in mini.jobs] == [
-            "results/mini/llava-mini/unpruned",
-            "results/mini/llava-mini/otprune-0.098",
+            f"results/mini/llava-mini/{name}"
+            for name in ("unpruned", "otprune-0.098", "random-0.098", "divprune-0.098")
         ]
         monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(plan.torch.cuda, "device_count", lambda: 4)
@@ -568,17 +589,19 @@ class TestPlan:
         assert "mini_coco2017_cap_val, mini_flickr30k_test, mini_nocaps_val" in first
         assert "default-jre-headless" in first
 
-    def test_a_worker_gets_the_switch_of_its_own_job_only(self, monkeypatch):
-        from lmms_eval_otprune_runner.launch import describe_launch
-
+    def test_a_worker_has_no_switch_but_that_of_each_row(self, monkeypatch):
         monkeypatch.setenv("SUBSET_RATIO", "0.3")
         chosen = options.read(["mini", "--device", "cpu", "--num-processes", "2"])
         made = plan.make_plan(chosen)
-        unpruned, pruned = (describe_launch(job, made, chosen) for job in made.jobs)
-        assert not {"BASELINE", "SUBSET_RATIO"} & unpruned.environment.keys()
-        assert pruned.environment["SUBSET_RATIO"] == "0.3"
-        assert pruned.environment["ACCELERATE_USE_CPU"] == "true"
-        assert "--nproc_per_node=2" in pruned.command
+        number, launch = dispatch.describe_workers(made, chosen, units=7)
+        assert number == 1 and "--nproc_per_node=2" in launch.command
+        assert not set(plan.SWITCH) & launch.environment.keys()
+        assert launch.environment["ACCELERATE_USE_CPU"] == "true"
+
+    def test_with_enough_to_do_the_processes_of_a_cpu_work_alone(self):
+        chosen = options.read(["mini", "--device", "cpu", "--num-processes", "2"])
+        number, launch = dispatch.describe_workers(plan.make_plan(chosen), chosen, units=8)
+        assert number == 2 and "torch.distributed.run" not in launch.command
 
 
 class TestFolders:

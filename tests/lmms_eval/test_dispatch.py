@@ -1,0 +1,137 @@
+"""Every task is tried once, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from lmms_eval_otprune_runner import dispatch, options, records
+from lmms_eval_otprune_runner.launch import Launch
+from lmms_eval_otprune_runner.plan import Job
+from lmms_eval_otprune_runner.screen import Screen
+from rich.console import Console
+
+TASKS = tuple("abcd")
+WORKER = """
+import json, os, pathlib, sys
+spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
+fates = json.loads(pathlib.Path(sys.argv[0]).with_suffix(".json").read_text())
+def say(**event): print(json.dumps(event), flush=True)
+print("not an event")
+if fates["start"]:
+    say(cannot_start=fates["start"])
+    sys.exit(1)
+while True:
+    say(ready=True)
+    unit = json.loads(sys.stdin.readline())
+    if unit is None:
+        break
+    number, task = unit
+    say(begins=unit)
+    say(done=1, of=2)
+    folder = pathlib.Path(spec["jobs"][number]["folder"], "tasks", task)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tries").open("a") as file:
+        file.write("x")
+    fate = fates["tasks"].get(f"{number}{task}")
+    if fate == "dies":
+        os._exit(9)
+    if fate == "fails":
+        (folder / "failure.json").write_text(json.dumps({"error": "its own reason"}))
+    else:
+        identity = spec["jobs"][number]["identities"][task]
+        (folder / "result.json").write_text(json.dumps({"identity": identity, "metrics": {}}))
+    say(tried=unit)
+"""
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """Three rows of four tasks, and workers to which happens what ``fates`` say: rows, rows in the order in which they
+    were finished, and what was printed.
+    """
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    launch = Launch((sys.executable, str(script)), {})
+    jobs = [Job("model", None, {}, tmp_path / "model" / name) for name in ("first", "second", "third")]
+    identities = {job.folder: {task: {"task": task} for task in TASKS} for job in jobs}
+    suite = SimpleNamespace(name="paper")
+    plan = SimpleNamespace(tasks=TASKS, device="cpu", dtype="float32", batch_size=1, num_processes=1, suite=suite)
+    plan.visual_cache = 0
+
+    def run(workers: int = 2, start: str = "", **fates: str) -> tuple[list[Job], list[Job], str]:
+        monkeypatch.setattr(dispatch, "describe_workers", lambda *_: (workers, launch))
+        script.with_suffix(".json").write_text(json.dumps({"start": start, "tasks": fates}))
+        finished: list[Job] = []
+        shown = io.StringIO()
+
+        def finish(job: Job) -> None:
+            assert all(records.finished(job.folder, task, {"task": task}) or failed(job, task) for task in TASKS)
+            finished.append(job)
+
+        with Screen(12, Console(file=shown)) as screen:
+            dispatch.evaluate(jobs, plan, options.read([]), identities, screen, finish)
+        return jobs, finished, shown.getvalue()
+
+    return run
+
+
+def failed(job: Job, task: str) -> str | None:
+    return records.failure(job.folder, task)
+
+
+def tries(job: Job) -> Counter[str]:
+    return Counter({path.parent.name: len(path.read_text()) for path in job.folder.glob("tasks/*/tries")})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_task_costs_itself_alone(evaluate, seed):
+    drawn = random.Random(seed)
+    units = [f"{number}{task}" for number in range(3) for task in TASKS]
+    fates = {unit: drawn.choice(("dies", "fails")) for unit in drawn.sample(units, drawn.randrange(6))}
+    jobs, finished, shown = evaluate(drawn.randrange(1, 4), **fates)
+    reasons = {"dies": "the worker ended with status 9", "fails": "its own reason", None: None}
+    for number, job in enumerate(jobs):
+        assert tries(job) == Counter(TASKS)
+        assert {task: failed(job, task) for task in TASKS} == {
+            task: reasons[fates.get(f"{number}{task}")] for task in TASKS
+        }
+    assert sorted(job.folder for job in finished) == sorted(job.folder for job in jobs)
+    assert len([line for line in shown.splitlines() if line.startswith("model, ")]) == 12
+    assert shown.count("FAILED") == len(fates)
+
+    # Once more: only what failed is tried again, and now it succeeds.
+    evaluate(2)
+    for number, job in enumerate(jobs):
+        again = [task for task in TASKS if f"{number}{task}" in fates]
+        assert tries(job) == Counter(TASKS) + Counter(again)
+        assert not any(failed(job, task) for task in TASKS)
+
+
+def test_a_worker_that_cannot_start_says_why_for_all_tasks(evaluate):
+    jobs, finished, _ = evaluate(2, start="no such model")
+    assert {failed(job, task) for job in jobs for task in TASKS} == {"no such model"}
+    assert finished == jobs
+
+
+def test_a_terminal_shows_bars_and_the_table_and_leaves_lines(tmp_path):
+    job = Job("model", None, {}, Path(tmp_path) / "llava-mini" / "unpruned")
+    records.write_json(
+        records.task_folder(job.folder, "mini_gqa") / records.RESULT,
+        {"metrics": {"exact_match": 0.5}, "samples": 240, "seconds": 7.2},
+    )
+    shown = io.StringIO()
+    with Screen(2, Console(file=shown, force_terminal=True, width=120)) as screen:
+        screen.begin("worker", job, "mini_gqa")
+        screen.advance("worker", 12, 24)
+        screen._live.refresh()
+        screen.end(job, "mini_gqa")
+        screen.leave("worker")
+    assert "llava-mini, unpruned mini_gqa" in shown.getvalue() and "12/24" in shown.getvalue()
+    assert "llava-mini, unpruned mini_gqa: GQA 50.00, 240 samples in 7 s\n" in shown.getvalue()
