@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import contextmanager
 
 import pytest
 import torch
 
+import tiny_vlms
 from llava.adapters.transformers import FAMILIES, set_pruning
 from llava.adapters.transformers.inputs import cache_of
-from llava.pruning import PruningConfig
+from llava.pruning import PruningConfig, kept_count
 from tiny_vlms import SPECIAL, TINY, Picture, TinyModel, tiny
 
 ROWS = [
@@ -70,6 +72,19 @@ def test_the_model_is_restored(family, method):
     assert torch.equal(last_logits(family, ROWS), before)
     assert not family.model._forward_pre_hooks and not family.model._forward_hooks
     assert "get_image_features" not in vars(family.model.base_model)
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1), (10, 730)], ids=lambda size: "{}x{}".format(*size))
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_a_thin_image_is_pruned(name, size, monkeypatch):
+    """Unpadding leaves a row of its crops, newlines alone, or nothing."""
+    monkeypatch.setattr(tiny_vlms, "_ANYRES_SIZES", [size])
+    family, row = tiny(name), [3, Picture(0), 5, 6]
+    total = family.inputs([row])["input_ids"].shape[1] - 3
+    for method, per_crop in itertools.product(("otprune", "downsample"), (False, True)):
+        with pruned(family, (method, {"per_crop": per_crop})) as session:
+            assert last_logits(family, [row]).isfinite().all()
+            assert list(session.visual_token_counts) == [(total, kept_count(total, 0.4))]
 
 
 def test_a_batch_is_its_rows(family, method):
