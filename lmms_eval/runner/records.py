@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava.eval.results.shape import TASK_RESULT, check
 from llava.files import read_json as read_json
 from llava.files import write_json as write_json
 
@@ -18,10 +19,17 @@ def task_folder(job_folder: Path, task: str) -> Path:
 
 
 def finished(job_folder: Path, task: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A task's result, if it is there and was made with the same settings; all metrics serve for the table's, too."""
+    """A task's result, if it is there and was made with the same settings; all metrics serve for the table's, too.
+
+    One that cannot be read is none: the task is evaluated again, from the answers that are there.
+    """
     result = read_json(task_folder(job_folder, task) / RESULT)
+    try:
+        check(result, TASK_RESULT)
+    except ValueError:
+        return None
     enough = (identity, {**identity, "metrics": "all"}) if "metrics" in identity else (identity,)
-    return result if isinstance(result, dict) and result.get("identity") in enough else None
+    return result if result.get("identity") in enough else None
 
 
 def is_outdated(job_folder: Path, task: str, identity: Mapping[str, Any]) -> bool:
@@ -31,8 +39,10 @@ def is_outdated(job_folder: Path, task: str, identity: Mapping[str, Any]) -> boo
 
 def failure(job_folder: Path, task: str) -> str | None:
     """Why a task failed, or None."""
-    record = read_json(task_folder(job_folder, task) / FAILURE)
-    return record["error"] if isinstance(record, dict) else None
+    path = task_folder(job_folder, task) / FAILURE
+    record = read_json(path)
+    error = record.get("error") if isinstance(record, dict) else None
+    return error if isinstance(error, str) else f"{path} cannot be read" if path.exists() else None
 
 
 def record_failure(job_folder: Path, task: str, error: str, terminal: TextIO | None = None) -> None:

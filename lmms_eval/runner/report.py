@@ -10,6 +10,7 @@ from typing import Any
 
 from lmms_eval_otprune.token_counts import merged_summary
 
+from llava.eval.results.shape import FORMAT
 from llava.eval.table import Table, build_table, load_runs
 from llava.files import atomic_write
 
@@ -39,12 +40,14 @@ def collect(
     outdated = [task for task, identity in wanted.items() if records.is_outdated(job.folder, task, identity)]
     if outdated:
         print(f"{job.label}: {', '.join(outdated)} had other settings or another version, and are left out", flush=True)
-    machine = records.read_json(job.folder / "machine.json") or {}
+    machine = records.read_json(job.folder / "machine.json")
+    machine = machine if isinstance(machine, dict) else {}
     pruning = machine.pop("pruning", None) or (job.pruning and job.pruning.to_dict())
     if pruning is not None:
         pruning["set_options"] = sorted(job.pruning.options)
     visual_tokens = merged_summary([result["visual_tokens"] for result in done.values() if result["visual_tokens"]])
     common = {
+        "format": FORMAT,
         "suite": plan.suite.name,
         "model": job.model,
         "trained": machine.get("trained", True),
@@ -113,10 +116,9 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Tab
     before = records.read_json(plan.output / "manifest.json")
     before = before if isinstance(before, dict) else {}
     folders = _job_folders(plan, before)
-    finished = [folder for folder in folders if (folder / "results.json").exists()]
-    records.write_json(
-        plan.output / "results.json", {"runs": [records.read_json(folder / "results.json") for folder in finished]}
-    )
+    finished = [folder / "results.json" for folder in folders if (folder / "results.json").exists()]
+    contents = [records.read_json(path) for path in finished]
+    records.write_json(plan.output / "results.json", {"format": FORMAT, "runs": contents})
     tasks = {*plan.tasks, *_names(before, "tasks")}
     records.write_json(
         plan.output / "manifest.json",
@@ -131,11 +133,7 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Tab
         },
     )
     # Rows of earlier commands may have been made with other settings or versions: better shown, with a remark.
-    rows = load_runs([plan.output])
-    try:
-        table = build_table(rows, intervals=last, allow_mixed=True)
-    except ValueError as error:
-        table = build_table(rows, allow_mixed=True, remarks=[f"No intervals: {error}."])
+    table = build_table(load_runs([plan.output]), intervals=last, allow_mixed=True)
     for name, file in TABLES.items():
         atomic_write(plan.output / file, table.render(name))
     return table
@@ -148,7 +146,8 @@ def _job_folders(plan: Plan, before: Mapping[str, Any]) -> list[Path]:
     found = sorted(path.parent for path in plan.output.glob("*/*/results.json"))
     folders = []
     for folder in dict.fromkeys([*named, *own, *found]):
-        if folder not in own:
+        # A job of this command that has not begun has no results, or those of an earlier command.
+        if folder not in own or (folder / "results.json").exists():
             try:
                 load_runs([folder])
             except ValueError as error:

@@ -367,6 +367,16 @@ class TestTableOfAFolder:
         assert [row["method"] for row in rows] == ["otprune"]
         assert f"Left out of the table: {damaged} cannot be read" in capsys.readouterr().out
 
+    def test_is_written_while_a_row_to_come_has_results_of_another_shape(self, evaluate, tmp_path, capsys):
+        evaluate("gqa")
+        stale = job(tmp_path / "out") / "results.json"
+        content = json.loads(stale.read_text())
+        del content["pruning"]["options"]
+        stale.write_text(json.dumps(content))
+        assert [row["method"] for row in evaluate("gqa")] == ["unpruned", "otprune"]
+        said = f"Left out of the table: {stale} cannot be read: pruning has no options"
+        assert capsys.readouterr().out.count(said) == 1
+
 
 class TestOneRunAtATime:
     def test_a_second_run_into_the_same_folder_is_refused(self, tmp_path, capsys):
@@ -637,15 +647,18 @@ class TestFolders:
             jobs(*arguments, second)
 
 
+RESULT = {"metrics": {"exact_match": 0.5}, "samples": 8, "visual_tokens": None}
+
+
 class TestRecords:
     def test_a_result_counts_for_the_settings_it_was_made_with(self, tmp_path):
-        records.write_json(tmp_path / "tasks" / "gqa" / "result.json", {"identity": {"limit": 8}})
+        records.write_json(tmp_path / "tasks" / "gqa" / "result.json", {**RESULT, "identity": {"limit": 8}})
         assert records.finished(tmp_path, "gqa", {"limit": 8})
         assert records.finished(tmp_path, "gqa", {"limit": 9}) is None
 
     def test_with_all_metrics_serves_where_the_table_s_are_asked_for(self, tmp_path):
         captions = tmp_path / "tasks" / "mini_nocaps_val" / "result.json"
-        records.write_json(captions, {"identity": {"limit": 8, "metrics": "all"}})
+        records.write_json(captions, {**RESULT, "identity": {"limit": 8, "metrics": "all"}})
         assert records.finished(tmp_path, "mini_nocaps_val", {"limit": 8, "metrics": "table"})
-        records.write_json(captions, {"identity": {"limit": 8, "metrics": "table"}})
+        records.write_json(captions, {**RESULT, "identity": {"limit": 8, "metrics": "table"}})
         assert records.finished(tmp_path, "mini_nocaps_val", {"limit": 8, "metrics": "all"}) is None

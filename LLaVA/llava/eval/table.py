@@ -26,7 +26,6 @@ from llava.eval.results.rows import (
 )
 from llava.eval.results.runs import Run, check_alike, differences, read_runs, unfinished
 from llava.files import atomic_write, check_writable
-from llava.runtime import print_everything
 
 __all__ = ["BUDGET", "COLUMNS", "Row", "Table", "build_table", "load_runs", "main", "published_rows"]
 
@@ -61,15 +60,9 @@ class Table:
         return FORMATS[name](self.rows, self.remarks, intervals)
 
 
-def load_runs(folders: Iterable[Path | str]) -> list[Row]:
-    """Read result folders: a whole run's, or that of one model under one pruning configuration.
-
-    Raises
-    ------
-    ValueError
-        If a folder holds no results.
-    """
-    return [row_of(run) for run in read_runs(folders)]
+def load_runs(folders: Iterable[Path | str], unreadable: list[str] | None = None) -> list[Row]:
+    """The rows of result folders; see `llava.eval.results.runs.read_runs`."""
+    return [row_of(run) for run in read_runs(folders, unreadable)]
 
 
 def build_table(
@@ -194,9 +187,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if found.output is not None:
             check_writable(found.output)
-        rows = load_runs(found.runs)
+        unreadable: list[str] = []
+        rows = load_runs(found.runs, unreadable)
         if not any(row.scores for row in rows):
-            raise ValueError(f"no finished task in {', '.join(found.runs)}")
+            raise ValueError(unreadable[0] if unreadable else f"no finished task in {', '.join(found.runs)}")
         table = build_table(
             rows,
             intervals=found.intervals or found.format in ALWAYS_WITH_INTERVALS,
@@ -204,7 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             allow_mixed=found.allow_mixed,
             seed=found.seed,
             draws=found.draws,
-            remarks=[f"Incomplete: {sentence}." for sentence in unfinished(found.runs) if "failed" not in sentence],
+            remarks=[f"Left out: {sentence}." for sentence in unreadable]
+            + [f"Incomplete: {sentence}." for sentence in unfinished(found.runs) if "failed" not in sentence],
         )
         text = table.render(found.format, found.intervals)
         if found.output is not None:
@@ -230,5 +225,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    print_everything()
     sys.exit(main())

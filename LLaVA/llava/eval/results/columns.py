@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,9 @@ class Column:
 
     def task_in(self, tasks: Mapping[str, Any]) -> str | None:
         """The task among a run's results that this column is read from, or None."""
-        found = [task for task in self.tasks if self.metric in tasks.get(task, {}).get("metrics", {})]
+        values = {task: tasks[task]["metrics"].get(self.metric) for task in self.tasks if task in tasks}
+        # lmms-eval gives nan where there was nothing to score.
+        found = [task for task, value in values.items() if value is not None and math.isfinite(value)]
         return found[-1] if found else None
 
 

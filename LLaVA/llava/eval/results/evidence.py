@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,7 @@ MEAN = "Mean"
 CAPTIONS = ("COCO", "Flickr30k", "NoCaps")
 # MMMU's score is rounded to five decimals by lmms-eval, and a percent has a hundred times as many.
 _SAME = 1e-3
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,13 @@ def _units(column: Column, runs: Sequence[Run], remarks: list[str]) -> list[Unit
     for run in runs:
         task = column.task_in(run.tasks)
         path = None if task is None else run.log(task)
-        logs.append(None if path is None else read_log(path))
+        logs.append(None if path is None else _told(column, run, remarks, lambda path=path: read_log(path)))
     ciders: list[list[float] | None] = [None] * len(runs)
     if column.key in CAPTIONS and any(logs):
-        texts = [None if log is None else caption_texts(column, log) for log in logs]
+        texts = [
+            None if log is None else _told(column, run, remarks, lambda log=log: caption_texts(column, log))
+            for run, log in zip(runs, logs, strict=True)
+        ]
         try:
             scored = iter(cider_of_runs([pair for pair in texts if pair is not None]))
             ciders = [None if pair is None else next(scored) for pair in texts]
@@ -158,13 +163,22 @@ def _units(column: Column, runs: Sequence[Run], remarks: list[str]) -> list[Unit
             return [None] * len(runs)
     units: list[Units | None] = []
     for run, log, cider in zip(runs, logs, ciders, strict=True):
-        try:
-            one = None if log is None else units_of(column, log, cider)
-        except (KeyError, ValueError) as error:
-            remarks.append(f"No interval of {column.key}, {run.name}: its log is not as expected ({error}).")
-            one = None
+        if log is None or (cider is None and column.key in CAPTIONS):
+            units.append(None)
+            continue
+        one = _told(column, run, remarks, lambda log=log, cider=cider: units_of(column, log, cider))
         units.append(one if one is None or _agrees(column, run, one, remarks) else None)
     return units
+
+
+def _told(column: Column, run: Run, remarks: list[str], read: Callable[[], _Read]) -> _Read | None:
+    """What a log gives; where it is not as expected, None, and a remark."""
+    try:
+        return read()
+    except (AttributeError, IndexError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+        remarks.append(f"No interval of {column.key}, {run.name}: its log is not as expected ({reason}).")
+        return None
 
 
 def _agrees(column: Column, run: Run, units: Units, remarks: list[str]) -> bool:

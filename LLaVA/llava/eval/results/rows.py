@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,11 +121,11 @@ class Row:
     @property
     def answer_milliseconds(self) -> float | None:
         """Measured mean time from a prompt to its answer, over all tasks of a run that were timed."""
-        timed = [result for run in self.runs for result in run.tasks.values() if result.get("throughput")]
-        samples = sum(result["samples"] for result in timed)
-        if not samples:
-            return None
-        return 1000 * sum(result["throughput"]["avg_latency"] * result["samples"] for result in timed) / samples
+        results = [result for run in self.runs for result in run.tasks.values()]
+        timed = [(result.get("samples", 0), (result.get("throughput") or {}).get("avg_latency")) for result in results]
+        timed = [(samples, seconds) for samples, seconds in timed if seconds is not None and math.isfinite(seconds)]
+        samples = sum(samples for samples, _ in timed)
+        return 1000 * sum(samples * seconds for samples, seconds in timed) / samples if samples else None
 
 
 def row_of(run: Run) -> Row:
@@ -256,6 +257,32 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
         for row in group:
             ranks[id(row)] = mean(_rank(row.scores[key], [other.scores[key] for other in group]) for key in keys)
     return [replace(row, rank=ranks[id(row)]) if id(row) in ranks else row for row in rows]
+
+
+def best_of_columns(rows: Sequence[Row]) -> dict[int, set[str]]:
+    """The best scores among measured rows of one model that keep equally many tokens: row's number -> column keys.
+
+    "Mean" and "Rank" are columns, too. Where all are equal, and alone at its budget, none is the best.
+    """
+    best: dict[int, set[str]] = {number: set() for number in range(len(rows))}
+    numbers = {id(row): number for number, row in enumerate(rows)}
+    for model in dict.fromkeys(row.model for row in rows):
+        for group in same_budget([row for row in rows if row.model == model]):
+            for key in (*(column.key for column in COLUMNS), "Mean", "Rank"):
+                values = {numbers[id(row)]: _value(row, key) for row in group}
+                values = {number: value for number, value in values.items() if value is not None}
+                if len(set(values.values())) > 1:
+                    top = max(values.values())
+                    for number, value in values.items():
+                        best[number] |= {key} if value == top else set()
+    return best
+
+
+def _value(row: Row, key: str) -> float | None:
+    """A column's value, the larger the better."""
+    if key == "Rank":
+        return None if row.rank is None else -row.rank
+    return row.relative if key == "Mean" else row.scores.get(key)
 
 
 def unpruned_of(row: Row, rows: Sequence[Row]) -> Row | None:

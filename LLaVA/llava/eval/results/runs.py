@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.eval.results.shape import MANIFEST, RESULTS, WHOLE_RUN, check
+from llava.files import read_json
+
 
 @dataclass(frozen=True)
 class Run:
@@ -77,17 +80,29 @@ class Run:
     def _identity(self) -> Mapping[str, Any]:
         if self.folder is None:
             return {}
-        records = (_read(path) for path in sorted((self.folder / "tasks").glob("*/result.json")))
-        return next((record["identity"] for record in records if "identity" in record), {})
+        for path in sorted((self.folder / "tasks").glob("*/result.json")):
+            try:
+                identity = _read(path).get("identity")
+            except ValueError:
+                continue
+            if isinstance(identity, dict):
+                return identity
+        return {}
 
 
-def read_runs(folders: Iterable[Path | str]) -> list[Run]:
+def read_runs(folders: Iterable[Path | str], unreadable: list[str] | None = None) -> list[Run]:
     """Read result folders: a whole run's, or that of one model under one pruning configuration.
+
+    Parameters
+    ----------
+    folders : sequence of path
+    unreadable : list, optional
+        Receives a sentence on each configuration of a whole run that cannot be read; the others are returned.
 
     Raises
     ------
     ValueError
-        If a folder holds no results.
+        If a folder holds no results, or what cannot be read is not to be left out.
     """
     runs: list[Run] = []
     for folder in map(Path, folders):
@@ -96,9 +111,10 @@ def read_runs(folders: Iterable[Path | str]) -> list[Run]:
             raise ValueError(f"{folder} is no result folder: it has no results.json")
         content = _read(path)
         if "runs" in content:
-            runs += _jobs(folder, content["runs"])
+            _check(path, content, WHOLE_RUN)
+            runs += _jobs(folder, content["runs"], unreadable)
         elif "tasks" in content:
-            runs.append(Run(content, folder, _read_optional(folder / "manifest.json")))
+            runs.append(_run(path, content, folder))
         else:
             raise ValueError(f"{path} is no run's: it has neither runs nor tasks")
     return runs
@@ -108,10 +124,10 @@ def unfinished(folders: Iterable[Path | str]) -> list[str]:
     """Sentences on what result folders lack: configurations without results, tasks that were not reached."""
     said = []
     for folder in map(Path, folders):
-        for job in _read_optional(folder / "manifest.json").get("jobs", ()):
+        for job in _manifest(folder).get("jobs", ()):
             if not (folder / job / "results.json").exists():
                 said.append(f"{folder / job} has no results yet")
-    for run in read_runs(folders):
+    for run in read_runs(folders, unreadable=[]):
         said += missing_tasks(run)
     return said
 
@@ -123,7 +139,7 @@ def missing_tasks(run: Run) -> list[str]:
     said = [f"{run.name}: {task} failed" for task in run.content["failed"]]
     said += [f"{run.name}: {task} has no samples" for task, result in run.tasks.items() if result.get("samples") == 0]
     if run.folder is not None:
-        planned = set(_read_optional(run.folder.parent.parent / "manifest.json").get("tasks", ()))
+        planned = set(_manifest(run.folder.parent.parent).get("tasks", ()))
         said += [
             f"{run.name}: {task} is not finished"
             for task in sorted(planned - set(run.tasks) - set(run.content["failed"]))
@@ -162,27 +178,46 @@ def short_name(model: str) -> str:
     return model.rstrip("/").rpartition("/")[2]
 
 
-def _jobs(folder: Path, contents: Sequence[Mapping[str, Any]]) -> list[Run]:
+def _jobs(folder: Path, contents: Sequence[Any], unreadable: list[str] | None) -> list[Run]:
     """The runs in a whole run's results, each with its folder where that can be told."""
-    jobs = _read_optional(folder / "manifest.json").get("jobs", ())
-    finished = [folder / job for job in jobs if (folder / job / "results.json").exists()]
-    if len(finished) != len(contents):
-        return [Run(content) for content in contents]
-    return [
-        Run(content, place, _read_optional(place / "manifest.json"))
-        for content, place in zip(contents, finished, strict=True)
-    ]
+    places = [(folder / job, read_json(folder / job / "results.json")) for job in _manifest(folder).get("jobs", ())]
+    runs = []
+    for content in contents:
+        place = next((place for place, own in places if own == content), None)
+        try:
+            runs.append(_run((place or folder) / "results.json", content, place))
+        except ValueError as error:
+            if unreadable is None:
+                raise
+            unreadable.append(str(error))
+    return runs
+
+
+def _run(path: Path, content: Any, folder: Path | None) -> Run:
+    _check(path, content, RESULTS)
+    return Run(content, folder, {} if folder is None else _manifest(folder))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest, empty where it has none."""
+    path = folder / "manifest.json"
+    content = _read(path) if path.exists() else {}
+    _check(path, content, MANIFEST)
+    return content
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read: it is no JSON object")
     return content
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return _read(path) if path.exists() else {}
+def _check(path: Path, content: Any, shape: Any) -> None:
+    try:
+        check(content, shape)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
