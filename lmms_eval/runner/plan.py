@@ -206,7 +206,7 @@ def _prunings(
             except ValueError:
                 raise refusal from None
     except ValueError as error:
-        raise ValueError(f"--method {method}: {error}" if own else str(error)) from None
+        raise ValueError(f"--method {method}: {error}") from None
 
 
 def _resolved(switch: Mapping[str, str], environ: Mapping[str, str]) -> tuple[PruningConfig, dict[str, str]]:

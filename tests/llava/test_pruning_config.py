@@ -10,6 +10,9 @@ import pickle
 import pytest
 
 from llava.pruning import PruningConfig, available_methods, kept_count, register
+from llava.pruning.config import alternatives, option_types
+from llava.pruning.registry import method_class
+from tiny_llava import build
 
 ON = {"BASELINE": "OURS", "SUBSET_RATIO": "0.098"}
 
@@ -61,7 +64,7 @@ def test_layer_and_options_are_read():
         (ON | {"OTPRUNE_GAMA": "1"}, r"OTPRUNE_GAMA=1: .*OTPRUNE_GAMMA, OTPRUNE_COMPAT"),
         (ON | {"OURS_GAMMA": "1"}, r"OURS_GAMMA=1: OURS is otprune, whose options are named OTPRUNE_"),
         (ON | {"OTPRUNE_GAMMA": "much"}, r"OTPRUNE_GAMMA=much: must be a number"),
-        (ON | {"OTPRUNE_GAMMA": "-1"}, r"gamma must be a finite number > 0, not -1"),
+        (ON | {"OTPRUNE_GAMMA": "-1"}, r"^OTPRUNE_GAMMA=-1: OTPrune's gamma must be a finite number > 0, not -1"),
         (ON | {"OTPRUNE_COMPAT": "perhaps"}, r"OTPRUNE_COMPAT=perhaps: must be 1 or 0"),
         ({"BASELINE": "RANDOM", "SUBSET_RATIO": "0.1", "RANDOM_SEED": "0.5"}, r"RANDOM_SEED=0.5: .*whole number"),
         ({"BASELINE": "FASTV", "SUBSET_RATIO": "0.1", "LAYER_INDEX": "0"}, r"fastv works inside.*at least 1.*not 0"),
@@ -75,6 +78,77 @@ def test_layer_and_options_are_read():
 def test_a_wrong_value_is_named_with_what_is_allowed(environ, said):
     with pytest.raises(ValueError, match=said):
         PruningConfig.from_env(environ)
+
+
+OUT_OF_RANGE = {
+    "otprune_gamma": "nan",
+    "hiprune_alpha": "1.5",
+    "hiprune_object_layer": "0",
+    "visionzip_contextual_share": "-0.1",
+    "vispruner_important_ratio": "2",
+    "fitprune_recipe": "nowhere.json",
+    "fitprune_reduction_ratio": "1",
+    "fitprune_samples": "0",
+    "ocvtp_checkpoint": "nowhere",
+    "ocvtp_config": "nowhere.py",
+    "ocvtp_encoder_layer": "1",
+    "ocvtp_target": "0",
+    "ocvtp_top_k": "0",
+}
+"""What no method can start with; of switches, names and seeds every value of their type is allowed."""
+
+
+def every_option() -> list[tuple[str, str]]:
+    kinds = {bool: "2", int: "x", float: "x"}
+    found = []
+    for method in available_methods():
+        for option, kind in option_types(method_class(method)).items():
+            wrong = next((text for accepted, text in kinds.items() if accepted in alternatives(kind)), "nonsense")
+            found += [(method, f"{method}_{option}".upper(), wrong)] if str not in alternatives(kind) else []
+            if (text := OUT_OF_RANGE.get(f"{method}_{option}")) is not None:
+                found.append((method, f"{method}_{option}".upper(), text))
+    return found
+
+
+@pytest.mark.parametrize(("method", "variable", "text"), every_option(), ids=lambda value: str(value))
+def test_a_wrong_option_is_named_as_it_was_typed(method, variable, text):
+    ratio = {} if variable.startswith("FITPRUNE_RE") else {"SUBSET_RATIO": "0.5"}
+    with pytest.raises(ValueError, match=rf"^{variable}={text}: "):
+        PruningConfig.from_env({"BASELINE": method, "VISPRUNER_PER_CROP": "1", **ratio, variable: text})
+
+
+@pytest.mark.parametrize(
+    ("environ", "begins"),
+    [
+        (
+            {"BASELINE": "OCVTP", "SUBSET_RATIO": "0.5", "OCVTP_TARGET": "64", "OCVTP_SEED": "1"},
+            "SUBSET_RATIO=0.5 OCVTP_TARGET=64",
+        ),
+        ({"BASELINE": "OCVTP", "OCVTP_TARGET": "64", "OCVTP_PER_CROP": "1"}, "OCVTP_PER_CROP=1: "),
+        ({"BASELINE": "PRUMERGE", "PRUMERGE_ADAPTIVE": "1", "LAYER_INDEX": "2"}, "LAYER_INDEX=2: "),
+        ({"BASELINE": "SPARSEVLM", "SPARSEVLM_SCHEDULE": "64", "SUBSET_RATIO": "0.5"}, "SUBSET_RATIO=0.5"),
+        ({"BASELINE": "FASTV", "SUBSET_RATIO": "0.5", "LAYER_INDEX": "0"}, "LAYER_INDEX=0"),
+        ({"BASELINE": "VTW", "SUBSET_RATIO": "0.5", "LAYER_INDEX": "2"}, "SUBSET_RATIO=0.5 LAYER_INDEX=2"),
+        ({"BASELINE": "FITPRUNE", "SUBSET_RATIO": "0.5", "FITPRUNE_SCALE": "1"}, "FITPRUNE_SCALE=1"),
+        ({"OCL_ENABLE": "1", "OCL_ATTSEL": "cls", "OCL_HAS_CLS": "0"}, "OCL_ATTSEL=cls OCL_HAS_CLS=0"),
+        ({"OCL_ENABLE": "1", "OCL_CKPT": "nowhere"}, "OCL_CKPT=nowhere"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_named_as_it_was_typed(environ, begins):
+    with pytest.raises(ValueError) as refused:
+        PruningConfig.from_env(environ)
+    assert str(refused.value).startswith(begins), refused.value
+
+
+def test_what_a_model_refuses_is_named_as_it_was_typed(tower, monkeypatch):
+    environ = {"BASELINE": "HIPRUNE", "SUBSET_RATIO": "0.5", "HIPRUNE_OBJECT_LAYER": "30", "HIPRUNE_ALPHA": "0.2"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        ValueError, match=r"^HIPRUNE_OBJECT_LAYER=30: .* asks for layer 29 of the vision encoder, of which 2"
+    ):
+        build(tower)
 
 
 @pytest.mark.parametrize(

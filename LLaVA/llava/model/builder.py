@@ -133,7 +133,7 @@ def load_pretrained_model(
     if getattr(config, "mm_vision_tower", None) is None:
         raise ValueError(f"{checkpoint.name} is no LLaVA: its config.json names no vision tower (mm_vision_tower)")
     if pruning is not None:
-        pruning.stages(config.num_hidden_layers)
+        pruning.blame(lambda pruning: pruning.stages(config.num_hidden_layers))
 
     layout = checkpoint.layout(with_base=base is not None)
     weights = base or checkpoint

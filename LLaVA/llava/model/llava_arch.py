@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from llava.constants import (
 )
 from llava.model.checkpoint import read_tensors
 from llava.model.multimodal_encoder.builder import build_vision_tower
-from llava.model.multimodal_encoder.observations import Output, encoder_outputs
+from llava.model.multimodal_encoder.observations import EncoderObserver, Output, encoder_outputs
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.splice import assign_images, embed, lay_out, original_positions, stack
 from llava.model.visual_cache import FEATURES, Span, VisualCache
@@ -370,14 +370,22 @@ class LlavaMetaForCausalLM:
             If its layer is not one of this model's, its budget cannot be met by a decoder of this depth, its options
             belong to another model, or it cannot read this vision tower.
         """
-        config = None if config is None else config.for_width(self.config.hidden_size)
-        pruner = None if config is None else config.build_pruner()
-        stages = () if config is None else config.stages(self.config.num_hidden_layers)
-        if pruner is not None:
-            pruner.check_tokens(self.tokens_of_an_image())
-            if self.get_vision_tower() is not None:
-                pruner.check_encoder(self.get_vision_tower().hidden_size)
-        self.use_pruner(pruner, stages, config)
+        if config is None:
+            self.use_pruner(None, ())
+            return
+        pruner, stages = config.blame(self._accepted)
+        self.use_pruner(pruner, stages, config.for_width(self.config.hidden_size))
+
+    def _accepted(self, config: PruningConfig) -> tuple[Pruner, tuple[tuple[int, float], ...]]:
+        """The pruner of a configuration and its stages, if they go with this model."""
+        pruner = config.for_width(self.config.hidden_size).build_pruner()
+        stages = config.stages(self.config.num_hidden_layers)
+        pruner.check_tokens(self.tokens_of_an_image())
+        tower = self.get_vision_tower()
+        if tower is not None:
+            pruner.check_encoder(tower.hidden_size)
+            EncoderObserver(chain.from_iterable(encoder_outputs(pruner).values()), tower.depth)  # refuses other layers
+        return pruner, stages
 
     def fit_pruning(self) -> None:
         """Let the active method learn from this model where to drop, if it has to; done at the first use otherwise.

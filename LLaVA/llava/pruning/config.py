@@ -9,17 +9,18 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from llava.pruning.base import Pruner
 from llava.pruning.ocvtp.variables import SWITCH as OCL_SWITCH
-from llava.pruning.ocvtp.variables import translated
+from llava.pruning.ocvtp.variables import as_typed, translated
 from llava.pruning.registry import method_class, method_names, resolve_name
 
 OFF = "orig"
+RATIO, LAYER = "SUBSET_RATIO", "LAYER_INDEX"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class PruningConfig:
         None for a method that drops at several layers.
     options : mapping
         The method's own options; what is left out takes its default.
+    typed : mapping
+        Of what came from the environment: variable -> ``NAME=value`` as it was typed.
 
     Raises
     ------
@@ -50,6 +53,7 @@ class PruningConfig:
     ratio: float | None = None
     layer: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    typed: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
 
     def __post_init__(self):
         method = resolve_name(self.method)
@@ -99,8 +103,8 @@ class PruningConfig:
         Raises
         ------
         ValueError
-            Names the variable, its value and what is allowed: an unknown method, half of the switch, a number out of
-            range, an unknown option.
+            Begins with the variable (or those that do not go together) and its value, and says what is allowed: an
+            unknown method, half of the switch, a number out of range, an unknown option.
         """
         given, environ = environ, translated(environ)
         baseline = environ.get("BASELINE", "").strip()
@@ -119,12 +123,19 @@ class PruningConfig:
         except ValueError as error:
             raise ValueError(f"BASELINE={baseline}: {error}, or ORIG for no pruning") from None
         _refuse_options_of_an_alias(baseline, method, environ)
-        settings = {"ratio": _ratio(environ), "layer": _layer(environ), "options": options_from_env(method, environ)}
-        try:
-            return cls(method=method, **settings)
-        except ValueError as error:
-            switch = f"BASELINE={baseline}" if given.get("BASELINE") else OCL_SWITCH + "=1"
-            raise ValueError(f"{switch}: {error}") from None
+        settings = {RATIO: _ratio(environ), LAYER: _layer(environ), **_option_settings(method, environ)}
+        typed = {name: text for name, text in as_typed(given, environ).items() if name in settings}
+        switch = f"BASELINE={baseline}" if given.get("BASELINE") else OCL_SWITCH + "=1"
+        return _blame(lambda rest: _from_settings(method, rest, typed), settings, typed, method, switch)
+
+    def blame(self, attempt: Callable[[PruningConfig], T]) -> T:
+        """``attempt(self)``, whose `ValueError` begins with what was typed and it would not be raised without."""
+        prefix = f"{self.method.upper()}_"
+        settings = {RATIO: self.ratio, LAYER: self.layer}
+        settings |= {f"{prefix}{name.upper()}": value for name, value in self.options.items()}
+        return _blame(
+            lambda rest: attempt(_from_settings(self.method, rest, self.typed)), settings, self.typed, self.method
+        )
 
     def build_pruner(self) -> Pruner:
         """The method with these options."""
@@ -239,14 +250,69 @@ def options_from_env(method: str, environ: Mapping[str, str] = os.environ) -> di
     Raises
     ------
     ValueError
-        For an unknown option, or a value that is none of its own.
+        For an unknown option, or a value that is none of its own; begins with the variable and its value.
     """
+    settings = _option_settings(method, environ)
+    cls = method_class(method)
+    _blame(lambda rest: cls(**_options(method, rest)), settings, as_typed(environ, environ), method)
+    return _options(method, settings)
+
+
+T = TypeVar("T")
+
+
+def _blame(
+    attempt: Callable[[Mapping[str, Any]], T],
+    settings: Mapping[str, Any],
+    typed: Mapping[str, str],
+    method: str,
+    otherwise: str = "",
+) -> T:
+    """``attempt(settings)``; its `ValueError` begins with those of ``typed`` without which it would not be raised.
+
+    ``otherwise`` is what it begins with where that is none of them.
+    """
+    try:
+        return attempt(settings)
+    except ValueError as error:
+        message = str(error)
+
+    def complaint(without: str) -> str | None:
+        try:
+            attempt({name: value for name, value in settings.items() if name != without})
+        except Exception as error:
+            return str(error)
+        return None
+
+    left = {name: complaint(without=name) for name in settings if name in typed}
+    changed = [name for name in left if left[name] != message]
+    # Without a ratio there may be another complaint only because one is needed.
+    blamed = [name for name in changed if left[name] is None] or [name for name in changed if name != RATIO] or changed
+    begin = " ".join(typed[name] for name in blamed) or otherwise
+    message = message.removeprefix(f"{method}: ")
+    if begin and not message.startswith(tuple(f"{name}=" for name in blamed)):
+        message = f"{begin}: {message}"
+    raise ValueError(message) from None
+
+
+def _options(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{method.upper()}_"
+    return {name[len(prefix) :].lower(): value for name, value in settings.items() if name.startswith(prefix)}
+
+
+def _from_settings(method: str, settings: Mapping[str, Any], typed: Mapping[str, str]) -> PruningConfig:
+    """A configuration from values by the names of their variables."""
+    return PruningConfig(method, settings.get(RATIO), settings.get(LAYER), _options(method, settings), typed=typed)
+
+
+def _option_settings(method: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Variable -> value of a method's options in an environment."""
     prefix = f"{method.upper()}_"
     known = option_types(method_class(method))
     variables = {name.lower(): f"{prefix}{name.upper()}" for name in known}
     # Of two methods one name may begin with the other, as prumerge_plus does with prumerge.
     others = tuple(f"{name.upper()}_" for name in method_names() if name.startswith(f"{method}_"))
-    options = {}
+    settings = {}
     for variable in sorted(name for name in environ if name.startswith(prefix) and not name.startswith(others)):
         option = variable[len(prefix) :].lower()
         if option not in known:
@@ -254,13 +320,13 @@ def options_from_env(method: str, environ: Mapping[str, str] = os.environ) -> di
                 f"{variable}={environ[variable]}: {method} has no such option; "
                 f"it knows {', '.join(variables.values()) or 'none'}"
             )
-        options[option] = _parse(variable, environ[variable], known[option])
-    return options
+        settings[variable] = _parse(variable, environ[variable], known[option])
+    return settings
 
 
 def _parse(variable: str, text: str, kind: Any) -> Any:
     """Turn an environment variable's text into an option's type."""
-    accepted = _alternatives(kind)
+    accepted = alternatives(kind)
     if type(None) in accepted and text.strip().lower() in ("", "none"):
         return None
     for candidate in (bool, int, float, str):
@@ -284,7 +350,7 @@ def _number(kind: type, text: str) -> Any:
 
 
 def _check_type(what: str, value: Any, kind: Any) -> None:
-    accepted = _alternatives(kind)
+    accepted = alternatives(kind)
     if value in [item for item in accepted if not isinstance(item, type)]:
         return
     kinds = tuple(item for item in accepted if isinstance(item, type))
@@ -298,13 +364,13 @@ _BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "fals
 _SPELLING = {bool: "1 or 0", int: "a whole number", float: "a number", str: "text", type(None): "none"}
 
 
-def _alternatives(kind: Any) -> list[Any]:
+def alternatives(kind: Any) -> list[Any]:
     """The types and literal values that an annotation admits."""
     origin = typing.get_origin(kind)
     if origin is typing.Literal:
         return list(typing.get_args(kind))
     if origin in (typing.Union, types.UnionType):
-        return [item for part in typing.get_args(kind) for item in _alternatives(part)]
+        return [item for part in typing.get_args(kind) for item in alternatives(part)]
     return [kind]
 
 

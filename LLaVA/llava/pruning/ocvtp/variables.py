@@ -61,6 +61,13 @@ def translated(environ: Mapping[str, str]) -> Mapping[str, str]:
     return {**rest, "BASELINE": "OCVTP", **own}
 
 
+def as_typed(given: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, str]:
+    """Variable of ``environ``, the translated ``given`` -> ``NAME=value`` as it stands in ``given``, if it does."""
+    names = {} if environ is given else {option: name for name, (option, _) in _OPTIONS.items()}
+    spelled = {variable: names.get(variable, variable) for variable in environ}
+    return {variable: f"{name}={given[name]}" for variable, name in spelled.items() if name in given}
+
+
 def _text(name: str, text: str) -> str:
     return text
 
