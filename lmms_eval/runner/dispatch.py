@@ -9,7 +9,7 @@ from queue import Queue
 from typing import Any
 
 from . import records
-from .launch import Launch, Worker, describe_launch
+from .launch import JOIN_MINUTES, Launch, Worker, describe_launch
 from .options import OFF, Options
 from .plan import Job, Plan
 from .screen import Screen
@@ -118,7 +118,7 @@ def evaluate(
                 if worker.has_worked and (todo or options.num_machines > 1):
                     workers[start(writer)] = writer
                 elif not worker.has_worked and not workers:
-                    _give_up(jobs, todo, plan, options, problem or f"{status} before its first task")
+                    _give_up(jobs, todo, plan, options, problem or f"{status} before its first task{_meeting(options)}")
                     while todo:
                         close(*todo.popleft())
     except KeyboardInterrupt:
@@ -133,6 +133,13 @@ def describe_workers(plan: Plan, options: Options, units: int) -> tuple[int, Lau
     if plan.device == "cpu" and options.num_machines == 1 and enough:
         return plan.num_processes, describe_launch(plan, options, 1)
     return 1, describe_launch(plan, options, plan.num_processes)
+
+
+def _meeting(options: Options) -> str:
+    if options.num_machines == 1:
+        return ""
+    place = f"{options.main_process_ip}:{options.main_process_port}"
+    return f"; {options.num_machines} machines were to meet at {place} within {JOIN_MINUTES} minutes"
 
 
 def _give_up(jobs: Sequence[Job], todo: Sequence[tuple[int, str]], plan: Plan, options: Options, problem: str) -> None:

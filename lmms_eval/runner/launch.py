@@ -19,6 +19,8 @@ from llava.pruning.ocvtp.variables import translated
 from .options import Options
 from .plan import SWITCH, Plan
 
+JOIN_MINUTES = 10
+"""For the machines of a run to find each other."""
 WORKER = "lmms_eval_otprune_runner.worker"
 
 
@@ -55,6 +57,7 @@ def describe_launch(plan: Plan, options: Options, processes: int) -> Launch:
             f"--node_rank={options.machine_rank}",
             f"--master_addr={options.main_process_ip}",
             f"--master_port={options.main_process_port}",
+            f"--rdzv_conf=timeout={60 * JOIN_MINUTES}",
         ]
     torchrun = (sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={processes}")
     return Launch((*torchrun, "-m", WORKER), environment)

@@ -7,6 +7,7 @@ import json
 import random
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,8 @@ spec = json.loads(pathlib.Path(sys.argv[1]).read_text())
 fates = json.loads(pathlib.Path(sys.argv[0]).with_suffix(".json").read_text())
 def say(**event): print(json.dumps(event), flush=True)
 print("not an event")
+if fates["start"] == "dies":
+    sys.exit(3)
 if fates["start"]:
     say(cannot_start=fates["start"])
     sys.exit(1)
@@ -65,7 +68,7 @@ def evaluate(tmp_path, monkeypatch):
     plan = SimpleNamespace(tasks=TASKS, device="cpu", dtype="float32", batch_size=1, num_processes=1, suite=suite)
     plan.visual_cache = 0
 
-    def run(workers: int = 2, start: str = "", **fates: str) -> tuple[list[Job], list[Job], str]:
+    def run(workers: int = 2, start: str = "", arguments: Sequence[str] = (), **fates: str):
         monkeypatch.setattr(dispatch, "describe_workers", lambda *_: (workers, launch))
         script.with_suffix(".json").write_text(json.dumps({"start": start, "tasks": fates}))
         finished: list[Job] = []
@@ -76,7 +79,7 @@ def evaluate(tmp_path, monkeypatch):
             finished.append(job)
 
         with Screen(12, Console(file=shown)) as screen:
-            dispatch.evaluate(jobs, plan, options.read([]), identities, screen, finish)
+            dispatch.evaluate(jobs, plan, options.read(arguments), identities, screen, finish)
         return jobs, finished, shown.getvalue()
 
     return run
@@ -118,6 +121,16 @@ def test_a_worker_that_cannot_start_says_why_for_all_tasks(evaluate):
     jobs, finished, _ = evaluate(2, start="no such model")
     assert {failed(job, task) for job in jobs for task in TASKS} == {"no such model"}
     assert finished == jobs
+
+
+def test_machines_that_do_not_meet_say_where(evaluate):
+    meeting = ["--num-machines", "2", "--main-process-ip", "10.0.0.1"]
+    jobs, _, _ = evaluate(1, start="dies", arguments=meeting)
+    [said] = {failed(job, task) for job in jobs for task in TASKS}
+    assert said == (
+        "the worker ended with status 3 before its first task; "
+        "2 machines were to meet at 10.0.0.1:29511 within 10 minutes"
+    )
 
 
 def test_a_terminal_shows_bars_and_the_table_and_leaves_lines(tmp_path):
