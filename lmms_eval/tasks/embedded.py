@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features
 from datasets.table import InMemoryTable
-from lmms_eval.api.task import ConfigurableTask
+from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
+from lmms_eval.tasks import TaskManager
 from pyarrow import parquet
 
 from llava.mini import suite
@@ -30,13 +32,18 @@ class EmbeddedTask(ConfigurableTask):
         ``task`` is a name of `llava.mini.suite.TASKS`; what else it holds overrides the builtin definition.
     """
 
+    def __new__(cls, config: dict[str, Any]):
+        # The class in a task's definition is one for all models; chat wrappers ask for messages.
+        chat = cls is EmbeddedTask and _asked_for()[0] == "chat"
+        return super().__new__(EmbeddedMessagesTask if chat else cls)
+
     def __init__(self, config: dict[str, Any]):
         config = {name: value for name, value in config.items() if name != "class"}
         self._embedded = suite.TASKS[config["task"]]
         builtin = self._embedded.builtin
         own = definition(_DEFINITIONS.get(builtin, builtin))
         kept = {name: value for name, value in own.items() if name not in _LEFT_OUT}
-        super().__init__(config={**kept, **_changes(builtin, kept), **config}, model_name="llava")
+        super().__init__(config={**kept, **_changes(builtin, kept), **config}, model_name=_asked_for()[1])
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
         """Read the suite, which is built first where it is missing; nothing comes from the network."""
@@ -50,6 +57,21 @@ class EmbeddedTask(ConfigurableTask):
     def _table(self, config: str, split: str) -> Dataset:
         # Not through load_dataset: its cache does not notice a local folder that was written anew.
         return _read(suite.prepare() / self._embedded.folder / config / f"{split}.parquet")
+
+
+class EmbeddedMessagesTask(EmbeddedTask, ConfigurableMessagesTask):
+    """The same for lmms-eval's chat wrappers."""
+
+
+def _asked_for() -> tuple[str, str]:
+    """What lmms-eval loads a task for: "simple" or "chat", and the model's id. It tells a task's class neither."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        manager = frame.f_locals.get("self")
+        if isinstance(manager, TaskManager) and "task_type" in frame.f_locals:
+            return frame.f_locals["task_type"], manager.model_name or "llava"
+        frame = frame.f_back
+    return "simple", "llava"
 
 
 def _changes(builtin: str, own: dict[str, Any]) -> dict[str, Any]:
