@@ -15,6 +15,7 @@ def manifests() -> list[ModelManifest]:
     The id stays ``llava``: task definitions choose generation settings by it.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
+    from lmms_eval_otprune import transformers_models
     from lmms_eval_otprune.command_line import check, names_our_model, started_from_command_line
     from lmms_eval_otprune.exit_status import fail_loudly
 
@@ -24,4 +25,5 @@ def manifests() -> list[ModelManifest]:
             check(sys.argv[1:])
         except ValueError as error:
             raise SystemExit(f"llava: {error}") from None
-    return [ModelManifest(model_id="llava", simple_class_path="lmms_eval_otprune.llava.Llava")]
+    own = ModelManifest(model_id="llava", simple_class_path="lmms_eval_otprune.llava.Llava")
+    return [own, *transformers_models.manifests()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -65,8 +66,10 @@ class Session:
     config : PruningConfig
     visual_token_counts : list of (total, kept)
         Of each image of the latest prompts, row by row.
+    seen : Counter
+        "images", "total" and "kept" of all prompts since pruning was switched on.
     error : Exception or None
-        What ended the latest call, for callers of programs that log errors and go on.
+        What ended the first call that failed, for users of programs that log errors and go on.
     """
 
     def __init__(self, model: nn.Module, config: PruningConfig):
@@ -76,6 +79,7 @@ class Session:
         self.pruner = self.config.build_pruner()
         self.stages = self.config.stages(text.num_hidden_layers)
         self.visual_token_counts: list[tuple[int, int]] = []
+        self.seen: Counter[str] = Counter()
         self.error: Exception | None = None
         self.encoder: EncoderView | None = None
         self._handles: list[Any] = []
@@ -148,13 +152,12 @@ class Session:
     # Each call
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self.error = None
         try:
             return (), self._rewritten(
                 dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
             )
         except Exception as error:
-            self.error = error
+            self.error = self.error or error
             raise
 
     def _rewritten(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +242,8 @@ class Session:
         self.visual_token_counts = [
             (len(image.tokens.features), len(left.indices)) for image, left in zip(images, kept, strict=True)
         ]
+        total, left = (sum(counts) for counts in zip(*self.visual_token_counts, strict=True))
+        self.seen.update(images=len(images), total=total, kept=left)
         return kept
 
     def _question(
