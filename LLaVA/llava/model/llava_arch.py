@@ -449,6 +449,8 @@ class LlavaMetaForCausalLM:
         tower, needs = self.get_vision_tower(), encoder_outputs(self._pruner)
         wanted = dict.fromkeys(output for outputs in needs.values() for output in outputs)
         cache = None if torch.is_grad_enabled() else self.visual_cache
+        if cache is None and not wanted:
+            return self.encode_images(images), {}
 
         def encode(pixels: torch.Tensor) -> dict[Output, torch.Tensor]:
             every = wanted if cache is None else wanted | dict.fromkeys(cache.expected)
