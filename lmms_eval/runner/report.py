@@ -115,7 +115,9 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Tab
     """
     before = records.read_json(plan.output / "manifest.json")
     before = before if isinstance(before, dict) else {}
-    folders = _job_folders(plan, before)
+    folders, refused = _job_folders(plan, before)
+    for reason in refused if last else ():
+        print(f"Left out of the table: {reason}", flush=True)
     finished = [folder / "results.json" for folder in folders if (folder / "results.json").exists()]
     contents = [records.read_json(path) for path in finished]
     records.write_json(plan.output / "results.json", {"format": FORMAT, "runs": contents})
@@ -139,22 +141,25 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Tab
     return table
 
 
-def _job_folders(plan: Plan, before: Mapping[str, Any]) -> list[Path]:
-    """Of all rows in the output folder: as in the manifest of the command before, then this command's, then others."""
+def _job_folders(plan: Plan, before: Mapping[str, Any]) -> tuple[list[Path], list[str]]:
+    """Of all rows in the output folder: as in the manifest of the command before, then this command's, then others.
+
+    And why some are left out.
+    """
     own = [job.folder for job in plan.jobs]
     named = [plan.output / job for job in _names(before, "jobs")]
     found = sorted(path.parent for path in plan.output.glob("*/*/results.json"))
-    folders = []
+    folders, refused = [], []
     for folder in dict.fromkeys([*named, *own, *found]):
         # A job of this command that has not begun has no results, or those of an earlier command.
         if folder not in own or (folder / "results.json").exists():
             try:
                 load_runs([folder])
             except ValueError as error:
-                print(f"Left out of the table: {error}", flush=True)
+                refused.append(str(error))
                 continue
         folders.append(folder)
-    return folders
+    return folders, refused
 
 
 def _names(manifest: Mapping[str, Any], key: str) -> list[str]:
