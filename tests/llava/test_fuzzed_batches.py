@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from llava.mm_utils import get_anyres_image_grid_shape
+from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import available_methods, pruning
 from llava.pruning.registry import method_class
 from tiny_llava import SIDE, build, pad_rows, pixels, prompt
@@ -31,6 +32,8 @@ LAYOUTS = {
     "crops": ANYRES | {"mm_patch_merge_type": "spatial"},
     "newlines": ANYRES | {"mm_patch_merge_type": "spatial_unpad"},
 }
+SIDES = ("left", "right")
+WAYS = ("generate", "static cache", "steps with a mask", "steps without a mask")
 SIZES = [(56, 112), (112, 40), (90, 84), (112, 112), (20, 110)]
 
 
@@ -44,12 +47,15 @@ class Case:
         The images of every row.
     pieces : tuple of tuple of int
         Lengths of the text around them.
+    padding : str
+        Of the ids, and of the embedded prompts.
     """
 
     layout: str
     images: tuple[tuple[tuple[int, int], ...], ...]
     pieces: tuple[tuple[int, ...], ...]
-    padding: str
+    padding: tuple[str, str]
+    way: str
     switch: dict
 
 
@@ -69,7 +75,8 @@ def draw(method: str, seed: int) -> Case:
         layout=dice.choice(sorted(LAYOUTS)),
         images=images,
         pieces=pieces,
-        padding=dice.choice(("left", "right")),
+        padding=(dice.choice(SIDES), dice.choice(SIDES)),
+        way=dice.choice(WAYS),
         switch=options,
     )
 
@@ -92,12 +99,30 @@ def pixels_of(size: tuple[int, int], seed: int, layout: str) -> torch.Tensor:
     return pixels(1 + columns * rows, seed=seed).double()
 
 
-def answer(model, ids, mask, images, sizes) -> list[torch.Tensor]:
-    """Logits (B, V) of three greedy steps."""
+def answer(model, way, ids, mask, images, sizes) -> torch.Tensor:
+    """Logits (B, 3, V) of three greedy steps."""
+    asked = {"images": torch.stack(images) if images[0].ndim == 3 else images, "image_sizes": sizes}
+    if way.startswith("steps"):
+        return steps(model, asked | {"input_ids": ids, "attention_mask": mask if way == "steps with a mask" else None})
     settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    stacked = torch.stack(images) if images[0].ndim == 3 else images
-    found = model.generate(ids, images=stacked, image_sizes=sizes, attention_mask=mask, **settings)
-    return torch.stack(found.logits, dim=1)
+    if way == "static cache":
+        settings["cache_implementation"] = "static"
+    return torch.stack(model.generate(ids, attention_mask=mask, **asked, **settings).logits, dim=1)
+
+
+@torch.no_grad()
+def steps(model, asked) -> torch.Tensor:
+    """The same through `forward`, token by token."""
+    first, mask, logits = model(**asked, use_cache=True), asked["attention_mask"], []
+    last = torch.full((len(first.logits),), first.logits.shape[1] - 1)
+    if model.visual_mask is not None and model.get_model().layer_drop is None:  # which leaves rows padded on the left
+        last -= model.visual_mask.flip(1).int().argmax(dim=1)
+    logits.append(first.logits[range(len(last)), last])
+    while len(logits) < 3:
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)
+        token = logits[-1].argmax(dim=-1, keepdim=True)
+        logits.append(model(input_ids=token, attention_mask=mask, **{CACHE: first[CACHE]}).logits[:, -1])
+    return torch.stack(logits, dim=1)
 
 
 def pytest_generate_tests(metafunc):
@@ -106,9 +131,10 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.mark.parametrize("method", sorted(available_methods()))
-def test_a_batch_is_its_rows_alone(models, options, method, seed):
+def test_a_batch_is_its_rows_alone(models, options, method, seed, monkeypatch):
     case = draw(method, seed)
     model = models[case.layout]
+    monkeypatch.setattr(model.config, "tokenizer_padding_side", case.padding[1], raising=False)
     rows = [prompt(*pieces, seed=row) for row, pieces in enumerate(case.pieces)]
     # A row without a mark passes over an image.
     sizes = [images or (SIZES[0],) for images in case.images]
@@ -116,10 +142,13 @@ def test_a_batch_is_its_rows_alone(models, options, method, seed):
         [pixels_of(size, 10 * row + number, case.layout) for number, size in enumerate(own)]
         for row, own in enumerate(sizes)
     ]
-    ids, mask = pad_rows(rows, case.padding)
+    if case.way == "steps without a mask":  # of ids, that is: images of other lengths are padded all the same
+        longest = max(map(len, rows))
+        rows = [torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows]
+    ids, mask = pad_rows(rows, case.padding[0])
     with pruning(model, method, **options.get(method, {}), **case.switch):
-        batch = answer(model, ids, mask, [*chain(*images)], [*chain(*sizes)])
-        alone = [answer(model, row[None], None, images[i], sizes[i])[0] for i, row in enumerate(rows)]
+        batch = answer(model, case.way, ids, mask, [*chain(*images)], [*chain(*sizes)])
+        alone = [answer(model, "generate", row[None], None, images[i], sizes[i])[0] for i, row in enumerate(rows)]
     # Norms and rotary angles are float32 in a float64 model, too.
     differing = [i for i, (found, own) in enumerate(zip(batch, alone, strict=True)) if (found - own).abs().max() > 1e-3]
     assert not differing, case

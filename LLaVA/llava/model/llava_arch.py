@@ -21,6 +21,7 @@ from llava.constants import (
     IMAGE_TOKEN_INDEX,
 )
 from llava.model.checkpoint import read_tensors
+from llava.model.language_model.kv_cache import Filling
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.observations import EncoderObserver, Output, encoder_outputs
 from llava.model.multimodal_projector.builder import build_vision_projector
@@ -340,6 +341,8 @@ class LlavaMetaForCausalLM:
         where a method drops behind the attention.
     visual_index : Tensor (B, T), int64
         The image that each position of the latest embedded prompts belongs to, -1 for text and padding.
+    visual_mask : Tensor (B, T), bool, or None
+        False at the padding of those prompts; None where there is none.
     visual_facts : tuple of (ImageTokens, PromptFacts)
         What is known of those images, where the decoder drops tokens.
     """
@@ -350,6 +353,7 @@ class LlavaMetaForCausalLM:
     visual_tokens_per_layer: Sequence[tuple[int, ...]] = ()
     visual_tokens_after_attention: Sequence[tuple[int, ...]] = ()
     visual_index: torch.Tensor | None = None
+    visual_mask: torch.Tensor | None = None
     visual_facts: tuple[tuple[ImageTokens, PromptFacts], ...] = ()
     _pruning: PruningConfig | None = None
     _pruner: Pruner | None = None
@@ -543,7 +547,7 @@ class LlavaMetaForCausalLM:
             one and does not use it.
         position_ids, attention_mask, labels : Tensor (B, T), or None
         past_key_values
-            Handed through.
+            Handed through; positions go on from what it holds.
         images, image_sizes
             See `image_tokens`.
 
@@ -597,10 +601,13 @@ class LlavaMetaForCausalLM:
         # Copies to a GPU wait for what it does, unless they are told not to.
         self.visual_index = prompts.images.to(device, non_blocking=True)
         mask = prompts.mask.to(device, non_blocking=True)
+        self.visual_mask = None if bool(prompts.mask.all()) else mask
         gaps = self.prunes_before_decoder and self._pruner.position_ids == "original"
         positions = original_positions(prompts, device) if gaps else None
         if position_ids is not None and not gaps:
             positions = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
+        if positions is not None and past_key_values is not None:
+            positions += Filling.of(past_key_values, device).following
         return (
             None,
             positions,

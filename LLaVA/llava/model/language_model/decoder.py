@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from llava.model.language_model.kv_cache import CACHE, cache_among
+from llava.model.language_model.kv_cache import CACHE, Filling, cache_among
 from llava.model.language_model.observed_attention import last_token_attention, observed_attention, rater_attention
 from llava.model.language_model.visual_drop import (
     TEXT,
@@ -29,12 +29,13 @@ class DroppingDecoder:
     """Mixed in before a decoder stack: with ``layer_drop`` set, layers from its stages on see fewer tokens.
 
     In prefill and in every decoding step each layer sees what the stages up to it left, with its own mask and its own
-    length of the KV cache. Without ``layer_drop`` the stack's own forward runs, untouched.
+    length of the KV cache. Where nothing is dropped the stack's own forward runs. Either way the cache knows its
+    padding and its positions (see `Filling`): what goes on with it may come without a mask and without positions.
 
     Attributes
     ----------
     kept_prefix : KeptPrefix or None
-        What the latest prefill left behind its last stage.
+        What the latest prefill left after its last stage.
     """
 
     layer_drop: LayerDrop | None = None
@@ -57,6 +58,10 @@ class DroppingDecoder:
 
         Parameters
         ----------
+        attention_mask : Tensor, optional
+            See `Filling.new_content`.
+        position_ids : Tensor (B or 1, T), optional
+            Of the new tokens.
         past_key_values : Cache, optional
             ``cache`` is another name for it.
         visual_index : Tensor (B, T), int64, optional
@@ -72,53 +77,86 @@ class DroppingDecoder:
             For attention maps, a sliding window, or images that follow a filled cache, while tokens are dropped
             inside the decoder.
         ValueError
-            If an image has no text behind it, and the method ranks by the text's attention.
+            If an image has no text after it, and the method ranks by the text's attention.
         """
-        past_key_values = cache_among(past_key_values, kwargs)
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        prefixes = getattr(past_key_values, "kept_prefixes", None) if cached else None
-        if self.layer_drop is None or (visual_index is None and prefixes is None):
-            return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **{CACHE: past_key_values},
-                **kwargs,
-            )
-        self._refuse_what_cannot_be_dropped(visual_index, cached, kwargs)
+        cache = cache_among(past_key_values, kwargs)
+        call = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "use_cache": use_cache, CACHE: cache} | kwargs
+        noted = getattr(cache, "filling", None)
+        prepared = attention_mask is not None and getattr(attention_mask, "ndim", None) != 2
+        if inputs_embeds is None and (noted is None or (prepared and not noted.left)):
+            # Ids of text alone, or a step in a static cache, which a look at the cache's length would interrupt.
+            return super().forward(attention_mask=attention_mask, position_ids=position_ids, **call)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        n = tokens.shape[1]
+        before = Filling.of(cache, tokens.device)
+        new = before.new_content(attention_mask, n)
+        if position_ids is None:
+            # A first prompt's padding counts, as in transformers.
+            position_ids = before.new_positions(n, new if before.length else None)
+        after = before.grown(n, new, position_ids)
+        drops = self.layer_drop is not None and visual_index is not None
+        if drops and before.length and visual_facts:
+            raise NotImplementedError("LAYER_INDEX > 0 does not take images after a filled KV cache")
+        if before.left or (drops and not before.length):
+            embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            rows = None if before.left else self._start(embeds, new, visual_index, prompt_mask)
+            return self._forward_in_stages(embeds, rows, position_ids, cache, after, use_cache, visual_facts, **kwargs)
+        if before.length and not prepared:
+            attention_mask = after.mask
+        outputs = super().forward(attention_mask=attention_mask, position_ids=position_ids, **call)
+        cache = getattr(outputs, CACHE, None) if cache is None else cache
+        if cache is not None:
+            cache.filling = after
+        return outputs
+
+    def _start(
+        self, embeds: torch.Tensor, content: torch.Tensor | None, index: torch.Tensor, prompt: torch.Tensor | None
+    ) -> Sequences:
+        """The embedded prompts (B, T, D) as rows of which nothing is dropped yet."""
+        valid = torch.ones_like(index, dtype=torch.bool) if content is None else content
+        rows = Sequences.start(embeds, valid, index, prompt)
+        if "text_attention" in self.layer_drop.pruner.needs:
+            refuse_images_without_text(rows, self.layer_drop.pruner)
+        return rows
+
+    def _forward_in_stages(
+        self,
+        hidden: torch.Tensor,
+        rows: Sequences | None,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        filling: Filling,
+        use_cache: bool | None,
+        facts: Sequence[tuple[ImageTokens, PromptFacts]],
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """The layers one by one, where tokens are dropped at some of them now, or were when the cache was filled.
+
+        Parameters
+        ----------
+        rows : Sequences or None
+            The prompts, from which tokens are to be dropped; None where the cache holds them already.
+        filling : Filling
+            What the cache will hold.
+        """
+        if kwargs.pop("output_attentions", None):
+            raise NotImplementedError("output_attentions is not available while a layer drops visual tokens")
+        if getattr(self.config, "sliding_window", None) is not None:
+            raise NotImplementedError("LAYER_INDEX > 0 does not work with sliding-window attention")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         collect = kwargs.pop("output_hidden_states", None) or self.config.output_hidden_states
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = torch.arange(cached, cached + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            **{CACHE: past_key_values},
-        )
-        rows = raters = None
-        if prefixes is None:
-            valid = attention_mask.bool() if attention_mask is not None else visual_index.new_ones((), dtype=torch.bool)
-            rows = Sequences.start(inputs_embeds, valid.expand(visual_index.shape), visual_index, prompt_mask)
-            if "rater_attention" in self.layer_drop.pruner.needs:
-                raters = choose_raters(rows, self.layer_drop.pruner)
-            if "text_attention" in self.layer_drop.pruner.needs:
-                refuse_images_without_text(rows, self.layer_drop.pruner)
-
-        hidden = inputs_embeds
-        prompt_positions = position_ids
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        position_ids = prompt_positions = position_ids.expand(len(hidden), -1)
+        drop, left = self.layer_drop, dict(filling.left)
+        stages = left if rows is None else dict(drop.stages)
+        compact = filling.compact if rows is None else drop.compact
+        raters = None
+        if rows is not None and "rater_attention" in drop.pruner.needs:
+            raters = choose_raters(rows, drop.pruner)
+        totals = [len(image.features) for image, _ in facts]
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
-        drop, stages = self.layer_drop, dict(self.layer_drop.stages)
-        left = {} if prefixes is None else prefixes
-        totals = [len(image.features) for image, _ in visual_facts]
+        mask = self._causal_mask(hidden, filling.mask, cache, 0)
         states = []
         for depth, layer in enumerate(self.layers):
             if depth in stages:
@@ -127,18 +165,19 @@ class DroppingDecoder:
                         rows = replace(rows, hidden=hidden)
                         before = None if depth == 0 else (self.layers[depth - 1], states[-1])
                         seen = self._observe(rows, before, layer, rotary, raters)
-                        rows = drop_visual_tokens(rows, visual_facts, drop.pruner, stages[depth], seen)
+                        rows = drop_visual_tokens(rows, facts, drop.pruner, stages[depth], seen)
                         hidden = rows.hidden
-                    left[depth] = KeptPrefix(rows.origin, rows.valid)
+                    left[depth] = rows.valid
                     position_ids = prompt_positions.gather(1, rows.origin)
-                if drop.compact:
-                    position_ids = self._compact_positions(left[depth], hidden, depth, past_key_values)
+                if compact:
+                    counted = (left[depth].long().cumsum(dim=1) - 1).clamp_min(0)
+                    position_ids = counted[:, -hidden.shape[1] :]
                 rotary = self.rotary_emb(hidden, position_ids=position_ids)
-                mask = self._mask_after_drop(hidden, left[depth], position_ids, past_key_values, depth)
+                mask = self._causal_mask(hidden, left[depth], cache, depth)
             states.append(hidden)
             if rows is not None and drop.drops_in(depth, totals):
                 rows = replace(rows, hidden=hidden)
-                rows = self._layer_that_drops(layer, rows, rotary, past_key_values, visual_facts, stages[depth + 1])
+                rows = self._layer_that_drops(layer, rows, rotary, cache, facts, stages[depth + 1])
                 hidden = rows.hidden
                 continue
             hidden = layer(
@@ -147,19 +186,22 @@ class DroppingDecoder:
                 position_embeddings=rotary,
                 position_ids=position_ids,
                 use_cache=use_cache,
-                **{CACHE: past_key_values},
+                **{CACHE: cache},
                 **kwargs,
             )
-        if rows is not None and len(self.layers) in stages:
-            left[len(self.layers)] = KeptPrefix(rows.origin, rows.valid)
-        self.kept_prefix = left[max(left)]
-        if past_key_values is not None:
-            past_key_values.kept_prefixes = left
+        if rows is not None:
+            self.kept_prefix = KeptPrefix(rows.origin, rows.valid)
+            if len(self.layers) in stages:
+                left[len(self.layers)] = rows.valid
+            cached = left[0].shape[1] if 0 in left else filling.length
+            filling = replace(filling, left=left, compact=compact, cached=cached)
+        if cache is not None:
+            cache.filling = filling
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if collect else None,
-            **{CACHE: past_key_values if use_cache else None},
+            **{CACHE: cache if use_cache else None},
         )
 
     def _layer_that_drops(
@@ -199,42 +241,22 @@ class DroppingDecoder:
             seen["rater_attention"] = rater_attention(*before, rotary, rows.valid, present)
         return seen
 
-    def _compact_positions(self, prefix: KeptPrefix, hidden, depth: int, cache: Cache | None) -> torch.Tensor:
-        """Rotary positions without gaps: of the kept prompt, or of what is generated behind it."""
-        cached = cache.get_seq_length(depth) if cache is not None else 0
-        if not cached:
-            return prefix.compact_positions()
-        generated = cached - prefix.mask.shape[1] + torch.arange(hidden.shape[1], device=hidden.device)
-        return prefix.mask.sum(dim=1, keepdim=True) + generated
-
-    def _mask_after_drop(self, hidden, prefix: KeptPrefix, position_ids, cache: Cache | None, depth: int):
-        """The attention mask of the layers from a stage on: kept prompt, then everything generated since."""
-        cached = cache.get_seq_length(depth) if cache is not None else 0
-        generated = cached + hidden.shape[1] - prefix.mask.shape[1]
+    def _causal_mask(self, hidden: torch.Tensor, content: torch.Tensor | None, cache: Cache | None, depth: int):
+        """The mask of a layer's attention over what its cache holds and these tokens, of which some is padding."""
         return create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
-            attention_mask=torch.cat([prefix.mask, prefix.mask.new_ones(len(prefix.mask), generated)], dim=1),
-            position_ids=position_ids,
+            attention_mask=content,
             **{CACHE: None if cache is None else _LengthOfLayer(cache, depth)},
         )
-
-    def _refuse_what_cannot_be_dropped(self, visual_index: torch.Tensor | None, cached: int, kwargs: dict) -> None:
-        if kwargs.get("output_attentions"):
-            raise NotImplementedError("output_attentions is not available while a layer drops visual tokens")
-        if getattr(self.config, "sliding_window", None) is not None:
-            raise NotImplementedError("LAYER_INDEX > 0 does not work with sliding-window attention")
-        if visual_index is not None and cached:
-            raise NotImplementedError("LAYER_INDEX > 0 does not take images after a filled KV cache")
 
 
 class _LengthOfLayer:
     """A cache as seen from one layer; masks are sized by layer 0 otherwise, which holds more entries."""
 
-    is_compileable = False
-
     def __init__(self, cache: Cache, layer: int):
         self._cache, self._layer = cache, layer
+        self.is_compileable = cache.is_compileable
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._cache.get_seq_length(self._layer)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.language_model.kv_cache import CACHE, cache_among
+from llava.model.language_model.kv_cache import CACHE, Filling, cache_among
 from llava.model.language_model.visual_drop import LayerDrop
 from llava.model.llava_arch import LlavaMetaForCausalLM, left_padding_order
 from llava.pruning.base import Pruner
@@ -52,6 +52,7 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         cache_position=None,
         visual_index: torch.LongTensor | None = None,
         visual_facts: tuple = (),
+        cache=None,
         **kwargs,
     ):
         """The language model's forward pass over text and images.
@@ -81,10 +82,11 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         -------
         transformers.modeling_outputs.CausalLMOutputWithPast
         """
-        past_key_values = cache_among(past_key_values, kwargs)
+        past_key_values = cache_among(past_key_values, {"cache": cache} | kwargs)
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         kwargs |= {name: value for name, value in wanted.items() if value is not None}
         if inputs_embeds is None:
+            self.visual_mask = None  # of an earlier call
             input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
                 self.prepare_inputs_labels_for_multimodal(
                     input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
@@ -92,6 +94,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             )
             # A decoding step has no images of its own, though generate goes on handing over the prompt's.
             spliced = inputs_embeds is not None
+            if spliced and attention_mask is None:
+                attention_mask = self.visual_mask
             visual_index, visual_facts = (self.visual_index, self.visual_facts) if spliced else (None, ())
             if not spliced and input_ids is not None and input_ids.shape[1] > 1:
                 self._refuse_marks(input_ids, images)
@@ -131,7 +135,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         Parameters
         ----------
         inputs : Tensor (B, T), int64
-            Prompts, with -200 where an image stands; ``input_ids`` is another name for it.
+            Prompts, with -200 where an image stands; ``input_ids`` is another name for it. With a filled
+            ``past_key_values`` (or ``cache``) what follows it: all that it does not hold yet, and no more.
         images, image_sizes
             See `LlavaMetaForCausalLM.visual_tokens`.
         attention_mask : Tensor (B, T), optional
@@ -156,6 +161,7 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         inputs = kwargs.pop("input_ids", inputs)
         if inputs is None:
             raise ValueError("generate needs input_ids")
+        cache = cache_among(kwargs.pop("past_key_values", None), kwargs)
         position_ids = kwargs.pop("position_ids", None)
         mask = kwargs.pop("attention_mask", None)
         config = kwargs["generation_config"] = _counting_new_tokens(kwargs.get("generation_config"))
@@ -175,13 +181,13 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
                 kwargs.pop(name, None)
 
         ids, position_ids, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-            inputs, position_ids, mask, None, None, images, image_sizes
+            inputs, position_ids, mask, cache, None, images, image_sizes
         )
         if embeds is None:
             self._refuse_marks(ids, images)
             embeds = self.get_model().embed_tokens(ids)
         elif self.get_model().layer_drop is not None:
-            kwargs |= {"visual_index": self.visual_index, "visual_facts": self.visual_facts}
+            kwargs |= {"visual_index": self.visual_index, "visual_facts": self.visual_facts, "disable_compile": True}
         order = left_padding_order(mask)
         if order is not None:
             embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
@@ -189,8 +195,19 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
                 kwargs["visual_index"] = kwargs["visual_index"].gather(1, order)
             if position_ids is not None:
                 position_ids = position_ids.gather(1, order)
+        before = Filling.of(cache, mask.device)
+        if before.length:
+            # transformers takes a prompt as a whole and cuts off what the cache holds.
+            content = before.grown(mask.shape[1], mask.bool())
+            if position_ids is None:
+                position_ids = before.new_positions(mask.shape[1], mask.bool())
+            position_ids = nn.functional.pad(position_ids.expand(mask.shape), (before.length, 0))
+            mask = content.mask.to(mask.dtype)
+            embeds = nn.functional.pad(embeds, (0, 0, before.cached, 0))
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):

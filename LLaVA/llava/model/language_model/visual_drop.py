@@ -55,7 +55,7 @@ class LayerDrop:
 
 @dataclass(frozen=True)
 class KeptPrefix:
-    """What a prefill left of the prompts from a dropping layer on; later decoding steps need it.
+    """What a prefill left of the prompts from a dropping layer on.
 
     Attributes
     ----------
@@ -68,10 +68,6 @@ class KeptPrefix:
 
     positions: torch.Tensor
     mask: torch.Tensor
-
-    def compact_positions(self) -> torch.Tensor:
-        """Rotary positions (B, T') that count the kept tokens of each row."""
-        return (self.mask.long().cumsum(dim=1) - 1).clamp_min(0)
 
 
 @dataclass(frozen=True)
