@@ -363,9 +363,9 @@ class TestTableOfAFolder:
         evaluate("gqa")
         damaged = job(tmp_path / "out", "unpruned") / "results.json"
         damaged.write_text("{")
-        rows = evaluate("gqa", "--no-unpruned")
-        assert [row["method"] for row in rows] == ["otprune"]
-        assert f"Left out of the table: {damaged} cannot be read" in capsys.readouterr().out
+        rows = evaluate("gqa", "--no-unpruned", "--method", "otprune,random")
+        assert [row["method"] for row in rows] == ["otprune", "random"]
+        assert capsys.readouterr().out.count(f"Left out of the table: {damaged} cannot be read") == 1
 
     def test_is_written_while_a_row_to_come_has_results_of_another_shape(self, evaluate, tmp_path, capsys):
         evaluate("gqa")
@@ -374,8 +374,8 @@ class TestTableOfAFolder:
         del content["pruning"]["options"]
         stale.write_text(json.dumps(content))
         assert [row["method"] for row in evaluate("gqa")] == ["unpruned", "otprune"]
-        said = f"Left out of the table: {stale} cannot be read: pruning has no options"
-        assert capsys.readouterr().out.count(said) == 1
+        # Nothing is left out in the end.
+        assert "Left out of the table" not in capsys.readouterr().out
 
 
 class TestOneRunAtATime:
