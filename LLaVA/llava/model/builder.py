@@ -30,6 +30,7 @@ from llava.model.checkpoint import (
 )
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.model.offload import execution_device
 from llava.model.tokenizer import load_tokenizer
 from llava.pruning.config import PruningConfig
 from llava.runtime import is_main_process
@@ -257,6 +258,8 @@ def _load_extra(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> set
     if unknown:
         raise ValueError(f"The checkpoint holds weights this model has not: {', '.join(unknown[:3])}")
     for key, value in weights.items():
+        if own[key].is_meta:
+            raise ValueError(f"{key} would be offloaded before it is filled: give max_memory or a device that holds it")
         if own[key].shape != value.shape:
             raise ValueError(f"{key} is {tuple(value.shape)} in the checkpoint, {tuple(own[key].shape)} in the model")
         own[key].copy_(value)
@@ -312,8 +315,9 @@ def _finish_vision_tower(model: PreTrainedModel, tower_missing: bool):
     """Fill the tower from its own folder unless the checkpoint brought its weights; returns the image processor."""
     tower = model.get_vision_tower()
     if tower_missing:
-        weight = next(model.get_model().mm_projector.parameters(), model.get_input_embeddings().weight)
-        tower.load_model(device_map={"": weight.device}, dtype=weight.dtype)
+        projector = model.get_model().mm_projector
+        beside = model.get_input_embeddings() if next(projector.parameters(), None) is None else projector
+        tower.load_model(device_map={"": execution_device(beside)}, dtype=next(beside.parameters()).dtype)
     elif not tower.is_loaded:  # its weights lay beside the adapters
         tower.mark_loaded()
     return tower.image_processor

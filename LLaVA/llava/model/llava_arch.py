@@ -25,6 +25,7 @@ from llava.model.language_model.kv_cache import Filling
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.observations import EncoderObserver, Output, encoder_outputs
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.offload import execution_device, parameter_here
 from llava.model.splice import assign_images, embed, lay_out, original_positions, stack
 from llava.model.visual_cache import FEATURES, Span, VisualCache
 from llava.model.visual_sequence import (
@@ -446,7 +447,9 @@ class LlavaMetaForCausalLM:
     def _project(self, features: torch.Tensor) -> torch.Tensor:
         projector = self.get_model().mm_projector
         weight = next(projector.parameters(), None)
-        return projector(features if weight is None else features.to(device=weight.device, dtype=weight.dtype))
+        if weight is not None:
+            features = features.to(device=execution_device(projector), dtype=weight.dtype)
+        return projector(features)
 
     def _encode_and_observe(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`encode_images`, and what the active pruner asks of the vision encoder: (B, N, D), {name: (B, N, ...)}."""
@@ -521,7 +524,7 @@ class LlavaMetaForCausalLM:
             return ImageTokens(features.flatten(0, 1), layout_of(crops, patches, None, None, False, False), flat)
         if not merge_type.startswith("spatial"):
             raise ValueError(f"Unexpected mm_patch_merge_type: {merge_type}")
-        newline = self.get_model().image_newline.to(features) if "unpad" in merge_type else None
+        newline = parameter_here(self.get_model(), "image_newline").to(features) if "unpad" in merge_type else None
         grid = None if crops == 1 else crop_grid(crops, size, self.config, self.get_vision_tower())
 
         def merged_note(note: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.language_model.kv_cache import CACHE, Filling, cache_among
 from llava.model.language_model.visual_drop import LayerDrop
 from llava.model.llava_arch import LlavaMetaForCausalLM, left_padding_order
+from llava.model.offload import execution_device
 from llava.pruning.base import Pruner
 
 
@@ -232,6 +233,11 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             reason = "a mark alone is no prompt: text has to stand beside it"
         plural = "s" if marks > 1 else ""
         raise IndexError(f"The prompts have {marks} image mark{plural} ({IMAGE_TOKEN_INDEX}), but {reason}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong, also when weights are offloaded."""
+        return execution_device(self)
 
     def get_model(self):
         """The decoder stack, which carries vision tower and projector."""

@@ -12,6 +12,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 
 from llava.model.checkpoint import first_line, refuse_lfs_notes
 from llava.model.multimodal_encoder.observations import EncoderObserver, Output
+from llava.model.offload import execution_device
 
 
 class PublishedNames(nn.Module):
@@ -38,7 +39,7 @@ class PublishedNames(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.vision_model.device
+        return execution_device(self.vision_model)
 
 
 class CLIPVisionTower(nn.Module):
