@@ -18,7 +18,7 @@ from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle, choose_conv_mode, conv_templates
+from llava.conversation import Conversation, SeparatorStyle, check_conv_mode, choose_conv_mode, conv_templates
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import SPACE
@@ -57,14 +57,13 @@ def export(checkpoint: str, folder: Path, base: str | None = None, conv_mode: st
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty")
     name = get_model_name_from_path(checkpoint)
-    mode = choose_conv_mode(name, conv_mode)
+    check_conv_mode(conv_mode)
+    if conv_mode is not None:
+        _refuse_what_cannot_be_written(conv_mode)
+    tokenizer, model, _, context = load_pretrained_model(checkpoint, base, name, device="cpu", multimodal=True)
+    mode = choose_conv_mode(name, conv_mode, model.config, tokenizer)
+    _refuse_what_cannot_be_written(mode)
     conversation = conv_templates[mode]
-    styles = {SeparatorStyle.TWO, SeparatorStyle.LLAMA_2}
-    if conversation.sep_style not in styles or (
-        conversation.sep_style is SeparatorStyle.LLAMA_2 and conversation.system
-    ):
-        raise ValueError(f"conversation mode {mode!r} cannot be written; choose one, as --conv-mode vicuna_v1")
-    tokenizer, model, _, context = load_pretrained_model(checkpoint, base, name, device="cpu")
     _refuse_what_has_no_counterpart(model, checkpoint)
     fast = _tokenizer(tokenizer, context)
     exported = _model(model, fast.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))
@@ -74,10 +73,15 @@ def export(checkpoint: str, folder: Path, base: str | None = None, conv_mode: st
     processor.save_pretrained(folder)
 
 
+def _refuse_what_cannot_be_written(mode: str) -> None:
+    conversation = conv_templates[mode]
+    writable = {SeparatorStyle.TWO: True, SeparatorStyle.LLAMA_2: not conversation.system}
+    if not writable.get(conversation.sep_style, False):
+        raise ValueError(f"conversation mode {mode!r} cannot be written; choose one, as --conv-mode vicuna_v1")
+
+
 def _refuse_what_has_no_counterpart(model: PreTrainedModel, checkpoint: str) -> None:
     config = model.config
-    if not hasattr(config, "mm_vision_tower"):
-        raise ValueError(f"{checkpoint} has no vision tower: it is a plain language model")
     wanted = {"mm_projector_type": ("mlp2x_gelu",), "mm_patch_merge_type": ("flat", "spatial_unpad")}
     for field, allowed in wanted.items():
         found = getattr(config, field, "flat" if field == "mm_patch_merge_type" else "linear")

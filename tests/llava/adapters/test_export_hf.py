@@ -42,7 +42,7 @@ def pair(request, tmp_path_factory):
         patch.chdir(ROOT)  # checkpoints name their vision towers relative to it
         base = [] if spec["model_base"] is None else ["--model-base", spec["model_base"]]
         mode = choose_conv_mode(spec["model_name"], None)
-        assert main([spec["path"], str(folder), "--conv-mode", mode, *base]) == 0
+        assert main([spec["path"], str(folder), *base]) == 0
         own = load_pretrained_model(
             spec["path"], spec["model_base"], spec["model_name"], device="cpu", dtype=torch.float32
         )
@@ -111,6 +111,12 @@ def test_answers_are_llavas_own(pair, size):
         )
         there = other.generate(**exported, max_new_tokens=5, do_sample=False)[:, length:]
     assert there.tolist() == here.tolist()
+
+
+def test_the_embedded_model_is_asked_as_it_was_trained(tmp_path):
+    assert main(["llava-mini", str(tmp_path / "out")]) == 0
+    asked = AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template([{"role": "user", "content": "Why?"}])
+    assert conv_templates["vicuna_v1"].system in asked
 
 
 @pytest.mark.parametrize(
