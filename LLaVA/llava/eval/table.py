@@ -26,6 +26,7 @@ from llava.eval.results.rows import (
 )
 from llava.eval.results.runs import Run, check_alike, differences, read_runs, unfinished
 from llava.files import atomic_write, check_writable
+from llava.runtime import print_everything
 
 __all__ = ["BUDGET", "COLUMNS", "Row", "Table", "build_table", "load_runs", "main", "published_rows"]
 
@@ -225,4 +226,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
+    print_everything()
     sys.exit(main())
