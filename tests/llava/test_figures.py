@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 
 import pytest
@@ -126,6 +127,17 @@ class TestTime:
         assert float(found["fastv 0.098, layer 2"]["milliseconds"]) == 50
         assert found["fastv 0.098, layer 2"]["no_slower_and_better"] == "otprune 0.098"
         assert found["otprune 0.098"]["no_slower_and_better"] == ""
+
+    def test_is_refused_where_a_row_found_what_another_had_encoded(self, tmp_path):
+        cold, warm = answered(0.6, method="otprune", kept=56), answered(0.5, method="uniform", kept=56)
+        folder = write_run(tmp_path, {"unpruned": job(FULL), "otprune": cold, "uniform": warm})
+        content = json.loads((folder / "results.json").read_text())
+        for results, misses in zip(content["runs"], (40, 40, 0), strict=True):
+            for task in results["tasks"].values():
+                task["visual_cache"] = {"hits": 50 - misses, "misses": misses}
+        (folder / "results.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"found between 20 and 100 % of them encoded \(--visual-cache off\)"):
+            draw_time(build_table(load_runs([folder])).rows)
 
     def test_is_that_of_selection_and_prefill_where_it_was_measured(self, tmp_path):
         times = {"timing": {"selection_ms": 1.0, "prefill_ms": 9.0}}

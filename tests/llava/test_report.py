@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava.eval.token_page import selection_html, token_page
+from llava.eval.token_page import Answer, selection_html, token_page
 from llava.pruning import PruningConfig
 from run_folders import job, write_run
 
@@ -68,9 +68,25 @@ class TestReport:
         assert '<h2 id="ratios">' in text and '<h2 id="time">' in text
         assert text.count("data:image/png;base64,") == 2
 
-    def test_says_what_is_not_in_it(self, text):
+    def test_says_what_is_not_in_it_in_one_folded_line(self, text):
+        assert '<details id="left-out"><summary>Not in this report: ' in text
         assert "the figure of gamma needs runs of otprune with two values of gamma" in text
         assert '<h2 id="gamma">' not in text
+
+    def test_marks_the_best_of_each_column_among_equal_budgets(self, tmp_path):
+        jobs = {
+            "unpruned": job(FULL),
+            "otprune": job({**WORSE, "mini_gqa": [True] * 30 + [False] * 20}, method="otprune", kept=56),
+            "uniform": job({**WORSE, "mini_gqa": [True] * 29 + [False] * 21}, method="uniform", kept=56),
+            "more": job(FULL, method="otprune", kept=115, ratio=0.2),
+        }
+        output = tmp_path / "report.html"
+        assert report.main([str(write_run(tmp_path / "run", jobs)), "--no-model", "--output", str(output)]) == 0
+        text = output.read_text()
+        # GQA, the mean and the rank; POPE's scores are equal, and at the other budgets a row is alone.
+        marked = re.findall(r"<strong>(.*?)</strong>", text)
+        assert marked[0] == "60.00" and len(marked) == 3 and marked[2] == "1.25"
+        assert "Bold: the best of the rows of one model that keep equally many tokens" in text
 
     def test_holds_the_numbers_as_files(self, text):
         [address] = re.findall(r'download="table.json" href="data:application/json;base64,([^"]+)"', text)
@@ -115,13 +131,18 @@ class TestTokenPage:
         assert page.open == [] and page.found == []
 
     def test_lists_places_in_the_order_of_the_selection_and_none_for_a_newline(self):
-        text = selection_html([View], {"otprune": [3, 0, 9]}, "cat.png")
+        text = selection_html([View], {"unpruned": None, "otprune": [3, 0, 9]}, "cat.png")
         data = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text).group(1))
-        assert data["methods"] == [{"name": "otprune", "places": [[0, 1, 1], [0, 0, 0], None]}]
+        assert data["methods"] == [
+            {"name": "unpruned", "places": None},
+            {"name": "otprune", "places": [[0, 1, 1], [0, 0, 0], None]},
+        ]
+        assert re.findall(r'<b>(.*?)</b>.*?"count">(\d+)</span> of 4', text) == [("unpruned", "4"), ("otprune", "2")]
         assert (data["views"][0]["rows"], data["views"][0]["columns"]) == (2, 2)
 
     def test_cannot_be_broken_out_of_by_a_name(self):
-        assert "<b>" not in token_page([View], {"x": [0]}, "<b>")
+        assert "<i>" not in token_page([View], {"x": [0]}, "<i>")
+        assert "<i>" not in selection_html([View], {"x": [0]}, "x", {"x": Answer("<i>", True)})
         assert "</script><b>" not in selection_html([View], {"</script><b>": [0]}, "x")
 
 

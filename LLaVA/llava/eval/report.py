@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
+from llava.eval.examples import RULE, Example, find_examples
 from llava.eval.figures import (
     DEFAULT_RUN,
     FROM_DISTANCES,
@@ -25,8 +26,8 @@ from llava.eval.figures import (
     draw_figures,
 )
 from llava.eval.plots.drawing import Drawn
-from llava.eval.results.formats import table_html
-from llava.eval.results.rows import Row
+from llava.eval.results.formats import best_is_marked, table_html
+from llava.eval.results.rows import UNPRUNED, Row, row_of
 from llava.eval.results.runs import differences, unfinished
 from llava.eval.table import Table, add_arguments, build_table, load_runs
 from llava.eval.token_page import SCRIPT, STYLE, data_uri, selection_html
@@ -37,7 +38,8 @@ from llava.runtime import print_everything
 
 TEMPLATE = "report.html.jinja"
 MOST_MAPS = 6
-FIRST_CAPTIONED = "the first picture of the suite's captions"
+FIRST_CAPTIONED = "the first image of the suite's captions"
+T = TypeVar("T")
 
 
 def write_report(
@@ -66,7 +68,7 @@ def write_report(
     pictures, picture_folder, device
         See `llava.eval.plots.distances.measure`.
     image : str, optional
-        The picture of the token maps; by default the first of the embedded suite's captions.
+        The image of the token maps; by default three of the benchmarks', with a question and what was answered.
     with_model : bool
         Load the runs' model for distances and token maps.
     synthetic : bool
@@ -100,10 +102,11 @@ def write_report(
     )
     check_complete(table.rows)
     figures, left_out = _figures(table.rows, pictures, picture_folder, device, with_model, synthetic)
-    maps, maps_of = "", Path(image).name if image else FIRST_CAPTIONED
+    cards: list[dict[str, Any]] = []
     if with_model:
         try:
-            maps = _maps(table.rows, picture, maps_of, device)
+            cards, missing = _cards(table.rows, picture, Path(image).name if image else FIRST_CAPTIONED, device)
+            left_out += missing
         except (ImportError, OSError, ValueError) as error:
             left_out.append(f"token maps: {error}")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
@@ -111,12 +114,12 @@ def write_report(
         title=f"Visual token pruning: {', '.join(dict.fromkeys(row.model for row in table.rows))}",
         summary=_summary(table.rows),
         table=table_html(table.rows, (), True),
-        remarks=table.remarks,
+        remarks=[*table.remarks, *best_is_marked(table.rows)],
         table_csv=data_uri(table.render("csv").encode(), "text/csv"),
         table_json=data_uri(table.render("json").encode(), "application/json"),
         figures=[_embedded(figure) for figure in figures],
-        maps=maps,
-        maps_of=maps_of,
+        cards=cards,
+        rule=RULE if any(card["truth"] for card in cards) else "",
         left_out=left_out,
         facts=_facts(table),
         token_style=STYLE,
@@ -150,34 +153,73 @@ def _figures(
     return drawn, left_out
 
 
-def _maps(rows: Sequence[Row], picture: Image.Image | None, name: str, device: str) -> str:
-    """Token maps of the methods in the runs at one kept ratio, on a picture or on the suite's first captioned one."""
+def _cards(
+    rows: Sequence[Row], picture: Image.Image | None, name: str, device: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the page opens with: images, what each method keeps of them and, of a benchmark's, what it answered.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        The first one's model is shown.
+    picture : PIL.Image, optional
+        Shown instead of the benchmarks' images, without answers.
+    name : str
+        Of the picture.
+
+    Returns
+    -------
+    cards : list of dict
+    missing : list of str
+        Which kinds of images there are none of, and why.
+    """
     from llava.eval.distances import Encoder, picture_configs, pictures_of_suite
     from llava.eval.tokens import kept_order
     from llava.eval.views import views_of
 
-    # One picture, one model: the first.
-    rows = [row for row in rows if row.model == rows[0].model]
-    wanted = at_one_ratio([(row.label, configs[0]) for row in rows if (configs := picture_configs(row))])
-    if not wanted:
-        raise ValueError("none of the runs drops tokens before the decoder by what is in the picture alone")
-    if picture is None and not rows[0].runs[0].mini:
-        raise ValueError("the pictures of the published benchmarks are not at hand: give one (--image)")
-    picture = picture or pictures_of_suite(1)["COCO"][0]
+    rows = [row for row in rows if row.model == rows[0].model and not row.published]
+    drawn = at_one_ratio([(row, configs[0]) for row in rows if (configs := picture_configs(row))])[:MOST_MAPS]
+    if not drawn:
+        raise ValueError("none of the runs drops tokens before the decoder by what is in the image alone")
+    shown = [row for row in rows if row.method == UNPRUNED][:1] + [row for row, _ in drawn]
+    others = [row for row in rows if row.pruned and row.ratio == drawn[0][0].ratio and row not in shown]
+    examples, missing = ([], []) if picture else find_examples([*shown, *others])
+    if not examples:
+        if picture is None and not rows[0].runs[0].mini:
+            raise ValueError("; ".join([*missing, "give an image of your own (--image)"]))
+        examples = [Example("Image", "", name, "", picture or pictures_of_suite(1)["COCO"][0], ())]
     encoder = Encoder.load(rows[0].runs[0].content["model"], device)
-    pixels = encoder.pixels(picture)
-    views = views_of(picture, encoder.model.config, encoder.model.get_vision_tower())
-    kept = {}
-    for label, config in wanted[:MOST_MAPS]:
-        kept[label] = kept_order(encoder.model, pixels, picture.size, config)
-    return selection_html(views, kept, name)
+    cards = []
+    for example in examples:
+        pixels = encoder.pixels(example.image)
+        views = views_of(example.image, encoder.model.config, encoder.model.get_vision_tower())
+        kept: dict[str, list[int] | None] = dict.fromkeys(_name(row) for row in shown)
+        for row, config in drawn:
+            kept[_name(row)] = kept_order(encoder.model, pixels, example.image.size, config)
+        answers = {_name(row): answer for row, answer in zip([*shown, *others], example.answers, strict=False)}
+        cards.append(
+            {
+                "kind": example.kind,
+                "benchmark": example.benchmark,
+                "question": example.question,
+                "truth": example.truth,
+                "maps": selection_html(views, kept, example.question, answers),
+                "others": [(name, answer) for name, answer in answers.items() if name not in kept],
+            }
+        )
+    return cards, missing
 
 
-def at_one_ratio(named: Sequence[tuple[str, PruningConfig]]) -> list[tuple[str, PruningConfig]]:
+def _name(row: Row) -> str:
+    """A row's method, for a map; of several seeds, the first is drawn."""
+    return row_of(row.runs[0]).method
+
+
+def at_one_ratio(named: Sequence[tuple[T, PruningConfig]]) -> list[tuple[T, PruningConfig]]:
     """Those configurations whose kept ratio the most of them have, the smallest such ratio, in their order."""
     counts = Counter(config.ratio for _, config in named)
     chosen = min(counts, key=lambda ratio: (-counts[ratio], ratio), default=None)
-    return [(label, config) for label, config in named if config.ratio == chosen]
+    return [(one, config) for one, config in named if config.ratio == chosen]
 
 
 def _embedded(figure: Drawn) -> dict[str, Any]:
@@ -229,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help=f"result folder of a run, or of one of its models (default: {DEFAULT_RUN})",
     )
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    parser.add_argument("--image", help="the picture of the token maps (default: one of the embedded suite)")
+    parser.add_argument("--image", help="the image of the token maps (default: three of the benchmarks')")
     parser.add_argument("--no-model", action="store_true", help="no distances and token maps, which load the model")
     parser.add_argument("--synthetic", action="store_true", help="the synthetic experiment too (a minute)")
     add_picture_arguments(parser)

@@ -7,6 +7,7 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,10 +20,11 @@ WIDEST = 672
 """Pixels that a view's picture is shrunk to."""
 
 STYLE = """
-.maps{display:flex;flex-wrap:wrap;gap:.8rem}
-.maps figure{margin:0;max-width:336px;flex:1 1 160px}
-.maps canvas{width:100%;height:auto;display:block;border-radius:4px}
-.maps figcaption{font-size:.9em;margin:.3rem 0}
+.maps{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.2rem,1fr));gap:.8rem}
+.maps figure{margin:0;max-width:21rem}
+.maps canvas{width:100%;height:auto;display:block;border-radius:4px;background:#8883}
+.maps figcaption{font-size:.9rem;line-height:1.4;margin:.3rem 0}
+.maps b{overflow-wrap:anywhere}
 .steps{display:flex;flex-wrap:wrap;align-items:center;gap:.6rem;margin:.6rem 0}
 .steps input[type=range]{flex:1 1 12rem;min-width:8rem}
 .steps button{font:inherit;min-width:2.6rem;min-height:2.2rem}
@@ -31,41 +33,39 @@ STYLE = """
 SCRIPT = """
 for (const box of document.querySelectorAll(".selection")) {
   const data = JSON.parse(box.querySelector("script").textContent);
-  const slider = box.querySelector("input"), said = box.querySelector("output"), maps = box.querySelector(".maps");
-  const panels = [];
+  const slider = box.querySelector("input"), said = box.querySelector("output");
+  const figures = box.querySelectorAll("figure"), panels = [];
   let timer = null;
-  for (const method of data.methods) for (const [number, view] of data.views.entries()) {
-    const figure = document.createElement("figure"), canvas = document.createElement("canvas");
-    const caption = document.createElement("figcaption");
-    figure.append(canvas, caption);
-    maps.append(figure);
-    const image = new Image();
+  for (const [place, method] of data.methods.entries()) for (const [number, view] of data.views.entries()) {
+    const figure = figures[place * data.views.length + number], image = new Image();
+    const canvas = figure.querySelector("canvas"), count = figure.querySelector(".count");
     image.onload = () => { canvas.width = image.width; canvas.height = image.height; show(); };
     image.src = view.picture;
-    panels.push({method, view, number, image, canvas, caption});
+    panels.push({method, view, number, image, canvas, count});
   }
-  const most = Math.max(...data.methods.map(method => method.places.length));
+  const most = Math.max(...data.methods.map(method => method.places ? method.places.length : 0));
   slider.max = most;
   slider.value = most;
   function show() {
     const step = Number(slider.value);
     said.textContent = `${step} of ${most}`;
-    for (const {method, view, number, image, canvas, caption} of panels) {
+    for (const {method, view, number, image, canvas, count} of panels) {
       const pen = canvas.getContext("2d"), wide = canvas.width / view.columns, high = canvas.height / view.rows;
       if (!image.complete || !canvas.width) continue;
       pen.drawImage(image, 0, 0);
+      if (!method.places) continue;
       pen.fillStyle = "rgba(235,235,235,.78)";
       pen.fillRect(0, 0, canvas.width, canvas.height);
       const kept = method.places.slice(0, step), here = kept.filter(place => place && place[0] === number);
       for (const [, row, column] of here)
         pen.drawImage(image, column * wide, row * high, wide, high, column * wide, row * high, wide, high);
-      const last = kept[kept.length - 1];
+      const last = step < most && kept[kept.length - 1];
       if (last && last[0] === number) {
         pen.strokeStyle = "#D55E00";
         pen.lineWidth = Math.max(2, wide / 8);
         pen.strokeRect(last[2] * wide, last[1] * high, wide, high);
       }
-      caption.textContent = `${method.name}: ${here.length} tokens (${view.name})`;
+      count.textContent = here.length;
     }
   }
   function move(by) { slider.value = Number(slider.value) + by; show(); }
@@ -84,15 +84,29 @@ for (const box of document.querySelectorAll(".selection")) {
 """
 
 
-def selection_html(views: Sequence[View], kept: Mapping[str, Sequence[int]], name: str) -> str:
-    """The pictures and the controls as a fragment of HTML; the page needs `STYLE` and, at its end, `SCRIPT`.
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered, as a person reads it, and whether it is right."""
+
+    text: str
+    right: bool
+
+
+def selection_html(
+    views: Sequence[View],
+    kept: Mapping[str, Sequence[int] | None],
+    name: str,
+    answers: Mapping[str, Answer] | None = None,
+) -> str:
+    """The images and the controls as a fragment of HTML; the page needs `STYLE` and, at its end, `SCRIPT`.
 
     Parameters
     ----------
     views : sequence of View
-    kept : dict of method -> token indices, in the order in which they appear
+    kept : dict of method -> token indices, in the order in which they appear; None for all of them
     name : str
         What the controls are said to step through.
+    answers : dict of method -> Answer, optional
     """
     place = {
         int(index): (number, int(y), int(x))
@@ -101,21 +115,39 @@ def selection_html(views: Sequence[View], kept: Mapping[str, Sequence[int]], nam
     }
     data = {
         "views": [_described(view) for view in views],
-        # A newline token has no place on the picture.
+        # A newline token has no place on the image.
         "methods": [
-            {"name": method, "places": [place.get(int(index)) for index in indices]} for method, indices in kept.items()
+            {"name": method, "places": None if indices is None else [place.get(int(index)) for index in indices]}
+            for method, indices in kept.items()
         ],
     }
+    figures = "".join(
+        f"<figure><canvas></canvas><figcaption>{_caption(method, view, indices, (answers or {}).get(method))}"
+        "</figcaption></figure>\n"
+        for method, indices in kept.items()
+        for view in views
+    )
     content = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     return (
-        '<div class="selection">\n'
+        f'<div class="selection">\n<div class="maps">\n{figures}</div>\n'
         f'<div class="steps"><button type="button" aria-label="one token back">&#8722;</button>'
         f'<button type="button" aria-label="play or stop">&#9654;</button>'
         f'<button type="button" aria-label="one token on">+</button>'
         f'<input type="range" min="0" max="1" step="1" aria-label="tokens of {html.escape(name)}">'
         "<output></output></div>\n"
-        f'<div class="maps"></div>\n<script type="application/json">{content}</script>\n</div>\n'
+        f'<script type="application/json">{content}</script>\n</div>\n'
     )
+
+
+def _caption(method: str, view: View, indices: Sequence[int] | None, said: Answer | None) -> str:
+    tokens = view.patches.size
+    here = tokens if indices is None else int(np.isin(view.patches, indices).sum())
+    text = f'<b>{html.escape(method)}</b><br><span class="soft"><span class="count">{here}</span> of {tokens} tokens'
+    text += "</span>" if view.name == "image" else f", {html.escape(view.name)}</span>"
+    if said is not None:
+        mark, meaning = ("\N{CHECK MARK}", "right") if said.right else ("\N{BALLOT X}", "wrong")
+        text += f'<br><span class="{meaning}" title="{meaning}">{mark} {html.escape(said.text) or "(nothing)"}</span>'
+    return text
 
 
 def token_page(views: Sequence[View], kept: Mapping[str, Sequence[int]], name: str) -> str:

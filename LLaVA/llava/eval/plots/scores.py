@@ -124,13 +124,19 @@ def draw_time(rows: Sequence[Row]) -> Drawn:
     Raises
     ------
     ValueError
-        Without two rows with a time and a relative mean.
+        Without two rows with a time and a relative mean, or where some rows found images encoded by others.
     """
     model, rows = _one_model(rows)
     rows = [row for row in rows if row.relative is not None and row.method != "grey picture"]
     prefill = [_prefill_time(row) for row in rows]
     whole = [row.answer_milliseconds for row in rows]
     parts = None not in prefill
+    encoded = [row.encoded_share for row in rows]
+    if not parts and max(encoded, default=1) - min(encoded, default=1) > 0.01:
+        raise ValueError(
+            "the figure of times needs runs that encode their images alike, and these found between "
+            f"{100 - 100 * max(encoded):.0f} and {100 - 100 * min(encoded):.0f} % of them encoded (--visual-cache off)"
+        )
     timed = [(time, row) for time, row in zip(prefill if parts else whole, rows, strict=True) if time is not None]
     if len(timed) < 2:
         raise ValueError("the figure of times needs two runs with measured times, and unpruned")

@@ -11,12 +11,13 @@ from dataclasses import asdict
 from typing import Any
 
 from llava.eval.results.columns import COLUMNS
-from llava.eval.results.rows import Row
+from llava.eval.results.rows import Row, best_of_columns
 
 MISSING = "\N{EN DASH}"
 FLOPS = "Prefill FLOPs / unpruned"
 TIMES = ("selection", "prefill")
 SIGNIFICANT = 0.05
+BEST = "Bold: the best of the rows of one model that keep equally many tokens (within a tenth)."
 BUDGET = (
     "kept_tokens_mean",
     "total_tokens_mean",
@@ -86,21 +87,30 @@ def _latex(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
 def table_html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     """The table and its remarks as a fragment of HTML."""
     header, lines = cells(rows, intervals)
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    # Benchmarks that no row was asked take a place that a screen does not have.
+    shown = [place for place in range(len(header)) if place < 3 or any(line[place] != MISSING for line in lines)]
+    head = "".join(f"<th>{html.escape(header[place])}</th>" for place in shown)
+    best = best_of_columns(rows)
     body = []
-    for row, line in zip(rows, lines, strict=True):
+    for number, (row, line) in enumerate(zip(rows, lines, strict=True)):
         mark = ' class="published"' if row.published else ""
         line[1] += " (published)" if row.published else ""
-        body.append(f"<tr{mark}>" + "".join(f"<td>{_two_lines(cell)}</td>" for cell in line) + "</tr>")
+        texts = [_two_lines(line[place], header[place] in best[number]) for place in shown]
+        body.append(f"<tr{mark}>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>")
     text = f'<table class="results">\n<thead><tr>{head}</tr></thead>\n<tbody>\n' + "\n".join(body)
     text += "\n</tbody>\n</table>\n"
     return text + "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
 
 
-def _two_lines(cell: str) -> str:
+def best_is_marked(rows: Sequence[Row]) -> list[str]:
+    """The remark that says so, where `table_html` marks anything."""
+    return [BEST] if any(best_of_columns(rows).values()) else []
+
+
+def _two_lines(cell: str, best: bool) -> str:
     """The interval below the score: eleven of them side by side fit no screen."""
     score, bracket, interval = html.escape(cell).partition(" [")
-    return score + (f"<br><small>[{interval}</small>" if bracket else "")
+    return (f"<strong>{score}</strong>" if best else score) + (f"<br><small>[{interval}</small>" if bracket else "")
 
 
 def _html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
@@ -111,7 +121,7 @@ def _html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
         "text-align:right;border-bottom:1px solid #8886}th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}"
         ".published{font-style:italic}"
     )
-    fragment = table_html(rows, remarks, intervals)
+    fragment = table_html(rows, [*remarks, *best_is_marked(rows)], intervals)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

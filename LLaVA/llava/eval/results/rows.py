@@ -127,6 +127,13 @@ class Row:
         samples = sum(samples for samples, _ in timed)
         return 1000 * sum(samples * seconds for samples, seconds in timed) / samples if samples else None
 
+    @property
+    def encoded_share(self) -> float:
+        """Share of the images that the runs encoded themselves: others were remembered, or another row's."""
+        counts = [result.get("visual_cache") or {} for run in self.runs for result in run.tasks.values()]
+        encoded, found = (sum(count.get(name, 0) for count in counts) for name in ("misses", "hits"))
+        return encoded / (encoded + found) if found else 1.0
+
 
 def row_of(run: Run) -> Row:
     """The row of one run."""

@@ -62,6 +62,7 @@ TASK = {
     "metrics": Each(NUMBER),
     "visual_tokens?": Maybe(VISUAL_TOKENS),
     "samples?": WHOLE,
+    "visual_cache?": Maybe({"hits?": WHOLE, "misses?": WHOLE}),
     "throughput?": Maybe({"avg_latency?": NUMBER}),
     "date?": NAME,
 }
