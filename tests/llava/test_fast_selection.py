@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 from golden import golden_root
 from golden_features import load_features
+from live_bytes import LiveBytes
 from llava.model import llava_arch
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
 from llava.pruning.kernels import fast_version, gram, host
@@ -89,11 +90,9 @@ class TestOTPrune:
 
     def test_no_more_than_three_matrices_of_all_pairs_are_held(self):
         features = random(600, 16)
-        tracemalloc.start()
-        ot_select(features, 60)
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert 600 * 600 * 4 < peak < 3 * 600 * 600 * 4
+        with LiveBytes() as memory:
+            ot_select(features, 60)
+        assert 600 * 600 * 4 < memory.peak < 3 * 600 * 600 * 4
 
     @pytest.mark.parametrize("k", [0, -3, 71])
     def test_a_budget_outside_the_image_is_refused(self, k):
@@ -121,14 +120,14 @@ class TestGreedy:
         assert greedy_select(kernel, 8).tolist() == [0, 3, 4, 1, 2, 5, 6, 7]
 
     def test_a_row_is_computed_once_and_only_where_it_may_be_read(self):
-        kernel = ot_kernel(random(600, 900)).numpy()
+        kernel = ot_kernel(random(600, 900))
         asked = []
 
         def rows(tokens):
             asked.extend(tokens.tolist())
             return kernel[tokens]
 
-        order = host.greedy_order(kernel.diagonal().copy(), rows, 50)
+        order = host.greedy_order(kernel.diagonal().numpy().copy(), rows, 50)
         assert len(set(asked)) == len(asked) < 200
         assert set(order[:-1]) <= set(asked)
 
@@ -154,10 +153,10 @@ class TestGram:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("view", [lambda x: x, lambda x: x.mT, lambda x: x[:, ::3]], ids=["plain", "mT", "strided"])
     def test_it_is_the_product_with_the_transpose(self, view, dtype):
-        x = view(random(3, 30, 40).to(dtype))
+        x = view(random(3, 40 + host.STRIP, 40).to(dtype))
         found = gram(x)
         assert found.dtype == dtype
-        # some units in the last place of a sum of 40 terms
+        # some units in the last place of a sum of up to 136 terms
         torch.testing.assert_close(found, x @ x.mT, rtol=10 * torch.finfo(dtype).eps, atol=100 * torch.finfo(dtype).eps)
 
 
@@ -175,10 +174,6 @@ class TestCosine:
         monkeypatch.setattr(divprune, "fused", lambda name, *arguments: None)
         torch.testing.assert_close(found, cosine_similarity(x), rtol=1e-5, atol=1e-6)
         assert not found[1, 4].any()
-
-    def test_wide_tokens_are_normalised_one_by_one(self):
-        x = random(2, 3, 70_000)
-        assert torch.equal(cosine_similarity(x), gram(torch.nn.functional.normalize(x, dim=-1)))
 
     def test_it_is_float32_whatever_the_default_is(self):
         x = random(1, 9, 5)
@@ -224,3 +219,17 @@ class TestWhereItRuns:
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[0, 1] [0, 1] [0, 1]"
+
+    def test_no_threads_but_pytorchs_compute(self):
+        code = (
+            "import time, torch; from llava.pruning import select\n"
+            "def seconds_of_other_threads(): return time.process_time() - time.thread_time()\n"
+            "def run(n, k):\n"
+            "    for name in ('otprune', 'divprune', 'dpp'): select(torch.randn(n, 400), k=k, method=name)\n"
+            "run(2, 1)  # imports\n"
+            "begin = seconds_of_other_threads(); run(600, 60); print(seconds_of_other_threads() - begin)"
+        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "2"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+        # 0, up to what two readings of the clock differ by; a product on NumPy's threads takes milliseconds.
+        assert float(done.stdout) < 1e-3

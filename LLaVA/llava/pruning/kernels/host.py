@@ -1,7 +1,8 @@
-"""Selection on a CPU: one image at a time, in NumPy.
+"""Selection on a CPU: one image at a time, products in PyTorch and small steps in NumPy.
 
-A selection is one large product and hundreds of small steps. NumPy hands ``x @ x.T`` to BLAS's syrk, which computes one
-triangle and so does half the work of a product, and its small operations cost a fraction of what PyTorch's do.
+NumPy's small operations cost a fraction of PyTorch's. Its products would run on threads of their own, and after a
+product threads spin for milliseconds: these and PyTorch's, which compute the rest of the model, would keep each other
+waiting.
 """
 
 from __future__ import annotations
@@ -12,58 +13,52 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM
+from llava.pruning.kernels import EXHAUSTED
 
 BLOCK = 64
 """How many kernel rows are computed at once: enough for a matrix product, few enough to be used up."""
 
-PARALLEL = 32767
-"""Numbers that PyTorch handles with one thread."""
+STRIP = 96
+"""How many columns of a symmetric product are computed at once: enough for a matrix product, few enough to leave out
+almost half of the matrix."""
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
-    """``x x^T`` of every image: (B, N, D) -> (B, N, N), both float32."""
+    """``x x^T`` of every image by little more than half the work: (B, N, D) -> (B, N, N), both float32."""
     product = x.new_empty(len(x), x.shape[1], x.shape[1])
-    for image, place in zip(_arrays(x), product.numpy(), strict=True):
-        np.matmul(image, image.T, out=place)
+    for image, found in zip(x, product, strict=True):
+        _multiply(image, found)
     return product
 
 
-@np.errstate(all="ignore")
 def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
-    """Cosine of every pair of tokens: (B, N, D), floating -> (B, N, N), float32; 0 beside a token of zeros.
-
-    To the last bit `torch.nn.functional.normalize` and `gram`: methods that rank by cosines meet ties that rounding
-    decides.
-    """
+    """Cosine of every pair of tokens: (B, N, D), floating -> (B, N, N), float32; 0 beside a token of zeros."""
     batch, n, _ = features.shape
-    features = features.detach().float().contiguous()
     similarity = torch.empty(batch, n, n, dtype=torch.float32)
-    for image, norm, place in zip(features.numpy(), _norms(features).numpy(), similarity.numpy(), strict=True):
-        unit = image / np.maximum(norm, np.float32(1e-12))
-        np.matmul(unit, unit.T, out=place)
+    for image, found in zip(_float32(features), similarity, strict=True):
+        _multiply(torch.nn.functional.normalize(image, dim=-1), found)
     return similarity
 
 
 @np.errstate(all="ignore")
 def ot_select(features: torch.Tensor, k: int, gamma: float) -> torch.Tensor:
     """``greedy_select(ot_kernel(features, gamma), k)`` without the kernel: (B, N, D), floating -> (B, k), int64."""
-    return _stack(greedy_order(*_ot_rows(image, gamma), k) for image in _arrays(features.float()))
+    return _stack(greedy_order(*_ot_rows(image, gamma), k) for image in _float32(features))
 
 
 @np.errstate(all="ignore")
 def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
     """Greedy maximisation of ``log det K_C``: (B, N, N), float32 -> (B, k), int64, in greedy order."""
-    return _stack(greedy_order(rows.diagonal().copy(), rows.__getitem__, k) for rows in _arrays(kernel))
+    return _stack(greedy_order(rows.diagonal().numpy().copy(), rows.__getitem__, k) for rows in kernel.detach())
 
 
 @np.errstate(all="ignore")
 def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
     """Greedy max-min diversity: (B, N, N), float32 -> (B, k), int64, in the order of selection."""
-    return _stack(max_min_order(rows, k) for rows in _arrays(distance))
+    return _stack(max_min_order(rows, k) for rows in distance.detach().contiguous().numpy())
 
 
-def greedy_order(gain: np.ndarray, rows: Callable[[np.ndarray], np.ndarray], k: int) -> list[int]:
+def greedy_order(gain: np.ndarray, rows: Callable[[torch.Tensor], torch.Tensor], k: int) -> list[int]:
     """Greedy MAP over a kernel of which only the rows that are read are computed.
 
     They are computed in blocks: with the row of the token that was chosen come those of the tokens that gain most
@@ -71,9 +66,9 @@ def greedy_order(gain: np.ndarray, rows: Callable[[np.ndarray], np.ndarray], k: 
 
     Parameters
     ----------
-    gain : array (N,)
+    gain : array (N,), float32
         The kernel's diagonal; overwritten.
-    rows : callable, (m,) int64 -> (m, N)
+    rows : callable, (m,) int64 -> (m, N), float32
         Rows of the kernel.
     k : int
         1 <= k <= N.
@@ -84,10 +79,10 @@ def greedy_order(gain: np.ndarray, rows: Callable[[np.ndarray], np.ndarray], k: 
         In greedy order; ties go to the lowest index.
     """
     exhausted = EXHAUSTED * gain.max()
-    factor = np.empty((k, len(gain)), gain.dtype)
-    known: dict[int, np.ndarray] = {}
+    factor = torch.empty(k, len(gain), dtype=torch.float32)
+    known: dict[int, torch.Tensor] = {}
     order: list[int] = []
-    for step, row in enumerate(factor):
+    for step, row in enumerate(factor.numpy()):
         chosen = int(gain.argmax())
         if gain[chosen] <= exhausted:
             # From here on gains are rounding errors that no further step changes.
@@ -97,9 +92,9 @@ def greedy_order(gain: np.ndarray, rows: Callable[[np.ndarray], np.ndarray], k: 
             break
         if chosen not in known:
             wanted = _likeliest(gain, chosen, known)
-            known.update(zip(wanted.tolist(), rows(wanted), strict=True))
-        np.matmul(factor[:step, chosen], factor[:step], out=row)
-        np.subtract(known[chosen], row, out=row)
+            known.update(zip(wanted, rows(torch.tensor(wanted)), strict=True))
+        # `row` is the same memory as `factor[step]`.
+        torch.addmv(known[chosen], factor[:step].T, factor[:step, chosen], alpha=-1, out=factor[step])
         row /= np.sqrt(gain[chosen])
         gain -= row * row
         gain[chosen] = -math.inf
@@ -119,19 +114,6 @@ def max_min_order(distance: np.ndarray, k: int) -> list[int]:
     return order
 
 
-def _norms(features: torch.Tensor) -> torch.Tensor:
-    """Euclidean norm of every token: (B, N, D) -> (B, N, 1), float32.
-
-    Some tokens at a time, too few for PyTorch to start its threads, for which those of NumPy's BLAS would have to wait.
-    """
-    tokens = features.flatten(0, 1)
-    norms = tokens.new_empty(len(tokens), 1)
-    few = max(1, PARALLEL // tokens.shape[1])
-    for part, place in zip(tokens.split(few), norms.split(few), strict=True):
-        torch.linalg.vector_norm(part, dim=-1, keepdim=True, out=place)
-    return norms.view(*features.shape[:2], 1)
-
-
 def _nearest_neighbour(distance: np.ndarray) -> np.ndarray:
     """Each token's distance to the closest other token: (N, N) -> (N,)."""
     nearest = np.empty(len(distance), distance.dtype)
@@ -142,30 +124,42 @@ def _nearest_neighbour(distance: np.ndarray) -> np.ndarray:
     return nearest
 
 
-def _ot_rows(x: np.ndarray, gamma: float) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
-    """Diagonal and row function of OTPrune's kernel ``I + gamma S S^T`` for tokens (N, D)."""
-    norm = np.sqrt(np.einsum("nd,nd->d", x, x))
-    x = x / np.maximum(norm, SMALLEST_NORM)
-    similarity = x @ x.T
-    gamma = x.dtype.type(gamma)
+def _multiply(x: torch.Tensor, found: torch.Tensor, divisor: torch.Tensor | None = None) -> None:
+    """Write ``x diag(1 / divisor) x^T`` of one image (N, D) to ``found``, (N, N)."""
+    for begin in range(0, len(x), STRIP):
+        end = begin + STRIP
+        strip = x[begin:end] if divisor is None else x[begin:end] / divisor
+        # With `out` it is float32 even under autocast.
+        torch.mm(x[begin:], strip.T, out=found[begin:, begin:end])
+        found[begin:end, end:] = found[end:, begin:end].T
 
-    def rows(tokens: np.ndarray) -> np.ndarray:
-        kernel = gamma * (similarity[tokens] @ similarity)
-        kernel[np.arange(len(tokens)), tokens] += 1
+
+def _ot_rows(x: torch.Tensor, gamma: float) -> tuple[np.ndarray, Callable[[torch.Tensor], torch.Tensor]]:
+    """Diagonal and row function of OTPrune's kernel ``I + gamma S S^T`` for tokens (N, D)."""
+    numbers = x.numpy()
+    energy = np.einsum("nd,nd->d", numbers, numbers)  # for PyTorch, columns are ten times the work
+    similarity = torch.empty(len(x), len(x), dtype=torch.float32)
+    _multiply(x, similarity, torch.from_numpy(energy).clamp_min(torch.finfo(torch.float32).tiny))
+
+    def rows(tokens: torch.Tensor) -> torch.Tensor:
+        kernel = torch.empty(len(tokens), len(x), dtype=torch.float32)
+        torch.mm(similarity[tokens], similarity, out=kernel).mul_(gamma)
+        kernel[torch.arange(len(tokens)), tokens] += 1
         return kernel
 
-    return 1 + gamma * np.einsum("nm,nm->n", similarity, similarity), rows
+    numbers = similarity.numpy()
+    return 1 + np.float32(gamma) * np.einsum("nm,nm->n", numbers, numbers), rows
 
 
-def _likeliest(gain: np.ndarray, chosen: int, known: dict[int, np.ndarray]) -> np.ndarray:
+def _likeliest(gain: np.ndarray, chosen: int, known: dict[int, torch.Tensor]) -> list[int]:
     """The chosen token and those of largest gain, without the known ones: at most `BLOCK` and one."""
     first = max(0, len(gain) - BLOCK)
     largest = np.argpartition(gain, first)[first:].tolist()
-    return np.array([token for token in {chosen, *largest} if token not in known])
+    return [token for token in {chosen, *largest} if token not in known]
 
 
-def _arrays(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
+def _float32(features: torch.Tensor) -> torch.Tensor:
+    return features.detach().float().contiguous()
 
 
 def _stack(orders) -> torch.Tensor:
