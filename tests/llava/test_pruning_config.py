@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 
 import pytest
 
@@ -256,3 +257,31 @@ def test_a_method_can_be_registered_and_a_taken_name_cannot(monkeypatch):
             register(name, "somewhere:Else")
     with pytest.raises(ValueError, match="module:Class"):
         register("other", "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("otprune", PruningConfig("otprune", 0.2)),
+        ("OURS:gamma=0.05:ratio=0.3", PruningConfig("otprune", 0.3, options={"gamma": 0.05})),
+        ("fastv:layer=3", PruningConfig("fastv", 0.2, 3)),
+        ("random:seed=1", PruningConfig("random", 0.2, options={"seed": 1})),
+    ],
+)
+def test_a_method_reads_alike_on_every_command_line(text, expected):
+    assert PruningConfig.from_text(text, 0.2, {"LAYER_INDEX": "7", "SUBSET_RATIO": "0.9"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("nonsense", "nonsense"),
+        ("otprune:gamma", "an option reads name=value, not 'gamma'"),
+        ("otprune:gama=1", "OTPRUNE_GAMA=1"),
+        ("otprune:ratio=2", "SUBSET_RATIO=2"),
+        ("otprune:layer=x", "LAYER_INDEX=x"),
+    ],
+)
+def test_a_method_that_reads_wrong_is_named(text, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        PruningConfig.from_text(text, 0.2, {})

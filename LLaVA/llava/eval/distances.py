@@ -202,17 +202,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        configs = [PruningConfig(method=name, ratio=arguments.ratio) for name in arguments.method.split(",")]
+        configs = [PruningConfig.from_text(text, arguments.ratio, {}) for text in arguments.method.split(",")]
         image = load_image(arguments.image)
         encoder = Encoder.load(arguments.model, arguments.device)
         full = encoder.encode(image, configs[0])
         print(f"{len(full.features)} visual tokens, kept ratio {arguments.ratio:g}")
         print(f"{'method':16}{'kept':>6}{'exact W2':>12}{'Gaussian W2':>14}{'log det':>12}")
-        for config in configs:
+        for config, text in zip(configs, arguments.method.split(","), strict=True):
             found = encoder.measure(image, config)
-            print(
-                f"{config.method:16}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}"
-            )
+            print(f"{text:16}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}")
         sure = guarantee(objective_kernel(full.features), kept_count(len(full.features), arguments.ratio))
         print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")
     except (ImportError, OSError, ValueError) as error:

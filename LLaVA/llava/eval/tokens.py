@@ -24,8 +24,6 @@ from llava.model.llava_arch import ot_select
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import content_key
-from llava.pruning.config import options_from_env
-from llava.pruning.registry import resolve_name
 from llava.runtime import print_everything
 
 DIMMED = 0.22
@@ -141,8 +139,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     try:
         arguments.configs = {
-            name: PruningConfig(method=name, ratio=arguments.ratio, options=options_from_env(name))
-            for name in map(resolve_name, arguments.method.split(","))
+            text.lower(): PruningConfig.from_text(text, arguments.ratio) for text in arguments.method.split(",")
         }
     except ValueError as error:
         parser.error(str(error))

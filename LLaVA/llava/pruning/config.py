@@ -137,6 +137,41 @@ class PruningConfig:
             lambda rest: attempt(_from_settings(self.method, rest, self.typed)), settings, self.typed, self.method
         )
 
+    @classmethod
+    def from_text(cls, text: str, ratio: float, environ: Mapping[str, str] = os.environ) -> PruningConfig:
+        """Read a method as command lines name it: ``otprune``, ``fastv:layer=3``, ``otprune:gamma=0.05:ratio=0.2``.
+
+        Parameters
+        ----------
+        text : str
+            ``NAME:option=value:...``; "ratio" and "layer" are options of every method.
+        ratio : float
+            Kept ratio unless ``text`` states one.
+        environ : mapping
+            Its ``<METHOD>_<OPTION>`` variables count where ``text`` says nothing.
+
+        Raises
+        ------
+        ValueError
+            As `from_env`.
+        """
+        name, *settings = text.split(":")
+        method = resolve_name(name)
+        variables = {"ratio": "SUBSET_RATIO", "layer": "LAYER_INDEX"}
+        given = {}
+        for setting in settings:
+            option, equals, value = setting.partition("=")
+            if not (option and equals):
+                raise ValueError(f"{text}: an option reads name=value, not {setting!r}")
+            given[variables.get(option.lower(), f"{method}_{option}".upper())] = value
+        try:
+            ratio, layer = _ratio(given) if "SUBSET_RATIO" in given else ratio, _layer(given)
+            budget = set(variables.values())
+            own = {name: value for name, value in {**environ, **given}.items() if name not in budget}
+            return cls(method, ratio, layer, options_from_env(method, own))
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
+
     def build_pruner(self) -> Pruner:
         """The method with these options."""
         return method_class(self.method)(**self.options)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from llava.pruning import PruningConfig
-from llava.pruning.registry import resolve_name
 
 UNPRUNED, PUBLISHED = "unpruned", "published"
 
 
 def read_method(text: str, ratio: float) -> PruningConfig:
-    """``NAME``, ``NAME@LAYER``, or "published", which is OTPrune's published code.
+    """A method as `PruningConfig.from_text` reads it, ``NAME@LAYER``, or "published", OTPrune's published code.
 
     Parameters
     ----------
@@ -27,7 +26,7 @@ def read_method(text: str, ratio: float) -> PruningConfig:
     name, at, layer = text.partition("@")
     if at and not layer.isdecimal():
         raise ValueError(f"a method is NAME or NAME@LAYER, not {text!r}")
-    return PruningConfig(resolve_name(name), ratio, int(layer) if at else None)
+    return PruningConfig.from_text(f"{name}:layer={layer}" if at else name, ratio, {})
 
 
 def read_methods(texts: list[str], ratio: float) -> dict[str, PruningConfig]:

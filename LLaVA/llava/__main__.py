@@ -1,0 +1,41 @@
+"""``llava COMMAND ...``: every command of the package by a short name; ``llava COMMAND --help`` says what it takes."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+COMMANDS = {
+    "ask": ("llava.eval.run_llava", "one question about an image"),
+    "chat": ("llava.serve.cli", "a conversation about an image"),
+    "methods": ("llava.pruning", "the pruning methods and their options"),
+    "tokens": ("llava.eval.tokens", "which visual tokens a method keeps, drawn on the image"),
+    "distances": ("llava.eval.distances", "how far kept tokens are from all tokens"),
+    "flops": ("llava.eval.flops", "what a prefill costs"),
+    "latency": ("llava.eval.latency", "how long selection, prefill and answers take"),
+    "table": ("llava.eval.table", "the table of finished runs"),
+    "figures": ("llava.eval.figures", "figures of finished runs"),
+    "report": ("llava.eval.report", "one page with table, figures and token maps"),
+    "export": ("llava.serve.export_hf", "a checkpoint for transformers and vLLM"),
+    "fitprune": ("llava.eval.fitprune", "recipes of FitPrune"),
+    "ocvtp": ("llava.eval.ocvtp", "pruners of OC-VTP"),
+    "train": ("llava.train.train", "instruction tuning"),
+}
+
+
+def main() -> None:
+    """Run a command as ``python -m`` would."""
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print("usage: llava COMMAND ...\n")
+        print("\n".join(f"  {command:10} {what}" for command, (_, what) in COMMANDS.items()))
+        return
+    if name not in COMMANDS:
+        print(f"llava: there is no command {name!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [f"llava {name}", *arguments]
+    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
