@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from lmms_eval_otprune.token_counts import ImageCount, PromptCount, describe, la
 from loguru import logger
 from PIL import Image
 
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model, resolve_model_path
@@ -393,15 +395,27 @@ class Llava(lmms):
                 raise RuntimeError(f"{task} is scored in pairs of questions: --limit must be even, not {count}")
 
     def _batches(self, pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
-        """Requests of one task and the same settings, the longest prompts first."""
+        """Requests of one task and the same settings, the longest prompts first; on a CPU a batch's are of one length.
+
+        There padding is computed like any other token, and a mask keeps attention from its fast path. Images that a
+        text does not name are not counted: such prompts may still be padded.
+        """
         groups: dict[str, list[_Pending]] = defaultdict(list)
         for item in pending:
             question = item.question
             groups[repr((question.task, question.split, question.settings))].append(item)
         for group in groups.values():
-            group.sort(key=lambda item: -len(item.question.prompt))
-            for start in range(0, len(group), self._batch_size):
-                yield group[start : start + self._batch_size]
+            lengths = {item.position: self._length(item.question) for item in group}
+            group.sort(key=lambda item: lengths[item.position], reverse=True)
+            alike = self._device.type == "cpu"
+            for _, several in groupby(group, key=lambda item: lengths[item.position] if alike else None):
+                part = list(several)
+                for start in range(0, len(part), self._batch_size):
+                    yield part[start : start + self._batch_size]
+
+    def _length(self, question: Question) -> tuple[int, int]:
+        """Images that the prompt names, and its tokens."""
+        return question.prompt.count(DEFAULT_IMAGE_TOKEN), len(self.tokenizer(question.prompt).input_ids)
 
     def _prepare(self, batch: Sequence[_Pending], config: Any) -> _Prepared:
         """Read a batch's pictures and tokenise its prompts; runs while the device works on the batch before."""

@@ -95,6 +95,18 @@ class TestPicturesPreparedAhead:
         assert load(batch_size=2).generate_until(requests()) == answers
 
 
+class TestBatches:
+    def test_of_a_cpu_are_of_prompts_of_one_length(self, load, monkeypatch):
+        """Nothing is padded, and what is asked and answered stays the same."""
+        lm, padded = load(batch_size=4), []
+        pad = wrapper.pad_left
+        monkeypatch.setattr(wrapper, "pad_left", lambda *given: padded.append(pad(*given)) or padded[-1])
+        asked = [one for one in requests() if len(DOCUMENTS[one.doc_id]["images"]) == 1]
+        assert lm.generate_until(asked) == load(batch_size=1).generate_until(asked)
+        assert all(mask.all() for _, mask in padded)
+        assert any(len(ids) > 1 for ids, _ in padded)
+
+
 class TestRememberedPictures:
     @pytest.mark.parametrize("batch_size", [1, 4])
     @pytest.mark.parametrize("method", ["ORIG", "OURS", "VISIONZIP"])
