@@ -1,4 +1,4 @@
-"""What pruners see of the attention: exact to float32 in a model of half precision."""
+"""What pruners see of the attention: exact to float32 in a model of half precision, and all heads on every rank."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from llava.model.language_model.observed_attention import last_token_attention, observed_attention, rater_attention
+from llava.model.language_model.observed_attention import (
+    last_token_attention,
+    observed_attention,
+    ranks_of_heads,
+    rater_attention,
+)
 from llava.model.multimodal_encoder.observations import cls_attention, mean_keys, received_attention, wide_head
+from tensor_parallel import answer_as_rank, answers
 
 HEADS, WIDTH, LENGTH = 2, 16, 24
 
@@ -31,6 +37,7 @@ def layer() -> SimpleNamespace:
     q_proj, k_proj, v_proj = (Projection(draw) for _ in range(3))
     attention = SimpleNamespace(q_proj=q_proj, k_proj=k_proj, v_proj=v_proj, head_dim=WIDTH, num_heads=HEADS)
     attention.scaling = attention.scale = WIDTH**-0.5 / 50
+    attention.config = SimpleNamespace(num_attention_heads=HEADS)
     return SimpleNamespace(self_attn=attention, input_layernorm=nn.Identity(), layer_norm1=nn.Identity())
 
 
@@ -76,3 +83,20 @@ def test_half_precision_rounds_no_product(look, half):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == "autocast"):
         found = LOOKS[look](layer(), hidden if half == "autocast" else hidden.bfloat16())
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-7)
+
+
+def test_tensor_parallel_ranks_keep_the_tokens_of_the_whole_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.multiprocessing.spawn(answer_as_rank, (str(tmp_path), str(tmp_path / "meeting")), nprocs=2)
+    expected = answers(model)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        # Sums over the ranks round otherwise.
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_heads_that_are_somewhere_else_are_refused():
+    attention = layer().self_attn
+    attention.config.num_attention_heads = 3 * HEADS
+    with pytest.raises(NotImplementedError, match=rf"{HEADS} of the decoder's {3 * HEADS} attention heads"):
+        ranks_of_heads(attention, HEADS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import distributed
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -65,6 +66,7 @@ def observed_attention(
     shared = query.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(shared, dim=1), values.repeat_interleave(shared, dim=1)
 
+    ranks = ranks_of_heads(attention, query.shape[1])
     place = torch.arange(length, device=normed.device)
     visual = normed.new_zeros(batch, length, dtype=torch.float32)
     text, judges = torch.zeros_like(visual), torch.zeros_like(visual)
@@ -77,6 +79,8 @@ def observed_attention(
         weights = logits.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(dim=-1)
         heads.append(weights.to(values.dtype) @ values)
         strongest = weights.detach().amax(dim=1)  # (B, Q, T)
+        if ranks is not None:
+            distributed.all_reduce(strongest, distributed.ReduceOp.MAX, group=ranks)
         same = (image[:, here, None] == image[:, None, :]) & (image[:, None, :] >= 0)
         visual += (strongest * same).sum(dim=1)
         judges += same.sum(dim=1)
@@ -125,7 +129,36 @@ def query_attention(
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)  # (B, H, T, head width)
     logits = products(query, keys) * attention.scaling  # (B, H, Q, T)
     earlier = torch.arange(length, device=hidden.device) <= queries[:, :, None]  # (B, Q, T)
-    return logits.masked_fill(~(earlier & valid[:, None, :]).unsqueeze(1), -torch.inf).softmax(dim=-1)
+    weights = logits.masked_fill(~(earlier & valid[:, None, :]).unsqueeze(1), -torch.inf).softmax(dim=-1)
+    ranks = ranks_of_heads(attention, weights.shape[1])
+    if ranks is None:
+        return weights
+    parts = [torch.empty_like(weights) for _ in range(distributed.get_world_size(ranks))]
+    distributed.all_gather(parts, weights.contiguous(), group=ranks)
+    return torch.cat(parts, dim=1)
+
+
+def ranks_of_heads(attention: torch.nn.Module, heads: int) -> distributed.ProcessGroup | None:
+    """The tensor parallel ranks that share a layer's heads, of which this one has so many; None where it has them all.
+
+    Each must see all heads, or they would drop different tokens.
+
+    Raises
+    ------
+    NotImplementedError
+        If the heads are shared in another way.
+    """
+    total = attention.config.num_attention_heads
+    if heads == total:
+        return None
+    mesh = getattr(attention.q_proj.weight, "device_mesh", None)
+    ranks = mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
+    if ranks is None or heads * distributed.get_world_size(ranks) != total:
+        raise NotImplementedError(
+            f"this process has {heads} of the decoder's {total} attention heads, and how the others are shared is not "
+            "known: methods that rank by attention need all of them"
+        )
+    return ranks
 
 
 def last_token_attention(
