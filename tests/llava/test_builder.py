@@ -517,9 +517,9 @@ class TestFirstGeneration:
     """A checkpoint whose configuration says "llama"."""
 
     @pytest.fixture
-    def first(self, checkpoint) -> Path:
+    def first(self, checkpoint, tmp_path) -> Path:
         edit_config(checkpoint, model_type="llama", architectures=["LlamaForCausalLM"])
-        return checkpoint
+        return checkpoint.rename(tmp_path / "my-finetune")
 
     def test_it_loads_as_it_is(self, first):
         assert type(load(first)[1]) is LlavaLlamaForCausalLM

@@ -211,7 +211,7 @@ def _classes(raw_config: dict[str, Any], path: str):
     if "text_config" in raw_config:
         raise ValueError(
             f"{path} is in transformers' own layout ({raw_config.get('model_type')}), as checkpoints under llava-hf/ "
-            "are: give the original one, such as liuhaotian/llava-v1.5-7b"
+            "are: give the original one, such as liuhaotian/llava-v1.5-7b, or load and prune it with transformers"
         )
     described = f"{raw_config.get('model_type', '')} {' '.join(raw_config.get('architectures') or [])}".lower()
     if "mpt" in described:

@@ -17,7 +17,7 @@ def auto_upgrade(config: str) -> None:
     Parameters
     ----------
     config : str
-        The checkpoint's folder. Nothing happens unless its path says "llava" and its configuration does not.
+        The checkpoint's folder. Nothing happens unless its configuration names a vision tower, but not LLaVA.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def auto_upgrade(config: str) -> None:
     """
     content = read_config(config)
     model_type = content.get("model_type", "")
-    if "llava" not in config.lower() or "llava" in model_type:
+    if "mm_vision_tower" not in content or "llava" in model_type:
         return
     if model_type != "llama":
         raise ValueError(
