@@ -302,7 +302,7 @@ class Llava(lmms):
         started = time.perf_counter()
         fresh: list[Answer] = []
         prepare = partial(self._prepare, config=copy.copy(self.config))
-        used = self.visual_cache_counts()
+        used, encoding = self.visual_cache_counts(), self._encoding_seconds()
         with self._progress(tasks.total(), tasks.total() - len(pending)) as progress:
             for batch, prepared in ahead(prepare, self._batches(pending)):
                 answers = self._answer(batch, prepared)
@@ -312,7 +312,8 @@ class Llava(lmms):
                 fresh += answers
                 progress.advance(len(batch), [image for answer in answers for image in answer.visual_tokens])
         used = self.visual_cache_counts() - used
-        self._report_speed(fresh, time.perf_counter() - started, used)
+        encoding = self._encoding_seconds() - encoding
+        self._report_speed(fresh, time.perf_counter() - started, used, encoding)
         prompts.update(answer.prompt for answer in fresh)
         if self._rank == 0 and (counts := summary(prompts, self.model_shape())):
             logger.info(f"{self.label}: {describe(counts)}")
@@ -539,7 +540,10 @@ class Llava(lmms):
         ends = {self.tokenizer.eos_token_id} | set(ends if isinstance(ends, list) else [ends])
         return next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
 
-    def _report_speed(self, fresh: Sequence[Answer], seconds: float, used: Counter[str]) -> None:
+    def _encoding_seconds(self) -> float:
+        return 0.0 if self.model.visual_cache is None else self.model.visual_cache.seconds
+
+    def _report_speed(self, fresh: Sequence[Answer], seconds: float, used: Counter[str], encoding: float) -> None:
         """Speed and token counts of what was generated now; answers from an earlier run count in neither."""
         if not fresh:
             return
@@ -554,6 +558,7 @@ class Llava(lmms):
                 "samples_per_second": len(fresh) / seconds,
                 "visual_tokens": sum(image.total for image in images),
                 "kept_visual_tokens": sum(image.kept for image in images),
+                "encoding_latency": encoding / len(fresh),
                 "visual_cache_hits": used["hits"],
                 "visual_cache_misses": used["misses"],
                 **self._budget_metrics(fresh),

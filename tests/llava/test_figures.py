@@ -139,6 +139,19 @@ class TestTime:
         with pytest.raises(ValueError, match=r"found between 20 and 100 % of them encoded \(--visual-cache off\)"):
             draw_time(build_table(load_runs([folder])).rows)
 
+    def test_leaves_out_what_encoding_took_where_that_is_known(self, tmp_path):
+        """Of two rows that answer equally fast, the one that encoded for both is not slower."""
+        jobs = {"unpruned": job(FULL, seconds=0.3), "otprune": answered(0.6, method="otprune", kept=56, seconds=0.1)}
+        folder = write_run(tmp_path / "run", jobs)
+        content = json.loads((folder / "results.json").read_text())
+        for results, encoding, misses in zip(content["runs"], (0.2, 0.0), (50, 0), strict=True):
+            for task in results["tasks"].values():
+                task["throughput"]["avg_encoding_latency"] = encoding
+                task["visual_cache"] = {"hits": 50 - misses, "misses": misses}
+        (folder / "results.json").write_text(json.dumps(content))
+        found = lines(draw_time(build_table(load_runs([folder])).rows), tmp_path)
+        assert [float(line["milliseconds"]) for line in found] == pytest.approx([100, 100])
+
     def test_is_that_of_selection_and_prefill_where_it_was_measured(self, tmp_path):
         times = {"timing": {"selection_ms": 1.0, "prefill_ms": 9.0}}
         jobs = {"unpruned": job(FULL, **times), "otprune": answered(0.6, method="otprune", **times)}

@@ -126,6 +126,8 @@ class TestRememberedPictures:
         lm = load()
         lm.generate_until(requests())
         lm.generate_until(requests())
+        first, again = reports
+        assert first["encoding_latency"] > again["encoding_latency"] == 0
         assert [(report["visual_cache_hits"], report["visual_cache_misses"]) for report in reports] == [(5, 2), (7, 0)]
 
     def test_in_files_serve_another_process_and_another_method(self, load, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,9 @@ class VisualCache:
     ----------
     hits, misses : int
         Images (or crops) that were there, and that had to be encoded.
+    seconds : float
+        Spent on images that had to be encoded. On a GPU without files it is the host's share alone, which waits for
+        nothing.
     nbytes : int
         What is remembered now.
     expected : tuple of Output
@@ -109,6 +113,7 @@ class VisualCache:
             raise ValueError(f"a cache of visual tokens cannot hold {max_bytes} bytes")
         self.max_bytes = max_bytes
         self.hits = self.misses = self.nbytes = 0
+        self.seconds = 0.0
         self.expected: tuple[Hashable, ...] = ()
         self._entries: OrderedDict[Hashable, dict[Hashable, torch.Tensor]] = OrderedDict()
 
@@ -145,12 +150,14 @@ class VisualCache:
         self.misses += len(missing)
         self.hits += len(keys) - len(missing)
         if missing:
+            started = time.perf_counter()
             chosen = [keys.index(key) for key in missing]
             # An index would be brought to the GPU first.
             fresh = encode(images if len(missing) == len(keys) else torch.stack([images[i] for i in chosen]))
             for row, key in enumerate(missing):
                 found[key] = {name: values[row] for name, values in fresh.items()}
                 self.put(key, found[key])
+            self.seconds += time.perf_counter() - started
             if len(missing) == len(keys):
                 return {name: fresh[name] for name in names}
         return {name: torch.stack([found[key][name] for key in keys]) for name in names}

@@ -140,7 +140,7 @@ def draw_time(rows: Sequence[Row]) -> Drawn:
     timed = [(time, row) for time, row in zip(prefill if parts else whole, rows, strict=True) if time is not None]
     if len(timed) < 2:
         raise ValueError("the figure of times needs two runs with measured times, and unpruned")
-    what = "selection and prefill" if parts else "a prompt to its answer"
+    what = "selection and prefill" if parts else "a prompt to its answer, images encoded"
     series: dict[str, list[tuple[float, Row]]] = {}
     for time, row in sorted(timed, key=lambda pair: pair[0]):
         series.setdefault(_series(row), []).append((time, row))

@@ -63,7 +63,7 @@ TASK = {
     "visual_tokens?": Maybe(VISUAL_TOKENS),
     "samples?": WHOLE,
     "visual_cache?": Maybe({"hits?": WHOLE, "misses?": WHOLE}),
-    "throughput?": Maybe({"avg_latency?": NUMBER}),
+    "throughput?": Maybe({"avg_latency?": NUMBER, "avg_encoding_latency?": NUMBER}),
     "date?": NAME,
 }
 _SPREAD = {"min": FINITE, "mean": FINITE, "max": FINITE}
