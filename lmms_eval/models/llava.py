@@ -31,7 +31,7 @@ from lmms_eval_otprune.token_counts import ImageCount, PromptCount, describe, la
 from loguru import logger
 from PIL import Image
 
-from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model, resolve_model_path
@@ -521,9 +521,13 @@ class Llava(lmms):
         whole = self._conversation(context, len(row.images), answer)
         input_ids = make_row(self.tokenizer, whole, row.images).input_ids
         continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)
+        # Only the question chooses visual tokens: they are the same for every candidate answer.
+        labels = input_ids.clone()
+        labels[: len(row.input_ids)] = IGNORE_INDEX
         pixels = self._pixels(row.images, self.config)
         logits = self.model(
             input_ids=input_ids[None].to(self.device),
+            labels=labels[None].to(self.device),
             images=self._on_device(pixels),
             image_sizes=[image.size for image in row.images],
             logits_to_keep=len(continuation) + 1,

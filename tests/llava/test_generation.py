@@ -41,6 +41,17 @@ def test_forward_gives_a_tuple_where_one_is_asked_for(model, ids, layer):
     torch.testing.assert_close((loss, logits), (expected["loss"], expected["logits"]))
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_loss_is_of_what_has_logits_and_counts_as_the_trainer_tells(model, ids, layer):
+    labels = ids.clone()
+    labels[:, :-3] = -100
+    arguments = {"input_ids": ids, "labels": labels, "images": pixels(1)}
+    with pruning(model, "otprune", ratio=0.5, layer=layer), torch.no_grad():
+        whole = model(**arguments).loss
+        torch.testing.assert_close(model(**arguments, logits_to_keep=4).loss, whole)
+        torch.testing.assert_close(model(**arguments, num_items_in_batch=12).loss, whole * 3 / 12)
+
+
 def test_max_length_counts_the_new_tokens_and_one_more(model, ids):
     assert new_tokens(model, ids, max_length=ANSWER + 1) == ANSWER
     assert new_tokens(model, ids, generation_config=GenerationConfig(max_length=ANSWER + 1)) == ANSWER

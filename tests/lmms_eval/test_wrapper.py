@@ -23,6 +23,7 @@ from lmms_eval_otprune.token_counts import ImageCount, PromptCount
 from PIL import Image
 
 from llava.mm_utils import tokenizer_image_token
+from llava.pruning import pruning
 
 SHORT = {"max_new_tokens": 6, "temperature": 0, "until": ["\n\n"], "do_sample": False}
 
@@ -277,15 +278,17 @@ class TestPrompts:
 
 
 class TestLikelihood:
-    def test_is_the_model_s_own_loss_of_the_answer(self, load):
-        lm = load()
-        request = Instance(
+    def request(self, candidate: str) -> Instance:
+        return Instance(
             "loglikelihood",
-            ("What is it?", "a dog", lambda doc: doc["images"], 0, "looks", "test"),
+            ("What is it?", candidate, lambda doc: doc["images"], 0, "looks", "test"),
             0,
             metadata={"task": "looks", "doc_id": 0, "repeats": 1},
         )
-        [(loss, greedy)] = lm.loglikelihood([request])
+
+    def test_is_the_model_s_own_loss_of_the_answer(self, load):
+        lm = load()
+        [(loss, greedy)] = lm.loglikelihood([self.request("a dog")])
         question = prompts.conversation("vicuna_v1", "What is it?", 1)
         whole = prompts.conversation("vicuna_v1", "What is it?", 1, "a dog")
         row = prompts.make_row(lm.tokenizer, whole, DOCUMENTS[0]["images"])
@@ -297,6 +300,32 @@ class TestLikelihood:
             expected = lm.model(input_ids=ids, labels=labels, images=pixels, image_sizes=[(80, 60)]).loss
         assert loss == pytest.approx(float(expected), rel=1e-5)
         assert isinstance(greedy, bool)
+
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            ("fastv", {"ratio": 0.3, "layer": 1}),
+            ("pyramiddrop", {"ratio": 0.6}),
+            ("sparsevlm", {"ratio": 0.6}),
+            ("cdpruner", {"ratio": 0.3, "relevance": "embeddings"}),
+        ],
+    )
+    def test_every_candidate_is_read_beside_the_same_visual_tokens(self, load, monkeypatch, method, options):
+        lm = load()
+        forward, firsts = lm.model.forward, []
+
+        def watched(**arguments):
+            found = forward(**arguments)
+            firsts.append(found.logits[0, 0])  # after the question, before the answer
+            return found
+
+        monkeypatch.setattr(lm.model, "forward", watched)
+        with pruning(lm.model, method, **options):
+            for candidate in ("yes", "a dog beside a cat", "nothing that anyone would want to see"):
+                lm.loglikelihood([self.request(candidate)])
+        assert len(firsts) == 3
+        for first in firsts[1:]:
+            torch.testing.assert_close(first, firsts[0], rtol=1e-4, atol=1e-4)
 
     def test_several_rounds_are_refused(self, load):
         with pytest.raises(NotImplementedError, match="one round"):

@@ -35,7 +35,7 @@ class DroppingDecoder:
     Attributes
     ----------
     kept_prefix : KeptPrefix or None
-        What the latest prefill left after its last stage.
+        What the latest prefill left after its last stage; None where it dropped nothing.
     """
 
     layer_drop: LayerDrop | None = None
@@ -86,6 +86,8 @@ class DroppingDecoder:
         if inputs_embeds is None and (noted is None or (prepared and not noted.left)):
             # Ids of text alone, or a step in a static cache, which a look at the cache's length would interrupt.
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, **call)
+        if inputs_embeds is not None:
+            self.kept_prefix = None
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         n = tokens.shape[1]
         before = Filling.of(cache, tokens.device)

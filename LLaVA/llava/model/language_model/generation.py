@@ -67,7 +67,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         past_key_values : Cache, optional
             ``cache`` is another name for it.
         labels : Tensor (B, T), int64, optional
-            -100 where no loss is wanted; the loss is the mean over the others, shifted by one.
+            -100 where no loss is wanted; the loss is the mean over the others that have logits, shifted by one. What
+            is labelled, and what follows it, takes no part in choosing visual tokens.
         output_attentions, output_hidden_states, return_dict
             As the language model's forward takes them; their places among the arguments are the original's.
         logits_to_keep : int or Tensor
@@ -111,18 +112,20 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            labels=None if drops_inside else labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             return_dict=True,
             **{CACHE: past_key_values},
             **kwargs,
         )
-        if drops_inside and labels is not None:
-            prefix = self.get_model().kept_prefix
-            after_padding = ~nn.functional.pad(prefix.mask[:, :-1], (1, 0), value=True)
-            kept_labels = labels.gather(1, prefix.positions).masked_fill(after_padding, IGNORE_INDEX)
-            loss = self.loss_function(outputs.logits, kept_labels, vocab_size=self.config.vocab_size)
+        if labels is not None:
+            prefix = None if inputs_embeds is None else self.get_model().kept_prefix
+            if prefix is not None:
+                after_padding = ~nn.functional.pad(prefix.mask[:, :-1], (1, 0), value=True)
+                labels = labels.gather(1, prefix.positions).masked_fill(after_padding, IGNORE_INDEX)
+            if isinstance(logits_to_keep, int):
+                labels = labels[:, -logits_to_keep:]
+            loss = self.loss_function(outputs.logits, labels, vocab_size=self.config.vocab_size, **kwargs)
             outputs = type(outputs)(**{**outputs, "loss": loss})
         return outputs if (self.config.return_dict if return_dict is None else return_dict) else outputs.to_tuple()
 
