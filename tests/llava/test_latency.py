@@ -34,12 +34,12 @@ class TestClock:
         assert calls == ["a", "b"] * 4
         assert [len(rounds) for rounds in times.values()] == [3, 3]
 
-    def test_the_median_the_95th_percentile_and_a_part_that_is_not_always_there(self):
+    def test_the_median_the_worst_and_a_part_that_is_not_always_there(self):
         rounds = [{"total": float(i)} for i in range(1, 101)]
         rounds[0]["vision"] = 7.0
         assert clock.summarise(rounds) == {
-            "total": {"median": 50.5, "p95": 95.0},
-            "vision": {"median": 0.0, "p95": 0.0},
+            "total": {"median": 50.5, "worst": 100.0},
+            "vision": {"median": 0.0, "worst": 7.0},
         }
 
     def test_a_ratio_is_that_of_the_rounds(self):
@@ -119,9 +119,10 @@ class TestPrefill:
             assert 0 < row["selection_share"] < 1 and row["ms"]["decoding"]["median"] > 0
         assert tiny.pruning is None and "_encode_and_observe" not in vars(tiny)
 
-    def test_one_token_ends_with_the_prefill(self, tiny):
-        [row] = prefill.measure(tiny, {}, batch=1, new_tokens=1, repetitions=1)
-        assert row["ms"]["ttft"]["median"] <= row["ms"]["total"]["median"]
+    def test_one_token_is_one_forward(self, tiny, monkeypatch):
+        monkeypatch.setattr(tiny, "generate", None)
+        for row in prefill.measure(tiny, read_methods(["otprune"], 0.25), batch=1, new_tokens=1, repetitions=2):
+            assert 0 < row["ms"]["ttft"]["median"] <= row["ms"]["total"]["median"] <= row["ms"]["total"]["worst"]
 
     def test_switching_the_method_is_not_measured(self, tiny, monkeypatch):
         seconds = itertools.count()  # every look at the clock takes one
@@ -135,7 +136,7 @@ class TestPrefill:
 
         monkeypatch.setattr(tiny, "set_pruning", switch_slowly)
         for row in prefill.measure(tiny, read_methods(["otprune"], 0.25), batch=1, new_tokens=1, repetitions=2):
-            assert row["ms"]["total"]["p95"] < 1e3 * 100
+            assert row["ms"]["total"]["worst"] < 1e3 * 100
 
 
 def test_a_run_of_many_questions_may_ask_fewer_one_by_one(tiny):

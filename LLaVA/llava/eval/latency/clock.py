@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections import defaultdict
@@ -111,19 +110,15 @@ def take_turns(
 
 
 def summarise(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Part -> "median" and "p95" over the rounds; a part that a round lacks took nothing there."""
+    """Part -> "median" and "worst" over the rounds; a part that a round lacks took nothing there."""
     parts = dict.fromkeys(name for measured in rounds for name in measured)
-    return {name: _spread([measured.get(name, 0.0) for measured in rounds]) for name in parts}
+    values = {name: [measured.get(name, 0.0) for measured in rounds] for name in parts}
+    return {name: {"median": statistics.median(times), "worst": max(times)} for name, times in values.items()}
 
 
 def ratio(reference: Sequence[Mapping[str, float]], rounds: Sequence[Mapping[str, float]], part: str = TOTAL) -> float:
     """How many times the reference's time the variant's is: the median over the rounds."""
     return statistics.median(own[part] / other[part] for other, own in zip(reference, rounds, strict=True))
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {"median": statistics.median(ordered), "p95": ordered[math.ceil(0.95 * len(ordered)) - 1]}
 
 
 @contextmanager

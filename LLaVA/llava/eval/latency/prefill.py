@@ -36,13 +36,13 @@ def measure(
         Method -> configuration; unpruned runs in the same rounds.
     batch : int
     new_tokens : int
-        1 stops behind the prefill.
+        1 is one ``forward``, more are ``generate``.
     repetitions : int
 
     Returns
     -------
     list of dict
-        One a method, `UNPRUNED` first: "ms" by part, median and p95 (vision is tower and projector, ttft the time to
+        One a method, `UNPRUNED` first: "ms" by part, median and worst (vision is tower and projector, ttft the time to
         the first token, prefill what vision and selection leave of it); "ttft_ratio" and "total_ratio" to unpruned;
         "selection_share" of selection and prefill; "visual_tokens" an image in the mean over the layers; "kv_bytes"
         behind the prefill, "peak_bytes" (None on a CPU), "samples_per_second".
@@ -52,7 +52,7 @@ def measure(
     variants: dict[str, PruningConfig | None] = {UNPRUNED: None, **configs}
     own = model.pruning
     try:
-        run = _run(model, asked, new_tokens)
+        run = _generate(model, asked, new_tokens) if new_tokens > 1 else _forward(model, asked)
         times = take_turns(
             dict.fromkeys(variants, run),
             repetitions,
@@ -102,7 +102,15 @@ def kv_bytes(cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def _run(model, asked: Mapping[str, Any], new_tokens: int) -> Callable[[Stopwatch], None]:
+def _forward(model, asked: Mapping[str, Any]) -> Callable[[Stopwatch], None]:
+    def run(watch: Stopwatch) -> None:
+        with watch.part(TTFT), parts_of(model, watch):
+            model(**asked, use_cache=True, logits_to_keep=1)
+
+    return run
+
+
+def _generate(model, asked: Mapping[str, Any], new_tokens: int) -> Callable[[Stopwatch], None]:
     def run(watch: Stopwatch) -> None:
         first = _FirstToken(watch)
         begin = watch.now()

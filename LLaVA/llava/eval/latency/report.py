@@ -43,7 +43,7 @@ class Report:
     def write(self, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], table: str) -> str:
         """Write both files, the JSON last, and return the Markdown."""
         machine = describe_machine(settings["device"])
-        where = f"{machine['name']}, PyTorch {machine['torch']}; times are median / 95th percentile"
+        where = f"{machine['name']}, PyTorch {machine['torch']}; times are median / worst"
         text = f"`{settings['command']}`\n\n{where}\n\n{table}\n"
         atomic_write(self._markdown, text)
         content = {"settings": dict(settings), "machine": machine, "rows": list(rows)}
@@ -60,11 +60,11 @@ class Report:
         """
         numbers = ("method", "n", "k", "batch")
         lines = [
-            [axis, *(row[name] for name in numbers), row["ms"]["median"], row["ms"]["p95"], row["times_published"]]
+            [axis, *(row[name] for name in numbers), row["ms"]["median"], row["ms"]["worst"], row["times_published"]]
             for axis, rows in points.items()
             for row in rows
         ]
-        header = ["axis", *numbers, "ms_median", "ms_p95", "times_published"]
+        header = ["axis", *numbers, "ms_median", "ms_worst", "times_published"]
         write_csv(self.folder / f"{self.name}_curve.csv", header, lines)
         _draw(points, self.folder / f"{self.name}_curve.png")
 
@@ -110,8 +110,8 @@ def markdown(columns: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
 
 
 def milliseconds(ms: Mapping[str, float]) -> str:
-    """Median and 95th percentile."""
-    return f"{ms['median']:.3g} / {ms['p95']:.3g}"
+    """Median and worst."""
+    return f"{ms['median']:.3g} / {ms['worst']:.3g}"
 
 
 def mebibytes(size: int | None) -> str:
@@ -121,5 +121,7 @@ def mebibytes(size: int | None) -> str:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """What was measured on: "name", "torch", "threads"."""
-    cores = "" if torch.device(device).type == "cuda" else f", {os.cpu_count()} cores"
-    return {"name": device_name(device) + cores, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    threads = torch.get_num_threads()
+    on_cpu = torch.device(device).type != "cuda"
+    cores = f", {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}" if on_cpu else ""
+    return {"name": device_name(device) + cores, "torch": torch.__version__, "threads": threads}

@@ -80,7 +80,7 @@ def measure(
     Returns
     -------
     list of dict
-        One for each size and method: "method", "n", "k", "batch", "ms" (median and p95 of all images together),
+        One for each size and method: "method", "n", "k", "batch", "ms" (median and worst of all images together),
         "times_published" (how many times faster than the published algorithm) and "peak_bytes" (None on a CPU).
 
     Raises
