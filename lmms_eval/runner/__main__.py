@@ -70,7 +70,8 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
         print("The results are on the machine of rank 0.")
     else:
         table = write_report(plan, arguments)
-        print(f"\n{table.render('markdown')}\nEverything is in {plan.output}", flush=True)
+        screen.finish(table)
+        print(f"\nEverything is in {plan.output}", flush=True)
         if options.report:
             print(write_page(plan))
     status = _failures(plan, identities if options.machine_rank == 0 else None)

@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from llava.eval.results.columns import COLUMNS
+from llava.eval.results.findings import findings
 from llava.eval.results.formats import cells
 from llava.eval.results.rows import Row
+from llava.eval.table import Table as MadeTable
 
 from . import records
 from .plan import Job
@@ -90,6 +92,18 @@ class Screen:
     def show(self, rows: Sequence[Row]) -> None:
         """The table so far."""
         self._rows = rows
+
+    def finish(self, made: MadeTable) -> None:
+        """Print the table, for a terminal as it fits, else in Markdown, and what it says."""
+        self._rows = made.rows
+        self.console.print()
+        if self.console.is_terminal:
+            self.console.print(self.table())
+            self.console.print()
+        else:
+            self.say(made.render("markdown"))
+        for sentence in findings(made.rows):
+            self.say(sentence)
 
     def table(self) -> Table:
         """The rows so far, as wide as fits."""

@@ -49,7 +49,8 @@ while True:
         (folder / "failure.json").write_text(json.dumps({"error": "its own reason"}))
     else:
         identity = spec["jobs"][number]["identities"][task]
-        (folder / "result.json").write_text(json.dumps({"identity": identity, "metrics": {}}))
+        result = {"identity": identity, "metrics": {}, "visual_tokens": None, "samples": 2}
+        (folder / "result.json").write_text(json.dumps(result))
     say(tried=unit)
 """
 

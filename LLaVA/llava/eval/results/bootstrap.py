@@ -47,11 +47,14 @@ class Evidence:
         By column key, and "Mean" (the relative mean, in percent).
     unpruned, random : dict of Comparison
         Against the same model unpruned, and against Random at the same budget, by column key and "Mean".
+    best_other : Comparison, or None
+        Of the relative mean, against the best other row at the same budget.
     """
 
     intervals: Mapping[str, tuple[float, float]]
     unpruned: Mapping[str, Comparison]
     random: Mapping[str, Comparison]
+    best_other: Comparison | None = None
 
 
 def draw_scores(group: Sequence[Units], label: str, seed: int = 0, draws: int = DRAWS) -> np.ndarray:

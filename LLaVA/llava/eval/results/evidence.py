@@ -70,7 +70,10 @@ def _evidence(row: Row, rows: Sequence[Row], by_row: Mapping[int, tuple]) -> Evi
     against_full = {} if full is None or full is row else _against(own, relative, [by_row[id(full)]])
     others = _randoms(row, rows)
     against_random = _against(own, relative, [by_row[id(other)] for other in others]) if others else {}
-    return Evidence(intervals, against_full, against_random)
+    rivals = [other for other in _peers(row, rows) if other is not row and other.relative is not None]
+    best = max(rivals, key=lambda other: other.relative, default=None)
+    against_best = {} if best is None else _against(own, relative, [by_row[id(best)]])
+    return Evidence(intervals, against_full, against_random, against_best.get(MEAN))
 
 
 def _against(
@@ -95,12 +98,13 @@ def _compared(mine: _Drawn, theirs: Sequence[_Drawn]) -> Comparison:
 
 def _randoms(row: Row, rows: Sequence[Row]) -> list[Row]:
     """Random at the row's budget, all of its seeds."""
-    if row.family == "random":
-        return []
+    return [] if row.family == "random" else [other for other in _peers(row, rows) if other.family == "random"]
+
+
+def _peers(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """The rows of the same model and budget, this one among them."""
     groups = same_budget([other for other in rows if other.model == row.model])
-    return [
-        other for group in groups if any(one is row for one in group) for other in group if other.family == "random"
-    ]
+    return [other for group in groups if any(one is row for one in group) for other in group]
 
 
 def _relative(row: Row, own: Mapping[str, _Drawn], full: Row, full_drawn: Mapping[str, _Drawn]) -> _Drawn | None:

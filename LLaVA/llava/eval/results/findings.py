@@ -1,0 +1,60 @@
+"""What a table says, in sentences: which method leads at a budget, by how much, and whether that may be chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llava.eval.results.bootstrap import Comparison
+from llava.eval.results.evidence import MEAN
+from llava.eval.results.formats import SIGNIFICANT
+from llava.eval.results.rows import Row, same_budget
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """Sentences on the relative means of a table's rows, up to three for each budget that several methods share.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        With relative means; with evidence the sentences carry 95 % intervals.
+    """
+    models = list(dict.fromkeys(row.model for row in rows if not row.published))
+    said = []
+    for model in models:
+        own = [row for row in rows if row.model == model and row.relative is not None]
+        for group in same_budget(own):
+            if len(group) > 1:
+                sentences = _of_a_budget(sorted(group, key=lambda row: -row.relative))
+                said += [f"{model}: {sentence}" if len(models) > 1 else sentence for sentence in sentences]
+    return said
+
+
+def _of_a_budget(rows: Sequence[Row]) -> list[str]:
+    """Of rows that keep equally many tokens, the best first."""
+    first, second = rows[:2]
+    kept = "this budget"
+    if first.kept_tokens is not None:
+        kept = f"{100 * first.kept_tokens / first.total_tokens:.1f} % of the visual tokens"
+    interval = first.evidence and first.evidence.intervals.get(MEAN)
+    said = [f"At {kept} {first.label} leads with {first.relative:.1f} % of the unpruned score{_range(interval)}."]
+    compared = first.evidence and first.evidence.best_other
+    said.append(f"{second.label} is {_behind(first, second, compared)}.")
+    random = first.evidence and first.evidence.random.get(MEAN)
+    if random and second.family != "random":
+        others = [row for row in rows if row.family == "random"]
+        name = others[0].label if len(others) == 1 else "the mean of random's seeds"
+        said.append(f"{name[0].upper()}{name[1:]} is {_points(random)}.")
+    return said
+
+
+def _behind(first: Row, second: Row, compared: Comparison | None) -> str:
+    return f"{first.relative - second.relative:.1f} points behind" if compared is None else _points(compared)
+
+
+def _points(compared: Comparison) -> str:
+    chance = "" if compared.p < SIGNIFICANT else ", which may be chance"
+    return f"{compared.difference:.1f} points behind{_range((compared.low, compared.high))}{chance}"
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
