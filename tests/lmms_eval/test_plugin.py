@@ -27,8 +27,7 @@ class TestPackages:
         assert "Run model evaluation" in printed
 
     def test_the_model_id_llava_is_ours(self):
-        [manifest] = manifests()
-        assert manifest.model_id == "llava"
+        assert manifests()[0].model_id == "llava"
         assert get_model("llava") is Llava
 
 
