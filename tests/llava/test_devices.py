@@ -10,12 +10,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
 from llava.eval.latency.__main__ import main
+from llava.model.language_model.kv_cache import NAMES
 from llava.model.visual_cache import VisualCache, content_digests
 from llava.pruning import available_methods, deferred_checks, pruning
 from llava.pruning.registry import method_class
-from pretended_gpu import GPU, NAME, pretended_cuda, pretended_gpu
+from pretended_gpu import GPU, GPUS, NAME, pretended_cuda, pretended_gpu
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
 from tiny_ocvtp import save_pruner
@@ -96,6 +98,43 @@ def test_every_method_answers_as_on_a_cpu(tower, options, asked, device):
     with device():
         model.to(GPU)
         assert answers(on_gpu(asked())) == expected
+
+
+class TestTwoGpus:
+    """The embeddings and half of the layers on one; the other half, vision tower and projector on the other."""
+
+    @pytest.mark.parametrize("layer", [0, 2, 3, None])
+    def test_every_method_answers_as_on_a_cpu(self, tower, options, layer):
+        model, expected = build(tower), {}
+        methods = [name for name in sorted(available_methods()) if (name in RATIOS) == (layer is None)]
+        methods = [name for name in methods if layer is None or method_class(name).first_layer <= layer]
+
+        def answers(asked: dict) -> dict:
+            found = {}
+            for method in methods:
+                with pruning(model, method, ratio=RATIOS.get(method, 0.3), layer=layer, **options.get(method, {})):
+                    labels = asked["inputs"].clone()
+                    labels[:, :-2] = -100
+                    arguments = {name: value for name, value in asked.items() if name != "inputs"}
+                    with torch.no_grad():
+                        loss = model(asked["inputs"], labels=labels, **arguments).loss
+                    found[method] = answer(model, asked, tokens=2), round(float(loss), 3)
+            return found
+
+        expected = answers(several_rows())
+        with pretended_gpu(), pretended_cuda():
+            first = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1"]
+            rest = [
+                "model.layers.2",
+                "model.layers.3",
+                "model.norm",
+                "lm_head",
+                "model.vision_tower",
+                "model.mm_projector",
+            ]
+            dispatch_model(model, dict.fromkeys(first, 0) | dict.fromkeys(rest, 1), skip_keys=list(NAMES))
+            assert {parameter.device for parameter in model.parameters()} == set(GPUS)
+            assert answers(on_gpu(several_rows())) == expected
 
 
 class TestWaiting:

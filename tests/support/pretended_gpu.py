@@ -1,7 +1,7 @@
-"""A GPU that is not there: tensors that say they lie on ``cuda:0`` and are computed on the CPU.
+"""GPUs that are not there: tensors that say they lie on ``cuda:0`` or ``cuda:1`` and are computed on the CPU.
 
-What a GPU would refuse is refused, tensors of both devices in one operation above all, and each time that the host
-would wait for the device is counted.
+What a GPU would refuse is refused, tensors of two devices in one operation above all, and each time that the host
+would wait for a device is counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from llava.pruning import kernels
 from no_waiting import makes_the_host_wait
 
-GPU = torch.device("cuda:0")
+GPUS = GPU, SECOND = torch.device("cuda:0"), torch.device("cuda:1")
+CPU = torch.device("cpu")
 COPY = torch.ops.aten.copy_.default
 
 
@@ -28,45 +29,45 @@ class _OnGpu(torch.Tensor):
     """The face of a CPU tensor, which is in ``inner``."""
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor):
+    def __new__(cls, inner: torch.Tensor, device: torch.device):
         return torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=GPU,
+            device=device,
         )
 
-    def __init__(self, inner: torch.Tensor):
+    def __init__(self, inner: torch.Tensor, device: torch.device):
         self.inner = inner
 
     def __repr__(self) -> str:
-        return f"{self.inner!r} on {GPU}"
+        return f"{self.inner!r} on {self.device}"
 
     def tolist(self):
         return self.cpu().tolist()
 
     def __getitem__(self, index):
-        return super().__getitem__(_with_tensors(index))
+        return super().__getitem__(_with_tensors(index, self.device))
 
     def __setitem__(self, index, value):
-        super().__setitem__(_with_tensors(index), value)
+        super().__setitem__(_with_tensors(index, self.device), value)
 
     @classmethod
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         raise RuntimeError("outside of the pretended GPU's block")
 
 
-def _with_tensors(index):
+def _with_tensors(index, device: torch.device):
     """An index whose lists are brought to the GPU, as PyTorch does."""
     if isinstance(index, list):
-        return torch.tensor(index).to(GPU)
-    return tuple(map(_with_tensors, index)) if isinstance(index, tuple) else index
+        return torch.tensor(index).to(device)
+    return tuple(_with_tensors(part, device) for part in index) if isinstance(index, tuple) else index
 
 
 class PretendedGpu(TorchDispatchMode):
-    """Computes for the tensors on it.
+    """Computes for the tensors on it, or on a second one.
 
     Attributes
     ----------
@@ -81,30 +82,35 @@ class PretendedGpu(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        on_gpu = [isinstance(tensor, _OnGpu) for tensor in tensors]
-        target = kwargs.get("device")
+        places = [tensor.device if isinstance(tensor, _OnGpu) else CPU for tensor in tensors]
+        gpus = [place for place in places if place != CPU]
         copies = operation in (torch.ops.aten._to_copy.default, COPY)
-        if any(on_gpu) and not copies:
+        if gpus and not copies:
             # A number on the CPU may be read by a kernel, and may be an index of a tensor on the GPU.
-            others = [tensor for tensor, there in zip(tensors, on_gpu, strict=True) if not there and tensor.ndim]
-            if others:
-                raise RuntimeError(f"{operation} of tensors on {GPU} and on the CPU")
+            others = [place for tensor, place in zip(tensors, places, strict=True) if place != CPU or tensor.ndim]
+            if len(set(others)) > 1:
+                named = sorted("on the CPU" if place == CPU else f"on {place}" for place in set(others))
+                raise RuntimeError(f"{operation} of tensors {' and '.join(named)}")
+        target = kwargs.get("device")
         if target is not None:
-            kwargs["device"] = torch.device("cpu")
-        is_on_gpu = any(on_gpu) if target is None else torch.device(target).type == "cuda"
+            target = torch.device(target)
+            kwargs["device"] = CPU
+            place = GPU if target.type == "cuda" and target.index is None else target
+        else:
+            place = gpus[0] if gpus else CPU
         if operation is COPY:
-            is_on_gpu = on_gpu[0]
+            place = places[0]
         # A copy waits for all that was launched before, whichever way it goes, unless it is told not to.
         non_blocking = kwargs.get("non_blocking", operation is COPY and len(args) > 2 and args[2])
-        crosses = copies and len({*on_gpu, is_on_gpu}) > 1 and tensors[0].numel() > 0
-        if crosses and not (is_on_gpu and non_blocking):
-            self.waits.append(f"copied to the {'GPU' if is_on_gpu else 'host'}")
-        elif any(on_gpu) and makes_the_host_wait(operation, args):
+        crosses = copies and CPU in {*places, place} and len({*places, place}) > 1 and tensors[0].numel() > 0
+        if crosses and not (place != CPU and non_blocking):
+            self.waits.append(f"copied to the {'host' if place == CPU else 'GPU'}")
+        elif gpus and makes_the_host_wait(operation, args):
             self.waits.append(str(operation))
         args, kwargs = tree_map_only(_OnGpu, lambda tensor: tensor.inner, (args, kwargs))
         operation = ONLY_ON_GPUS.get(operation, operation)
         found = operation(*args, **kwargs)
-        return tree_map_only(torch.Tensor, _OnGpu, found) if is_on_gpu else found
+        return tree_map_only(torch.Tensor, lambda tensor: _OnGpu(tensor, place), found) if place in GPUS else found
 
 
 def _gru_cell(inputs, hidden, state, input_bias=None, hidden_bias=None):
@@ -158,7 +164,10 @@ CUDA = {
 
 @contextmanager
 def pretended_gpu() -> Iterator[PretendedGpu]:
-    """Inside the block "cuda" is a device. Selection goes by its plain versions: Triton needs a real one."""
+    """Inside the block "cuda" is a device, and "cuda:1" another.
+
+    Selection goes by its plain versions: Triton needs a real one.
+    """
     torch._C._ensureCUDADeviceGuardSet()  # what does nothing where there is no GPU
     with (
         mock.patch.object(torch.cuda, "_lazy_init", lambda: None),

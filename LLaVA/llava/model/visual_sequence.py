@@ -205,7 +205,8 @@ def as_visual_tokens(
         fields["crops"] = stacked([crop_numbers(image.layout) for image in images])
     if all(fact.similarity is not None for fact in facts):
         fields["text_similarity"] = stacked([fact.similarity for fact in facts])
-    keys, questions = tuple(fact.key for fact in facts), tuple(fact.question for fact in facts)
+    keys = tuple(fact.key for fact in facts)
+    questions = tuple(None if fact.question is None else fact.question.to(features.device) for fact in facts)
     return VisualTokens(
         features=features,
         k=k,

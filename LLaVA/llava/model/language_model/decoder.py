@@ -21,6 +21,7 @@ from llava.model.language_model.visual_drop import (
     drop_visual_tokens,
     refuse_images_without_text,
 )
+from llava.model.offload import execution_device
 from llava.model.visual_sequence import ImageTokens, PromptFacts
 from llava.pruning.base import gather_tokens
 
@@ -162,15 +163,16 @@ class DroppingDecoder:
         states = []
         for depth, layer in enumerate(self.layers):
             if depth in stages:
+                hidden = hidden.to(execution_device(layer))
                 if rows is not None:
                     if not drop.pruner.after_attention:
-                        rows = replace(rows, hidden=hidden)
+                        rows = replace(rows, hidden=hidden).to(hidden.device)
                         before = None if depth == 0 else (self.layers[depth - 1], states[-1])
                         seen = self._observe(rows, before, layer, rotary, raters)
                         rows = drop_visual_tokens(rows, facts, drop.pruner, stages[depth], seen)
                         hidden = rows.hidden
                     left[depth] = rows.valid
-                    position_ids = prompt_positions.gather(1, rows.origin)
+                    position_ids = prompt_positions.to(rows.origin.device).gather(1, rows.origin)
                 if compact:
                     counted = (left[depth].long().cumsum(dim=1) - 1).clamp_min(0)
                     position_ids = counted[:, -hidden.shape[1] :]
@@ -178,7 +180,7 @@ class DroppingDecoder:
                 mask = self._causal_mask(hidden, left[depth], cache, depth)
             states.append(hidden)
             if rows is not None and drop.drops_in(depth, totals):
-                rows = replace(rows, hidden=hidden)
+                rows = replace(rows, hidden=hidden).to(execution_device(layer))
                 rows = self._layer_that_drops(layer, rows, rotary, cache, facts, stages[depth + 1])
                 hidden = rows.hidden
                 continue
@@ -220,6 +222,7 @@ class DroppingDecoder:
         All rows give keys and values; projection and feed-forward block see what is kept.
         """
         text = rows.prompt & (rows.index == TEXT)
+        rotary = tuple(part.to(text.device) for part in rotary)
         heads, visual_attention, text_attention = observed_attention(
             layer.self_attn, layer.input_layernorm(rows.hidden), rotary, rows.valid, rows.index, text, cache
         )
@@ -232,15 +235,23 @@ class DroppingDecoder:
     def _observe(self, rows: Sequences, before, layer, rotary, raters) -> dict[str, torch.Tensor]:
         """The attention that the pruner asks for, at the rows' present places: name -> (B, T, ...)."""
         needs, seen = self.layer_drop.pruner.needs, {}
+
+        def look(attention, layer: torch.nn.Module, hidden: torch.Tensor, asking: torch.Tensor) -> torch.Tensor:
+            """Where the layer computes, which may be another device than the rows'."""
+            device = execution_device(layer)
+            turned = tuple(part.to(device) for part in rotary)
+            found = attention(layer, hidden.to(device), turned, rows.valid.to(device), asking.to(device))
+            return found.to(rows.hidden.device)
+
         if "next_attention" in needs:
-            seen["next_attention"] = last_token_attention(layer, rows.hidden, rotary, rows.valid, rows.prompt)
+            seen["next_attention"] = look(last_token_attention, layer, rows.hidden, rows.prompt)
         if before is None:
             return seen
         if "last_attention" in needs:
-            seen["last_attention"] = last_token_attention(*before, rotary, rows.valid, rows.prompt)
+            seen["last_attention"] = look(last_token_attention, *before, rows.prompt)
         if "rater_attention" in needs:
-            present = raters.gather(1, rows.origin) & rows.valid
-            seen["rater_attention"] = rater_attention(*before, rotary, rows.valid, present)
+            present = raters.to(rows.origin.device).gather(1, rows.origin) & rows.valid
+            seen["rater_attention"] = look(rater_attention, *before, present)
         return seen
 
     def _causal_mask(self, hidden: torch.Tensor, content: torch.Tensor | None, cache: Cache | None, depth: int):

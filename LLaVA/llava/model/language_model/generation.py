@@ -122,7 +122,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             prefix = None if inputs_embeds is None else self.get_model().kept_prefix
             if prefix is not None:
                 after_padding = ~nn.functional.pad(prefix.mask[:, :-1], (1, 0), value=True)
-                labels = labels.gather(1, prefix.positions).masked_fill(after_padding, IGNORE_INDEX)
+                labels = labels.to(prefix.mask.device).gather(1, prefix.positions)
+                labels = labels.masked_fill(after_padding, IGNORE_INDEX)
             if isinstance(logits_to_keep, int):
                 labels = labels[:, -logits_to_keep:]
             loss = self.loss_function(outputs.logits, labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -60,7 +60,8 @@ class Filling:
     following : Tensor (B or 1, 1), int64
         Rotary position of each row's next token.
     left : mapping of int to Tensor (B, T'), bool
-        Layer at whose input tokens were dropped -> what its cache and the deeper ones hold, False at padding.
+        Layer at whose input tokens were dropped -> what its cache and the deeper ones hold, False at padding; on the
+        device of that layer.
     compact : bool
         Whether what was kept there has rotary positions without gaps.
     """
@@ -103,7 +104,9 @@ class Filling:
             mask = new.new_ones(len(new), self.length)
 
         def longer(mask: torch.Tensor) -> torch.Tensor:
-            return mask[:, :n] if n < 0 else torch.cat([mask, mask.new_ones(len(mask), n) if new is None else new], 1)
+            if n < 0:
+                return mask[:, :n]
+            return torch.cat([mask, mask.new_ones(len(mask), n) if new is None else new.to(mask.device)], dim=1)
 
         return replace(
             self,

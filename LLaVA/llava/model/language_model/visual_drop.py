@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -111,6 +111,10 @@ class Sequences:
         ordinal = torch.where(index == TEXT, TEXT, origin - begin)
         prompt = valid if prompt is None else prompt.bool() & valid
         return cls(hidden, valid, index, ordinal, origin, prompt, place=origin)
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same on another device."""
+        return Sequences(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def take(self, source: torch.Tensor, present: torch.Tensor) -> Sequences:
         """Rows of the positions at ``source``; where not ``present``, a row is only padded and belongs to no image.
