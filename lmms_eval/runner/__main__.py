@@ -47,12 +47,27 @@ def main(arguments: Sequence[str]) -> int:
 def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
     from lmms_eval_otprune.token_counts import describe
 
+    from . import records
     from .dispatch import evaluate
+    from .estimate import estimate, in_words
     from .report import collect, write_page, write_report
     from .screen import Screen
     from .tasks import task_identities
 
     identities = {job.folder: task_identities(job, plan, options) for job in plan.jobs}
+    units = [
+        (job, task)
+        for job in plan.jobs
+        for task in plan.tasks
+        if not records.finished(job.folder, task, identities[job.folder][task])
+    ]
+    seconds = estimate(units, plan, options.limit, options.report)
+    done = len(plan.jobs) * len(plan.tasks) - len(units)
+    print(
+        f"{len(plan.jobs)} rows x {len(plan.tasks)} tasks{f', {done} of them done' if done else ''}"
+        f"{f', {in_words(seconds)} here' if seconds else ''}",
+        flush=True,
+    )
     with Screen(len(plan.jobs) * len(plan.tasks)) as screen:
 
         def finished(job: Any) -> None:
@@ -115,7 +130,7 @@ def _announce(plan: Any, options: Options) -> None:
             f"they need the package {PACKAGE} (Debian, Ubuntu)."
         )
     print(
-        f"{plan.suite.name} suite, {len(plan.jobs)} runs of {len(plan.tasks)} tasks"
+        f"{plan.suite.name} suite, {len(plan.jobs)} rows of {len(plan.tasks)} tasks"
         f"{f', {options.limit} documents each' if options.limit else ''}, on {plan.num_processes} x {plan.device}, "
         f"{plan.dtype}, batch {plan.batch_size}; results go to {plan.output}"
     )

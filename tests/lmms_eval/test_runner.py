@@ -498,7 +498,7 @@ class TestOptions:
         arguments = ["mini", "--method", "otprune,random:seed=1", "--ratio", "0.05,0.2", "--device", "cpu", "--dry-run"]
         assert main(arguments) == 0
         text = capsys.readouterr().out
-        assert "mini suite, 5 runs" in text
+        assert "mini suite, 5 rows" in text
         assert "BASELINE=RANDOM RANDOM_SEED=1 SUBSET_RATIO=0.2" in text
         assert "random keeps 5 % of the visual tokens" in text
         assert not list(tmp_path.iterdir())
