@@ -276,7 +276,11 @@ class TestCommandLine:
         [
             (["select", "--sizes", "7"], "a size is N:K"),
             (["select", "--methods", "best"], "best"),
+            (["select", "--device", "gpu"], "--device must be cpu, cuda or cuda:NUMBER, not 'gpu'"),
+            (["select", "--device", "cuda:99"], "--device cuda:99: this machine has no such GPU"),
             (["prefill", "--ratio", "1.5"], "0 < r <= 1, not 1.5"),
+            (["prefill", "--ratio", "0_1"], "--ratio: must be a number > 0, not 0_1"),
+            (["suite", "--dtype", "float16"], "unrecognized arguments: --dtype float16"),
             (["prefill", "--methods", "fastv@two"], "NAME@LAYER, not 'fastv@two'"),
             (["generate", "--pope", "5"], "IMAGESxQUESTIONS, such as 500x18, not '5'"),
             (["prefill", "--model", "/nowhere"], "There is no checkpoint folder /nowhere"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from llava.arguments import positive, whole
 from llava.files import check_writable, write_json
 from llava.runtime import print_everything
 
@@ -441,15 +442,15 @@ def _parser() -> argparse.ArgumentParser:
     models = f"{', '.join(SHAPES)}, llava-mini, or a checkpoint (folder or hub id; only its configuration is read)"
     parser.add_argument("--model", default="1.5-7b", help=f"{models}; default: 1.5-7b")
     prompt = parser.add_argument_group("the prompt")
-    prompt.add_argument("--text", type=int, metavar="N", help=f"text tokens, all of them (default: {USUAL_TEXT})")
-    prompt.add_argument("--visual", type=int, metavar="N", help="visual tokens (default: by model, 576 or 2880)")
-    prompt.add_argument("--crops", type=int, metavar="N", help="crops of the image (default: by model, 1 or 5)")
+    prompt.add_argument("--text", type=whole, metavar="N", help=f"text tokens, all of them (default: {USUAL_TEXT})")
+    prompt.add_argument("--visual", type=positive, metavar="N", help="visual tokens (default: by model, 576 or 2880)")
+    prompt.add_argument("--crops", type=positive, metavar="N", help="crops of the image (default: by model, 1 or 5)")
     averages = "instead: the papers' averages over the token counts of eleven benchmarks (literature's convention)"
     prompt.add_argument("--benchmarks", action="store_true", help=averages)
     switch = parser.add_argument_group("the switch")
     switch.add_argument("--method", help="see python -m llava.pruning (default: none)")
-    switch.add_argument("--ratio", type=float, metavar="R", help="kept ratio, 0 < r <= 1 (SUBSET_RATIO)")
-    switch.add_argument("--layer", type=int, metavar="L", help="where tokens are dropped (LAYER_INDEX)")
+    switch.add_argument("--ratio", metavar="R", help="kept ratio, 0 < r <= 1 (SUBSET_RATIO)")
+    switch.add_argument("--layer", metavar="L", help="where tokens are dropped (LAYER_INDEX)")
     options = "option of the method; may be repeated"
     switch.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=options)
     parser.add_argument("--convention", choices=("both", *UNITS), help="default: both")
@@ -466,18 +467,21 @@ def _pruning(arguments: argparse.Namespace) -> PruningConfig | None:
     from llava.pruning import PruningConfig
     from llava.pruning.registry import resolve_name
 
-    # Options are text here as they are in the environment, so they are read by the same rules.
+    # All of it is text here as it is in the environment, so it is read by the same rules.
     method = resolve_name(arguments.method).upper()
     environ = {"BASELINE": method}
     if arguments.ratio is not None:
-        environ["SUBSET_RATIO"] = str(arguments.ratio)
+        environ["SUBSET_RATIO"] = arguments.ratio
     if arguments.layer is not None:
-        environ["LAYER_INDEX"] = str(arguments.layer)
+        environ["LAYER_INDEX"] = arguments.layer
     for option in arguments.option:
         name, equals, value = option.partition("=")
         if not (name and equals):
             raise ValueError(f"--option must read NAME=VALUE, not {option!r}")
-        environ[f"{method}_{name.upper()}"] = value
+        variable = f"{method}_{name.upper()}"
+        if variable in environ:
+            raise ValueError(f"--option {name} is given twice")
+        environ[variable] = value
     return PruningConfig.from_env(environ)
 
 
@@ -506,9 +510,9 @@ def _prompt(
     arguments: argparse.Namespace, shape: ModelShape, config: PruningConfig | None
 ) -> tuple[dict[str, Any], str]:
     """What one prompt costs: for the JSON file, and for a person."""
-    text = _given("--text", arguments.text, USUAL_TEXT, least=0)
-    visual = _given("--visual", arguments.visual, shape.visual_tokens, least=1)
-    crops = _given("--crops", arguments.crops, shape.crops, least=1)
+    text = USUAL_TEXT if arguments.text is None else arguments.text
+    visual = arguments.visual or shape.visual_tokens
+    crops = arguments.crops or shape.crops
     layers = shape.decoder.layers
     counts = {"unpruned": ([visual] * layers,) * 2}
     if config is not None:
@@ -562,12 +566,6 @@ def _benchmarks(
     columns = next(iter(costs.values()))
     costs["average"] = {column: sum(cost[column] for cost in costs.values()) / len(costs) for column in columns}
     return {"literature": costs}, "\n".join(_table("literature", costs))
-
-
-def _given(name: str, value: int | None, default: int, least: int) -> int:
-    if value is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-    return default if value is None else value
 
 
 def _costs(flops: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava.arguments import positive
+from llava.arguments import above_zero, positive
 from llava.eval.latency import pope, prefill, select, suite
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import RANDOM, load
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--pope-one-by-one is for the run that --pope asks for")
     try:
         arguments.device = _device(arguments.device)
-        dtype = arguments.dtype or ("float16" if arguments.device.type == "cuda" else "float32")
+        dtype = getattr(arguments, "dtype", None) or ("float16" if arguments.device.type == "cuda" else "float32")
         settings = {
             **{name: value for name, value in vars(arguments).items() if isinstance(value, (int, float, str, list))},
             "command": shlex.join(["python", "-m", "llava.eval.latency", *(sys.argv[1:] if argv is None else argv)]),
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = Report(arguments.output, arguments.command, arguments.force)
         rows, table = COMMANDS[arguments.command](arguments, report)
         print(report.write(settings, rows, table))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         parser.error(str(error))
     return 0
 
@@ -150,10 +150,12 @@ def _ms_column(part: str, device: torch.device) -> str:
 def _device(text: str | None) -> torch.device:
     if text is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(text)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {text}: this machine has no GPU that PyTorch can use")
-    return device
+    kind, colon, number = text.partition(":")
+    if text != "cpu" and not (kind == "cuda" and number.isdecimal() == bool(colon)):
+        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, not {text!r}")
+    if kind == "cuda" and not (int(number) < torch.cuda.device_count() if number else torch.cuda.is_available()):
+        raise ValueError(f"--device {text}: this machine has no such GPU that PyTorch can use")
+    return torch.device(text)
 
 
 def _pope(text: str) -> tuple[int, int]:
@@ -176,20 +178,21 @@ def _parser() -> argparse.ArgumentParser:
         named = "registered method, NAME@LAYER, or published (OTPrune's published code)"
         one.add_argument("--methods", nargs="+", default=methods, metavar="M", help=f"{named}; default: {methods}")
         one.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-        one.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
         place = Path("latency")
         one.add_argument("--output", type=Path, default=place, metavar="DIR", help=f"results; default: {place}")
         one.add_argument("--force", action="store_true", help="replace a finished measurement")
-        if repetitions is not None:
+        if repetitions is not None:  # measured in this process
+            one.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
             one.add_argument("--repetitions", type=positive, default=repetitions, help=f"default: {repetitions}")
         return one
 
     def for_model(one: argparse.ArgumentParser, batch: list[int]) -> None:
         models = f"{', '.join(RANDOM)} (random weights), llava-mini, or a checkpoint (folder or hub id)"
         one.add_argument("--model", default="tiny", help=f"{models}; default: tiny")
-        one.add_argument("--ratio", type=float, default=0.098, help="kept ratio; default: 0.098")
+        one.add_argument("--ratio", type=above_zero, default=0.098, help="kept ratio; default: 0.098")
         one.add_argument("--batch", type=positive, nargs="+", default=batch, help=f"batch sizes; default: {batch}")
-        one.add_argument("--attention", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa")
+
+    attention = {"choices": ("sdpa", "eager", "flash_attention_2"), "default": "sdpa"}
 
     one = command("select", "the selection alone, beside the published algorithm", select.METHODS, 20)
     one.add_argument("--sizes", nargs="+", default=[], metavar="N:KxB", help="default: 576:56 2880:282 576:56x32")
@@ -198,9 +201,11 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("prefill", "time to the first token: vision, selection, prefill", ["otprune"], 10)
     for_model(one, [1, 8])
+    one.add_argument("--attention", **attention)
 
     one = command("generate", "prefill and decoding; with --pope a run of many questions", ["otprune"], 5)
     for_model(one, [1, 16])
+    one.add_argument("--attention", **attention)
     one.add_argument("--new-tokens", type=positive, default=32, help="default: 32")
     questions = "also answer Q questions about each of I pictures, such as 500x18"
     one.add_argument("--pope", type=_pope, metavar="IxQ", help=questions)
