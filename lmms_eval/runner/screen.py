@@ -13,7 +13,7 @@ from rich.text import Text
 
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.findings import findings
-from llava.eval.results.formats import cells
+from llava.eval.results.formats import FLOPS, cells
 from llava.eval.results.rows import Row
 from llava.eval.table import Table as MadeTable
 
@@ -22,6 +22,7 @@ from .plan import Job
 
 ALWAYS = ("Method", "Kept tokens", "Mean")
 """Columns that a narrow terminal has room for."""
+_UNLIMITED = 10_000
 _SLOW = 300.0
 """Seconds of which the speed is taken: tasks differ, and their time left should not jump."""
 
@@ -114,10 +115,11 @@ class Screen:
             table = Table(box=None, pad_edge=False)
             for name in shown:
                 words = name in ("Model", "Method")
-                table.add_column(name, justify="left" if words else "right", no_wrap=True)
+                table.add_column("FLOPs" if name == FLOPS else name, justify="left" if words else "right", no_wrap=True)
             for line in lines:
                 table.add_row(*(Text(cell) for name, cell in zip(header, line, strict=True) if name in shown))
-            if self.console.measure(table).minimum <= self.console.width:
+            wanted = self.console.measure(table, options=self.console.options.update(max_width=_UNLIMITED)).maximum
+            if wanted <= self.console.width:
                 break
         return table
 

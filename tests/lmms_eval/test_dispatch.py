@@ -18,6 +18,9 @@ from lmms_eval_otprune_runner.plan import Job
 from lmms_eval_otprune_runner.screen import Screen
 from rich.console import Console
 
+from llava.eval.results.columns import COLUMNS
+from llava.eval.table import Row, Table
+
 TASKS = tuple("abcd")
 WORKER = """
 import json, os, pathlib, sys
@@ -149,3 +152,14 @@ def test_a_terminal_shows_bars_and_the_table_and_leaves_lines(tmp_path):
         screen.leave("worker")
     assert "llava-mini, unpruned mini_gqa" in shown.getvalue() and "12/24" in shown.getvalue()
     assert "llava-mini, unpruned mini_gqa: GQA 50.00, 240 samples in 7 s\n" in shown.getvalue()
+
+
+@pytest.mark.parametrize(("width", "names"), [(200, ["MMMU", "Mean"]), (80, ["Mean"])])
+def test_the_table_has_the_columns_that_fit_and_cuts_no_number(width, names):
+    scores = {column.key: 100.0 for column in COLUMNS}
+    shown = io.StringIO()
+    screen = Screen(1, Console(file=shown, force_terminal=True, width=width, color_system=None))
+    screen.finish(Table((Row("llava-mini", "unpruned", 1.0, scores, relative=100.0),), ()))
+    header = next(line for line in shown.getvalue().splitlines() if "Method" in line)
+    assert [name for name in ("MMMU", "Mean") if name in header] == names
+    assert "100.0 %" in shown.getvalue() and "\N{HORIZONTAL ELLIPSIS}" not in shown.getvalue()

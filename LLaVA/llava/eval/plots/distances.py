@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from llava.eval.plots.drawing import Drawn, new_figure, spearman, styles
 from llava.eval.results.columns import COLUMNS
@@ -81,9 +82,8 @@ def measure(
     shown = pictures_of_suite(pictures) if folder is None else {MEAN: pictures_of_folder(folder, pictures)}
     encoder = Encoder.load(models.pop(), device)
     found: list[Distance] = []
-    for benchmark, images in shown.items():
-        if progress:
-            print(f"distances: {benchmark}, {len(images)} pictures", file=sys.stderr)
+    # A bar where a person watches, and nothing elsewhere.
+    for benchmark, images in tqdm(shown.items(), "distances", leave=False, disable=None if progress else True):
         measured = [[encoder.measure(image, config) for _, config in configs] for image in images]
         by_row: dict[int, list[Measured]] = {}
         for one in measured:
