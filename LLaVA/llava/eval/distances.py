@@ -24,11 +24,14 @@ from llava.eval.results.rows import Row
 from llava.eval.transport import gaussian_distance, guarantee, log_det, objective_kernel, wasserstein
 from llava.images import load_image, load_rgb
 from llava.mm_utils import get_model_name_from_path, process_images
+from llava.model.visual_cache import VisualCache
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import ENCODER_NEEDS, content_key
 from llava.runtime import print_everything
 
+ENCODED_BYTES = 2**26
+"""Of encoded images that are remembered: those of one picture, and some more."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -64,7 +67,8 @@ class Encoder:
         self.model, self.processor = model, processor
         self._picture: Image.Image | None = None
         self._pixels: torch.Tensor | None = None
-        self._tokens: dict[frozenset[str], ImageTokens] = {}
+        if model.visual_cache is None:  # methods differ in what they want of one image
+            model.visual_cache = VisualCache(ENCODED_BYTES)
         self._kernel: torch.Tensor | None = None
 
     @classmethod
@@ -84,7 +88,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, picture: Image.Image, config: PruningConfig) -> ImageTokens:
-        """A picture's visual tokens, with what the method asks of the encoder; kept until another picture comes.
+        """A picture's visual tokens, with what the method asks of the encoder.
 
         Raises
         ------
@@ -92,15 +96,12 @@ class Encoder:
             For a picture without visual tokens.
         """
         if picture is not self._picture:
-            self._picture, self._tokens, self._kernel = picture, {}, None
-            self._pixels = self.pixels(picture)
-        needs = frozenset(config.build_pruner().needs)
-        if needs not in self._tokens:
-            with pruning(self.model, config):
-                self._tokens[needs] = self.model.image_tokens([self._pixels], [picture.size])[0]
-        if not len(self._tokens[needs].features):
+            self._picture, self._pixels, self._kernel = picture, self.pixels(picture), None
+        with pruning(self.model, config):
+            tokens = self.model.image_tokens([self._pixels], [picture.size])[0]
+        if not len(tokens.features):
             raise ValueError("the picture has no visual tokens")
-        return self._tokens[needs]
+        return tokens
 
     @torch.no_grad()
     def measure(self, picture: Image.Image, config: PruningConfig) -> Measured:
