@@ -6,6 +6,7 @@ import importlib
 import os
 import resource
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -50,13 +51,18 @@ class TestWritten:
         assert Path("/dev/null").is_char_device()
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """Files of this process may not grow beyond 4,096 bytes: writing fails in the middle, as on a full disk."""
+    """Files of this process may not grow beyond 4,096 bytes: writing fails in the middle, as on a full disk.
+
+    No fixture: the test run's own output may be such a file, and is written while fixtures are up.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture
@@ -75,10 +81,13 @@ def ordinary_folder():
 
 class TestNotWritten:
     @pytest.mark.parametrize("content", ["x" * 5000, lambda path: path.write_text("x" * 5000)], ids=["text", "called"])
-    def test_half_a_file_is_no_file_and_takes_nothing_s_place(self, tmp_path, small_disk, content):
+    def test_half_a_file_is_no_file_and_takes_nothing_s_place(self, tmp_path, content):
         (tmp_path / "old").write_text("old")
         for name in ("old", "new"):
-            with pytest.raises(OSError, match=f"{tmp_path / name} cannot be written: File too large"):
+            with (
+                small_disk(),
+                pytest.raises(OSError, match=f"{tmp_path / name} cannot be written: File too large"),
+            ):
                 atomic_write(tmp_path / name, content)
         assert names(tmp_path) == ["old"]
         assert (tmp_path / "old").read_text() == "old"
