@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
-from lmms_eval_otprune.java import java_works
-from lmms_eval_otprune_tasks import captions
-from lmms_eval_otprune_tasks.builtin import definition
+from lmms_eval_otprune.models.java import java_works
+from lmms_eval_otprune.tasks import captions
+from lmms_eval_otprune.tasks.builtin import definition
 
 from llava.eval.results.cider import cider_of_runs, one_line
 

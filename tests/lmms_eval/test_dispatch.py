@@ -12,10 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lmms_eval_otprune_runner import dispatch, options, records
-from lmms_eval_otprune_runner.launch import Launch
-from lmms_eval_otprune_runner.plan import Job
-from lmms_eval_otprune_runner.screen import Screen
+from lmms_eval_otprune.runner import dispatch, options, records
+from lmms_eval_otprune.runner.launch import Launch
+from lmms_eval_otprune.runner.plan import Job
+from lmms_eval_otprune.runner.screen import Screen
 from rich.console import Console
 
 from llava.eval.results.columns import COLUMNS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from lmms_eval_otprune_runner import estimate, options, plan
+from lmms_eval_otprune.runner import estimate, options, plan
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lmms_eval_otprune import digests, fingerprint
-from lmms_eval_otprune.fingerprint import checkpoint_fingerprint, code_fingerprint, model_fingerprint
-from lmms_eval_otprune_runner import options, plan, tasks
+from lmms_eval_otprune.models import digests, fingerprint
+from lmms_eval_otprune.models.fingerprint import checkpoint_fingerprint, code_fingerprint, model_fingerprint
+from lmms_eval_otprune.runner import options, plan, tasks
+
+import llava
 
 
 @pytest.fixture(autouse=True)
@@ -132,12 +134,12 @@ class TestCode:
             ("llava", "eval/fitprune/fit.py", True),
             ("llava", "eval/table.py", False),
             ("llava", "serve/cli.py", False),
-            ("lmms_eval_otprune", "prompts.py", True),
-            ("lmms_eval_otprune", "settings.py", True),
+            ("models", "prompts.py", True),
+            ("models", "settings.py", True),
         ],
     )
     def test_counts_where_it_makes_answers(self, tmp_path, monkeypatch, package, file, counts):
-        module = getattr(fingerprint, package)
+        module = llava if package == "llava" else fingerprint
         copy = tmp_path / package
         shutil.copytree(
             Path(module.__file__).parent,

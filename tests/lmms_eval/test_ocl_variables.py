@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from lmms_eval_otprune_runner import options, plan
-from lmms_eval_otprune_runner.launch import describe_launch
+from lmms_eval_otprune.runner import options, plan
+from lmms_eval_otprune.runner.launch import describe_launch
 
 from llava.pruning import PruningConfig
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from lmms_eval.models import get_model
-from lmms_eval_otprune import command_line, manifests
-from lmms_eval_otprune.llava import Llava
+from lmms_eval_otprune import manifests
+from lmms_eval_otprune.models import command_line
+from lmms_eval_otprune.models.llava import Llava
 
 from llava.eval.latency import suite
 
@@ -65,7 +66,7 @@ class TestCommandLine:
     def test_is_looked_at_before_anything_is_loaded(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "lmms_eval.__main__", sys)
         monkeypatch.setattr("sys.argv", ["lmms_eval", "--model", "llava", "--gen_kwargs", "top_k=5"])
-        monkeypatch.setattr("lmms_eval_otprune.exit_status.fail_loudly", lambda: None)
+        monkeypatch.setattr("lmms_eval_otprune.models.exit_status.fail_loudly", lambda: None)
         with pytest.raises(SystemExit, match=r"^llava: --gen_kwargs top_k=5: has no effect here"):
             manifests()
 
@@ -94,7 +95,7 @@ class TestCommand:
         assert status == 0, printed
         [path] = (workplace / "logs").glob("*/*_results.json")
         results = json.loads(path.read_text())
-        assert results["config"]["model_backend"] == "lmms_eval_otprune.llava.Llava (simple)"
+        assert results["config"]["model_backend"] == "lmms_eval_otprune.models.llava.Llava (simple)"
         assert "pope_f1_score,none" in results["results"]["pope"]
         assert results["throughput"]["avg_kept_visual_tokens"] == 8 * 8
         assert results["throughput"]["avg_visual_tokens"] == 8 * 16

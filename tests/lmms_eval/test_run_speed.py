@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
-from lmms_eval_otprune import llava as wrapper
-from lmms_eval_otprune.ahead import ahead
-from lmms_eval_otprune.llava import Llava
+from lmms_eval_otprune.models import llava as wrapper
+from lmms_eval_otprune.models.ahead import ahead
+from lmms_eval_otprune.models.llava import Llava
 from PIL import Image
 
 SETTINGS = {"max_new_tokens": 4, "temperature": 0, "until": ["\n\n"], "do_sample": False}

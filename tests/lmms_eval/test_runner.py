@@ -1,4 +1,4 @@
-"""``python -m lmms_eval_otprune_runner``: what it plans, what it leaves behind, and what it survives."""
+"""``python -m lmms_eval_otprune.runner``: what it plans, what it leaves behind, and what it survives."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lmms_eval_otprune import java
-from lmms_eval_otprune_runner import dispatch, lock, options, plan, records
-from lmms_eval_otprune_runner.__main__ import main
+from lmms_eval_otprune.models import java
+from lmms_eval_otprune.runner import dispatch, lock, options, plan, records
+from lmms_eval_otprune.runner.__main__ import main
 
 from llava.model.llava_arch import gamma_for_width
 from llava.pruning import registry
 
-RUNNER = "lmms_eval_otprune_runner"
+RUNNER = "lmms_eval_otprune.runner"
 PRUNED = "otprune-0.5"
 ROWS = 8
 LEFT_OVER = {
@@ -174,7 +174,8 @@ class TestResults:
 
 def test_processes_that_do_not_find_each_other_say_so():
     code = (
-        "import datetime\nfrom lmms_eval_otprune import group\ngroup.JOIN = datetime.timedelta(seconds=1)\ngroup.join()"
+        "import datetime\nfrom lmms_eval_otprune.models import group\n"
+        "group.JOIN = datetime.timedelta(seconds=1)\ngroup.join()"
     )
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment = {**os.environ, **alone, "ACCELERATE_USE_CPU": "true"}
@@ -393,7 +394,7 @@ class TestOneRunAtATime:
 
     def test_a_run_that_was_killed_holds_nothing(self, tmp_path):
         code = (
-            "import pathlib, sys, time\nfrom lmms_eval_otprune_runner.lock import locked\n"
+            "import pathlib, sys, time\nfrom lmms_eval_otprune.runner.lock import locked\n"
             "with locked(pathlib.Path(sys.argv[1]), 0):\n    print('held', flush=True); time.sleep(60)"
         )
         holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import lmms_eval_otprune_tasks
+import lmms_eval_otprune.tasks
 import pytest
 from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.tasks.mmmu import utils as builtin_mmmu
 from lmms_eval.utils import load_yaml_config
-from lmms_eval_otprune_runner.entries import task_entry
-from lmms_eval_otprune_runner.suites import PAPER_TASKS, SUITES
-from lmms_eval_otprune_tasks import mmmu
-from lmms_eval_otprune_tasks.builtin import definition
+from lmms_eval_otprune.runner.entries import task_entry
+from lmms_eval_otprune.runner.suites import PAPER_TASKS, SUITES
+from lmms_eval_otprune.tasks import mmmu
+from lmms_eval_otprune.tasks.builtin import definition
 
 from llava.mini import suite
 
-FOLDER = Path(lmms_eval_otprune_tasks.__file__).parent
+FOLDER = Path(lmms_eval_otprune.tasks.__file__).parent
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 
-from lmms_eval_otprune.token_counts import ImageCount, PromptCount, describe, merged_summary, summary
+from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount, describe, merged_summary, summary
 
 from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, exact_flops, literature_flops
 
@@ -140,6 +140,6 @@ class TestDescription:
 
 
 def test_counting_needs_nothing_heavy_at_import():
-    program = "import sys, lmms_eval_otprune.token_counts; print('torch' in sys.modules, 'llava' in sys.modules)"
+    program = "import sys, lmms_eval_otprune.models.token_counts; print('torch' in sys.modules, 'llava' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

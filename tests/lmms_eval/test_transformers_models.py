@@ -11,7 +11,7 @@ import torch
 import transformers
 from lmms_eval import models as registry
 from lmms_eval.api.instance import Instance
-from lmms_eval_otprune import transformers_models
+from lmms_eval_otprune.models import transformers_models
 from loguru import logger
 from PIL import Image
 
@@ -84,7 +84,9 @@ def test_wrappers_keep_their_ids_and_exist():
     for manifest in transformers_models.manifests():
         for kind, path in (("simple", manifest.simple_class_path), ("chat", manifest.chat_class_path)):
             known = manifest.model_id in getattr(registry, transformers_models.KINDS[kind])
-            assert path == (f"lmms_eval_otprune.transformers_models.{kind}_{manifest.model_id}" if known else None)
+            assert path == (
+                f"lmms_eval_otprune.models.transformers_models.{kind}_{manifest.model_id}" if known else None
+            )
     assert {"llava_hf", "qwen2_5_vl", "internvl_hf"} <= {
         manifest.model_id for manifest in transformers_models.manifests()
     }

@@ -13,13 +13,13 @@ import pytest
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.caching.response_cache import ResponseCache
-from lmms_eval_otprune import llava as wrapper
-from lmms_eval_otprune import prompts
-from lmms_eval_otprune.answers import Answer, AnswerLog, Question
-from lmms_eval_otprune.llava import Llava
-from lmms_eval_otprune.progress import Progress
-from lmms_eval_otprune.settings import GenerationSettings
-from lmms_eval_otprune.token_counts import ImageCount, PromptCount
+from lmms_eval_otprune.models import llava as wrapper
+from lmms_eval_otprune.models import prompts
+from lmms_eval_otprune.models.answers import Answer, AnswerLog, Question
+from lmms_eval_otprune.models.llava import Llava
+from lmms_eval_otprune.models.progress import Progress
+from lmms_eval_otprune.models.settings import GenerationSettings
+from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount
 from PIL import Image
 
 from llava.mm_utils import tokenizer_image_token

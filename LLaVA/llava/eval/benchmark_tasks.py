@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PLUGIN_TASKS = "lmms_eval_otprune_tasks"
-"""Package whose folder defines the embedded tasks, beside lmms-eval's own."""
+PLUGIN = "lmms_eval_otprune"
+"""Package whose folder ``tasks`` defines the embedded tasks, beside lmms-eval's own."""
 
 PUBLISHED_GROUP = "otprune_paper.yaml"
 
@@ -48,8 +48,8 @@ def load_tasks(name: str) -> dict[str, Any]:
 
 def task_folders() -> list[str]:
     """Where lmms-eval finds the plug-in's tasks, beside its own; none without the plug-in."""
-    plugin = find_spec(PLUGIN_TASKS)
-    return list(plugin.submodule_search_locations) if plugin else []
+    plugin = find_spec(PLUGIN)
+    return [str(Path(folder, "tasks")) for folder in plugin.submodule_search_locations] if plugin else []
 
 
 def published_entry(name: str) -> dict[str, Any] | None:

@@ -57,7 +57,7 @@ class Run:
 
     def facts(self) -> dict[str, str]:
         """What a score depends on beside model and pruning: name -> value; what is not recorded is left out."""
-        # code and weights: see lmms_eval_otprune.fingerprint
+        # code and weights: see lmms_eval_otprune.models.fingerprint
         parts = str(self.manifest.get("model_fingerprint") or "").split("/")
         weights, code, _, attention, template = parts[:5] if len(parts) >= 5 else (None,) * 5
         identity = self._identity()

@@ -1,0 +1,1 @@
+"""The lmms-eval model `llava`, and pruning in lmms-eval's own wrappers of transformers models."""

@@ -1,0 +1,578 @@
+"""The lmms-eval model ``llava``: our LLaVA, with the pruning that the environment asks for."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
+from llava.mm_utils import get_model_name_from_path, process_images
+from llava.model.builder import load_pretrained_model, resolve_model_path
+from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
+from llava.pruning import PruningConfig
+from lmms_eval_otprune.models import cache_key, java
+from lmms_eval_otprune.models.ahead import ahead
+from lmms_eval_otprune.models.answers import Answer, AnswerLog, Question
+from lmms_eval_otprune.models.command_line import started_from_command_line
+from lmms_eval_otprune.models.exit_status import fail_loudly
+from lmms_eval_otprune.models.fingerprint import model_fingerprint
+from lmms_eval_otprune.models.group import join
+from lmms_eval_otprune.models.progress import Progress
+from lmms_eval_otprune.models.prompts import Row, conversation, make_row, pad_left, text_tokens
+from lmms_eval_otprune.models.settings import GenerationSettings, read_batch_size, read_dtype, read_visual_cache
+from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount, describe, layer_runs, summary
+
+if TYPE_CHECKING:
+    from llava.eval.flops import ModelShape
+
+UNPRUNED = "none"
+GREY = (128, 128, 128)
+VISUAL_CACHE = 2**30
+"""Bytes that encoded images may take in memory by default: 910 of LLaVA-1.5 in half precision."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A request that still needs an answer."""
+
+    position: int
+    question: Question
+    images_of: Callable[[Any], list[Image.Image] | None]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch's prompts and pixels, ready for the device."""
+
+    rows: list[Row]
+    pixels: torch.Tensor | list[torch.Tensor] | None
+
+
+class Llava(lmms):
+    """LLaVA for lmms-eval, one process a device.
+
+    The pruning switch (``BASELINE``, ``SUBSET_RATIO``, ``LAYER_INDEX``) is read from the environment and checked before
+    any weight is loaded. Answers do not depend on the batch size or on the number of processes.
+
+    Parameters
+    ----------
+    pretrained : str
+        A checkpoint folder, a Hub id, or "llava-mini".
+    model_base : str, optional
+        What a projector-only or LoRA checkpoint goes onto.
+    model_name : str, optional
+        Decides how the checkpoint is read; default: the last part of ``pretrained``.
+    batch_size : int or str
+        Prompts that are generated together.
+    device : str, optional
+        Default: what accelerate gives this process.
+    device_map : str, optional
+        "auto" spreads one process's model over several GPUs; anything else means the same as ``device``.
+    dtype : str
+        "auto" (float32 on a CPU, float16 on a GPU), float32, float16 or bfloat16; the pictures get the same.
+    attn_implementation : str
+        sdpa, eager or flash_attention_2.
+    conv_template : str
+        A name of `llava.conversation.conv_templates`; "auto": the checkpoint's.
+    use_cache : bool
+        Keep keys and values while generating.
+    resume_dir : str, optional
+        Folder for answers: each is on the disk before the next batch starts, and is not asked for again.
+    grey_pictures : bool
+        Show a grey picture of the same size in every picture's place: what can be answered without seeing.
+    visual_cache : int or str
+        Bytes that the encoded images seen before may take (see `llava.model.visual_cache`), or "off".
+    visual_cache_folder : str, optional
+        Keep them in files there, for other processes and configurations with the same vision tower; default: in memory.
+
+    Attributes
+    ----------
+    conv_template : str
+        The template that prompts are written in.
+    visual_tokens : dict
+        Task -> how often each `PromptCount` was answered, answers of an earlier run included.
+
+    Raises
+    ------
+    ValueError
+        For an unknown argument or a wrong value, the switch's included.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "liuhaotian/llava-v1.5-7b",
+        model_base: str | None = None,
+        model_name: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str = "sdpa",
+        conv_template: str = "auto",
+        use_cache: bool = True,
+        resume_dir: str | None = None,
+        grey_pictures: bool = False,
+        visual_cache: int | str = VISUAL_CACHE,
+        visual_cache_folder: str | None = None,
+        **unknown: Any,
+    ):
+        super().__init__()
+        fail_loudly()
+        if unknown:
+            names = "pretrained, model_base, model_name, batch_size, device, device_map, dtype, attn_implementation"
+            raise ValueError(
+                f"unknown model argument {', '.join(sorted(unknown))}; allowed: {names}, conv_template, use_cache, "
+                "resume_dir, grey_pictures, visual_cache, visual_cache_folder"
+            )
+        # The loader reads the switch as well, but only after this process has joined the others.
+        PruningConfig.from_env()
+        if conv_template not in ("auto", *conv_templates):
+            raise ValueError(f"conv_template={conv_template}: allowed are auto, {', '.join(conv_templates)}")
+        self._batch_size = read_batch_size(batch_size)
+        self._use_cache = use_cache
+        cache_bytes = read_visual_cache(visual_cache)
+
+        self.accelerator = join()
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
+        self._device = self._choose_device(device, device_map)
+        self.dtype = read_dtype(dtype, self._device)
+
+        name = model_name or get_model_name_from_path(pretrained)
+        # Held in a tuple: lmms-eval deletes every module that is an attribute of the wrapper when a run ends.
+        self._loaded = load_pretrained_model(
+            pretrained,
+            model_base,
+            name,
+            device_map="auto" if device_map == "auto" else str(self._device),
+            device="cuda" if device_map == "auto" else str(self._device),
+            attn_implementation=attn_implementation,
+            dtype=self.dtype,
+            multimodal=True,
+        )
+        self.tokenizer.padding_side = "left"
+        self.config.tokenizer_padding_side = "left"
+        self.model.visual_cache = self._open_cache(cache_bytes, visual_cache_folder)
+        if conv_template == "auto":
+            conv_template = benchmark_conv_mode(name, self.config, self.tokenizer)
+        self.conv_template = conv_template
+        self._conversation = partial(conversation, conv_template, mark=image_mark(self.config))
+
+        self._loaded_fingerprint = model_fingerprint(
+            resolve_model_path(pretrained),
+            model_base and resolve_model_path(model_base),
+            str(self.dtype).removeprefix("torch."),
+            attn_implementation,
+            conv_template,
+        )
+        if model_name:
+            # It decides what the checkpoint's files are taken for.
+            self._loaded_fingerprint += f"/{model_name}"
+        self.start_run(resume_dir, grey_pictures)
+
+        self.keep_model = False
+        self.label = "LLaVA"
+        self.open_progress: Callable[[str, int, int], Progress] = partial(Progress, file=sys.stderr)
+        self.visual_tokens: dict[str, Counter[PromptCount]] = defaultdict(Counter)
+        self._ignored_settings: set[str] = set()
+
+    def start_run(self, resume_dir: str | None = None, grey_pictures: bool = False, writer: int | None = None) -> None:
+        """Begin with the answers of a configuration: the model's own ``pruning``, and what is shown of the pictures.
+
+        Parameters
+        ----------
+        resume_dir, grey_pictures
+            As of the class.
+        writer : int, optional
+            Whose file of answers this process appends to; default: its rank's.
+        """
+        self._grey_pictures = grey_pictures
+        self.model_fingerprint = f"{self._loaded_fingerprint}/grey" if grey_pictures else self._loaded_fingerprint
+        pruning = self.model.pruning
+        self.pruning_fingerprint = UNPRUNED if pruning is None else pruning.fingerprint()
+        cache_key.extend_with(f"{self.model_fingerprint}|{self.pruning_fingerprint}")
+        self._answers = AnswerLog(
+            None if resume_dir is None else Path(resume_dir),
+            self._rank if writer is None else writer,
+            self.model_fingerprint,
+            self.pruning_fingerprint,
+        )
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Llava:
+        """Build from ``--model_args``; on lmms-eval's command line a wrong value ends the run with one sentence."""
+        try:
+            return super().create_from_arg_string(arg_string, additional_config)
+        except (ValueError, OSError, ImportError) as error:
+            if started_from_command_line():
+                raise SystemExit(f"llava: {error}") from error
+            raise
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._loaded[1]
+
+    @property
+    def tokenizer(self):
+        return self._loaded[0]
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def max_length(self) -> int:
+        return self._loaded[3]
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def model_shape(self) -> ModelShape | None:
+        """The sizes that the cost of a prefill depends on; None for a model whose cost cannot be counted."""
+        from llava.eval.flops import ModelShape
+
+        try:
+            return ModelShape.of(self.config, self.model.get_vision_tower().config)
+        except ValueError:
+            return None
+
+    def visual_cache_counts(self) -> Counter[str]:
+        """Images so far that were remembered, "hits", and that had to be encoded, "misses"; empty without a cache."""
+        cache = self.model.visual_cache
+        return Counter() if cache is None else Counter(hits=cache.hits, misses=cache.misses)
+
+    def clean(self) -> None:
+        """Give the memory back after a run, unless ``keep_model`` says that another run follows."""
+        if self.keep_model:
+            return
+        self._loaded = ()
+        super().clean()
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult | str]:
+        """Answer every request, greedily unless its settings say otherwise.
+
+        Requests that only fill up a process's share are answered with an empty text.
+
+        Raises
+        ------
+        RuntimeError
+            Before anything is generated, if a task of the run could not be scored afterwards.
+        ValueError
+            If a prompt has more ``<image>`` marks than its document has images.
+        """
+        results: list[GenerationResult | str] = [""] * len(requests)
+        pending: list[_Pending] = []
+        asked: Counter[str] = Counter()
+        tasks: Counter[str] = Counter()
+        prompts: Counter[PromptCount] = Counter()
+        for position, request in enumerate(requests):
+            if request.metadata.get("__padding_only__"):
+                continue
+            question, images_of = self._question(request, asked)
+            tasks[question.task] += 1
+            answer = self._answers.get(question)
+            if answer is None:
+                pending.append(_Pending(position, question, images_of))
+            else:
+                results[position] = self._deliver(question, answer)
+                prompts[answer.prompt] += 1
+        self._check_scorable(tasks)
+
+        started = time.perf_counter()
+        fresh: list[Answer] = []
+        prepare = partial(self._prepare, config=copy.copy(self.config))
+        used, encoding = self.visual_cache_counts(), self._encoding_seconds()
+        with self._progress(tasks.total(), tasks.total() - len(pending)) as progress:
+            for batch, prepared in ahead(prepare, self._batches(pending)):
+                answers = self._answer(batch, prepared)
+                self._answers.append((item.question, answer) for item, answer in zip(batch, answers, strict=True))
+                for item, answer in zip(batch, answers, strict=True):
+                    results[item.position] = self._deliver(item.question, answer)
+                fresh += answers
+                progress.advance(len(batch), [image for answer in answers for image in answer.visual_tokens])
+        used = self.visual_cache_counts() - used
+        encoding = self._encoding_seconds() - encoding
+        self._report_speed(fresh, time.perf_counter() - started, used, encoding)
+        prompts.update(answer.prompt for answer in fresh)
+        if self._rank == 0 and (counts := summary(prompts, self.model_shape())):
+            logger.info(f"{self.label}: {describe(counts)}")
+        if self._rank == 0 and used:
+            logger.info(f"{self.label}: {used['hits']} of {used.total()} images were remembered, not encoded again")
+        return results
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Mean negative log-likelihood of each continuation, and whether greedy decoding would give it.
+
+        lmms-eval's multiple choice takes the smallest value, so this is a loss, as in the builtin wrapper. The answer
+        is scored at the end of the sequence, which is right whatever number of visual tokens stands before it.
+        """
+        results = []
+        with self._progress(len(requests), 0) as progress:
+            for request in requests:
+                padding = request.metadata.get("__padding_only__")
+                result, images = ((0.0, False), []) if padding else self._score(request)
+                results.append(result)
+                progress.advance(1, images)
+        return results
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError(
+            "llava answers one round a document: tasks with output_type generate_until_multi_round are not supported"
+        )
+
+    def _choose_device(self, device: str | None, device_map: str | None) -> torch.device:
+        if device_map == "auto" and self.accelerator.num_processes > 1:
+            raise ValueError("device_map=auto spreads one model over all GPUs: it works with one process only")
+        wanted = device or (None if device_map == "auto" else device_map)
+        if wanted is not None and self.accelerator.num_processes == 1:
+            try:
+                return torch.device(wanted)
+            except RuntimeError:
+                raise ValueError(f"device={wanted}: allowed are cpu, cuda, cuda:0, mps and the like") from None
+        ours = self.accelerator.device
+        # Two processes on a CPU are told cpu:0 and cpu:1, which torch does not take everywhere.
+        return torch.device("cpu") if ours.type == "cpu" else ours
+
+    def _open_cache(self, max_bytes: int | None, folder: str | None) -> VisualCache | None:
+        if max_bytes is None or folder is None:
+            return None if max_bytes is None else VisualCache(max_bytes)
+        tower = self.model.get_vision_tower()
+        return VisualStore(Path(folder) / encoder_fingerprint(tower), max_bytes, tower.device)
+
+    def _progress(self, total: int, done: int) -> Progress:
+        return self.open_progress(self.label, total, done) if self._rank == 0 else Progress(self.label, total, done)
+
+    def _question(self, request: Instance, asked: Counter[str]) -> tuple[Question, Callable]:
+        context, gen_kwargs, images_of, doc_id, task, split = request.args
+        try:
+            settings = GenerationSettings.read(gen_kwargs)
+        except ValueError as error:
+            raise ValueError(f"{task}: {error}") from None
+        for name in sorted(settings.ignored - self._ignored_settings):
+            logger.warning(f"llava ignores the generation setting {name} of {task}")
+            self._ignored_settings.add(name)
+        seed = torch.initial_seed() if settings.temperature > 0 else None
+        first = Question(task, split, doc_id, 0, context, settings.to_dict(), seed)
+        identity = repr(first.fields())
+        asked[identity] += 1
+        return replace(first, repeat=asked[identity] - 1), images_of
+
+    def _deliver(self, question: Question, answer: Answer) -> GenerationResult:
+        self.visual_tokens[question.task][answer.prompt] += 1
+        counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+        return GenerationResult(answer.text, counts)
+
+    def _check_scorable(self, tasks: Counter[str]) -> None:
+        """Refuse before generating what would fail when it is scored, and take all other tasks' answers with it."""
+        for task, count in tasks.items():
+            if java.needs_java(task) and not java.java_works():
+                raise RuntimeError(
+                    f"{task} is scored with Java, which is not installed: install it ({java.PACKAGE} on Debian and "
+                    "Ubuntu), or leave the task out"
+                )
+            # With a response cache or several processes only a share of the questions arrives here.
+            if task.removeprefix("mini_") == "mme" and count % 2 and self._world_size == 1 and not cache_key.in_use():
+                raise RuntimeError(f"{task} is scored in pairs of questions: --limit must be even, not {count}")
+
+    def _batches(self, pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
+        """Requests of one task and the same settings, the longest prompts first; on a CPU a batch's are of one length.
+
+        There padding is computed like any other token, and a mask keeps attention from its fast path. Images that a
+        text does not name are not counted: such prompts may still be padded.
+        """
+        groups: dict[str, list[_Pending]] = defaultdict(list)
+        for item in pending:
+            question = item.question
+            groups[repr((question.task, question.split, question.settings))].append(item)
+        for group in groups.values():
+            lengths = {item.position: self._length(item.question) for item in group}
+            group.sort(key=lambda item: lengths[item.position], reverse=True)
+            alike = self._device.type == "cpu"
+            for _, several in groupby(group, key=lambda item: lengths[item.position] if alike else None):
+                part = list(several)
+                for start in range(0, len(part), self._batch_size):
+                    yield part[start : start + self._batch_size]
+
+    def _length(self, question: Question) -> tuple[int, int]:
+        """Images that the prompt names, and its tokens."""
+        return question.prompt.count(DEFAULT_IMAGE_TOKEN), len(self.tokenizer(question.prompt).input_ids)
+
+    def _prepare(self, batch: Sequence[_Pending], config: Any) -> _Prepared:
+        """Read a batch's pictures and tokenise its prompts; runs while the device works on the batch before."""
+        rows = []
+        for item in batch:
+            rows.append(self._row(item.question, self._images(item.question, item.images_of)))
+        settings = GenerationSettings(**batch[0].question.settings)
+        images = [image for row in rows for image in row.images]
+        return _Prepared(rows, self._pixels(images, settings.for_preparing(config)))
+
+    def _answer(self, batch: Sequence[_Pending], prepared: _Prepared) -> list[Answer]:
+        settings = GenerationSettings(**batch[0].question.settings)
+        rows = prepared.rows
+        with settings.applied_to(self.config):
+            answers: list[Answer | None] = [None] * len(rows)
+            # Rows with and without pictures go separately: a row of text takes no picture from its neighbours then.
+            for has_images in (True, False):
+                chosen = [index for index, row in enumerate(rows) if bool(row.images) == has_images]
+                if chosen:
+                    pixels = prepared.pixels if has_images else None
+                    found = self._generate([rows[index] for index in chosen], pixels, settings)
+                    for index, answer in zip(chosen, found, strict=True):
+                        answers[index] = answer
+        return answers
+
+    def _images(self, question: Question, images_of: Callable[[Any], list[Image.Image] | None]) -> list[Image.Image]:
+        """A document's images, decoded; what stops that is told with the document's place."""
+        try:
+            document = self.task_dict[question.task][question.split][question.doc_id]
+            images = [image for image in images_of(document) or () if image is not None]
+            for image in images:
+                image.load()
+        except Exception as error:
+            raise ValueError(
+                f"{question.task}, document {question.doc_id}: its images cannot be read "
+                f"({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            ) from error
+        return [Image.new("RGB", image.size, GREY) for image in images] if self._grey_pictures else images
+
+    def _row(self, question: Question, images: Sequence[Image.Image]) -> Row:
+        prompt = self._conversation(question.prompt, len(images))
+        try:
+            return make_row(self.tokenizer, prompt, images)
+        except ValueError as error:
+            raise ValueError(f"{question.task}, document {question.doc_id}: {error}") from None
+
+    def _pixels(self, images: Sequence[Image.Image], config: Any) -> torch.Tensor | list[torch.Tensor] | None:
+        """What the vision tower takes, still on the host."""
+        if not images:
+            return None
+        pixels = process_images(list(images), self._loaded[2], config)
+        return [image.to(self.dtype) for image in pixels] if isinstance(pixels, list) else pixels.to(self.dtype)
+
+    def _on_device(self, pixels: torch.Tensor | Sequence[torch.Tensor] | None):
+        if pixels is None or isinstance(pixels, torch.Tensor):
+            return pixels if pixels is None else pixels.to(self.device)
+        return [image.to(self.device) for image in pixels]
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        rows: Sequence[Row],
+        pixels: torch.Tensor | Sequence[torch.Tensor] | None,
+        settings: GenerationSettings,
+    ) -> list[Answer]:
+        input_ids, mask = pad_left(rows, self._pad_token_id())
+        images = [image for row in rows for image in row.images]
+        generated = self.model.generate(
+            input_ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            pad_token_id=self._pad_token_id(),
+            images=self._on_device(pixels),
+            image_sizes=[image.size for image in images],
+            use_cache=self._use_cache,
+            **settings.arguments(),
+        )
+        texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
+        counts = iter(self._image_counts(pixels))
+        answers = []
+        for row, ids, text in zip(rows, generated.tolist(), texts, strict=True):
+            visual_tokens = tuple(next(counts) for _ in row.images)
+            entered = text_tokens(row) + sum(image.entering for image in visual_tokens)
+            answers.append(Answer(text, entered, self._generated_tokens(ids), visual_tokens))
+        return answers
+
+    def _image_counts(self, pixels: torch.Tensor | Sequence[torch.Tensor] | None) -> list[ImageCount]:
+        """What the decoder's layers saw of the images of the latest call."""
+        if pixels is None:
+            return []
+        totals = [total for total, _ in self.model.visual_token_counts]
+        crops = [1 if image.ndim == 3 else len(image) for image in pixels]
+        seen, left = self.model.visual_tokens_per_layer, self.model.visual_tokens_after_attention
+        return [ImageCount.of(*image) for image in zip(totals, seen, crops, left, strict=True)]
+
+    @torch.inference_mode()
+    def _score(self, request: Instance) -> tuple[tuple[float, bool], list[ImageCount]]:
+        context, target, images_of, doc_id, task, split = request.args
+        context = context[0] if isinstance(context, list) else context
+        question = Question(task, split, doc_id, 0, context, {})
+        row = self._row(question, self._images(question, images_of))
+        answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+        whole = self._conversation(context, len(row.images), answer)
+        input_ids = make_row(self.tokenizer, whole, row.images).input_ids
+        continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)
+        # Only the question chooses visual tokens: they are the same for every candidate answer.
+        labels = input_ids.clone()
+        labels[: len(row.input_ids)] = IGNORE_INDEX
+        pixels = self._pixels(row.images, self.config)
+        logits = self.model(
+            input_ids=input_ids[None].to(self.device),
+            labels=labels[None].to(self.device),
+            images=self._on_device(pixels),
+            image_sizes=[image.size for image in row.images],
+            logits_to_keep=len(continuation) + 1,
+        ).logits[0, :-1]  # (n, vocabulary)
+        loss = torch.nn.functional.cross_entropy(logits.float(), continuation)
+        return (float(loss), bool((logits.argmax(-1) == continuation).all())), self._image_counts(pixels)
+
+    def _pad_token_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def _generated_tokens(self, ids: Sequence[int]) -> int:
+        ends = self.model.generation_config.eos_token_id
+        ends = {self.tokenizer.eos_token_id} | set(ends if isinstance(ends, list) else [ends])
+        return next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
+
+    def _encoding_seconds(self) -> float:
+        return 0.0 if self.model.visual_cache is None else self.model.visual_cache.seconds
+
+    def _report_speed(self, fresh: Sequence[Answer], seconds: float, used: Counter[str], encoding: float) -> None:
+        """Speed and token counts of what was generated now; answers from an earlier run count in neither."""
+        if not fresh:
+            return
+        generated = sum(answer.output_tokens for answer in fresh)
+        images = [image for answer in fresh for image in answer.visual_tokens]
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=generated,
+            avg_speed=generated / seconds,
+            additional_metrics={
+                "total_requests": len(fresh),
+                "samples_per_second": len(fresh) / seconds,
+                "visual_tokens": sum(image.total for image in images),
+                "kept_visual_tokens": sum(image.kept for image in images),
+                "encoding_latency": encoding / len(fresh),
+                "visual_cache_hits": used["hits"],
+                "visual_cache_misses": used["misses"],
+                **self._budget_metrics(fresh),
+            },
+        )
+
+    def _budget_metrics(self, fresh: Sequence[Answer]) -> dict[str, float]:
+        """Tokens by layer and relative cost as single numbers, which is all that lmms-eval records."""
+        counts = summary(Counter(answer.prompt for answer in fresh), self.model_shape())
+        if counts is None:
+            return {}
+        layers = {f"visual_tokens_from_layer_{first}": tokens for first, _, tokens in layer_runs(counts["per_layer"])}
+        return layers | {f"flops_ratio_{name}": ratio for name, ratio in (counts["flops_ratio"] or {}).items()}

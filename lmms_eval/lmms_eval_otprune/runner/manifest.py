@@ -1,0 +1,86 @@
+"""What a result was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava.runtime import device_name
+
+if TYPE_CHECKING:
+    from lmms_eval_otprune.models.llava import Llava
+
+_PACKAGES = (
+    "llava",
+    "lmms-eval-otprune",
+    "lmms-eval",
+    "torch",
+    "torchvision",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "pillow",
+    "numpy",
+)
+
+
+def describe_machine(lm: Llava, model: str) -> dict[str, Any]:
+    """Device, types, versions and code of the process that evaluates, and the model it has loaded."""
+    return {
+        "device": device_name(str(lm.device)),
+        "device_type": lm.device.type,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "batch_size": lm.batch_size,
+        "processes": lm.world_size,
+        "threads": torch.get_num_threads(),
+        "model_fingerprint": lm.model_fingerprint,
+        "conv_template": lm.conv_template,
+        "trained": _is_trained(model, lm.config),
+        "pruning": lm.model.pruning and lm.model.pruning.to_dict(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "cuda": torch.version.cuda if lm.device.type == "cuda" else None,
+        "platform": platform.platform(),
+        "git_commit": git_commit(),
+    }
+
+
+def _is_trained(model: str, config: Any) -> bool:
+    """False for a stand-in: a configuration that says so, or an embedded model without the record of its training."""
+    from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
+
+    if getattr(config, "untrained", False):
+        return False
+    return model != EMBEDDED_MODEL or (Path(resolve_model_path(model)) / "training.json").exists()
+
+
+def git_commit() -> str | None:
+    """The commit this code was checked out at, marked when files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        # An installed copy inside somebody else's repository is not that repository's code.
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+        return f"{commit} with changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    return subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, env=environment
+    ).stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

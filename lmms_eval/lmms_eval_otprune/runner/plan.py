@@ -1,0 +1,276 @@
+"""From a command line and this machine to what is run: which models, with which pruning, on which tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llava.conversation import conv_templates
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import read_config, resolve_model_path
+from llava.pruning import PruningConfig
+from llava.pruning.config import option_types
+from llava.pruning.ocvtp.variables import translated
+from llava.pruning.registry import method_class, resolve_name
+from lmms_eval_otprune.models import java
+
+from . import records
+from .options import OFF, Method, Options
+from .suites import SUITES, Suite
+
+# Measured with the embedded model on two cores: 16 unpruned prompts at a time take a fifth longer, 4 pruned ones twice
+# as long a decoding step, and one process a core with one thread each is faster than several threads. On a GPU the
+# published protocol has batch 1.
+CPU_BATCH_SIZE = 8
+CPU_PROCESSES = 4
+GPU_BATCH_SIZE = 1
+CPU_VISUAL_CACHE = 8
+"""GiB: a CPU needs longer for an image than a disk. The embedded suite takes one, with every method two."""
+SWITCH = ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
+LONGEST_NAME = 200
+BUDGET = ("ratio", "layer")
+"""What a method's text may say for this method alone, unless the method has an option of that name."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model under one pruning configuration.
+
+    Attributes
+    ----------
+    model : str
+    pruning : PruningConfig, or None
+    switch : dict
+        Environment variables that say the same to a worker.
+    folder : Path
+        Where its results go.
+    grey : bool
+        Every picture is replaced by a grey one.
+    """
+
+    model: str
+    pruning: PruningConfig | None
+    switch: Mapping[str, str]
+    folder: Path
+    grey: bool = False
+
+    @property
+    def label(self) -> str:
+        """For a person: the model and the pruning, as their folders are named."""
+        return f"{self.folder.parent.name}, {self.folder.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first worker starts.
+
+    Attributes
+    ----------
+    visual_cache : int or None
+        Bytes of encoded images on the disk; 0: in the memory of each process, None: nowhere.
+    encoded_images : Path
+        Where on the disk, while the run lasts: a folder for each machine.
+    """
+
+    suite: Suite
+    tasks: tuple[str, ...]
+    left_out: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    device: str
+    dtype: str
+    num_processes: int
+    batch_size: int
+    visual_cache: int | None
+    encoded_images: Path
+    output: Path
+
+
+def make_plan(options: Options, environ: Mapping[str, str] = os.environ) -> Plan:
+    """Decide what the command line leaves open.
+
+    Raises
+    ------
+    ValueError
+        For a method, option or model that does not exist, or a device that is not there.
+    """
+    environ = translated(environ)
+    device = _device(options.device)
+    if options.conv_template not in ("auto", *conv_templates):
+        raise ValueError(f"--conv-template {options.conv_template}: allowed are auto, {', '.join(conv_templates)}")
+    suite = SUITES[options.suite or ("paper" if device == "cuda" else "mini")]
+    chosen = [suite.task(name) for name in options.tasks] or list(suite.tasks)
+    tasks = tuple(task for task in suite.tasks if task in chosen)
+    left_out = tuple(task for task in tasks if java.needs_java(task) and not java.java_works())
+    output = options.output or Path("results") / suite.name
+    return Plan(
+        suite=suite,
+        tasks=tuple(task for task in tasks if task not in left_out),
+        left_out=left_out,
+        jobs=tuple(_jobs(options, suite, output, environ)),
+        device=device,
+        dtype=options.dtype if options.dtype != "auto" else ("float16" if device == "cuda" else "float32"),
+        num_processes=options.num_processes or _processes(device, suite),
+        batch_size=options.batch_size or (GPU_BATCH_SIZE if device == "cuda" else CPU_BATCH_SIZE),
+        visual_cache=_visual_cache(options, device),
+        encoded_images=output / "encoded-images" / str(options.machine_rank),
+        output=output,
+    )
+
+
+def _device(wanted: str) -> str:
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[wanted]:
+        raise ValueError(f"--device {wanted}: there is none here")
+    return wanted
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes(device: str, suite: Suite) -> int:
+    if device == "cuda":
+        return torch.cuda.device_count()
+    # Every process holds the whole model: nothing for a published checkpoint in a CPU's memory.
+    return min(_cores(), CPU_PROCESSES) if device == "cpu" and suite.name == "mini" else 1
+
+
+def _visual_cache(options: Options, device: str) -> int | None:
+    if options.visual_cache == OFF:
+        return None
+    gib = (0 if device == "cuda" else CPU_VISUAL_CACHE) if options.visual_cache is None else options.visual_cache
+    return int(gib * 2**30)
+
+
+def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, str]) -> Iterator[Job]:
+    prunings = [(None, {})] if options.unpruned else []
+    methods = tuple(map(Method, suite.methods)) if options.methods is None else options.methods
+    for method in methods:
+        prunings += _prunings(method, options, environ)
+    names: dict[str, str] = {}
+    for model in options.models or suite.models:
+        _check_model(model)
+        if Path(model).is_dir():
+            # Without .., and the same from every working folder.
+            model = os.path.abspath(model)
+        name = folder_name(get_model_name_from_path(model))
+        _check_owner(output / name, model)
+        if name in names:
+            raise ValueError(
+                f"{model} is given twice"
+                if names[name] == model
+                else f"{names[name]} and {model} would both be {name} in the table: give each its own --output"
+            )
+        names[name] = model
+        if options.grey:
+            yield Job(model, None, {}, output / name / "grey", grey=True)
+        folders: set[Path] = set()
+        for pruning, switch in prunings:
+            if pruning is not None and pruning.layer != 0:
+                _check_depth(model, pruning)
+            folder = output / name / _pruning_folder(pruning)
+            if folder in folders:
+                raise ValueError(f"{folder.name} is asked for twice")
+            folders.add(folder)
+            yield Job(model, pruning, switch, folder)
+
+
+def _prunings(
+    method: Method, options: Options, environ: Mapping[str, str]
+) -> list[tuple[PruningConfig, dict[str, str]]]:
+    """What a method is run with, as a configuration and as the switch: once for each ratio, or once without any."""
+    known = option_types(method_class(method.name.upper()))
+    prefix = resolve_name(method.name).upper()
+    given = dict(method.options)
+    own = {name: given.pop(name) for name in BUDGET if name in given and name not in known}
+    switch = {"BASELINE": method.name.upper()} | {f"{prefix}_{name.upper()}": value for name, value in given.items()}
+    if layer := own.get("layer", options.layer):
+        switch["LAYER_INDEX"] = layer
+    try:
+        if "ratio" in own:
+            return [_resolved({**switch, "SUBSET_RATIO": own["ratio"]}, environ)]
+        try:
+            return [_resolved({**switch, "SUBSET_RATIO": ratio}, environ) for ratio in options.ratios]
+        except ValueError as refusal:
+            # The options, or the layer, may say how much is kept.
+            try:
+                return [_resolved(switch, environ)]
+            except ValueError:
+                raise refusal from None
+    except ValueError as error:
+        raise ValueError(f"--method {method}: {error}") from None
+
+
+def _resolved(switch: Mapping[str, str], environ: Mapping[str, str]) -> tuple[PruningConfig, dict[str, str]]:
+    rest = {name: value for name, value in environ.items() if name not in SWITCH}
+    pruning = PruningConfig.from_env({**rest, **switch})
+    layer = {} if pruning.layer is None else {"LAYER_INDEX": str(pruning.layer)}
+    return pruning, {**switch, **layer}
+
+
+def _check_model(model: str) -> None:
+    if model in SUITES["mini"].models or Path(model).is_dir() or _is_hub_id(model):
+        return
+    raise ValueError(f"--model {model}: neither a folder, nor a Hub id (owner/name), nor llava-mini")
+
+
+def _check_owner(folder: Path, model: str) -> None:
+    """Refuse to write over the results of another model of the same name."""
+    for path in folder.glob("*/results.json"):
+        found = records.read_json(path)
+        other = found.get("model") if isinstance(found, dict) else None
+        if not isinstance(other, str) or other == model:
+            continue
+        here = Path(other).is_dir()
+        if here and Path(model).is_dir() and Path(other).samefile(model):
+            continue
+        # A folder that is gone has moved.
+        if here or _is_hub_id(other):
+            raise ValueError(f"{folder} holds the results of {other}: give {model} its own --output")
+
+
+def _is_hub_id(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None
+
+
+def _check_depth(model: str, pruning: PruningConfig) -> None:
+    """Find what this decoder cannot do now, not after the unpruned run; a checkpoint that is not here yet waits."""
+    try:
+        config = read_config(resolve_model_path(model))
+    except OSError:
+        return
+    if "num_hidden_layers" not in config:
+        return
+    try:
+        pruning.stages(config["num_hidden_layers"])
+    except ValueError as error:
+        raise ValueError(f"{model} with {_pruning_folder(pruning)}: {error}") from None
+
+
+def _pruning_folder(pruning: PruningConfig | None) -> str:
+    if pruning is None:
+        return "unpruned"
+    parts = [pruning.method]
+    if pruning.ratio is not None:
+        parts.append(f"{pruning.ratio:g}")
+    if pruning.layer:
+        parts.append(f"layer{pruning.layer}")
+    parts += [f"{name}{value}" for name, value in sorted(pruning.options.items())]
+    return folder_name("-".join(parts))
+
+
+def folder_name(text: str) -> str:
+    """A name as one folder inside another: never "..", hidden, empty, or too long for a file system."""
+    name = re.sub(r"[^\w.-]+", "_", text).lstrip(".") or "unnamed"
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

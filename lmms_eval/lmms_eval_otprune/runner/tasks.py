@@ -1,0 +1,48 @@
+"""What a task's result depends on: a result is only taken for done when all of it is the same."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lmms_eval_otprune.tasks
+from llava.model.builder import resolve_model_path
+from lmms_eval_otprune.models.fingerprint import model_fingerprint, source_digest
+from lmms_eval_otprune.models.java import needs_java
+
+from .options import Options
+from .plan import Job, Plan
+from .suites import Suite
+
+
+def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[str, Any]]:
+    """Task of the suite -> everything that its result depends on, JSON-serialisable."""
+    common = {
+        "model": model_fingerprint(resolve_model_path(job.model), None, plan.dtype, "sdpa", options.conv_template),
+        "pruning": None if job.pruning is None else job.pruning.to_dict(),
+        "grey": job.grey,
+        "limit": options.limit,
+        "seed": options.seed,
+        "data": data_version(plan.suite),
+        "scoring": f"lmms-eval-{version('lmms-eval')}/{source_digest(_scoring_files())}",
+    }
+    metrics = "all" if options.all_metrics else "table"
+    return {
+        task: {"task": task, **common, **({"metrics": metrics} if needs_java(task) else {})}
+        for task in plan.suite.tasks
+    }
+
+
+def _scoring_files() -> list[Path]:
+    folder = Path(lmms_eval_otprune.tasks.__file__).parent
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml"))
+
+
+def data_version(suite: Suite) -> str:
+    """Of the embedded data sets; the published ones stay what they are."""
+    if suite.name != "mini":
+        return "published"
+    from llava.mini.suite import VERSION
+
+    return VERSION

@@ -1,4 +1,0 @@
-"""Plans and runs the table: models x pruning configurations x benchmarks, a worker group a model and configuration.
-
-``python -m lmms_eval_otprune_runner --help`` says what can be chosen.
-"""
