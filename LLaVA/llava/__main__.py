@@ -17,8 +17,8 @@ COMMANDS = {
     "figures": ("llava.eval.figures", "figures of finished runs"),
     "report": ("llava.eval.report", "one page with table, figures and token maps"),
     "export": ("llava.serve.export_hf", "a checkpoint for transformers and vLLM"),
-    "fitprune": ("llava.eval.fitprune", "recipes of FitPrune"),
-    "ocvtp": ("llava.eval.ocvtp", "pruners of OC-VTP"),
+    "fitprune": ("llava.fitting.fitprune", "recipes of FitPrune"),
+    "ocvtp": ("llava.fitting.ocvtp", "pruners of OC-VTP"),
     "train": ("llava.train.train", "instruction tuning"),
 }
 

@@ -125,22 +125,22 @@ class TestNotWritten:
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [
-        ("table", ["no-run", "--output", "FILE/table.md"]),
-        ("figures", ["synthetic", "--output", "FILE"]),
-        ("report", ["no-run", "--output", "FILE/report.html"]),
-        ("flops", ["--json", "FILE/a.json"]),
-        ("tokens", ["--image", "IMAGE", "--ratio", "0.1", "--output", "FILE"]),
-        ("latency.__main__", ["select", "--output", "FILE"]),
-        ("fitprune.__main__", ["fit", "--model", "none", "--reduction-ratio", "0.4", "--output", "FILE"]),
+        ("eval.table", ["no-run", "--output", "FILE/table.md"]),
+        ("eval.figures", ["synthetic", "--output", "FILE"]),
+        ("eval.report", ["no-run", "--output", "FILE/report.html"]),
+        ("eval.flops", ["--json", "FILE/a.json"]),
+        ("eval.tokens", ["--image", "IMAGE", "--ratio", "0.1", "--output", "FILE"]),
+        ("eval.latency.__main__", ["select", "--output", "FILE"]),
+        ("fitting.fitprune.__main__", ["fit", "--model", "none", "--reduction-ratio", "0.4", "--output", "FILE"]),
     ],
-    ids=lambda value: value.partition(".")[0] if isinstance(value, str) else "",
+    ids=lambda value: value.split(".")[1] if isinstance(value, str) else "",
 )
 def test_commands_refuse_an_output_that_cannot_be_written_before_their_work(tmp_path, capsys, module, arguments):
     (tmp_path / "file").write_text("")
     given = [
         text.replace("FILE", str(tmp_path / "file")).replace("IMAGE", str(tmp_path / "none.png")) for text in arguments
     ]
-    command = importlib.import_module(f"llava.eval.{module}").main
+    command = importlib.import_module(f"llava.{module}").main
     with pytest.raises((SystemExit, OSError)) as ended:
         raise SystemExit(command(given))
     said = f"{capsys.readouterr().err} {ended.value}"

@@ -18,13 +18,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from golden import golden_root
 from llava.constants import IGNORE_INDEX
 from llava.eval import flops
-from llava.eval.fitprune.search import Found, Walk, search, visual_flops
 from llava.eval.flops import SHAPES, ModelShape, exact_flops
+from llava.fitting.fitprune.search import Found, Walk, search, visual_flops
 from llava.model.language_model.kv_cache import CACHE
 from llava.model.language_model.observed_attention import observed_attention
 from llava.pruning import PruningConfig, VisualTokens, pruning
-from llava.pruning.methods.fitprune import FitPrune, deletable, expendable, importance
-from llava.pruning.recipes import Recipe, known_recipes, parse_recipe, read_recipe
+from llava.pruning.methods.fitprune.pruner import FitPrune, deletable, expendable, importance
+from llava.pruning.methods.fitprune.recipe import Recipe, known_recipes, parse_recipe, read_recipe
 from tiny_llava import build, pad_rows, pixels, prompt
 
 FILE = golden_root() / "pruning" / "fitprune.json"

@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava.eval.fitprune import __main__ as command_line
-from llava.eval.fitprune import observation, statistics, tasks
-from llava.eval.fitprune.equal import Prefill, equal_ratio
-from llava.eval.fitprune.fit import Budget, fit, write_recipe
-from llava.eval.fitprune.samples import Samples, Source
-from llava.eval.fitprune.search import TOKENS, Found, Walk, kept_by, least_share, search, settle, visual_flops
-from llava.eval.fitprune.sources import open_source
-from llava.eval.fitprune.statistics import Statistics
 from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, load_shape
+from llava.fitting.fitprune import __main__ as command_line
+from llava.fitting.fitprune import observation, statistics, tasks
+from llava.fitting.fitprune.equal import Prefill, equal_ratio
+from llava.fitting.fitprune.fit import Budget, fit, write_recipe
+from llava.fitting.fitprune.samples import Samples, Source
+from llava.fitting.fitprune.search import TOKENS, Found, Walk, kept_by, least_share, search, settle, visual_flops
+from llava.fitting.fitprune.sources import open_source
+from llava.fitting.fitprune.statistics import Statistics
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, pruning
-from llava.pruning.recipes import SHIPPED_FOLDER, describe, model_fingerprint, parse_recipe, read_recipe
+from llava.pruning.methods.fitprune.recipe import SHIPPED_FOLDER, describe, model_fingerprint, parse_recipe, read_recipe
 from tiny_llava import build, pixels, prompt
 
 N, LAYERS = 16, 4
@@ -464,7 +464,7 @@ class TestFirstUse:
         asked = Samples(open_source("mini", 2), Words(), model.config)
         own = Statistics(model, model.get_vision_tower().image_processor, asked, tmp_path)
         write_recipe(fit(own, Budget(0.5), "tiny"), tmp_path / "shipped" / "50.json")
-        monkeypatch.setattr("llava.eval.fitprune.fit.SHIPPED_FOLDER", tmp_path / "shipped")
+        monkeypatch.setattr("llava.fitting.fitprune.fit.SHIPPED_FOLDER", tmp_path / "shipped")
         sent.clear()
         with pruning(model, "fitprune", reduction_ratio=0.5, samples=2), torch.no_grad():
             model(input_ids=prompt(5, 7)[None], images=pixels(1))
@@ -667,7 +667,7 @@ class TestCommandLine:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         assert command_line.main([argument.format(tiny=TINY) for argument in arguments]) == 2
         error = capsys.readouterr().err.strip()
-        assert said in error and error.startswith("python -m llava.eval.fitprune: ") and "\n" not in error
+        assert said in error and error.startswith("python -m llava.fitting.fitprune: ") and "\n" not in error
 
     @pytest.mark.parametrize(
         "command", [[], ["fit"], ["plot"], ["equal"]], ids=lambda command: "".join(command) or "all"
@@ -676,7 +676,7 @@ class TestCommandLine:
         with pytest.raises(SystemExit) as left:
             command_line.main([*command, "--help"])
         assert left.value.code == 0
-        assert capsys.readouterr().out.startswith(" ".join(["usage: python -m llava.eval.fitprune", *command]))
+        assert capsys.readouterr().out.startswith(" ".join(["usage: python -m llava.fitting.fitprune", *command]))
 
     def test_equals_are_told_as_the_command_that_runs_them(self, capsys):
         assert command_line.main(["equal", "llava-1.5-7b/60", "--model", "1.5-7b", "--text", "60"]) == 0
@@ -703,7 +703,7 @@ class TestCommandLine:
 
 
 REMAKE = (
-    "python -m llava.eval.fitprune fit --samples 64 --reduction-ratio 0.2 0.4 0.6 0.8 0.9 "
+    "python -m llava.fitting.fitprune fit --samples 64 --reduction-ratio 0.2 0.4 0.6 0.8 0.9 "
     "--output LLaVA/llava/mini/recipes"
 )
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from golden import golden_root
-from llava.eval.ocvtp.loss import slot_weights, weighted_error
-from llava.eval.ocvtp.objective import Draws, Reconstruction, seeded
+from llava.fitting.ocvtp.loss import slot_weights, weighted_error
+from llava.fitting.ocvtp.objective import Draws, Reconstruction, seeded
 from llava.pruning import PruningConfig, VisualTokens
-from llava.pruning.ocvtp.checkpoint import PrunerFiles
-from llava.pruning.ocvtp.config import DecoderConfig, SlotConfig
-from llava.pruning.ocvtp.decoder import RandomOrderDecoder
-from llava.pruning.ocvtp.network import SlotPruner, slot_noise
-from llava.pruning.ocvtp.published import DECODER_NAMES, PRUNER_NAMES, load_published, renamed
+from llava.pruning.methods.ocvtp.checkpoint import PrunerFiles
+from llava.pruning.methods.ocvtp.config import DecoderConfig, SlotConfig
+from llava.pruning.methods.ocvtp.decoder import RandomOrderDecoder
+from llava.pruning.methods.ocvtp.network import SlotPruner, slot_noise
+from llava.pruning.methods.ocvtp.published import DECODER_NAMES, PRUNER_NAMES, load_published, renamed
 from tiny_ocvtp import save_pruner, tiny_config, tiny_pruner
 
 FILE = golden_root() / "pruning" / "ocvtp.json"

@@ -12,8 +12,8 @@ import torch
 from golden import golden_root
 from llava.pruning import PruningConfig, VisualTokens, pruning
 from llava.pruning.layout import FeatureMap
-from llava.pruning.methods.ocvtp import OCVTP, claims, fill
-from llava.pruning.ocvtp.variables import translated
+from llava.pruning.methods.ocvtp.pruner import OCVTP, claims, fill
+from llava.pruning.methods.ocvtp.variables import translated
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_ocvtp import save_pruner
 

@@ -13,16 +13,16 @@ from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.eval.flops import TowerShape
-from llava.eval.ocvtp import pictures
-from llava.eval.ocvtp.__main__ import main
-from llava.eval.ocvtp.cost import cost, padding_flops, pruner_flops
-from llava.eval.ocvtp.extract import default_layer, extract
-from llava.eval.ocvtp.features import Features, shard_file
-from llava.eval.ocvtp.pictures import find_pictures
-from llava.eval.ocvtp.train import Recipe, Run, split, train
+from llava.fitting.ocvtp import pictures
+from llava.fitting.ocvtp.__main__ import main
+from llava.fitting.ocvtp.cost import cost, padding_flops, pruner_flops
+from llava.fitting.ocvtp.extract import default_layer, extract
+from llava.fitting.ocvtp.features import Features, shard_file
+from llava.fitting.ocvtp.pictures import find_pictures
+from llava.fitting.ocvtp.train import Recipe, Run, split, train
 from llava.model.multimodal_encoder.observations import received_attention
-from llava.pruning.ocvtp.config import SlotConfig
-from llava.pruning.ocvtp.network import SlotPruner, slot_noise
+from llava.pruning.methods.ocvtp.config import SlotConfig
+from llava.pruning.methods.ocvtp.network import SlotPruner, slot_noise
 from tiny_llava import build, save_tower
 from tiny_ocvtp import save_pruner, tiny_config
 
@@ -290,7 +290,7 @@ def test_an_interruption_is_no_traceback(monkeypatch, tmp_path, capsys):
     def interrupted(folder):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llava.eval.ocvtp.train.Features", interrupted)
+    monkeypatch.setattr("llava.fitting.ocvtp.train.Features", interrupted)
     assert main(["train", "--features", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "ocvtp: interrupted\n"
 

@@ -14,8 +14,8 @@ import llava
 from llava.eval import tokens
 from llava.eval.slot_maps import NONE, SlotMap, draw_slots, slot_map
 from llava.pruning import PruningConfig, VisualTokens
-from llava.pruning.methods.ocvtp import OCVTP
-from llava.pruning.ocvtp.checkpoint import EMBEDDED, PrunerFiles
+from llava.pruning.methods.ocvtp.checkpoint import EMBEDDED, PrunerFiles
+from llava.pruning.methods.ocvtp.pruner import OCVTP
 from tiny_llava import build, save_tower
 from tiny_ocvtp import save_pruner
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava.eval.benchmark_tasks import load_tasks
-from llava.eval.ocvtp.pictures import find_pictures
+from llava.fitting.ocvtp.pictures import find_pictures
 
 
 def test_an_embedded_task_gives_its_documents():

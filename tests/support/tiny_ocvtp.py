@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from llava.pruning.ocvtp.config import DecoderConfig, SlotConfig
-from llava.pruning.ocvtp.network import SlotPruner
+from llava.pruning.methods.ocvtp.config import DecoderConfig, SlotConfig
+from llava.pruning.methods.ocvtp.network import SlotPruner
 
 WIDTH = 32
 """Of the features of `tiny_llava`'s vision tower."""

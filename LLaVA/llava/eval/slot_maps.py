@@ -12,7 +12,7 @@ from llava.eval.views import View
 from llava.model.visual_sequence import PromptFacts, as_visual_tokens
 from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import content_key
-from llava.pruning.methods.ocvtp import claims
+from llava.pruning.methods.ocvtp.pruner import claims
 
 NONE = -1
 TINT = 0.55

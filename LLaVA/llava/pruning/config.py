@@ -15,8 +15,8 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from llava.pruning.base import Pruner
-from llava.pruning.ocvtp.variables import SWITCH as OCL_SWITCH
-from llava.pruning.ocvtp.variables import as_typed, translated
+from llava.pruning.methods.ocvtp.variables import SWITCH as OCL_SWITCH
+from llava.pruning.methods.ocvtp.variables import as_typed, translated
 from llava.pruning.registry import method_class, method_names, resolve_name
 
 OFF = "orig"

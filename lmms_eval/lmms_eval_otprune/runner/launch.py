@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
-from llava.pruning.ocvtp.variables import translated
+from llava.pruning.methods.ocvtp.variables import translated
 
 from .options import Options
 from .plan import SWITCH, Plan

@@ -16,7 +16,7 @@ from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import read_config, resolve_model_path
 from llava.pruning import PruningConfig
 from llava.pruning.config import option_types
-from llava.pruning.ocvtp.variables import translated
+from llava.pruning.methods.ocvtp.variables import translated
 from llava.pruning.registry import method_class, resolve_name
 from lmms_eval_otprune.models import java
 

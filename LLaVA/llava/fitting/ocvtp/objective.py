@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llava.eval.ocvtp.loss import slot_weights, weighted_error
-from llava.pruning.ocvtp.config import SlotConfig
-from llava.pruning.ocvtp.decoder import RandomOrderDecoder
-from llava.pruning.ocvtp.network import SlotPruner
+from llava.fitting.ocvtp.loss import slot_weights, weighted_error
+from llava.pruning.methods.ocvtp.config import SlotConfig
+from llava.pruning.methods.ocvtp.decoder import RandomOrderDecoder
+from llava.pruning.methods.ocvtp.network import SlotPruner
 
 
 class Reconstruction(nn.Module):

@@ -92,7 +92,7 @@ def read_description(folder: Path) -> Description:
     file = folder / DESCRIPTION
     if not file.is_file():
         raise OSError(
-            f"{folder} is no folder of features: it has no {DESCRIPTION} (python -m llava.eval.ocvtp extract)"
+            f"{folder} is no folder of features: it has no {DESCRIPTION} (python -m llava.fitting.ocvtp extract)"
         )
     try:
         return Description(**json.loads(file.read_text(encoding="utf-8")))

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from llava.eval.ocvtp.features import Description, describe, has_shard, write_shard
-from llava.eval.ocvtp.pictures import Pictures
+from llava.fitting.ocvtp.features import Description, describe, has_shard, write_shard
+from llava.fitting.ocvtp.pictures import Pictures
 
 PUBLISHED_DEPTH = (8, 23)
 """Of CLIP-L's layers that run, the published code reads the output of this one, counted from 0."""

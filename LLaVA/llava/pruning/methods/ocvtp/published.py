@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llava.pruning.ocvtp.config import SlotConfig
-from llava.pruning.ocvtp.network import SlotPruner
+from llava.pruning.methods.ocvtp.config import SlotConfig
+from llava.pruning.methods.ocvtp.network import SlotPruner
 
 PUBLISHED_LAYER = 8
 """Vision-encoder layer that published pruners read unless told otherwise."""

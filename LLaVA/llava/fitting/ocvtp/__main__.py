@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from llava.eval.ocvtp.extract import extract
-    from llava.eval.ocvtp.pictures import find_pictures
+    from llava.fitting.ocvtp.extract import extract
+    from llava.fitting.ocvtp.pictures import find_pictures
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
 
@@ -57,8 +57,8 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from llava.eval.ocvtp.train import Recipe, Run, train
-    from llava.pruning.ocvtp.config import DecoderConfig, SlotConfig
+    from llava.fitting.ocvtp.train import Recipe, Run, train
+    from llava.pruning.methods.ocvtp.config import DecoderConfig, SlotConfig
 
     recipe = Recipe(
         slots=arguments.slots,
@@ -101,14 +101,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _cost(arguments: argparse.Namespace) -> int:
-    from llava.eval.ocvtp.cost import cost
+    from llava.fitting.ocvtp.cost import cost
 
     print(cost(arguments.model, arguments.checkpoint, arguments.kept, arguments.text, arguments.device, arguments.time))
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.ocvtp", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m llava.fitting.ocvtp", description=__doc__)
     steps = parser.add_subparsers(required=True, metavar="extract, train or cost")
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     step = steps.add_parser(
         "train",
         help="train a pruner on features",
-        epilog="Several processes: accelerate launch --num_processes N -m llava.eval.ocvtp train ...",
+        epilog="Several processes: accelerate launch --num_processes N -m llava.fitting.ocvtp train ...",
     )
     step.set_defaults(run=_train)
     add = step.add_argument

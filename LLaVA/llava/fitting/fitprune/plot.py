@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava import files
-from llava.pruning.recipes import Recipe
+from llava.pruning.methods.fitprune.recipe import Recipe
 
 COLUMNS = (
     "recipe",

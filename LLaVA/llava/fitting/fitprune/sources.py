@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.fitprune.samples import Question, Source, chosen, digest_of, digest_of_bytes
-from llava.eval.fitprune.tasks import open_tasks
+from llava.fitting.fitprune.samples import Question, Source, chosen, digest_of, digest_of_bytes
+from llava.fitting.fitprune.tasks import open_tasks
 from llava.mm_utils import load_rgb
 
 MINI = "mini"

@@ -10,10 +10,10 @@ import torch
 from llava.eval.flops import ModelShape, TowerShape, exact_flops, load_shape, tokens_per_layer
 from llava.model.multimodal_encoder.observations import received_attention
 from llava.pruning import kept_count
-from llava.pruning.methods.ocvtp import claims, fill
-from llava.pruning.ocvtp.checkpoint import EMBEDDED, PrunerFiles
-from llava.pruning.ocvtp.config import SlotConfig
-from llava.pruning.ocvtp.network import SlotPruner, slot_noise
+from llava.pruning.methods.ocvtp.checkpoint import EMBEDDED, PrunerFiles
+from llava.pruning.methods.ocvtp.config import SlotConfig
+from llava.pruning.methods.ocvtp.network import SlotPruner, slot_noise
+from llava.pruning.methods.ocvtp.pruner import claims, fill
 from llava.runtime import device_name
 
 RATIO = 0.098

@@ -17,8 +17,8 @@ import torch
 from llava.pruning.schedule import Stages, mean_fraction
 
 FORMAT = 1
-PUBLISHED_FILE = Path(__file__).with_name("methods") / "fitprune_published.json"
-SHIPPED_FOLDER = Path(__file__).parents[1] / "mini" / "recipes"
+PUBLISHED_FILE = Path(__file__).with_name("published.json")
+SHIPPED_FOLDER = Path(__file__).parents[3] / "mini" / "recipes"
 PUBLISHED_MODEL, SHIPPED_MODEL = "llava-1.5-7b", "llava-mini"
 VALUES_OF_A_WEIGHT = 64
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llava.pruning.ocvtp.config import SlotConfig
+from llava.pruning.methods.ocvtp.config import SlotConfig
 
 WEIGHTS = "model.safetensors"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llava.pruning.ocvtp.config import DecoderConfig
+from llava.pruning.methods.ocvtp.config import DecoderConfig
 
 
 class RandomOrderDecoder(nn.Module):

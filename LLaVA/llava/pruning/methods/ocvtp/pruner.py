@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 import torch
 
 from llava.pruning.base import Pruner, VisualTokens
-from llava.pruning.ocvtp.checkpoint import EMBEDDED, PrunerFiles
-from llava.pruning.ocvtp.network import slot_noise
+from llava.pruning.methods.ocvtp.checkpoint import EMBEDDED, PrunerFiles
+from llava.pruning.methods.ocvtp.network import slot_noise
 
 
 def claims(slot_attention: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -80,7 +80,7 @@ class OCVTP(Pruner):
     Attributes
     ----------
     checkpoint : str
-        The pruner: a folder that ``python -m llava.eval.ocvtp train`` wrote, a file of the published code, or
+        The pruner: a folder that ``python -m llava.fitting.ocvtp train`` wrote, a file of the published code, or
         "llava-mini", which ships with the package and fits the model of that name.
     config : str or None
         The published code's configuration file beside its checkpoint; the weights tell the sizes without it.

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from llava.pruning.base import INSIDE, Pruner, VisualTokens
-from llava.pruning.recipes import Recipe, describe, read_recipe, recipe_digest, scalable
+from llava.pruning.methods.fitprune.recipe import Recipe, describe, read_recipe, recipe_digest, scalable
 from llava.pruning.schedule import Stages, scaled
 
-FITTER = ("llava.eval.fitprune.fit", "fit_for")
+FITTER = ("llava.fitting.fitprune.fit", "fit_for")
 """Module and function that fit a recipe, imported only when one is fitted: they stand above the model."""
 
 USUAL_SAMPLES = 64
@@ -86,7 +86,7 @@ class FitPrune(Pruner):
     Attributes
     ----------
     recipe : str or None
-        A file of ``python -m llava.eval.fitprune fit``, or a known name such as llava-1.5-7b/60, a published one.
+        A file of ``python -m llava.fitting.fitprune fit``, or a known name such as llava-1.5-7b/60, a published one.
     reduction_ratio : float or None
         Share of the decoder's FLOPs over visual tokens that is to be saved, 0 <= ratio < 1; as published.
     scale : bool
@@ -168,7 +168,9 @@ class FitPrune(Pruner):
         recipe = self._recipe()
         remarks = [f"{self.recipe}: {describe(recipe)}"]
         if recipe.of_other_weights(model):
-            remarks.append(f"{self.recipe} was fitted to other weights than these; python -m llava.eval.fitprune fit")
+            remarks.append(
+                f"{self.recipe} was fitted to other weights than these; python -m llava.fitting.fitprune fit"
+            )
         return remarks
 
     def digests(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.eval.fitprune.samples import Sample
+from llava.fitting.fitprune.samples import Sample
 from llava.mm_utils import images_to, process_images
 from llava.pruning.base import INSIDE, KeptTokens, Pruner, VisualTokens, gather_tokens
 

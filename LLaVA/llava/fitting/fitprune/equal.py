@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llava.eval.flops import ModelShape, exact_flops, tokens_per_layer, visual_per_layer
 from llava.pruning import PruningConfig
-from llava.pruning.recipes import Recipe
+from llava.pruning.methods.fitprune.recipe import Recipe
 
 CLOSE = 0.01
 """By how much a method may miss the recipe's prefill FLOPs that keeps one token and still costs more."""

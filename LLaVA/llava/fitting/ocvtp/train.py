@@ -18,11 +18,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from llava.eval.ocvtp.features import Description, Features
-from llava.eval.ocvtp.objective import Draws, Reconstruction, seed_of, seeded
-from llava.eval.ocvtp.record import draw_curve, read_log, write_log
 from llava.files import atomic_write
-from llava.pruning.ocvtp.config import SlotConfig
+from llava.fitting.ocvtp.features import Description, Features
+from llava.fitting.ocvtp.objective import Draws, Reconstruction, seed_of, seeded
+from llava.fitting.ocvtp.record import draw_curve, read_log, write_log
+from llava.pruning.methods.ocvtp.config import SlotConfig
 
 STATE = "state.pt"
 WARMUP_RATE, FINAL_RATE = 1e-6, 1e-8

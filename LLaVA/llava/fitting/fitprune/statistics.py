@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava.eval.fitprune.observation import send
-from llava.eval.fitprune.samples import Sample, Samples, digest_of
-from llava.eval.fitprune.search import Walk, kept_by
 from llava.files import atomic_write, cache_folder
+from llava.fitting.fitprune.observation import send
+from llava.fitting.fitprune.samples import Sample, Samples, digest_of
+from llava.fitting.fitprune.search import Walk, kept_by
 from llava.pruning.base import kept_count
-from llava.pruning.methods.fitprune import deletable, importance
-from llava.pruning.recipes import model_fingerprint
+from llava.pruning.methods.fitprune.pruner import deletable, importance
+from llava.pruning.methods.fitprune.recipe import model_fingerprint
 
 VERSION = 1
 """Of what the sums mean: a new one makes them anew."""

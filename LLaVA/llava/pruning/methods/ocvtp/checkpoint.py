@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 import llava
-from llava.pruning.ocvtp.config import SlotConfig
-from llava.pruning.ocvtp.network import WEIGHTS, SlotPruner
-from llava.pruning.ocvtp.published import PUBLISHED_LAYER, load_published
+from llava.pruning.methods.ocvtp.config import SlotConfig
+from llava.pruning.methods.ocvtp.network import WEIGHTS, SlotPruner
+from llava.pruning.methods.ocvtp.published import PUBLISHED_LAYER, load_published
 
 EMBEDDED = "llava-mini"
 """The pruner that ships with the package, for the model of this name."""

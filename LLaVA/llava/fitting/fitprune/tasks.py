@@ -11,7 +11,7 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.eval.benchmark_tasks import load_tasks
-from llava.eval.fitprune.samples import Question, Source, chosen, digest_of
+from llava.fitting.fitprune.samples import Question, Source, chosen, digest_of
 
 
 def open_tasks(name: str, count: int, seed: int) -> Source:

@@ -1,4 +1,4 @@
-"""The command line: ``python -m llava.eval.fitprune fit ...``, ``plot ...`` and ``equal ...``."""
+"""The command line: ``python -m llava.fitting.fitprune fit ...``, ``plot ...`` and ``equal ...``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.eval.fitprune.sources import MINI
 from llava.files import atomic_write, check_writable
-from llava.pruning.recipes import SHIPPED_MODEL, describe, known_recipes, read_recipe
+from llava.fitting.fitprune.sources import MINI
+from llava.pruning.methods.fitprune.recipe import SHIPPED_MODEL, describe, known_recipes, read_recipe
 from llava.runtime import print_everything
 
 SAMPLES = 655
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from llava.eval.fitprune.fit import Budget, fit, write_recipe
-    from llava.eval.fitprune.samples import Samples
-    from llava.eval.fitprune.sources import open_source
-    from llava.eval.fitprune.statistics import Statistics, cache_root
+    from llava.fitting.fitprune.fit import Budget, fit, write_recipe
+    from llava.fitting.fitprune.samples import Samples
+    from llava.fitting.fitprune.sources import open_source
+    from llava.fitting.fitprune.statistics import Statistics, cache_root
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
     from llava.pruning import PruningConfig
@@ -85,7 +85,7 @@ def _device() -> str:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    from llava.eval.fitprune.plot import by_budget, draw, write_csv
+    from llava.fitting.fitprune.plot import by_budget, draw, write_csv
 
     recipes = by_budget([read_recipe(name) for name in arguments.recipes])
     picture = arguments.output.with_suffix(".png")
@@ -95,8 +95,8 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _equal(arguments: argparse.Namespace) -> None:
-    from llava.eval.fitprune.equal import Prefill, equal_ratio
     from llava.eval.flops import USUAL_TEXT, load_shape
+    from llava.fitting.fitprune.equal import Prefill, equal_ratio
 
     recipe = read_recipe(arguments.recipe)
     text = arguments.text
@@ -118,7 +118,7 @@ def _equal(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.fitprune",
+        prog="python -m llava.fitting.fitprune",
         description="FitPrune: how many visual tokens leave in each decoder layer, fitted to a model and a budget.",
     )
     commands = parser.add_subparsers(dest="command", required=True)

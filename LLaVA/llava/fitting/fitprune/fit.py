@@ -12,15 +12,15 @@ from typing import Any
 
 from filelock import FileLock
 
-from llava.eval.fitprune.samples import Samples
-from llava.eval.fitprune.search import TOKENS, Cost, Walk, kept_by, least_share, search, settle, visual_flops
-from llava.eval.fitprune.sources import MINI, open_source
-from llava.eval.fitprune.statistics import Statistics, cache_root
 from llava.eval.flops import DecoderShape, ModelShape, exact_flops, tokens_per_layer
 from llava.files import atomic_write
+from llava.fitting.fitprune.samples import Samples
+from llava.fitting.fitprune.search import TOKENS, Cost, Walk, kept_by, least_share, search, settle, visual_flops
+from llava.fitting.fitprune.sources import MINI, open_source
+from llava.fitting.fitprune.statistics import Statistics, cache_root
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
-from llava.pruning.recipes import FORMAT, SHIPPED_FOLDER, Recipe, describe, parse_recipe, read_recipe
+from llava.pruning.methods.fitprune.recipe import FORMAT, SHIPPED_FOLDER, Recipe, describe, parse_recipe, read_recipe
 from llava.runtime import is_main_process
 
 
