@@ -10,7 +10,7 @@ import pytest
 
 from llava.mini.captions import COUNT_WORDS, PLURALS, caption_references, dense_caption
 from llava.mini.forms.counting import COUNT_SHARES, countable_kinds
-from llava.mini.forms.knowing import CATEGORIES, CORNERS, FRUITS
+from llava.mini.forms.knowledge import CATEGORIES, CORNERS, FRUITS
 from llava.mini.questions import (
     DESCRIBE,
     FORMS,
@@ -24,7 +24,7 @@ from llava.mini.questions import (
     sample_questions,
     sample_text_questions,
 )
-from llava.mini.scenes import COLORS, NUMBERS, SHAPES, SIZES, WORDS, Dice, Scene, SceneObject, sample_scene
+from llava.mini.scenes import COLORS, NUMBERS, SHAPES, SIZES, WORDS, Scene, SceneObject, SeededRandom, sample_scene
 
 N_SCENES = 1500
 SHORT = "Answer the question using a single word or phrase."
@@ -41,9 +41,9 @@ def facts(scenes) -> dict[str, list[tuple[Scene, Fact]]]:
     """Form -> facts, one try a scene."""
     found = defaultdict(list)
     for scene in scenes:
-        dice = Dice("facts", scene.seed)
+        rng = SeededRandom("facts", scene.seed)
         for form, state in FORMS.items():
-            fact = state(scene, dice)
+            fact = state(scene, rng)
             if fact is not None:
                 found[form].append((scene, fact))
     return found
@@ -207,9 +207,9 @@ def test_yes_and_no_are_equally_frequent():
     answers = defaultdict(Counter)
     yes_no_forms = [form for form in FORMS if form.startswith("is_")] + ["exists", "both", "same_color", "relation"]
     for seed in range(6000):
-        scene, dice = sample_scene(seed, "validation"), Dice("balance", seed)
+        scene, rng = sample_scene(seed, "validation"), SeededRandom("balance", seed)
         for form in yes_no_forms:
-            fact = FORMS[form](scene, dice)
+            fact = FORMS[form](scene, rng)
             if fact is not None and fact.answer in ("yes", "no"):
                 answers[form][fact.answer] += 1
     assert len(answers) == len(yes_no_forms)
@@ -222,7 +222,7 @@ def test_yes_and_no_are_equally_frequent():
 def test_a_told_number_says_nothing_about_whether_it_is_true():
     answers = defaultdict(Counter)
     for seed in range(20000):
-        fact = FORMS["is_count"](sample_scene(seed, "validation"), Dice("told", seed))
+        fact = FORMS["is_count"](sample_scene(seed, "validation"), SeededRandom("told", seed))
         if fact is not None:
             told = next(word for word in fact.question.split() if word in COUNT_WORDS)
             answers[told][fact.answer] += 1
@@ -247,7 +247,7 @@ def test_count_shares_are_those_of_the_world(scenes):
 def test_right_options_stand_behind_every_letter_equally_often(scenes):
     letters = defaultdict(Counter)
     for scene in scenes:
-        for qa in sample_questions(scene, Dice("letters", scene.seed), 8, choice_percent=100):
+        for qa in sample_questions(scene, SeededRandom("letters", scene.seed), 8, choice_percent=100):
             if qa.choices:
                 letters[len(qa.choices)][qa.answer] += 1
     for n, given in letters.items():
@@ -292,38 +292,38 @@ def test_prompts_without_a_hint():
 def test_options_hold_the_answer_and_wrong_ones():
     fact = Fact("shape", "Which?", "star", ("ring", "cross", "heart", "circle"))
     for seed in range(20):
-        qa = as_choice(fact, Dice(seed), "mmmu")
+        qa = as_choice(fact, SeededRandom(seed), "mmmu")
         assert qa.answer_text == "star"
         assert len(set(qa.choices)) == 4 and set(qa.choices) <= {"star", *fact.wrong}
 
 
 def test_a_fact_without_enough_wrong_answers_gets_no_options():
-    assert as_choice(Fact("is_color", "Is it red?", "yes", ("no",)), Dice(0), "seedbench") is None
+    assert as_choice(Fact("is_color", "Is it red?", "yes", ("no",)), SeededRandom(0), "seedbench") is None
 
 
-@pytest.mark.parametrize("ask", [lambda f: as_open(f, "mmbench"), lambda f: as_choice(f, Dice(0), "short")])
+@pytest.mark.parametrize("ask", [lambda f: as_open(f, "mmbench"), lambda f: as_choice(f, SeededRandom(0), "short")])
 def test_styles_that_do_not_fit_are_refused(ask):
     with pytest.raises(ValueError, match="style of"):
         ask(Fact("shape", "Which?", "star", ("ring",)))
 
 
 def test_sampled_questions_are_different_and_repeatable(scenes):
-    asked = sample_questions(scenes[3], Dice("q", 3), 10)
-    assert asked == sample_questions(scenes[3], Dice("q", 3), 10)
+    asked = sample_questions(scenes[3], SeededRandom("q", 3), 10)
+    assert asked == sample_questions(scenes[3], SeededRandom("q", 3), 10)
     assert len({qa.question for qa in asked}) == len(asked) == 10
 
 
 def test_forms_can_be_chosen(scenes):
-    asked = sample_questions(scenes[0], Dice(0), 4, forms=("color", "count"))
+    asked = sample_questions(scenes[0], SeededRandom(0), 4, forms=("color", "count"))
     assert asked and {qa.form for qa in asked} <= {"color", "count"}
     with pytest.raises(ValueError, match="'colour'"):
-        sample_questions(scenes[0], Dice(0), 4, forms=("colour",))
+        sample_questions(scenes[0], SeededRandom(0), 4, forms=("colour",))
 
 
 def test_questions_about_two_images(scenes):
     seen = Counter()
     for first, second in zip(scenes[:200:2], scenes[1:200:2], strict=True):
-        for qa in sample_pair_questions(first, second, Dice("pair", first.seed), 3):
+        for qa in sample_pair_questions(first, second, SeededRandom("pair", first.seed), 3):
             seen[qa.form] += 1
             assert qa.question.startswith("<image 1> <image 2> Which image")
             right, wrong = (first, second) if qa.answer_text == "the first image" else (second, first)
@@ -341,7 +341,7 @@ def test_questions_about_two_images(scenes):
 
 
 def test_questions_without_an_image():
-    asked = sample_text_questions(Dice("text"), 200)
+    asked = sample_text_questions(SeededRandom("text"), 200)
     assert len(asked) == 200 and {qa.form for qa in asked} == set(TEXT_FORMS)
     for qa in asked:
         if qa.form == "text_sum":
@@ -394,7 +394,9 @@ def test_dense_captions_tell_everything_in_order(scenes):
 
 def test_plain_questions_are_asked_as_people_ask(scenes):
     asked = [
-        qa for n, scene in enumerate(scenes[:20]) for qa in sample_questions(scene, Dice("plain", n), 8, None, 0, 100)
+        qa
+        for n, scene in enumerate(scenes[:20])
+        for qa in sample_questions(scene, SeededRandom("plain", n), 8, None, 0, 100)
     ]
     open_ones = [qa for qa in asked if not qa.choices]
     assert open_ones and {qa.style for qa in open_ones} == {"plain"}
@@ -405,6 +407,8 @@ def test_plain_questions_are_asked_as_people_ask(scenes):
 
 def test_a_share_of_the_questions_is_plain(scenes):
     styles = [
-        qa.style for n, scene in enumerate(scenes) for qa in sample_questions(scene, Dice(n), 8, ("exists",), 0, 30)
+        qa.style
+        for n, scene in enumerate(scenes)
+        for qa in sample_questions(scene, SeededRandom(n), 8, ("exists",), 0, 30)
     ]
     assert 0.15 < styles.count("plain") / len(styles) < 0.45

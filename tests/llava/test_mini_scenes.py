@@ -24,9 +24,9 @@ from llava.mini.scenes import (
     SPLITS,
     TEXTS,
     TEXTURES,
-    Dice,
     Scene,
     SceneObject,
+    SeededRandom,
     patch_labels,
     place_of,
     render,
@@ -51,14 +51,14 @@ def test_pictures_are_the_same_on_every_machine():
 
 
 def test_dice_roll_the_same_everywhere():
-    dice = Dice("a key", 7)
-    assert [dice.below(1000) for _ in range(5)] == [722, 923, 396, 192, 166]
-    assert Dice(1).shuffled("abcdef") == ["c", "a", "d", "f", "e", "b"]
+    rng = SeededRandom("a key", 7)
+    assert [rng.below(1000) for _ in range(5)] == [722, 923, 396, 192, 166]
+    assert SeededRandom(1).shuffled("abcdef") == ["c", "a", "d", "f", "e", "b"]
 
 
 def test_dice_are_fair():
-    dice = Dice("fair")
-    faces = Counter(dice.below(6) for _ in range(12000))
+    rng = SeededRandom("fair")
+    faces = Counter(rng.below(6) for _ in range(12000))
     assert sorted(faces) == [0, 1, 2, 3, 4, 5]
     # Five standard deviations of a binomial with p = 1/6.
     assert all(abs(n - 2000) < 5 * (12000 * 5 / 36) ** 0.5 for n in faces.values())
@@ -66,7 +66,7 @@ def test_dice_are_fair():
 
 def test_dice_refuse_to_take_more_than_there_is():
     with pytest.raises(ValueError, match="3 of 2"):
-        Dice("few").sample([1, 2], 3)
+        SeededRandom("few").sample([1, 2], 3)
 
 
 def test_a_seed_gives_one_scene():

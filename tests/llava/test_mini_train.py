@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +16,19 @@ from PIL import Image
 from torch.nn import functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mini import scenes, tower
-from llava.mini.attention import attention_for, stretched_attention
-from llava.mini.decoder import ConversationTask
-from llava.mini.drills import sample_drills
+from llava.mini import scenes
 from llava.mini.loop import Run, Stage, _moved, learning_rate_factor
-from llava.mini.packing import Mixture, PackedScenes, collate, encode_prompts, packed_mask, prefix_stretches
 from llava.mini.questions import FORMS, sample_questions
-from llava.mini.train import CONFIG, STAGES, conversation_task, grow, main, parse_stage, read_config
-from llava.mini.vocabulary import build_tokenizer, conversation_texts
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
+from mini_training import tower
+from mini_training.attention import attention_for, stretched_attention
+from mini_training.decoder import ConversationTask
+from mini_training.letter_exercises import sample_letter_exercises
+from mini_training.packing import Mixture, PackedScenes, collate, encode_prompts, packed_mask, prefix_stretches
+from mini_training.train import CONFIG, STAGES, conversation_task, grow, main, parse_stage, read_config
+from mini_training.vocabulary import build_tokenizer, conversation_texts
 from weight_names import weight_names
 
 SMOKE = ("--smoke", "--fp32", "--threads", "1")
@@ -89,14 +92,14 @@ def test_packed_tokens_see_the_prefix_and_their_own_question():
     assert positions[0, :5].tolist() == [0, 1, 2, 3, 2]
 
 
-def test_a_drill_names_the_option_whose_letter_is_the_answer():
-    for qa in sample_drills(scenes.Dice("drills"), 40):
+def test_a_letter_exercise_names_the_option_whose_letter_is_the_answer():
+    for qa in sample_letter_exercises(scenes.SeededRandom("exercises"), 40):
         assert qa.answer_text in qa.question
         assert len(set(qa.choices)) == len(qa.choices) >= 2
 
 
 def test_many_prompts_are_encoded_as_each_one_is(tokenizer):
-    asked = sample_questions(scenes.sample_scene(5, "train"), scenes.Dice("test"), 8)
+    asked = sample_questions(scenes.sample_scene(5, "train"), scenes.SeededRandom("test"), 8)
     texts = [text for images in (0, 1, 2) for qa in asked for text in conversation_texts(qa, images)]
 
     assert encode_prompts(texts, tokenizer) == [tokenizer_image_token(text, tokenizer) for text in texts]
@@ -109,7 +112,7 @@ def test_fixed_phrases_and_the_words_of_the_world_are_single_pieces(tmp_path):
     for text in (*scenes.COLORS, *scenes.SHAPES, *scenes.WORDS, "yes", "no"):
         assert len(tokenizer(text, add_special_tokens=False).input_ids) == 1, text
     _, whole = conversation_texts(
-        sample_questions(scenes.sample_scene(5, "train"), scenes.Dice("x"), 1, ("exists",), 0)[0]
+        sample_questions(scenes.sample_scene(5, "train"), scenes.SeededRandom("x"), 1, ("exists",), 0)[0]
     )
     assert len(tokenizer_image_token(whole, tokenizer)) < 24
 
@@ -316,3 +319,10 @@ def test_a_wrong_recipe_is_refused_before_the_first_stage(tmp_path, capsys, befo
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_of_earlier_versions_hands_over():
+    shown = subprocess.run(
+        [sys.executable, "-m", "llava.mini.train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert shown.startswith("usage: python -m mini_training")

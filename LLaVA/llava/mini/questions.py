@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llava.mini.captions import CAPTION_PROMPT, DENSE_PROMPT
 from llava.mini.forms import FORMS, PAIR_FORMS, TEXT_FORMS, Fact
-from llava.mini.scenes import Dice, Scene
+from llava.mini.scenes import Scene, SeededRandom
 
 __all__ = [
     "CAPTION_PROMPT",
@@ -118,13 +118,13 @@ def as_open(fact: Fact, style: str = "short") -> QA:
     return QA(fact.form, style, _with_image_token(fact.question, style), fact.answer)
 
 
-def as_choice(fact: Fact, dice: Dice, style: str, n_choices: int | None = None) -> QA | None:
+def as_choice(fact: Fact, rng: SeededRandom, style: str, n_choices: int | None = None) -> QA | None:
     """Ask a fact with options in random order.
 
     Parameters
     ----------
     fact : Fact
-    dice : Dice
+    rng : SeededRandom
         Draws the wrong options and the order.
     style : str
         ``mmbench``, ``seedbench`` (always four options), ``mmmu`` or ``scienceqa``.
@@ -147,7 +147,7 @@ def as_choice(fact: Fact, dice: Dice, style: str, n_choices: int | None = None) 
     n = min(4, most) if n_choices is None else n_choices
     if n > most or n < 2 or (style == "seedbench" and n != 4):
         return None
-    choices = dice.shuffled([fact.answer, *dice.sample(fact.wrong, n - 1)])
+    choices = rng.shuffled([fact.answer, *rng.sample(fact.wrong, n - 1)])
     letter = chr(ord("A") + choices.index(fact.answer))
     hint = fact.hint if style in ("mmbench", "scienceqa") else ""
     return QA(fact.form, style, _with_image_token(fact.question, style), letter, tuple(choices), hint)
@@ -159,7 +159,7 @@ def _with_image_token(question: str, style: str) -> str:
 
 def sample_questions(
     scene: Scene,
-    rng: Dice,
+    rng: SeededRandom,
     n: int,
     forms: Iterable[str] | None = None,
     choice_percent: int = 40,
@@ -170,7 +170,7 @@ def sample_questions(
     Parameters
     ----------
     scene : Scene
-    rng : Dice
+    rng : SeededRandom
         Where all choices come from.
     n : int
         How many questions; fewer come back when the scene gives no more.
@@ -201,25 +201,25 @@ def sample_questions(
     return list(asked.values())
 
 
-def _styled(fact: Fact, dice: Dice, choice_percent: int, plain_percent: int) -> QA:
-    if fact.form == "caption" and plain_percent and dice.chance(plain_percent):
-        return QA(fact.form, "plain", dice.choice(DESCRIBE), fact.answer)
+def _styled(fact: Fact, rng: SeededRandom, choice_percent: int, plain_percent: int) -> QA:
+    if fact.form == "caption" and plain_percent and rng.chance(plain_percent):
+        return QA(fact.form, "plain", rng.choice(DESCRIBE), fact.answer)
     if fact.form in ("caption", "dense"):
         return as_open(fact, "plain")
-    if fact.hint or (fact.wrong and fact.answer not in ("yes", "no") and dice.chance(choice_percent)):
+    if fact.hint or (fact.wrong and fact.answer not in ("yes", "no") and rng.chance(choice_percent)):
         # A hint belongs to the question, and only two of the styles print it.
-        style = dice.choice(("mmbench", "scienceqa") if fact.hint else CHOICE_STYLES)
+        style = rng.choice(("mmbench", "scienceqa") if fact.hint else CHOICE_STYLES)
         most = min(4, 1 + len(fact.wrong))
-        n_choices = 4 if style == "seedbench" else dice.between(min(most, 3), most)
-        qa = as_choice(fact, dice, style, n_choices)
+        n_choices = 4 if style == "seedbench" else rng.between(min(most, 3), most)
+        qa = as_choice(fact, rng, style, n_choices)
         if qa is not None:
             return qa
-    if plain_percent and dice.chance(plain_percent):
+    if plain_percent and rng.chance(plain_percent):
         return as_open(fact, "plain")
-    return as_open(fact, dice.weighted({"short": 76, "okvqa": 14, "mmmu": 10}))
+    return as_open(fact, rng.weighted({"short": 76, "okvqa": 14, "mmmu": 10}))
 
 
-def sample_pair_questions(first: Scene, second: Scene, rng: Dice, n: int) -> list[QA]:
+def sample_pair_questions(first: Scene, second: Scene, rng: SeededRandom, n: int) -> list[QA]:
     """Up to `n` different questions about two images, with the options "the first image" and "the second image"."""
     asked: dict[str, QA] = {}
     for _ in range(6 * n):
@@ -231,7 +231,7 @@ def sample_pair_questions(first: Scene, second: Scene, rng: Dice, n: int) -> lis
     return list(asked.values())
 
 
-def sample_text_questions(rng: Dice, n: int) -> list[QA]:
+def sample_text_questions(rng: SeededRandom, n: int) -> list[QA]:
     """`n` questions without an image, most with options in ScienceQA's layout, some open."""
     questions = []
     for _ in range(n):

@@ -5,8 +5,8 @@ An object is a coloured shape, or a sign: a coloured plate with a printed word o
 description from a seed, `render` makes its picture and `patch_labels` says what is in each 14 x 14 patch.
 
 Everything is the same on every machine and with every version of Python, NumPy and Pillow: descriptions come from
-`Dice`, whose stream both Python and this module's own arithmetic fix, and pictures are rasterised here in integers,
-so that no library's rules for edges, fonts or anti-aliasing can move a pixel.
+`SeededRandom`, whose stream Python promises to keep, and pictures are rasterised here in integers, so that no
+library's rules for edges, fonts or anti-aliasing can move a pixel.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from llava.mini.dice import WORLD_VERSION, Dice
 from llava.mini.font import FONT, GLYPH_HEIGHT, GLYPH_WIDTH
+from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
 
 __all__ = [
     "BACKGROUNDS",
@@ -37,9 +37,9 @@ __all__ = [
     "TEXTURES",
     "WORDS",
     "WORLD_VERSION",
-    "Dice",
     "Scene",
     "SceneObject",
+    "SeededRandom",
     "Stroke",
     "patch_labels",
     "place_of",
@@ -266,31 +266,31 @@ def sample_scene(seed: int, split: str) -> Scene:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
-    dice = Dice("scene", split, seed)
-    texture = dice.choice(TEXTURES)
-    cell = dice.between(3, 4) if texture == "grainy" else dice.between(8, 16)
+    rng = SeededRandom("scene", split, seed)
+    texture = rng.choice(TEXTURES)
+    cell = rng.between(3, 4) if texture == "grainy" else rng.between(8, 16)
     return Scene(
         split=split,
         seed=seed,
-        background=dice.choice(tuple(BACKGROUNDS)),
+        background=rng.choice(tuple(BACKGROUNDS)),
         texture=texture,
         cell=cell,
-        slant=(dice.between(-14, 14), dice.between(-14, 14)),
-        objects=_sample_objects(dice),
-        clutter=tuple(_sample_stroke(dice) for _ in range(dice.between(0, 16))),
+        slant=(rng.between(-14, 14), rng.between(-14, 14)),
+        objects=_sample_objects(rng),
+        clutter=tuple(_sample_stroke(rng) for _ in range(rng.between(0, 16))),
     )
 
 
-def _sample_objects(dice: Dice) -> tuple[SceneObject, ...]:
-    total = dice.weighted({1: 6, 2: 12, 3: 16, 4: 18, 5: 16, 6: 14, 7: 10, 8: 8})
-    n_signs = min(total, dice.weighted({0: 35, 1: 42, 2: 23}))
-    signs = [_sample_sign(dice, text) for text in dice.sample(TEXTS, n_signs)]
-    shapes = _sample_shapes(dice, total - n_signs)
+def _sample_objects(rng: SeededRandom) -> tuple[SceneObject, ...]:
+    total = rng.weighted({1: 6, 2: 12, 3: 16, 4: 18, 5: 16, 6: 14, 7: 10, 8: 8})
+    n_signs = min(total, rng.weighted({0: 35, 1: 42, 2: 23}))
+    signs = [_sample_sign(rng, text) for text in rng.sample(TEXTS, n_signs)]
+    shapes = _sample_shapes(rng, total - n_signs)
     # The largest first: small ones always find room between them.
     wanted = sorted(signs + shapes, key=lambda o: -o.width * o.height)
     placed: list[SceneObject] = []
     for thing in wanted:
-        spot = _free_spot(dice, thing, placed)
+        spot = _free_spot(rng, thing, placed)
         if spot is not None:
             placed.append(replace(thing, left=spot[0], top=spot[1]))
     return tuple(sorted(placed, key=_reading_order))
@@ -301,49 +301,49 @@ def _reading_order(thing: SceneObject) -> tuple[int, int, int]:
     return y * 3 // IMAGE_SIZE, x, y
 
 
-def _sample_shapes(dice: Dice, n: int) -> list[SceneObject]:
+def _sample_shapes(rng: SeededRandom, n: int) -> list[SceneObject]:
     """`n` shapes; in half of the scenes with room for it, two to five of them are of one kind."""
     shapes: list[SceneObject] = []
-    if n >= 2 and dice.chance(50):
-        shape, color, size = dice.choice(SHAPES), dice.choice(tuple(COLORS)), _sample_size(dice)
-        same_color = dice.chance(60)
-        for _ in range(min(n, dice.between(2, 5))):
-            shapes.append(_sample_shape(dice, shape, color if same_color else dice.choice(tuple(COLORS)), size))
+    if n >= 2 and rng.chance(50):
+        shape, color, size = rng.choice(SHAPES), rng.choice(tuple(COLORS)), _sample_size(rng)
+        same_color = rng.chance(60)
+        for _ in range(min(n, rng.between(2, 5))):
+            shapes.append(_sample_shape(rng, shape, color if same_color else rng.choice(tuple(COLORS)), size))
     while len(shapes) < n:
-        shapes.append(_sample_shape(dice, dice.choice(SHAPES), dice.choice(tuple(COLORS)), _sample_size(dice)))
+        shapes.append(_sample_shape(rng, rng.choice(SHAPES), rng.choice(tuple(COLORS)), _sample_size(rng)))
     return shapes
 
 
-def _sample_size(dice: Dice) -> str:
-    return dice.weighted({"small": 38, "medium": 40, "large": 22})
+def _sample_size(rng: SeededRandom) -> str:
+    return rng.weighted({"small": 38, "medium": 40, "large": 22})
 
 
-def _sample_shape(dice: Dice, shape: str, color: str, size: str) -> SceneObject:
-    side = dice.between(*SIZES[size])
-    return SceneObject(shape, color, size, 0, 0, side, side, _tinted(dice, COLORS[color]))
+def _sample_shape(rng: SeededRandom, shape: str, color: str, size: str) -> SceneObject:
+    side = rng.between(*SIZES[size])
+    return SceneObject(shape, color, size, 0, 0, side, side, _tinted(rng, COLORS[color]))
 
 
-def _sample_sign(dice: Dice, text: str) -> SceneObject:
-    scale = dice.weighted({2: 12, 3: 22, 4: 44, 5: 22})
+def _sample_sign(rng: SeededRandom, text: str) -> SceneObject:
+    scale = rng.weighted({2: 12, 3: 22, 4: 44, 5: 22})
     margin = scale + 2
     width = (GLYPH_WIDTH + 1) * scale * len(text) - scale + 2 * margin
-    color = dice.choice(tuple(COLORS))
+    color = rng.choice(tuple(COLORS))
     size = "small" if scale <= 3 else "medium"
     height = GLYPH_HEIGHT * scale + 2 * margin
-    return SceneObject(SIGN, color, size, 0, 0, width, height, _tinted(dice, COLORS[color]), text, scale)
+    return SceneObject(SIGN, color, size, 0, 0, width, height, _tinted(rng, COLORS[color]), text, scale)
 
 
-def _tinted(dice: Dice, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
-    red, green, blue = (min(255, max(0, level + dice.between(-9, 9))) for level in rgb)
+def _tinted(rng: SeededRandom, rgb: tuple[int, int, int]) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, level + rng.between(-9, 9))) for level in rgb)
     return red, green, blue
 
 
-def _free_spot(dice: Dice, thing: SceneObject, placed: list[SceneObject]) -> tuple[int, int] | None:
+def _free_spot(rng: SeededRandom, thing: SceneObject, placed: list[SceneObject]) -> tuple[int, int] | None:
     """A left and top corner at least six pixels from every other object, or None when forty tries found none."""
     gap, rim = 6, 4
     for _ in range(40):
-        left = dice.between(rim, IMAGE_SIZE - rim - thing.width)
-        top = dice.between(rim, IMAGE_SIZE - rim - thing.height)
+        left = rng.between(rim, IMAGE_SIZE - rim - thing.width)
+        top = rng.between(rim, IMAGE_SIZE - rim - thing.height)
         if all(
             left >= o.left + o.width + gap
             or o.left >= left + thing.width + gap
@@ -355,12 +355,12 @@ def _free_spot(dice: Dice, thing: SceneObject, placed: list[SceneObject]) -> tup
     return None
 
 
-def _sample_stroke(dice: Dice) -> Stroke:
-    dx, dy = dice.choice(((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2), (0, 0)))
-    length = 1 if dx == dy == 0 else dice.between(6, 26)
-    width = dice.between(1, 2) if length > 1 else dice.between(2, 4)
-    rgb = _tinted(dice, dice.choice(tuple(COLORS.values())))
-    return Stroke(dice.below(IMAGE_SIZE), dice.below(IMAGE_SIZE), dx, dy, length, width, rgb)
+def _sample_stroke(rng: SeededRandom) -> Stroke:
+    dx, dy = rng.choice(((1, 0), (0, 1), (1, 1), (1, -1), (2, 1), (1, 2), (0, 0)))
+    length = 1 if dx == dy == 0 else rng.between(6, 26)
+    width = rng.between(1, 2) if length > 1 else rng.between(2, 4)
+    rgb = _tinted(rng, rng.choice(tuple(COLORS.values())))
+    return Stroke(rng.below(IMAGE_SIZE), rng.below(IMAGE_SIZE), dx, dy, length, width, rgb)
 
 
 def render(scene: Scene) -> Image.Image:
@@ -387,7 +387,7 @@ def _shade(scene: Scene) -> np.ndarray:
     along = np.arange(IMAGE_SIZE, dtype=np.int16)
     across, down = scene.slant
     slant = (along * across // IMAGE_SIZE - across // 2)[None, :] + (along * down // IMAGE_SIZE - down // 2)[:, None]
-    noise = np.random.PCG64(Dice("shade", scene.split, scene.seed).below(2**53))
+    noise = np.random.PCG64(SeededRandom("shade", scene.split, scene.seed).below(2**53))
     mottles = _draw_levels(noise, IMAGE_SIZE // 28, 9) - 4
     return slant + _enlarged(mottles, 28) + _texture(scene, noise)
 

@@ -52,12 +52,14 @@ def open_source(data: str, count: int, seed: int = 0, image_folder: str | Path |
 
 def _mini(count: int, seed: int) -> Source:
     from llava.mini.questions import sample_questions
-    from llava.mini.scenes import WORLD_VERSION, Dice, Scene, render, sample_scene
+    from llava.mini.scenes import WORLD_VERSION, Scene, SeededRandom, render, sample_scene
 
     def drawn(number: int) -> tuple[Scene, str]:
         scene = sample_scene(FIRST_SEED + SEEDS_APART * seed + number, "validation")
         # The first that the scene allows; of some thousand scenes one does not allow any of the first few tries.
-        asked = next(filter(None, (sample_questions(scene, Dice("fitprune", seed, number), n) for n in (4, 64))))
+        asked = next(
+            filter(None, (sample_questions(scene, SeededRandom("fitprune", seed, number), n) for n in (4, 64)))
+        )
         return scene, asked[0].prompt
 
     def read(number: int) -> Question:

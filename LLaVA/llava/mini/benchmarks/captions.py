@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from llava.mini.benchmarks.table import Table, picture, scenes_of, table
 from llava.mini.captions import CAPTION_PROMPT, caption_references
-from llava.mini.scenes import IMAGE_SIZE, Dice, Scene
+from llava.mini.scenes import IMAGE_SIZE, Scene, SeededRandom
 
 __all__ = ["coco2017_cap_val", "flickr30k_test", "nocaps_val"]
 
@@ -21,7 +21,10 @@ def _captioned(
         if fits(scene):
             n -= 1
             references = caption_references(scene)
-            yield scene, Dice("references", split, scene.seed).sample(references, min(n_references, len(references)))
+            yield (
+                scene,
+                SeededRandom("references", split, scene.seed).sample(references, min(n_references, len(references))),
+            )
 
 
 def coco2017_cap_val() -> list[Table]:

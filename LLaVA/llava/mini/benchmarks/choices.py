@@ -7,7 +7,7 @@ from PIL import Image
 from llava.mini.benchmarks.table import SOURCE, Letters, Row, Table, balanced_facts, picture, shuffled, table
 from llava.mini.forms import TEXT_FORMS
 from llava.mini.questions import QA, as_choice
-from llava.mini.scenes import Dice
+from llava.mini.scenes import SeededRandom
 
 __all__ = ["mmbench_en_dev", "scienceqa_img", "seedbench"]
 
@@ -49,8 +49,8 @@ def mmbench_en_dev() -> list[Table]:
     }
     rows, letters = [], Letters()
     wanted = {form: n for form, (n, _, _) in MMBENCH_FORMS.items()}
-    for i, (scene, fact, dice) in enumerate(balanced_facts(split, wanted)):
-        qa = letters.dealt(as_choice(fact, dice, "mmbench"))
+    for i, (scene, fact, rng) in enumerate(balanced_facts(split, wanted)):
+        qa = letters.dealt(as_choice(fact, rng, "mmbench"))
         _, category, ability = MMBENCH_FORMS[fact.form]
         options = dict.fromkeys("ABCD", "nan") | dict(zip("ABCD", qa.choices, strict=False))
         row = {
@@ -102,8 +102,8 @@ def seedbench() -> list[Table]:
     }
     rows, letters = [], Letters()
     wanted = {form: n for form, (n, _) in SEEDBENCH_FORMS.items()}
-    for i, (scene, fact, dice) in enumerate(balanced_facts(split, wanted, fits=lambda fact: len(fact.wrong) >= 3)):
-        qa = letters.dealt(as_choice(fact, dice, "seedbench", 4))
+    for i, (scene, fact, rng) in enumerate(balanced_facts(split, wanted, fits=lambda fact: len(fact.wrong) >= 3)):
+        qa = letters.dealt(as_choice(fact, rng, "seedbench", 4))
         row = {
             "answer": qa.answer,
             **{f"choice_{letter}": choice for letter, choice in zip("abcd", qa.choices, strict=True)},
@@ -160,13 +160,13 @@ def scienceqa_img() -> list[Table]:
     }
     rows, letters = [], Letters()
     wanted = {form: n for form, (n, *_) in SCIENCEQA_FORMS.items()}
-    for scene, fact, dice in balanced_facts(split, wanted):
-        qa = letters.dealt(as_choice(fact, dice, "scienceqa"))
+    for scene, fact, rng in balanced_facts(split, wanted):
+        qa = letters.dealt(as_choice(fact, rng, "scienceqa"))
         rows.append((qa.prompt, _scienceqa_row(qa, picture(scene), SCIENCEQA_FORMS[fact.form])))
-    dice = Dice("text", split)
+    rng = SeededRandom("text", split)
     for form, (n, *_) in SCIENCEQA_TEXT.items():
         for _ in range(n):
-            qa = letters.dealt(as_choice(TEXT_FORMS[form](dice), dice, "scienceqa"))
+            qa = letters.dealt(as_choice(TEXT_FORMS[form](rng), rng, "scienceqa"))
             rows.append((qa.prompt, _scienceqa_row(qa, None, SCIENCEQA_TEXT[form])))
     return [table("ScienceQA-IMG", "test", columns, shuffled(rows, split))]
 

@@ -11,7 +11,7 @@ from PIL import Image
 from llava.mini.benchmarks.table import Letters, Quota, Table, balanced_facts, picture, shuffled, table
 from llava.mini.forms import PAIR_FORMS, Fact
 from llava.mini.questions import QA, as_choice, as_open
-from llava.mini.scenes import Dice, Scene, sample_scene
+from llava.mini.scenes import Scene, SeededRandom, sample_scene
 
 __all__ = ["mmmu_val"]
 
@@ -55,16 +55,16 @@ def mmmu_val() -> list[Table]:
     asked: list[tuple[QA, str, str, list[Image.Image]]] = []
     options_left = {form: n for form, (n, *_) in MMMU_FORMS.items()}
     wanted = {form: n + n_open for form, (n, n_open, *_) in MMMU_FORMS.items()}
-    for scene, fact, dice in balanced_facts(split, wanted, fits=lambda fact: fact.answer not in ("yes", "no")):
+    for scene, fact, rng in balanced_facts(split, wanted, fits=lambda fact: fact.answer not in ("yes", "no")):
         if options_left[fact.form]:
             options_left[fact.form] -= 1
-            qa = letters.dealt(as_choice(fact, dice, "mmmu"))
+            qa = letters.dealt(as_choice(fact, rng, "mmmu"))
         else:
             qa = as_open(fact, "mmmu")
         _, _, subject, subfield = MMMU_FORMS[fact.form]
         asked.append((qa, subject, subfield, [picture(scene)]))
-    for first, second, fact, dice in _balanced_pairs(split, {form: n for form, (n, *_) in MMMU_PAIRS.items()}):
-        qa = letters.dealt(as_choice(fact, dice, "mmmu"))
+    for first, second, fact, rng in _balanced_pairs(split, {form: n for form, (n, *_) in MMMU_PAIRS.items()}):
+        qa = letters.dealt(as_choice(fact, rng, "mmmu"))
         _, subject, subfield = MMMU_PAIRS[fact.form]
         asked.append((qa, subject, subfield, [picture(first), picture(second)]))
 
@@ -88,16 +88,16 @@ def mmmu_val() -> list[Table]:
     return [table("default", "validation", columns, shuffled(rows, split))]
 
 
-def _balanced_pairs(split: str, wanted: dict[str, int]) -> Iterator[tuple[Scene, Scene, Fact, Dice]]:
+def _balanced_pairs(split: str, wanted: dict[str, int]) -> Iterator[tuple[Scene, Scene, Fact, SeededRandom]]:
     """Facts about two scenes; their seeds lie beyond those of the questions about one."""
     quota = Quota(wanted)
     scenes = (sample_scene(seed, split) for seed in count(10**6))
     for first, second in zip(scenes, scenes, strict=False):
-        dice = Dice("pairs", split, first.seed)
-        for form in quota.forms(dice):
-            fact = PAIR_FORMS[form](first, second, dice)
+        rng = SeededRandom("pairs", split, first.seed)
+        for form in quota.forms(rng):
+            fact = PAIR_FORMS[form](first, second, rng)
             if quota.take(fact):
-                yield first, second, fact, dice
+                yield first, second, fact, rng
                 break
         if not quota.open:
             return

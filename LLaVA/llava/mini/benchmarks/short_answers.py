@@ -92,12 +92,12 @@ def ok_vqa_val2014() -> list[Table]:
         "answer_type": "string",
     }
     rows = []
-    for i, (scene, fact, dice) in enumerate(balanced_facts(split, OK_VQA_FORMS)):
+    for i, (scene, fact, rng) in enumerate(balanced_facts(split, OK_VQA_FORMS)):
         row = {
             "question_id": str(1000 + i),
             "image": picture(scene),
             "question": fact.question,
-            "answers": dice.shuffled([fact.answer] * 8 + ["not sure", "unclear"]),
+            "answers": rng.shuffled([fact.answer] * 8 + ["not sure", "unclear"]),
             "question_type": fact.form,
             "answer_type": "other",
         }

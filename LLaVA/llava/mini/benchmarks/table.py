@@ -13,7 +13,7 @@ from PIL import Image
 
 from llava.mini.forms import FORMS, Fact
 from llava.mini.questions import QA
-from llava.mini.scenes import WORLD_VERSION, Dice, Scene, render, sample_scene
+from llava.mini.scenes import WORLD_VERSION, Scene, SeededRandom, render, sample_scene
 
 __all__ = [
     "SOURCE",
@@ -82,9 +82,9 @@ class Quota:
         """Whether any fact is still wanted."""
         return any(self.left.values())
 
-    def forms(self, dice: Dice) -> list[str]:
+    def forms(self, rng: SeededRandom) -> list[str]:
         """The forms that still lack facts, those that lack the largest share first."""
-        lacking = [form for form in dice.shuffled(tuple(self.left)) if self.left[form]]
+        lacking = [form for form in rng.shuffled(tuple(self.left)) if self.left[form]]
         return sorted(lacking, key=lambda form: -self.left[form] / self.wanted[form])
 
     def take(self, fact: Fact | None) -> bool:
@@ -102,16 +102,16 @@ class Quota:
 
 def balanced_facts(
     split: str, wanted: dict[str, int], per_scene: int = 1, fits: Callable[[Fact], bool] = lambda fact: True
-) -> Iterator[tuple[Scene, Fact, Dice]]:
+) -> Iterator[tuple[Scene, Fact, SeededRandom]]:
     """Facts of the wanted forms with balanced answers, at most `per_scene` a scene."""
     quota = Quota(wanted)
     for scene in scenes_of(split):
-        dice = Dice("facts", split, scene.seed)
+        rng = SeededRandom("facts", split, scene.seed)
         taken = 0
-        for form in quota.forms(dice):
-            fact = FORMS[form](scene, dice)
+        for form in quota.forms(rng):
+            fact = FORMS[form](scene, rng)
             if fact is not None and fits(fact) and quota.take(fact):
-                yield scene, fact, dice
+                yield scene, fact, rng
                 taken += 1
             if taken == per_scene:
                 break
@@ -136,7 +136,7 @@ class Letters:
 
 def shuffled(rows: list[tuple[str, Row]], split: str) -> list[tuple[str, Row]]:
     """The rows in the split's fixed random order."""
-    return Dice("order", split).shuffled(rows)
+    return SeededRandom("order", split).shuffled(rows)
 
 
 def table(config: str, split: str, columns: dict[str, Any], rows: Iterable[tuple[str, Row]]) -> Table:

@@ -7,9 +7,9 @@ from collections import Counter
 from llava.mini.benchmarks.table import SOURCE, Row, Table, picture, scenes_of, shuffled, table
 from llava.mini.captions import an
 from llava.mini.forms import FORMS, Fact
-from llava.mini.forms.looking import absent_kind
+from llava.mini.forms.perception import absent_kind
 from llava.mini.questions import as_open
-from llava.mini.scenes import COLORS, SHAPES, Dice, Scene
+from llava.mini.scenes import COLORS, SHAPES, Scene, SeededRandom
 
 __all__ = ["mme", "pope"]
 
@@ -34,7 +34,7 @@ def pope() -> list[Table]:
     for scene in scenes_of(split):
         # Three kinds of at least two colours and two shapes: else there is nothing tempting to ask for.
         kinds = _kinds(scene)
-        if len(kinds) >= 3 and absent_kind(scene, Dice("pope", scene.seed), with_color=True, tempting=True):
+        if len(kinds) >= 3 and absent_kind(scene, SeededRandom("pope", scene.seed), with_color=True, tempting=True):
             scenes.append(scene)
         if len(scenes) == 36:
             break
@@ -43,13 +43,13 @@ def pope() -> list[Table]:
     popular = sorted(every, key=lambda kind: -shown_in[kind])[: len(every) // 3]
     rows = []
     for scene in scenes:
-        dice = Dice("rows", split, scene.seed)
+        rng = SeededRandom("rows", split, scene.seed)
         kinds = _kinds(scene)
-        absent = {"adversarial": absent_kind(scene, dice, with_color=True, tempting=True)}
+        absent = {"adversarial": absent_kind(scene, rng, with_color=True, tempting=True)}
         for category, pool in (("popular", popular), ("random", every)):
-            absent[category] = dice.choice([k for k in pool if k not in kinds and k not in absent.values()])
-        for (category, missing), present in zip(absent.items(), dice.sample(kinds, 3), strict=True):
-            for kind, answer in dice.shuffled([(present, "yes"), (missing, "no")]):
+            absent[category] = rng.choice([k for k in pool if k not in kinds and k not in absent.values()])
+        for (category, missing), present in zip(absent.items(), rng.sample(kinds, 3), strict=True):
+            for kind, answer in rng.shuffled([(present, "yes"), (missing, "no")]):
                 question = f"Is there {an(kind)} in the image?"
                 row = {
                     "id": str(len(rows)),
@@ -96,9 +96,9 @@ def mme() -> list[Table]:
     left = {category: n for category, (_, n) in MME_FORMS.items()}
     pairs = []
     for scene in scenes_of(split):
-        dice = Dice("rows", split, scene.seed)
-        for category in sorted(dice.shuffled([c for c in left if left[c]]), key=lambda c: -left[c] / MME_FORMS[c][1]):
-            pair = _yes_and_no(scene, dice, dice.choice(MME_FORMS[category][0]))
+        rng = SeededRandom("rows", split, scene.seed)
+        for category in sorted(rng.shuffled([c for c in left if left[c]]), key=lambda c: -left[c] / MME_FORMS[c][1]):
+            pair = _yes_and_no(scene, rng, rng.choice(MME_FORMS[category][0]))
             if pair is None:
                 continue
             question_id = f"{category}/{MME_FORMS[category][1] - left[category]:04d}.png"
@@ -107,18 +107,22 @@ def mme() -> list[Table]:
             break
         if not any(left.values()):
             break
-    return [table("default", "test", columns, [row for pair in Dice("order", split).shuffled(pairs) for row in pair])]
+    return [
+        table(
+            "default", "test", columns, [row for pair in SeededRandom("order", split).shuffled(pairs) for row in pair]
+        )
+    ]
 
 
-def _yes_and_no(scene: Scene, dice: Dice, form: str) -> list[Fact] | None:
+def _yes_and_no(scene: Scene, rng: SeededRandom, form: str) -> list[Fact] | None:
     """A question of the form with the answer yes and one with no, in random order, or None when 40 tries give none."""
     found: dict[str, Fact] = {}
     for _ in range(40):
-        fact = FORMS[form](scene, dice)
+        fact = FORMS[form](scene, rng)
         if fact is not None and fact.answer in ("yes", "no"):
             found.setdefault(fact.answer, fact)
         if len(found) == 2:
-            return dice.shuffled(tuple(found.values()))
+            return rng.shuffled(tuple(found.values()))
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llava.mini.captions import COUNT_WORDS, PLURALS
 from llava.mini.forms.facts import Fact, near_numbers, yes_no
-from llava.mini.scenes import COLORS, SHAPES, SIZES, Dice, Scene
+from llava.mini.scenes import COLORS, SHAPES, SIZES, Scene, SeededRandom
 
 __all__ = ["COUNTING_FORMS", "COUNT_SHARES", "countable_kinds"]
 
@@ -45,30 +45,30 @@ def countable_kinds(scene: Scene) -> dict[str, dict[str, int]]:
     }
 
 
-def _count(scene: Scene, dice: Dice) -> Fact:
+def _count(scene: Scene, rng: SeededRandom) -> Fact:
     kinds = {kind: n for sort in countable_kinds(scene).values() for kind, n in sort.items()}
     # The number first, so that small numbers are not what most questions ask for.
-    n = dice.choice(sorted(set(kinds.values())))
-    kind = dice.choice([k for k, number in kinds.items() if number == n])
-    wording = dice.choice(("How many {} are there?", "How many {} are there in the image?", "How many {} are shown?"))
-    return Fact("count", wording.format(kind), str(n), near_numbers(dice, n, 0, 8))
+    n = rng.choice(sorted(set(kinds.values())))
+    kind = rng.choice([k for k, number in kinds.items() if number == n])
+    wording = rng.choice(("How many {} are there?", "How many {} are there in the image?", "How many {} are shown?"))
+    return Fact("count", wording.format(kind), str(n), near_numbers(rng, n, 0, 8))
 
 
-def _is_count(scene: Scene, dice: Dice) -> Fact | None:
+def _is_count(scene: Scene, rng: SeededRandom) -> Fact | None:
     """True and false numbers are equally frequent for every kind: a false one is as frequent as that number is true."""
     sorts = {sort: {k: n for k, n in kinds.items() if n} for sort, kinds in countable_kinds(scene).items()}
-    sort = dice.choice([sort for sort, kinds in sorts.items() if kinds])
-    kind, n = dice.choice(tuple(sorts[sort].items()))
-    other = n + dice.choice((-1, 1))
+    sort = rng.choice([sort for sort, kinds in sorts.items() if kinds])
+    kind, n = rng.choice(tuple(sorts[sort].items()))
+    other = n + rng.choice((-1, 1))
     shares = (0, *COUNT_SHARES[sort], 0)
     # Take n and its neighbour as often as the rarer of the two occurs; then either may be the one that is told.
-    if dice.below(shares[n]) >= shares[other]:
+    if rng.below(shares[n]) >= shares[other]:
         return None
-    yes = dice.chance(50)
+    yes = rng.chance(50)
     told = n if yes else other
     if told == 1:
         return yes_no("is_count", f"Is there exactly one {_singular(kind)} in the image?", yes)
-    wording = dice.choice(("Are there exactly {} {} in the image?", "Are there {} {} in this image?"))
+    wording = rng.choice(("Are there exactly {} {} in the image?", "Are there {} {} in this image?"))
     return yes_no("is_count", wording.format(COUNT_WORDS[told], kind), yes)
 
 
@@ -76,20 +76,20 @@ def _singular(kind: str) -> str:
     return kind.removesuffix("es") if kind.endswith("crosses") else kind.removesuffix("s")
 
 
-def _more(scene: Scene, dice: Dice) -> Fact | None:
+def _more(scene: Scene, rng: SeededRandom) -> Fact | None:
     counts = {PLURALS[s]: sum(o.shape == s for o in scene.shapes) for s in SHAPES}
     shown = [kind for kind, n in counts.items() if n]
     pairs = [(a, b) for a in shown for b in shown if counts[a] > counts[b]]
     if not pairs:
         return None
-    more, fewer = dice.choice(pairs)
-    first, second = dice.shuffled([more, fewer])
-    if dice.chance(50):
+    more, fewer = rng.choice(pairs)
+    first, second = rng.shuffled([more, fewer])
+    if rng.chance(50):
         return yes_no("more", f"Are there more {first} than {second} in the image?", first == more)
     return Fact("more", f"Which are there more of, {first} or {second}?", more, (fewer,))
 
 
-COUNTING_FORMS: dict[str, Callable[[Scene, Dice], Fact | None]] = {
+COUNTING_FORMS: dict[str, Callable[[Scene, SeededRandom], Fact | None]] = {
     "count": _count,
     "is_count": _is_count,
     "more": _more,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llava.mini.dice import Dice
+from llava.mini.seeded_random import SeededRandom
 
 __all__ = ["Fact", "near_numbers", "other_than", "yes_no"]
 
@@ -26,9 +26,9 @@ def other_than(options: Iterable[str], answer: str) -> tuple[str, ...]:
     return tuple(o for o in options if o != answer)
 
 
-def near_numbers(dice: Dice, n: int, lowest: int, highest: int) -> tuple[str, ...]:
+def near_numbers(rng: SeededRandom, n: int, lowest: int, highest: int) -> tuple[str, ...]:
     """The other three of four numbers in a row that hold `n` anywhere."""
-    start = dice.between(max(lowest, n - 3), min(n, highest - 3))
+    start = rng.between(max(lowest, n - 3), min(n, highest - 3))
     return tuple(str(m) for m in range(start, start + 4) if m != n)
 
 

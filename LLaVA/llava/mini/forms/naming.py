@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from llava.mini.captions import at
-from llava.mini.scenes import IMAGE_SIZE, SIGN, Dice, Scene, SceneObject
+from llava.mini.scenes import IMAGE_SIZE, SIGN, Scene, SceneObject, SeededRandom
 
 __all__ = ["APART", "INSIDE", "firmly_placed", "phrase_for", "phrases_for", "some_phrase", "two_phrases"]
 
@@ -43,32 +43,32 @@ def phrases_for(scene: Scene, thing: SceneObject, hide: Sequence[str] = ()) -> l
     return phrases
 
 
-def phrase_for(scene: Scene, dice: Dice, thing: SceneObject, hide: Sequence[str] = ()) -> str | None:
+def phrase_for(scene: Scene, rng: SeededRandom, thing: SceneObject, hide: Sequence[str] = ()) -> str | None:
     """One of `phrases_for`, or None when nothing short picks the object out."""
     phrases = phrases_for(scene, thing, hide)
-    return dice.choice(phrases) if phrases else None
+    return rng.choice(phrases) if phrases else None
 
 
 def some_phrase(
-    scene: Scene, dice: Dice, things: Sequence[SceneObject], hide: Sequence[str] = ()
+    scene: Scene, rng: SeededRandom, things: Sequence[SceneObject], hide: Sequence[str] = ()
 ) -> tuple[SceneObject, str] | None:
     """A random object of `things` that can be named, with a phrase for it."""
-    for thing in dice.shuffled(things):
-        phrase = phrase_for(scene, dice, thing, hide)
+    for thing in rng.shuffled(things):
+        phrase = phrase_for(scene, rng, thing, hide)
         if phrase is not None:
             return thing, phrase
     return None
 
 
 def two_phrases(
-    scene: Scene, dice: Dice, fits: Callable[[SceneObject, SceneObject], bool], hide: Sequence[str] = ("place",)
+    scene: Scene, rng: SeededRandom, fits: Callable[[SceneObject, SceneObject], bool], hide: Sequence[str] = ("place",)
 ) -> tuple[SceneObject, str, SceneObject, str] | None:
     """A random ordered pair of nameable objects for which `fits` holds, each with a phrase."""
-    things = dice.shuffled(scene.objects)
+    things = rng.shuffled(scene.objects)
     for a in things:
         for b in things:
             if a is not b and fits(a, b):
-                first, second = phrase_for(scene, dice, a, hide), phrase_for(scene, dice, b, hide)
+                first, second = phrase_for(scene, rng, a, hide), phrase_for(scene, rng, b, hide)
                 if first is not None and second is not None:
                     return a, first, b, second
     return None

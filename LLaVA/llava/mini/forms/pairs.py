@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from llava.mini.captions import an
 from llava.mini.forms.facts import Fact
-from llava.mini.scenes import Dice, Scene
+from llava.mini.scenes import Scene, SeededRandom
 
 __all__ = ["PAIR_FORMS"]
 
@@ -18,27 +18,27 @@ def _which_image(form: str, question: str, first: bool) -> Fact:
     return Fact(form, question, answer, (wrong,))
 
 
-def _pair_exists(a: Scene, b: Scene, dice: Dice) -> Fact | None:
-    first = dice.chance(50)
+def _pair_exists(a: Scene, b: Scene, rng: SeededRandom) -> Fact | None:
+    first = rng.chance(50)
     shown, hidden = (a, b) if first else (b, a)
-    with_color = dice.chance(60)
+    with_color = rng.chance(60)
     name = (lambda o: f"{o.color} {o.shape}") if with_color else (lambda o: o.shape)
     kinds = sorted({name(o) for o in shown.shapes} - {name(o) for o in hidden.shapes})
     if not kinds:
         return None
-    question = f"<image 1> <image 2> Which image shows {an(dice.choice(kinds))}?"
+    question = f"<image 1> <image 2> Which image shows {an(rng.choice(kinds))}?"
     return _which_image("pair_exists", question, first)
 
 
-def _pair_more(a: Scene, b: Scene, dice: Dice) -> Fact | None:
+def _pair_more(a: Scene, b: Scene, rng: SeededRandom) -> Fact | None:
     if abs(len(a.objects) - len(b.objects)) < 2:
         return None
     question = "<image 1> <image 2> Which image shows more objects?"
     return _which_image("pair_more", question, len(a.objects) > len(b.objects))
 
 
-def _pair_background(a: Scene, b: Scene, dice: Dice) -> Fact | None:
-    first = dice.chance(50)
+def _pair_background(a: Scene, b: Scene, rng: SeededRandom) -> Fact | None:
+    first = rng.chance(50)
     shown, hidden = (a, b) if first else (b, a)
     if shown.background == hidden.background:
         return None
@@ -46,20 +46,20 @@ def _pair_background(a: Scene, b: Scene, dice: Dice) -> Fact | None:
     return _which_image("pair_background", question, first)
 
 
-def _pair_read(a: Scene, b: Scene, dice: Dice) -> Fact | None:
-    first = dice.chance(50)
+def _pair_read(a: Scene, b: Scene, rng: SeededRandom) -> Fact | None:
+    first = rng.chance(50)
     shown, hidden = (a, b) if first else (b, a)
     texts = sorted({s.text for s in shown.signs} - {s.text for s in hidden.signs})
     if not texts:
         return None
-    question = f"<image 1> <image 2> Which image has a sign that says {dice.choice(texts)}?"
+    question = f"<image 1> <image 2> Which image has a sign that says {rng.choice(texts)}?"
     return _which_image("pair_read", question, first)
 
 
-PAIR_FORMS: dict[str, Callable[[Scene, Scene, Dice], Fact | None]] = {
+PAIR_FORMS: dict[str, Callable[[Scene, Scene, SeededRandom], Fact | None]] = {
     "pair_exists": _pair_exists,
     "pair_more": _pair_more,
     "pair_background": _pair_background,
     "pair_read": _pair_read,
 }
-"""Form name -> function of two scenes and dice; the question names them ``<image 1> <image 2>``."""
+"""Form name -> function of two scenes and a `SeededRandom`; the question names them ``<image 1> <image 2>``."""

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mini.attention import attention_for
-from llava.mini.grounding import Grounding, GroundingHeads
-from llava.mini.packing import Batch, packed_mask, prefix_stretches
-from llava.mini.tower import pixel_values
-from llava.mini.vocabulary import TEMPLATE
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from mini_training.attention import attention_for
+from mini_training.grounding import Grounding, GroundingHeads
+from mini_training.packing import Batch, packed_mask, prefix_stretches
+from mini_training.tower import pixel_values
+from mini_training.vocabulary import TEMPLATE
 
 __all__ = ["ConversationTask", "build_llava", "llava_config"]
 

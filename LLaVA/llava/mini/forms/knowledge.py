@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from llava.mini.captions import an
 from llava.mini.forms.facts import Fact, near_numbers, other_than, yes_no
 from llava.mini.forms.naming import some_phrase
-from llava.mini.scenes import NUMBERS, WORDS, Dice, Scene, SceneObject
+from llava.mini.scenes import NUMBERS, WORDS, Scene, SceneObject, SeededRandom
 
 __all__ = [
     "CATEGORIES",
@@ -16,7 +16,7 @@ __all__ = [
     "CORNER_COUNTS",
     "FRENCH",
     "FRUITS",
-    "KNOWING_FORMS",
+    "KNOWLEDGE_FORMS",
     "SOUNDS",
     "only_sign",
 ]
@@ -79,27 +79,27 @@ def only_sign(scene: Scene, texts: Iterable[str]) -> SceneObject | None:
     return signs[0] if len(signs) == 1 and signs[0].text in texts else None
 
 
-def _category(scene: Scene, dice: Dice) -> Fact | None:
+def _category(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, WORDS)
     if sign is None:
         return None
     answer = CATEGORY_OF[sign.text]
-    wording = dice.choice(("What kind of thing does the sign name?", "What kind of thing is the word about?"))
+    wording = rng.choice(("What kind of thing does the sign name?", "What kind of thing is the word about?"))
     return Fact("category", wording, answer, other_than(CATEGORIES, answer))
 
 
-def _is_category(scene: Scene, dice: Dice) -> Fact | None:
+def _is_category(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, WORDS)
     if sign is None:
         return None
     answer = CATEGORY_OF[sign.text]
-    yes = dice.chance(50)
-    told = answer if yes else dice.choice(other_than(CATEGORIES, answer))
+    yes = rng.chance(50)
+    told = answer if yes else rng.choice(other_than(CATEGORIES, answer))
     noun = {"food": "food", "nature": "something in nature"}.get(told, an(told))
     return yes_no("is_category", f"Does the word in the image name {noun}?", yes)
 
 
-def _sound(scene: Scene, dice: Dice) -> Fact | None:
+def _sound(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, SOUNDS)
     if sign is None:
         return None
@@ -107,17 +107,17 @@ def _sound(scene: Scene, dice: Dice) -> Fact | None:
     return Fact("sound", "What sound does the animal on the sign make?", answer, other_than(SOUNDS.values(), answer))
 
 
-def _is_french(scene: Scene, dice: Dice) -> Fact | None:
+def _is_french(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, FRENCH)
     if sign is None:
         return None
-    yes = dice.chance(50)
-    told = FRENCH[sign.text] if yes else dice.choice(other_than(FRENCH.values(), FRENCH[sign.text]))
+    yes = rng.chance(50)
+    told = FRENCH[sign.text] if yes else rng.choice(other_than(FRENCH.values(), FRENCH[sign.text]))
     return yes_no("is_french", f'Is "{told}" the French translation of the word in the image?', yes)
 
 
-def _fruit(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, scene.shapes, hide=("color",))
+def _fruit(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, scene.shapes, hide=("color",))
     if named is None:
         return None
     thing, phrase = named
@@ -125,8 +125,8 @@ def _fruit(scene: Scene, dice: Dice) -> Fact | None:
     return Fact("fruit", f"Which fruit has the color of the {phrase}?", answer, other_than(FRUITS.values(), answer))
 
 
-def _corners(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, [o for o in scene.shapes if o.shape in CORNERS], hide=("shape",))
+def _corners(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, [o for o in scene.shapes if o.shape in CORNERS], hide=("shape",))
     if named is None:
         return None
     thing, phrase = named
@@ -134,7 +134,7 @@ def _corners(scene: Scene, dice: Dice) -> Fact | None:
     return Fact("corners", f"How many corners does the {phrase} have?", answer, other_than(CORNER_COUNTS, answer))
 
 
-def _number_size(scene: Scene, dice: Dice) -> Fact | None:
+def _number_size(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, NUMBERS)
     if sign is None:
         return None
@@ -145,46 +145,46 @@ def _number_size(scene: Scene, dice: Dice) -> Fact | None:
         "Is the number in the image even?": n % 2 == 0,
         "Is the number in the image odd?": n % 2 == 1,
     }
-    question = dice.choice(tuple(wordings))
+    question = rng.choice(tuple(wordings))
     return yes_no("number_size", question, wordings[question])
 
 
-def _sum(scene: Scene, dice: Dice) -> Fact | None:
+def _sum(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, NUMBERS)
     if sign is None:
         return None
-    added = dice.between(1, 3)
+    added = rng.between(1, 3)
     total = int(sign.text) + added
     question = f"What is the number in the image plus {added}?"
-    return Fact("sum", question, str(total), near_numbers(dice, total, added, 9 + added))
+    return Fact("sum", question, str(total), near_numbers(rng, total, added, 9 + added))
 
 
-def _is_sum(scene: Scene, dice: Dice) -> Fact | None:
+def _is_sum(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, NUMBERS)
     if sign is None:
         return None
-    added = dice.between(1, 3)
+    added = rng.between(1, 3)
     total = int(sign.text) + added
-    yes = dice.chance(50)
-    told = total if yes else dice.choice([m for m in range(added, 10 + added) if m != total])
+    yes = rng.chance(50)
+    told = total if yes else rng.choice([m for m in range(added, 10 + added) if m != total])
     return yes_no("is_sum", f"Is the number in the image plus {added} equal to {told}?", yes)
 
 
-def _code(scene: Scene, dice: Dice) -> Fact | None:
+def _code(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, NUMBERS)
     if sign is None:
         return None
     n = int(sign.text)
     codes = {"n > 4": n > 4, "n < 5": n < 5, "n % 2 == 0": n % 2 == 0, "n % 2 == 1": n % 2 == 1}
-    code = dice.choice(tuple(codes))
-    if dice.chance(50):
+    code = rng.choice(tuple(codes))
+    if rng.chance(50):
         question = f"Let n be the number in the image. What does print({code}) output?"
         return Fact("code", question, str(codes[code]), (str(not codes[code]),))
     question = f"Let n be the number in the image. Does print({code}) output True?"
     return yes_no("code", question, codes[code])
 
 
-KNOWING_FORMS: dict[str, Callable[[Scene, Dice], Fact | None]] = {
+KNOWLEDGE_FORMS: dict[str, Callable[[Scene, SeededRandom], Fact | None]] = {
     "category": _category,
     "is_category": _is_category,
     "sound": _sound,

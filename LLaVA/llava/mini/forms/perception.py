@@ -17,34 +17,34 @@ from llava.mini.scenes import (
     SIZES,
     TEXTURES,
     WORDS,
-    Dice,
     Scene,
     SceneObject,
+    SeededRandom,
 )
 
-__all__ = ["LOOKING_FORMS", "absent_kind", "present_kind"]
+__all__ = ["PERCEPTION_FORMS", "absent_kind", "present_kind"]
 
 
-def _exists(scene: Scene, dice: Dice) -> Fact | None:
+def _exists(scene: Scene, rng: SeededRandom) -> Fact | None:
     if not scene.shapes:
         return None
-    yes, with_color = dice.chance(50), dice.chance(65)
+    yes, with_color = rng.chance(50), rng.chance(65)
     if yes:
-        kind = present_kind(scene, dice, with_color)
+        kind = present_kind(scene, rng, with_color)
     else:
-        tempting = absent_kind(scene, dice, with_color, tempting=True) if dice.chance(60) else None
-        kind = tempting or absent_kind(scene, dice, with_color, tempting=False)
+        tempting = absent_kind(scene, rng, with_color, tempting=True) if rng.chance(60) else None
+        kind = tempting or absent_kind(scene, rng, with_color, tempting=False)
     wordings = ("Is there {} in the image?", "Is there {} in this image?", "Is there {}?")
-    return None if kind is None else yes_no("exists", dice.choice(wordings).format(an(kind)), yes)
+    return None if kind is None else yes_no("exists", rng.choice(wordings).format(an(kind)), yes)
 
 
-def present_kind(scene: Scene, dice: Dice, with_color: bool) -> str:
+def present_kind(scene: Scene, rng: SeededRandom, with_color: bool) -> str:
     """A kind of shape that the scene shows, such as "star" or "red star"."""
-    thing = dice.choice(scene.shapes)
+    thing = rng.choice(scene.shapes)
     return f"{thing.color} {thing.shape}" if with_color else thing.shape
 
 
-def absent_kind(scene: Scene, dice: Dice, with_color: bool, tempting: bool) -> str | None:
+def absent_kind(scene: Scene, rng: SeededRandom, with_color: bool, tempting: bool) -> str | None:
     """A kind of shape that the scene does not show, or None when there is none of that sort.
 
     A tempting one has a colour and a shape that are both in the picture, only not together.
@@ -52,58 +52,58 @@ def absent_kind(scene: Scene, dice: Dice, with_color: bool, tempting: bool) -> s
     shown = {(o.color, o.shape) for o in scene.shapes}
     if not with_color:
         missing = [s for s in SHAPES if s not in {shape for _, shape in shown}]
-        return dice.choice(missing) if missing else None
+        return rng.choice(missing) if missing else None
     colors = sorted({c for c, _ in shown}) if tempting else list(COLORS)
     shapes = sorted({s for _, s in shown}) if tempting else list(SHAPES)
     missing_pairs = [f"{c} {s}" for c in colors for s in shapes if (c, s) not in shown]
-    return dice.choice(missing_pairs) if missing_pairs else None
+    return rng.choice(missing_pairs) if missing_pairs else None
 
 
-def _both(scene: Scene, dice: Dice) -> Fact | None:
+def _both(scene: Scene, rng: SeededRandom) -> Fact | None:
     shown = sorted({o.shape for o in scene.shapes})
     missing = [s for s in SHAPES if s not in shown]
-    yes = dice.chance(50)
+    yes = rng.chance(50)
     if len(shown) < 2 or not missing:
         return None
-    pair = dice.sample(shown, 2) if yes else dice.shuffled([dice.choice(shown), dice.choice(missing)])
+    pair = rng.sample(shown, 2) if yes else rng.shuffled([rng.choice(shown), rng.choice(missing)])
     return yes_no("both", f"Are there both {an(pair[0])} and {an(pair[1])} in the image?", yes)
 
 
-def _color(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, scene.objects, hide=("color",))
+def _color(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, scene.objects, hide=("color",))
     if named is None:
         return None
     thing, phrase = named
-    wording = dice.choice(("What color is the {}?", "What is the color of the {}?", "Which color does the {} have?"))
+    wording = rng.choice(("What color is the {}?", "What is the color of the {}?", "Which color does the {} have?"))
     return Fact("color", wording.format(phrase), thing.color, other_than(COLORS, thing.color))
 
 
-def _is_color(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, scene.objects, hide=("color",))
+def _is_color(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, scene.objects, hide=("color",))
     if named is None:
         return None
     thing, phrase = named
-    yes = dice.chance(50)
+    yes = rng.chance(50)
     nearby = other_than(sorted({o.color for o in scene.objects}), thing.color)
-    others = nearby if nearby and dice.chance(50) else other_than(COLORS, thing.color)
-    return yes_no("is_color", f"Is the {phrase} {thing.color if yes else dice.choice(others)}?", yes)
+    others = nearby if nearby and rng.chance(50) else other_than(COLORS, thing.color)
+    return yes_no("is_color", f"Is the {phrase} {thing.color if yes else rng.choice(others)}?", yes)
 
 
-def _shape(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, scene.shapes, hide=("shape",))
+def _shape(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, scene.shapes, hide=("shape",))
     if named is None:
         return None
     thing, phrase = named
-    wording = dice.choice(("What is the {}?", "What shape is the {}?", "Which shape is the {}?"))
+    wording = rng.choice(("What is the {}?", "What shape is the {}?", "Which shape is the {}?"))
     return Fact("shape", wording.format(phrase), thing.shape, other_than(SHAPES, thing.shape))
 
 
-def _size(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, scene.shapes, hide=("size",))
+def _size(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, scene.shapes, hide=("size",))
     if named is None:
         return None
     thing, phrase = named
-    wording = dice.choice(("How big is the {}?", "What size is the {}?"))
+    wording = rng.choice(("How big is the {}?", "What size is the {}?"))
     return Fact("size", wording.format(phrase), thing.size, other_than(SIZES, thing.size))
 
 
@@ -121,36 +121,36 @@ RELATIONS = (
 )
 
 
-def _relation(scene: Scene, dice: Dice) -> Fact | None:
+def _relation(scene: Scene, rng: SeededRandom) -> Fact | None:
     """Which side of b is a on: asked as yes or no, or as a choice between the two sides."""
-    here, there, preposition, opposite, holds = dice.choice(RELATIONS)
-    pair = two_phrases(scene, dice, lambda a, b: holds(a, b) or holds(b, a))
+    here, there, preposition, opposite, holds = rng.choice(RELATIONS)
+    pair = two_phrases(scene, rng, lambda a, b: holds(a, b) or holds(b, a))
     if pair is None:
         return None
     a, first, b, second = pair
     true = holds(a, b)
-    if dice.chance(50):
-        asked_here = dice.chance(50)
+    if rng.chance(50):
+        asked_here = rng.chance(50)
         question = f"Is the {first} {preposition if asked_here else opposite} the {second}?"
         return yes_no("relation", question, true == asked_here)
-    sides = dice.shuffled([preposition, opposite])
+    sides = rng.shuffled([preposition, opposite])
     question = f"Is the {first} {sides[0]} or {sides[1]} the {second}?"
     return Fact("relation", question, here if true else there, (there if true else here,))
 
 
-def _related(scene: Scene, dice: Dice) -> Fact | None:
+def _related(scene: Scene, rng: SeededRandom) -> Fact | None:
     """What is the one object on a side of another."""
-    _, _, preposition, opposite, holds = dice.choice(RELATIONS)
-    if dice.chance(50):
+    _, _, preposition, opposite, holds = rng.choice(RELATIONS)
+    if rng.chance(50):
         preposition, holds = opposite, lambda a, b, forward=holds: forward(b, a)
-    for anchor in dice.shuffled(scene.objects):
+    for anchor in rng.shuffled(scene.objects):
         others = [o for o in scene.objects if o is not anchor]
         there = [o for o in others if holds(o, anchor)]
         unclear = [o for o in others if not holds(o, anchor) and not holds(anchor, o)]
-        name = phrase_for(scene, dice, anchor, hide=("place",))
+        name = phrase_for(scene, rng, anchor, hide=("place",))
         if len(there) != 1 or unclear or name is None:
             continue
-        if dice.chance(50) and not there[0].is_sign:
+        if rng.chance(50) and not there[0].is_sign:
             answer, wrong = there[0].shape, other_than(SHAPES, there[0].shape)
             return Fact("related", f"What is {preposition} the {name}?", answer, wrong)
         answer, wrong = there[0].color, other_than(COLORS, there[0].color)
@@ -158,10 +158,10 @@ def _related(scene: Scene, dice: Dice) -> Fact | None:
     return None
 
 
-def _side(scene: Scene, dice: Dice) -> Fact | None:
-    axis = dice.below(2)
+def _side(scene: Scene, rng: SeededRandom) -> Fact | None:
+    axis = rng.below(2)
     clear = [o for o in scene.objects if abs(o.center[axis] - IMAGE_SIZE // 2) >= 2 * INSIDE]
-    named = some_phrase(scene, dice, clear, hide=("place",))
+    named = some_phrase(scene, rng, clear, hide=("place",))
     if named is None:
         return None
     thing, phrase = named
@@ -169,95 +169,91 @@ def _side(scene: Scene, dice: Dice) -> Fact | None:
     before = thing.center[axis] < IMAGE_SIZE // 2
     answer, wrong = names if before else names[::-1]
     if axis == 0:
-        wording = dice.choice(
-            ("On which side of the image is the {}?", "Is the {} on the left side or the right side?")
-        )
+        wording = rng.choice(("On which side of the image is the {}?", "Is the {} on the left side or the right side?"))
     else:
-        wording = dice.choice(
+        wording = rng.choice(
             ("Is the {} at the top or at the bottom?", "In which half of the image is the {}, top or bottom?")
         )
     return Fact("side", wording.format(phrase), answer, (wrong,))
 
 
-def _place(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, [o for o in scene.objects if firmly_placed(o)], hide=("place",))
+def _place(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, [o for o in scene.objects if firmly_placed(o)], hide=("place",))
     if named is None:
         return None
     thing, phrase = named
-    wording = dice.choice(
-        ("Where in the image is the {}?", "Where is the {}?", "In which part of the image is the {}?")
-    )
+    wording = rng.choice(("Where in the image is the {}?", "Where is the {}?", "In which part of the image is the {}?"))
     return Fact("place", wording.format(phrase), thing.place, other_than(PLACES, thing.place))
 
 
-def _read(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, scene.signs, hide=("text",))
+def _read(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, scene.signs, hide=("text",))
     if named is None:
         return None
     thing, phrase = named
     alphabet, sort = (NUMBERS, "number") if thing.text in NUMBERS else (WORDS, "word")
     wordings = ("What does the {} say?", "What is written on the {}?", f"What {sort} is on the {{}}?")
-    return Fact("read", dice.choice(wordings).format(phrase), thing.text, other_than(alphabet, thing.text))
+    return Fact("read", rng.choice(wordings).format(phrase), thing.text, other_than(alphabet, thing.text))
 
 
-def _is_text(scene: Scene, dice: Dice) -> Fact | None:
+def _is_text(scene: Scene, rng: SeededRandom) -> Fact | None:
     if not scene.signs:
         return None
     shown = [s.text for s in scene.signs]
-    yes = dice.chance(50)
-    text = dice.choice(shown)
+    yes = rng.chance(50)
+    text = rng.choice(shown)
     alphabet, sort = (NUMBERS, "number") if text in NUMBERS else (WORDS, "word")
     if not yes:
-        text = dice.choice([t for t in alphabet if t not in shown])
-    wording = dice.choice((f'Is the {sort} "{{}}" in the image?', "Is there a sign that says {}?"))
+        text = rng.choice([t for t in alphabet if t not in shown])
+    wording = rng.choice((f'Is the {sort} "{{}}" in the image?', "Is there a sign that says {}?"))
     return yes_no("is_text", wording.format(text), yes)
 
 
-def _background(scene: Scene, dice: Dice) -> Fact:
-    if dice.chance(50):
-        wording = dice.choice(("What color is the background?", "What is the color of the background?"))
+def _background(scene: Scene, rng: SeededRandom) -> Fact:
+    if rng.chance(50):
+        wording = rng.choice(("What color is the background?", "What is the color of the background?"))
         return Fact("background", wording, scene.background, other_than(BACKGROUNDS, scene.background))
-    wording = dice.choice(("What pattern does the background have?", "What does the background look like?"))
+    wording = rng.choice(("What pattern does the background have?", "What does the background look like?"))
     return Fact("background", wording, scene.texture, other_than(TEXTURES, scene.texture))
 
 
-def _is_background(scene: Scene, dice: Dice) -> Fact:
-    yes = dice.chance(50)
-    if dice.chance(50):
-        told = scene.background if yes else dice.choice(other_than(BACKGROUNDS, scene.background))
+def _is_background(scene: Scene, rng: SeededRandom) -> Fact:
+    yes = rng.chance(50)
+    if rng.chance(50):
+        told = scene.background if yes else rng.choice(other_than(BACKGROUNDS, scene.background))
     else:
-        told = scene.texture if yes else dice.choice(other_than(TEXTURES, scene.texture))
+        told = scene.texture if yes else rng.choice(other_than(TEXTURES, scene.texture))
     return yes_no("is_background", f"Does this image show a {told} background?", yes)
 
 
-def larger(scene: Scene, dice: Dice) -> Fact | None:
+def larger(scene: Scene, rng: SeededRandom) -> Fact | None:
     pair = two_phrases(
         scene,
-        dice,
+        rng,
         lambda a, b: not a.is_sign and not b.is_sign and a.size != b.size,
         hide=("place", "size"),
     )
     if pair is None:
         return None
     a, first, b, second = pair
-    word = dice.choice(("larger", "smaller"))
+    word = rng.choice(("larger", "smaller"))
     right, other = (first, second) if (a.width > b.width) == (word == "larger") else (second, first)
     return Fact("larger", f"Which is {word}, the {first} or the {second}?", right, (other,))
 
 
-def _same_color(scene: Scene, dice: Dice) -> Fact | None:
+def _same_color(scene: Scene, rng: SeededRandom) -> Fact | None:
     hide = ("color", "place")
-    same = two_phrases(scene, dice, lambda a, b: a.color == b.color, hide)
-    different = two_phrases(scene, dice, lambda a, b: a.color != b.color, hide)
+    same = two_phrases(scene, rng, lambda a, b: a.color == b.color, hide)
+    different = two_phrases(scene, rng, lambda a, b: a.color != b.color, hide)
     # Asked only where both answers were possible, or "no" would be the better guess.
     if same is None or different is None:
         return None
-    yes = dice.chance(50)
+    yes = rng.chance(50)
     _, first, _, second = same if yes else different
     return yes_no("same_color", f"Are the {first} and the {second} the same color?", yes)
 
 
-LOOKING_FORMS: dict[str, Callable[[Scene, Dice], Fact | None]] = {
+PERCEPTION_FORMS: dict[str, Callable[[Scene, SeededRandom], Fact | None]] = {
     "exists": _exists,
     "both": _both,
     "color": _color,

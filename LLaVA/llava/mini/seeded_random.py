@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-__all__ = ["WORLD_VERSION", "Dice"]
+__all__ = ["WORLD_VERSION", "SeededRandom"]
 
 # Part of every seed: a change to what a seed means is a new world, and then the shipped checkpoint, the recorded
 # hashes and every table change with it.
@@ -16,7 +16,7 @@ WORLD_VERSION = "1"
 T = TypeVar("T")
 
 
-class Dice:
+class SeededRandom:
     """Random choices that are the same on every machine and Python version.
 
     Only `random.Random.random()` is used, the one method whose sequence Python promises to keep; the choices are

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from llava.files import write_json
-from llava.mini.decoder import TOWER_FOLDER
 from llava.mini.scenes import IMAGE_SIZE, WORLD_VERSION
-from llava.mini.tower import IMAGE_MEAN, IMAGE_STD
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import PublishedNames
+from mini_training.decoder import TOWER_FOLDER
+from mini_training.tower import IMAGE_MEAN, IMAGE_STD
 
 __all__ = ["export_checkpoint", "export_tower"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from llava.files import write_json
-from llava.mini.decoder import ConversationTask
-from llava.mini.packing import Mixture, Packed, PackedScenes, collate
 from llava.model.builder import load_pretrained_model
+from mini_training.decoder import ConversationTask
+from mini_training.packing import Mixture, Packed, PackedScenes, collate
 
 __all__ = ["accuracy_by_form", "evaluate"]
 

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mini.drills import sample_drills
-from llava.mini.grounding import COLUMNS, grounding_targets
 from llava.mini.questions import FORMS, QA, sample_pair_questions, sample_questions, sample_text_questions
-from llava.mini.scenes import Dice, Scene, render, sample_scene
-from llava.mini.vocabulary import conversation_texts
+from llava.mini.scenes import Scene, SeededRandom, render, sample_scene
+from mini_training.grounding import COLUMNS, grounding_targets
+from mini_training.letter_exercises import sample_letter_exercises
+from mini_training.vocabulary import conversation_texts
 
 __all__ = ["Mixture", "Packed", "PackedScenes", "collate", "pack", "packed_mask"]
 
@@ -41,7 +41,7 @@ class Packed:
     forms : list of str
         What kind of question each one is.
     grounding : list of list of tuple of int
-        For each question, tokens of it and what they point at: `llava.mini.grounding.grounding_targets`.
+        For each question, tokens of it and what they point at: `mini_training.grounding.grounding_targets`.
     """
 
     pictures: np.ndarray
@@ -124,8 +124,8 @@ class Mixture:
         How many pictures come with a dense caption as well.
     pair_every, text_every : int
         One batch in so many asks about two pictures, or about none; 0 for never.
-    drills : int
-        How many exercises (`llava.mini.drills`) are added where there is no picture.
+    letter_exercises : int
+        How many exercises (`mini_training.letter_exercises`) are added where there is no picture.
 
     Raises
     ------
@@ -140,10 +140,10 @@ class Mixture:
     dense_percent: int = 50
     pair_every: int = 0
     text_every: int = 0
-    drills: int = 0
+    letter_exercises: int = 0
 
     def __post_init__(self):
-        least = {"questions": 1, "pair_every": 0, "text_every": 0, "drills": 0}
+        least = {"questions": 1, "pair_every": 0, "text_every": 0, "letter_exercises": 0}
         for name in ("choice_percent", "plain_percent", "dense_percent", *least):
             value, most = getattr(self, name), math.inf if name in least else 100
             if not isinstance(value, int) or not least.get(name, 0) <= value <= most:
@@ -176,24 +176,24 @@ class PackedScenes(Dataset):
 
     def __getitem__(self, number: int) -> Packed:
         seed = self.first_seed + number
-        dice = Dice("questions", self.split, seed)
+        rng = SeededRandom("questions", self.split, seed)
         sort = self._sort(number // self.batch)
         if sort == "text":
             n = self.mixture.questions
-            asked = sample_text_questions(dice, n) + sample_drills(dice, self.mixture.drills)
+            asked = sample_text_questions(rng, n) + sample_letter_exercises(rng, self.mixture.letter_exercises)
             return pack(asked, [], self.tokenizer)
         scene = sample_scene(seed, self.split)
         if sort == "pair":
             other = sample_scene(self.first_seed + self.length + number, self.split)
-            asked = sample_pair_questions(scene, other, dice, self.mixture.questions)
+            asked = sample_pair_questions(scene, other, rng, self.mixture.questions)
             if asked:
                 return pack(asked, [scene, other], self.tokenizer)
         mixture = self.mixture
         asked = sample_questions(
-            scene, dice, mixture.questions, mixture.forms, mixture.choice_percent, mixture.plain_percent
+            scene, rng, mixture.questions, mixture.forms, mixture.choice_percent, mixture.plain_percent
         )
-        if dice.chance(mixture.dense_percent) and all(qa.form != "dense" for qa in asked):
-            asked += sample_questions(scene, dice, 1, ("dense",))
+        if rng.chance(mixture.dense_percent) and all(qa.form != "dense" for qa in asked):
+            asked += sample_questions(scene, rng, 1, ("dense",))
         return pack(asked, [scene], self.tokenizer)
 
     def _sort(self, step: int) -> str:
@@ -225,7 +225,7 @@ class Batch:
     forms : list of list of str
         Form of each row's questions.
     grounding : Tensor (G, 2 + C), int64
-        Row, index in ``ids``, and what the token there points at (`llava.mini.grounding.COLUMNS`).
+        Row, index in ``ids``, and what the token there points at (`mini_training.grounding.COLUMNS`).
     """
 
     pictures: torch.Tensor
@@ -295,7 +295,7 @@ def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
 
 
 def prefix_stretches(prefix: int, length: int, pieces: int) -> list[tuple[int, int]]:
-    """The prefix in `pieces` stretches and everything behind it as one more, for `llava.mini.attention`."""
+    """The prefix in `pieces` stretches and everything behind it as one more, for `mini_training.attention`."""
     step = math.ceil(prefix / pieces)
     stretches = [(start, min(start + step, prefix)) for start in range(0, prefix, step)]
     return [*stretches, (prefix, length)] if length > prefix else stretches

@@ -12,7 +12,7 @@ from sentencepiece import SentencePieceTrainer
 from llava.conversation import conv_templates
 from llava.files import write_json
 from llava.mini.captions import COUNT_WORDS
-from llava.mini.forms.knowing import FRENCH, FRUITS
+from llava.mini.forms.knowledge import FRENCH, FRUITS
 from llava.mini.questions import (
     CAPTION_PROMPT,
     DENSE_PROMPT,
@@ -24,7 +24,7 @@ from llava.mini.questions import (
     sample_questions,
     sample_text_questions,
 )
-from llava.mini.scenes import COLORS, NUMBERS, SHAPES, WORDS, Dice, sample_scene
+from llava.mini.scenes import COLORS, NUMBERS, SHAPES, WORDS, SeededRandom, sample_scene
 
 __all__ = ["TEMPLATE", "build_tokenizer", "conversation_texts", "corpus"]
 
@@ -73,11 +73,11 @@ def corpus(scenes: int) -> Iterator[str]:
     for number in range(scenes):
         scene = sample_scene(FIRST_SEED + number, "train")
         other = sample_scene(FIRST_SEED + scenes + number, "train")
-        dice = Dice("vocabulary", number)
+        rng = SeededRandom("vocabulary", number)
         questions = [
-            *sample_questions(scene, dice, 12),
-            *sample_pair_questions(scene, other, dice, 1),
-            *sample_text_questions(dice, 1),
+            *sample_questions(scene, rng, 12),
+            *sample_pair_questions(scene, other, rng, 1),
+            *sample_text_questions(rng, 1),
         ]
         for qa in questions:
             for text in (qa.prompt, " " + qa.answer):

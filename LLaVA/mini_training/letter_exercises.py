@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from llava.mini.forms import Fact
 from llava.mini.questions import CHOICE_STYLES, QA, as_choice
-from llava.mini.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, SHAPES, WORDS, Dice
+from llava.mini.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, SHAPES, WORDS, SeededRandom
 
-__all__ = ["sample_drills"]
+__all__ = ["sample_letter_exercises"]
 
 POOLS = (tuple(COLORS), SHAPES, WORDS, NUMBERS, PLACES, tuple(BACKGROUNDS))
 WORDINGS = ("Which letter stands for {}?", "Which option is {}?", "Find {}.")
 
 
-def sample_drills(rng: Dice, n: int) -> list[QA]:
+def sample_letter_exercises(rng: SeededRandom, n: int) -> list[QA]:
     """`n` questions that name the right option themselves, in the layouts of the benchmarks."""
-    drills = []
+    exercises = []
     for _ in range(n):
         pool = rng.choice(POOLS)
         answer = rng.choice(pool)
         wrong = tuple(word for word in pool if word != answer)
         style = rng.choice(CHOICE_STYLES)
         n_choices = 4 if style == "seedbench" else rng.between(2, 4)
-        fact = Fact("drill", rng.choice(WORDINGS).format(answer), answer, wrong)
-        drills.append(as_choice(fact, rng, style, n_choices))
-    return drills
+        fact = Fact("letter", rng.choice(WORDINGS).format(answer), answer, wrong)
+        exercises.append(as_choice(fact, rng, style, n_choices))
+    return exercises

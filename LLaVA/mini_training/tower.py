@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.mini import scenes
-from llava.mini.attention import attention_for
+from mini_training.attention import attention_for
 
 __all__ = ["TowerScenes", "TowerTask", "build_tower", "crowded_scene", "pixel_values", "scene_targets"]
 

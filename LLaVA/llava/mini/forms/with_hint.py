@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llava.mini.forms.facts import Fact, other_than
-from llava.mini.forms.knowing import CATEGORIES, only_sign
-from llava.mini.forms.looking import larger
+from llava.mini.forms.knowledge import CATEGORIES, only_sign
 from llava.mini.forms.naming import APART, INSIDE, phrase_for, some_phrase, two_phrases
-from llava.mini.scenes import Dice, Scene, SceneObject
+from llava.mini.forms.perception import larger
+from llava.mini.scenes import Scene, SceneObject, SeededRandom
 
-__all__ = ["HINTED_FORMS"]
+__all__ = ["FORMS_WITH_HINT"]
 
 LIVING = (*CATEGORIES["animal"], "tree", "leaf")
 
@@ -21,12 +21,12 @@ POLYGONS = ("square", "triangle", "star", "cross", "diamond")
 FEELINGS = {"red": "hot", "blue": "cold", "yellow": "bright", "black": "dark"}
 
 
-def _compass(scene: Scene, dice: Dice) -> Fact | None:
+def _compass(scene: Scene, rng: SeededRandom) -> Fact | None:
     def clear(a: SceneObject, b: SceneObject) -> bool:
         dx, dy = abs(a.center[0] - b.center[0]), abs(a.center[1] - b.center[1])
         return max(dx, dy) >= 2 * APART and max(dx, dy) >= 2 * min(dx, dy)
 
-    pair = two_phrases(scene, dice, clear)
+    pair = two_phrases(scene, rng, clear)
     if pair is None:
         return None
     a, first, b, second = pair
@@ -37,12 +37,12 @@ def _compass(scene: Scene, dice: Dice) -> Fact | None:
     return Fact("compass", question, answer, other_than(("north", "east", "south", "west"), answer), hint)
 
 
-def _farthest(scene: Scene, dice: Dice) -> Fact | None:
-    named = [(o, phrase_for(scene, dice, o, hide=("place",))) for o in dice.shuffled(scene.objects)]
+def _farthest(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = [(o, phrase_for(scene, rng, o, hide=("place",))) for o in rng.shuffled(scene.objects)]
     named = [(o, phrase) for o, phrase in named if phrase is not None][:3]
     if len(named) < 3:
         return None
-    direction, axis, sign = dice.choice((("north", 1, 1), ("south", 1, -1), ("west", 0, 1), ("east", 0, -1)))
+    direction, axis, sign = rng.choice((("north", 1, 1), ("south", 1, -1), ("west", 0, 1), ("east", 0, -1)))
     ranked = sorted(named, key=lambda pair: sign * pair[0].center[axis])
     if abs(ranked[0][0].center[axis] - ranked[1][0].center[axis]) < 2 * INSIDE:
         return None
@@ -51,8 +51,8 @@ def _farthest(scene: Scene, dice: Dice) -> Fact | None:
     return Fact("farthest", f"Which of these is farthest {direction}?", f"the {ranked[0][1]}", wrong, hint)
 
 
-def _heavier(scene: Scene, dice: Dice) -> Fact | None:
-    fact = larger(scene, dice)
+def _heavier(scene: Scene, rng: SeededRandom) -> Fact | None:
+    fact = larger(scene, rng)
     if fact is None:
         return None
     word = "most" if "larger" in fact.question else "least"
@@ -60,7 +60,7 @@ def _heavier(scene: Scene, dice: Dice) -> Fact | None:
     return Fact("heavier", f"Which of these weighs the {word}?", f"the {fact.answer}", (f"the {fact.wrong[0]}",), hint)
 
 
-def _living(scene: Scene, dice: Dice) -> Fact | None:
+def _living(scene: Scene, rng: SeededRandom) -> Fact | None:
     sign = only_sign(scene, LIVING + LIFELESS)
     if sign is None:
         return None
@@ -69,20 +69,20 @@ def _living(scene: Scene, dice: Dice) -> Fact | None:
     return Fact("living", "Is the thing that the word names living or not living?", answer, (wrong,), hint)
 
 
-def _polygon(scene: Scene, dice: Dice) -> Fact | None:
-    straight = some_phrase(scene, dice, [o for o in scene.shapes if o.shape in POLYGONS], hide=("shape",))
-    curved = some_phrase(scene, dice, [o for o in scene.shapes if o.shape not in POLYGONS], hide=("shape",))
+def _polygon(scene: Scene, rng: SeededRandom) -> Fact | None:
+    straight = some_phrase(scene, rng, [o for o in scene.shapes if o.shape in POLYGONS], hide=("shape",))
+    curved = some_phrase(scene, rng, [o for o in scene.shapes if o.shape not in POLYGONS], hide=("shape",))
     # Asked only where both answers were possible: most shapes are polygons.
     if straight is None or curved is None:
         return None
-    answer, wrong = dice.shuffled(["a polygon", "not a polygon"])
+    answer, wrong = rng.shuffled(["a polygon", "not a polygon"])
     named = straight if answer == "a polygon" else curved
     hint = "A polygon is a shape with straight sides only."
     return Fact("polygon", f"Which describes the {named[1]}?", answer, (wrong,), hint)
 
 
-def _feeling(scene: Scene, dice: Dice) -> Fact | None:
-    named = some_phrase(scene, dice, [o for o in scene.shapes if o.color in FEELINGS], hide=("color",))
+def _feeling(scene: Scene, rng: SeededRandom) -> Fact | None:
+    named = some_phrase(scene, rng, [o for o in scene.shapes if o.color in FEELINGS], hide=("color",))
     if named is None:
         return None
     thing, phrase = named
@@ -91,7 +91,7 @@ def _feeling(scene: Scene, dice: Dice) -> Fact | None:
     return Fact("feeling", f"Which word describes the {phrase}?", answer, other_than(FEELINGS.values(), answer), hint)
 
 
-HINTED_FORMS: dict[str, Callable[[Scene, Dice], Fact | None]] = {
+FORMS_WITH_HINT: dict[str, Callable[[Scene, SeededRandom], Fact | None]] = {
     "compass": _compass,
     "farthest": _farthest,
     "heavier": _heavier,
