@@ -69,7 +69,8 @@ def export(checkpoint: str, folder: Path, base: str | None = None, conv_mode: st
     exported = _model(model, fast.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))
     processor = _processor(model, fast, _chat_template(conversation))
     folder.mkdir(parents=True, exist_ok=True)
-    exported.save_pretrained(folder)
+    weights = {_published(name): value for name, value in exported.state_dict().items()}
+    exported.save_pretrained(folder, state_dict=weights, save_original_format=False)
     processor.save_pretrained(folder)
 
 
@@ -148,6 +149,18 @@ def _model(model: PreTrainedModel, image_token_id: int) -> PreTrainedModel:
         raise ValueError(f"weights without a counterpart: {', '.join([*missing, *unexpected][:5])}")
     exported.generation_config = model.generation_config
     return exported.to(model.dtype)
+
+
+def _published(name: str) -> str:
+    """A weight's name in the published folders, which transformers and vLLM read in every release."""
+    names = {
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.language_model.": "language_model.model.",
+        "model.": "",
+        "lm_head.": "language_model.lm_head.",
+    }
+    own = next(prefix for prefix in names if name.startswith(prefix))
+    return names[own] + name.removeprefix(own)
 
 
 def _weights(model: PreTrainedModel, vocabulary: int) -> dict[str, torch.Tensor]:

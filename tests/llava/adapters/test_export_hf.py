@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from golden import golden_root
@@ -113,8 +114,12 @@ def test_answers_are_llavas_own(pair, size):
     assert there.tolist() == here.tolist()
 
 
-def test_the_embedded_model_is_asked_as_it_was_trained(tmp_path):
+def test_the_embedded_model_is_asked_as_it_was_trained_and_its_weights_have_published_names(tmp_path):
     assert main(["llava-mini", str(tmp_path / "out")]) == 0
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as weights:
+        names = {name.partition(".layers.")[0] for name in weights.keys()}  # noqa: SIM118
+    published = {"language_model.model", "language_model.lm_head.weight", "vision_tower.vision_model.encoder"}
+    assert published <= names
     asked = AutoProcessor.from_pretrained(tmp_path / "out").apply_chat_template([{"role": "user", "content": "Why?"}])
     assert conv_templates["vicuna_v1"].system in asked
 

@@ -1,0 +1,67 @@
+"""What differs between families of vLLM's models; to add one, add a line to `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Inputs = Mapping[str, Any]
+"""The arguments of ``embed_multimodal``, by name: tensors of several images."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the images of a family lie in the inputs of vLLM's model.
+
+    Attributes
+    ----------
+    module : str
+        Of ``vllm.model_executor.models``: where the class is that the pruned one extends.
+    sizes : callable
+        Inputs -> for each image its number of units: crops, tiles or patches.
+    unit_tokens : callable
+        Configuration of the model -> visual tokens that a unit makes, before any is dropped.
+    flat : str
+        The input that holds the units of all images one after the other; empty where each has an entry per image.
+    layouts : str
+        Key of the transformers adapter's `FAMILIES`, whose ``layouts`` say how the tokens lie on the image.
+    mrope : bool
+        Whether rotary positions have three axes.
+    tower : str or None
+        The ``model_type`` of a vision tower that is not served, though the architecture is.
+    """
+
+    module: str
+    sizes: Callable[[Inputs], list[int]]
+    unit_tokens: Callable[[Any], float]
+    flat: str = ""
+    layouts: str = ""
+    mrope: bool = False
+    tower: str | None = None
+
+
+def _crops(inputs: Inputs) -> list[int]:
+    return [1 if pixels.ndim == 3 else len(pixels) for pixels in inputs["pixel_values"]]
+
+
+def _patches(inputs: Inputs) -> list[int]:
+    return inputs["image_grid_thw"].prod(-1).tolist()
+
+
+def _clip_tokens(config: Any) -> float:
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def _merged_tokens(config: Any) -> float:
+    return config.vision_config.spatial_merge_size**-2
+
+
+FAMILIES = {
+    "LlavaForConditionalGeneration": Family("llava", _crops, _clip_tokens, layouts="llava", tower="pixtral"),
+    "LlavaNextForConditionalGeneration": Family("llava_next", _crops, _clip_tokens, layouts="llava_next"),
+    "Qwen2_5_VLForConditionalGeneration": Family(
+        "qwen2_5_vl", _patches, _merged_tokens, "pixel_values", "qwen2_5_vl", mrope=True
+    ),
+}
+"""By architecture, as ``config.json`` names it."""

@@ -1,0 +1,158 @@
+"""The part in the worker: a model of vLLM that returns k embeddings per image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from llava.adapters.transformers.family import FAMILIES as LAYOUTS
+from llava.adapters.vllm import mrope
+from llava.adapters.vllm.families import Family, Inputs
+from llava.adapters.vllm.processor import config_of
+from llava.adapters.vllm.switch import RATIO
+from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
+from llava.pruning import KeptTokens, deferred_checks, kept_count
+from llava.pruning.base import content_key
+
+logger = init_logger("vllm.otprune")  # vLLM shows only what is logged below its own name
+
+
+class PrunedModel:
+    """Stands before a model of vLLM among the bases of a class."""
+
+    family: ClassVar[Family]
+    positions: ClassVar[str] = "compact"
+    """What vLLM numbers positions like; methods with the other ``position_ids`` are refused."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        lora = vllm_config.lora_config
+        if lora is not None and lora.enable_tower_connector_lora:
+            raise ValueError(
+                "LoRA on the vision tower or the connector counts unpruned tokens: switch it or BASELINE off"
+            )
+        config = config_of(vllm_config.model_config)
+        self._pruner_of_images = config.build_pruner()
+        if self._pruner_of_images.position_ids not in ("auto", self.positions):
+            raise ValueError(
+                f"position_ids={self._pruner_of_images.position_ids}: vLLM has {self.positions} positions here"
+            )
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        # The scheduler counts kept tokens, but the tower works on all: no more at once than were profiled.
+        self._tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
+        most = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).get_max_image_tokens()
+        logger.info("%s: of the largest image %d of %d", config.describe(), kept_count(most, config.ratio), most)
+
+    def embed_multimodal(self, **inputs: Any) -> Sequence[torch.Tensor]:
+        """Encode images, and let the pruner choose."""
+        ratios = inputs.pop(RATIO, None)
+        if ratios is None:  # a client's own embeddings
+            return super().embed_multimodal(**inputs)
+        kept: list[torch.Tensor] = []
+        ratios = [float(ratio) for ratio in ratios]
+        for part, some in self._batches(inputs, len(ratios)):
+            kept += self._kept(super().embed_multimodal(**some), some, ratios[part])
+        return kept
+
+    def _batches(self, inputs: Inputs, count: int) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """(which images, their inputs): as many images at once as were profiled."""
+        sizes, per_unit = self.family.sizes(inputs), self.family.unit_tokens(self.config)
+        edges = [0, *accumulate(sizes)]
+        first = 0
+        while first < count:
+            last = first + 1
+            while last < count and (edges[last + 1] - edges[first]) * per_unit <= self._tokens_at_once:
+                last += 1
+            units = slice(edges[first], edges[last])
+            part = slice(first, last)
+            yield part, {name: own[units if name == self.family.flat else part] for name, own in inputs.items()}
+            first = last
+
+    def _kept(self, embeddings: Sequence[torch.Tensor], inputs: Inputs, ratios: Sequence[float]) -> list[torch.Tensor]:
+        """The kept rows (k_i, W) of each image's (N_i, W), of which the first columns are what the decoder reads."""
+        width = self.config.get_text_config().hidden_size
+        features = [one[:, :width] for one in embeddings]
+        layouts = LAYOUTS[self.family.layouts].layouts(self, features, inputs)
+        images = [ImageTokens(own, layout) for own, layout in zip(features, layouts, strict=True)]
+        facts = [PromptFacts(key) for key in self._keys(inputs, len(images))]
+        kept: dict[int, KeptTokens] = {}
+        for ratio in set(ratios):
+            own = [number for number, other in enumerate(ratios) if other == ratio]
+            with deferred_checks():  # nobody could mend what they find, and the host would wait for the device
+                left = reduce_images(self._pruner_of_images, [images[i] for i in own], [facts[i] for i in own], ratio)
+            kept.update(zip(own, left, strict=True))
+        return [
+            _of_first_rank(torch.cat([kept[i].features, one[kept[i].indices, width:]], dim=1))
+            for i, one in enumerate(embeddings)
+        ]
+
+    def _keys(self, inputs: Inputs, count: int) -> list[int | None]:
+        """A digest of each image's pixels, where the method draws at random."""
+        if "image_keys" not in self._pruner_of_images.needs:
+            return [None] * count
+        if self.family.flat:
+            return [content_key(one) for one in inputs[self.family.flat].split(self.family.sizes(inputs))]
+        return [content_key(one) for one in inputs["pixel_values"]]
+
+
+class PrunedMRopeModel(PrunedModel):
+    """A model whose positions have three axes: kept tokens keep their row and column.
+
+    vLLM's way of pruning video (EVS) serves here for images: position columns travel with the embeddings, and the model
+    runner lets the model put them in. What is written into the columns, and how they are read, is our own (`mrope`).
+    """
+
+    positions: ClassVar[str] = "original"
+
+    def __init__(self, *, vllm_config: Any, prefix: str = ""):
+        settings = vllm_config.model_config.multimodal_config
+        if settings.video_pruning_rate:
+            raise ValueError("--video-pruning-rate and BASELINE cannot be used together: videos are refused")
+        # What the runner looks at before it calls recompute_mrope_positions.
+        settings.video_pruning_rate = 1e-9
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def _grid(self, grid_thw: torch.Tensor) -> tuple[int, int]:
+        merge = self.config.vision_config.spatial_merge_size
+        _, rows, columns = grid_thw.tolist()
+        return rows // merge, columns // merge
+
+    def _postprocess_image_embeds_evs(self, embeddings: Sequence[torch.Tensor], inputs: Any) -> list[torch.Tensor]:
+        columns = [mrope.to_columns(*self._grid(grid)) for grid in inputs["image_grid_thw"]]
+        return [torch.cat([one, own.to(one)], dim=1) for one, own in zip(embeddings, columns, strict=True)]
+
+    def get_mrope_input_positions(self, input_tokens: Sequence[int], mm_features: Sequence[Any]) -> tuple[Any, int]:
+        """Exact for all text; see `mrope.prompt_positions`."""
+        images = [
+            (one.mm_position.offset, one.mm_position.length, *self._grid(one.data["image_grid_thw"].data))
+            for one in sorted(mm_features, key=lambda one: one.mm_position.offset)
+        ]
+        return mrope.prompt_positions(len(input_tokens), images)
+
+    def recompute_mrope_positions(
+        self,
+        input_ids: Any,
+        multimodal_embeddings: Sequence[torch.Tensor],
+        mrope_positions: torch.Tensor,
+        num_computed_tokens: int,
+    ) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+        """Put this step's kept tokens in their places; see `mrope.place`.
+
+        vLLM's own function misplaces a second image where a step (chunked prefill, or a prefix from the cache) begins
+        inside the first.
+        """
+        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+        is_image, starts = ids == self.config.image_token_id, ids == self.config.vision_start_token_id
+        bare, placed = mrope.place(mrope_positions, is_image, starts, multimodal_embeddings, num_computed_tokens)
+        return bare, placed, int(placed.max()) + 1 - len(ids)
+
+
+def _of_first_rank(values: torch.Tensor) -> torch.Tensor:
+    """All ranks of tensor parallelism chose; one choice counts."""
+    group = get_tp_group()
+    return values if group.world_size == 1 else group.broadcast(values.contiguous(), src=0)
