@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
+from importlib import import_module
 
 COMMANDS = {
     "ask": ("llava.eval.run_llava", "one question about an image"),
-    "chat": ("llava.serve.cli", "a conversation about an image"),
+    "chat": ("llava.serve.cli:run", "a conversation about an image"),
     "methods": ("llava.pruning", "the pruning methods and their options"),
     "tokens": ("llava.eval.tokens", "which visual tokens a method keeps, drawn on the image"),
     "distances": ("llava.eval.distances", "how far kept tokens are from all tokens"),
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run a command as ``python -m`` would."""
+    """Run a command, as ``python -m`` with its module would."""
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
         print("usage: llava COMMAND ...\n")
@@ -33,8 +33,12 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"llava: there is no command {name!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
+    path, _, function = COMMANDS[name][0].partition(":")
     sys.argv = [f"llava {name}", *arguments]
-    runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+    module = import_module(path)
+    if hasattr(module, "__path__"):
+        module = import_module(f"{path}.__main__")
+    raise SystemExit(getattr(module, function or "main")(arguments))
 
 
 if __name__ == "__main__":

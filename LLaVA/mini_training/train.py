@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import distributed, nn
 
-from llava.arguments import positive, whole
+from llava.command import positive, whole
 from llava.mini.loop import Run, Stage, train_stage
 from llava.model.tokenizer import load_tokenizer
 from llava.runtime import forget_place

@@ -141,7 +141,8 @@ def test_one_configuration_that_cannot_be_read_is_named_under_the_others(run, ca
 def test_a_figure_of_the_rest_is_refused(run, capsys, tmp_path):
     changed(run / "results.json", lambda content: content["runs"][1].pop("failed"))
     assert figures.main(["time", str(run), "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"llava.eval.figures: {run / 'results.json'} cannot be read: it has no failed\n"
+    said = f"{run / 'results.json'} cannot be read: it has no failed"
+    assert capsys.readouterr().err == f"python -m llava.eval.figures: {said}\n"
 
 
 @pytest.mark.parametrize("path", ["results.json", "llava-mini/unpruned/results.json"])
@@ -149,7 +150,7 @@ def test_of_a_later_version_are_refused(run, capsys, path):
     place = changed(run / path, lambda content: content.update(format=2))
     assert table.main([str((run / path).parent)]) == 2
     said = f"{place} cannot be read: it has format 2, and this version of llava reads formats up to 1"
-    assert capsys.readouterr().err == f"llava.eval.table: {said}\n"
+    assert capsys.readouterr().err == f"python -m llava.eval.table: {said}\n"
 
 
 def test_a_score_that_is_none_is_not_shown(run, capsys):

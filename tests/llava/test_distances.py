@@ -107,16 +107,3 @@ class TestCommand:
             "4",
         ]
         assert "greedy: log det" in printed
-
-    @pytest.mark.parametrize(
-        ("arguments", "said"),
-        [
-            (["--image", "none.png"], "none.png"),
-            (["--image", "x.png", "--method", "otprun"], "otprun"),
-            (["--image", "x.png", "--ratio", "0"], "kept ratio"),
-        ],
-    )
-    def test_answers_a_wrong_value_with_one_sentence(self, arguments, said, capsys):
-        assert distances.main(arguments) == 2
-        error = capsys.readouterr().err
-        assert said in error and len(error.splitlines()) == 1

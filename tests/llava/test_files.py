@@ -128,7 +128,7 @@ class TestNotWritten:
         ("eval.table", ["no-run", "--output", "FILE/table.md"]),
         ("eval.figures", ["synthetic", "--output", "FILE"]),
         ("eval.report", ["no-run", "--output", "FILE/report.html"]),
-        ("eval.flops", ["--json", "FILE/a.json"]),
+        ("eval.flops.__main__", ["--json", "FILE/a.json"]),
         ("eval.tokens", ["--image", "IMAGE", "--ratio", "0.1", "--output", "FILE"]),
         ("eval.latency.__main__", ["select", "--output", "FILE"]),
         ("fitting.fitprune.__main__", ["fit", "--model", "none", "--reduction-ratio", "0.4", "--output", "FILE"]),

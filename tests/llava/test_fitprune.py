@@ -435,7 +435,7 @@ class TestInTheDecoder:
         expected = exact_flops(
             shape,
             flops.tokens_per_layer(13, ENTERING),
-            behind=flops.tokens_per_layer(13, BEHIND),
+            after=flops.tokens_per_layer(13, BEHIND),
             logits=13 + BEHIND[-1],
         )
         with FlopCounterMode(display=False) as counter, torch.no_grad(), pruning(model, "fitprune", recipe=recipe):
@@ -521,7 +521,7 @@ class TestTheSwitch:
         shown = capsys.readouterr().out
         assert "0: 576, 1: 562, 2: 529" in shown
         recipe, shape = read_recipe("llava-1.5-7b/60"), SHAPES["1.5-7b"]
-        expected = exact_flops(shape, recipe.kept[:-1], behind=recipe.kept[1:]).decoder
+        expected = exact_flops(shape, recipe.kept[:-1], after=recipe.kept[1:]).decoder
         assert f"{expected / 1e12:.4f}" in shown
         with pytest.raises(SystemExit):
             flops.main(["--method", "fitprune", "--option", "reduction_ratio=0.6"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -138,13 +137,6 @@ def write_cut(path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
-def test_a_question_that_is_not_utf_8_is_refused_before_anything_is_read(capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_llava.main(["--image-file", "missing.png", "--query", "What is \udcff?"])
-    assert ended.value.code == 2
-    assert r"argument --query: must be UTF-8, not 'What is \udcff?'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
@@ -157,39 +149,26 @@ def test_a_question_that_is_not_utf_8_is_refused_before_anything_is_read(capsys)
 def test_a_bad_image_is_one_sentence_and_a_non_zero_exit_before_loading(name, write, message, stub, tmp_path, capsys):
     made = stub()
     write(tmp_path / name)
-    assert run("--image-file", str(tmp_path / name)) == 1
+    assert run("--image-file", str(tmp_path / name)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and message in captured.err
-    assert made.loads == []
-
-
-def test_more_places_than_images_are_one_sentence_before_loading(stub, capsys):
-    made = stub()
-    options = ["--image-file", "images/im2_97x61.png", "--model-path", "x/llava-v1.5-7b"]
-    assert run_llava.main([*options, "--query", "<image-placeholder> or <image-placeholder>?"]) == 1
-    assert "places for 2 images, but 1 given" in capsys.readouterr().err
-    assert made.loads == []
-
-
-def test_an_unknown_template_is_one_sentence(stub, capsys):
-    made = stub()
-    assert run("--image-file", "images/im2_97x61.png", "--conv-mode", "v9") == 1
-    assert "unknown conversation mode 'v9'; allowed: default, v0" in capsys.readouterr().err
+    assert message in captured.err
+    assert captured.err.startswith("python -m llava.eval.run_llava: ") and captured.err.count("\n") == 1
     assert made.loads == []
 
 
 def test_a_checkpoint_that_is_missing_is_one_sentence(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     options = ["--image-file", "images/im2_97x61.png", "--query", "What?", "--model-path", str(tmp_path / "llava-none")]
-    assert run_llava.main(options) == 1
+    assert run_llava.main(options) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and "llava-none" in captured.err
+    assert "llava-none" in captured.err
+    assert captured.err.startswith("python -m llava.eval.run_llava: ") and captured.err.count("\n") == 1
 
 
 def test_a_model_without_vision_is_one_sentence(stub, capsys):
     stub().processor = None
-    assert run("--image-file", "images/im2_97x61.png") == 1
+    assert run("--image-file", "images/im2_97x61.png") == 2
     assert (
         "x/llava-v1.5-7b is a language model without vision: give a LLaVA, such as llava-mini"
         in capsys.readouterr().err
@@ -221,30 +200,6 @@ def test_the_options_of_the_command_line(stub):
     kept = {key: given[key] for key in ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens")}
     assert kept == {"do_sample": False, "temperature": 0.0, "top_p": 0.5, "num_beams": 2, "max_new_tokens": 9}
     assert given["image_sizes"] == [(97, 61), (61, 250)]
-
-
-def test_help_runs_and_lists_every_option(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["llava.eval.run_llava", "--help"])
-    monkeypatch.delitem(sys.modules, "llava.eval.run_llava")
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("llava.eval.run_llava", run_name="__main__")
-    assert ended.value.code == 0
-    help_text = capsys.readouterr().out
-    for option in (
-        "--model-path", "--model-base", "--image-file", "--query", "--conv-mode", "--sep", "--temperature", "--top_p",
-        "--num_beams", "--max_new_tokens", "--device",
-    ):  # fmt: skip
-        assert option in help_text
-
-
-@pytest.mark.parametrize("option", ["--num_beams", "--max_new_tokens"])
-def test_nothing_is_loaded_for_an_answer_that_cannot_be_generated(monkeypatch, capsys, option):
-    arguments = ["--model-path", "m", "--image-file", "i", "--query", "q", option, "0"]
-    monkeypatch.setattr(sys, "argv", ["llava.eval.run_llava", *arguments])
-    monkeypatch.delitem(sys.modules, "llava.eval.run_llava")
-    with pytest.raises(SystemExit, match="2"):
-        runpy.run_module("llava.eval.run_llava", run_name="__main__")
-    assert f"{option}: must be a whole number >= 1, not 0" in capsys.readouterr().err
 
 
 def test_importing_the_package_or_the_utilities_does_not_import_a_model():

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import llava
+from llava.command import read_methods
 from llava.eval import tokens
 from llava.eval.slot_maps import NONE, SlotMap, draw_slots, slot_map
 from llava.pruning import PruningConfig, VisualTokens
@@ -66,9 +67,8 @@ def test_slots_of_single_crops_are_not_drawn(anyres, tmp_path):
 
 def test_the_options_of_a_token_map_come_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("OCVTP_CHECKPOINT", save_pruner(tmp_path))
-    monkeypatch.setenv("OCVTP_TOP_K", "2")
-    arguments = tokens.parse_arguments(["--image", "x.png", "--method", "ocvtp,random", "--ratio", "0.2"])
-    assert dict(arguments.configs["ocvtp"].options) == {"checkpoint": str(tmp_path), "top_k": 2}
+    configs = read_methods("ocvtp:top_k=2,random", 0.2)
+    assert dict(configs["ocvtp:top_k=2"].options) == {"checkpoint": str(tmp_path), "top_k": 2}
 
 
 def test_the_pruner_that_ships_fits_the_model_that_ships():

@@ -283,7 +283,7 @@ class TestIncompleteRuns:
     def test_with_nothing_finished_are_refused_in_one_sentence(self, tmp_path, capsys):
         folder = write_run(tmp_path, {"unpruned": {"logs": {}, "metrics": {}}})
         assert table.main([str(folder)]) == 2
-        assert capsys.readouterr().err == f"llava.eval.table: no finished task in {folder}\n"
+        assert capsys.readouterr().err == f"python -m llava.eval.table: no finished task in {folder}\n"
 
     def test_with_a_torn_log_have_no_interval_there_and_say_its_line(self, tmp_path, capsys):
         folder = write_run(tmp_path, {"unpruned": job(FULL)})

@@ -82,17 +82,3 @@ def test_the_csv_has_one_line_a_token(tmp_path):
         ["first_k", "3", "576", "crops", "0", "0"],
         ["first_k", "4", "624", "newline", "", ""],
     ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--method", "nope"], "unknown method 'nope'"),
-        (["--ratio", "1.5"], "0 < r <= 1, not 1.5"),
-        (["--ratio", "abc"], "invalid float value: 'abc'"),
-    ],
-)
-def test_a_wrong_option_is_named_before_anything_loads(arguments, said, capsys):
-    with pytest.raises(SystemExit) as ended:
-        tokens.main(["--image", "x.png", *arguments])
-    assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -66,8 +66,8 @@ class TestSummary:
         image = ImageCount.of(16, (16, 12, 7, 7), 1, (12, 7, 7, 3))
         found = summary({PromptCount(10, (image,)): 2}, SHAPE)["flops"]
         tokens, behind = [26, 22, 17, 17], [22, 17, 17, 13]
-        assert found["exact"]["pruned"] == 2 * exact_flops(SHAPE, tokens, behind=behind).total
-        assert found["literature"]["pruned"] == 2 * literature_flops(SHAPE.decoder, tokens, behind=behind)
+        assert found["exact"]["pruned"] == 2 * exact_flops(SHAPE, tokens, after=behind).total
+        assert found["literature"]["pruned"] == 2 * literature_flops(SHAPE.decoder, tokens, after=behind)
 
     def test_adds_up_the_images_of_one_prompt_and_their_crops(self):
         images = (INSIDE, ImageCount(32, ((1, 32), (3, 2)), crops=5))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from llava.command import Parser, find_device, read_methods
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.rows import Row
 from llava.eval.transport import gaussian_distance, guarantee, log_det, objective_kernel, wasserstein
@@ -28,7 +28,6 @@ from llava.model.visual_cache import VisualCache
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import ENCODER_NEEDS, content_key
-from llava.runtime import print_everything
 
 ENCODED_BYTES = 2**26
 """Of encoded images that are remembered: those of one picture, and some more."""
@@ -188,38 +187,32 @@ def _opened(png: bytes) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.distances", description=__doc__.splitlines()[0])
-    parser.add_argument("--image", required=True, help="a picture: a local file or an http(s) address")
-    parser.add_argument("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
-    parser.add_argument("--method", default="otprune,divprune,random,uniform", help="methods, with commas between")
-    parser.add_argument("--ratio", type=float, default=0.098, help="kept ratio, 0 < r <= 1 (default: 0.098)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: one line a method; 2 and one sentence when it cannot be."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    try:
-        configs = [PruningConfig.from_text(text, arguments.ratio, {}) for text in arguments.method.split(",")]
-        image = load_image(arguments.image)
-        encoder = Encoder.load(arguments.model, arguments.device)
-        full = encoder.encode(image, configs[0])
-        print(f"{len(full.features)} visual tokens, kept ratio {arguments.ratio:g}")
-        print(f"{'method':16}{'kept':>6}{'exact W2':>12}{'Gaussian W2':>14}{'log det':>12}")
-        for config, text in zip(configs, arguments.method.split(","), strict=True):
-            found = encoder.measure(image, config)
-            print(f"{text:16}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}")
-        sure = guarantee(objective_kernel(full.features), kept_count(len(full.features), arguments.ratio))
-        print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")
-    except (ImportError, OSError, ValueError) as error:
-        print(f"llava.eval.distances: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line."""
+    parser = Parser("llava.eval.distances", __doc__)
+    parser.add_image()
+    parser.add_model()
+    parser.add_method("otprune,divprune,random,uniform")
+    parser.add_ratio()
+    parser.add_device()
+    return parser.run(_compare, argv)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    """Print a line per method, and what the greedy selection guarantees."""
+    configs = read_methods(arguments.method, arguments.ratio, {})
+    image = load_image(arguments.image)
+    encoder = Encoder.load(arguments.model, find_device(arguments.device))
+    full = encoder.encode(image, next(iter(configs.values())))
+    wide = max(map(len, ("method", *configs))) + 2
+    print(f"{len(full.features)} visual tokens, kept ratio {arguments.ratio:g}")
+    print(f"{'method':{wide}}{'kept':>6}{'exact W2':>12}{'Gaussian W2':>14}{'log det':>12}")
+    for text, config in configs.items():
+        found = encoder.measure(image, config)
+        print(f"{text:{wide}}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}")
+    sure = guarantee(objective_kernel(full.features), kept_count(len(full.features), arguments.ratio))
+    print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")
 
 
 if __name__ == "__main__":
-    print_everything()
-    sys.exit(main())
+    raise SystemExit(main())

@@ -9,11 +9,10 @@ that the runs have the data for.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.arguments import positive
+from llava.command import Parser, find_device, positive
 from llava.eval.plots import distances
 from llava.eval.plots.drawing import Drawn
 from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
@@ -21,15 +20,12 @@ from llava.eval.results.rows import Row
 from llava.eval.results.runs import missing_tasks, unfinished
 from llava.eval.table import add_arguments, build_table, load_runs
 from llava.files import check_writable
-from llava.runtime import print_everything
 
 FROM_SCORES = {"ratios": draw_ratios, "gamma": draw_gamma, "time": draw_time}
 FROM_DISTANCES = {
     "distance": distances.draw_distance,
     "relative_distance": distances.draw_relative_distance,
 }
-DEFAULT_RUN = "results/mini"
-"""Where ``run_OTPrune.sh mini`` leaves its results."""
 NAMES = (*FROM_DISTANCES, *FROM_SCORES, "synthetic")
 
 
@@ -108,40 +104,31 @@ def draw_figures(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with one sentence when a figure cannot be drawn."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.figures", description=__doc__.splitlines()[0])
+    """The command line."""
+    parser = Parser("llava.eval.figures", __doc__)
     parser.add_argument("name", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)}, all")
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        default=[DEFAULT_RUN],
-        metavar="RUN",
-        help=f"result folder of a run, or of one of its models (default: {DEFAULT_RUN})",
-    )
-    parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR", help="default: figures")
+    add_arguments(parser)
+    parser.add_output("figures", folder=True)
     parser.add_argument("--no-intervals", action="store_true", help="do not read the per-sample logs")
     add_picture_arguments(parser)
-    add_arguments(parser)
-    found = parser.parse_args(argv)
-    try:
-        check_writable(found.output / f"{found.name}.png")
-        rows = _rows(found)
-        names = NAMES if found.name == "all" else (found.name,)
-        drawn, left_out = draw_figures(
-            names, rows, found.pictures, found.picture_folder, found.device, any_of=found.name == "all"
-        )
-        for one in drawn:
-            print(one.save(found.output))
-            print(f"  {one.caption}")
-    except (ImportError, OSError, ValueError) as error:
-        print(f"llava.eval.figures: {error}", file=sys.stderr)
-        return 2
+    return parser.run(_draw, argv)
+
+
+def _draw(found: argparse.Namespace) -> None:
+    check_writable(found.output / f"{found.name}.png")
+    rows = _rows(found)
+    names = NAMES if found.name == "all" else (found.name,)
+    drawn, left_out = draw_figures(
+        names, rows, found.pictures, found.picture_folder, find_device(found.device), any_of=found.name == "all"
+    )
+    for one in drawn:
+        print(one.save(found.output))
+        print(f"  {one.caption}")
     for sentence in left_out:
         print(f"left out: {sentence}")
-    return 0
 
 
-def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+def add_picture_arguments(parser: Parser) -> None:
     """How distances are measured: for the figures and the report."""
     parser.add_argument(
         "--pictures", type=positive, default=16, metavar="N", help="pictures a benchmark for distances (default: 16)"
@@ -149,7 +136,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--picture-folder", type=Path, metavar="DIR", help="pictures for distances (default: the embedded suite's)"
     )
-    parser.add_argument("--device", default="cpu", help="for distances (default: cpu)")
+    parser.add_device("cpu", "for distances: ")
 
 
 def _rows(found: argparse.Namespace) -> Sequence[Row]:
@@ -171,5 +158,4 @@ def _rows(found: argparse.Namespace) -> Sequence[Row]:
 
 
 if __name__ == "__main__":
-    print_everything()
-    sys.exit(main())
+    raise SystemExit(main())

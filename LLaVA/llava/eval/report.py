@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,9 +15,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
+from llava.command import Parser, find_device
 from llava.eval.examples import RULE, Example, find_examples
 from llava.eval.figures import (
-    DEFAULT_RUN,
     FROM_DISTANCES,
     FROM_SCORES,
     add_picture_arguments,
@@ -34,7 +33,6 @@ from llava.eval.token_page import SCRIPT, STYLE, data_uri, selection_html
 from llava.files import atomic_write, check_writable
 from llava.mm_utils import load_image
 from llava.pruning import PruningConfig
-from llava.runtime import print_everything
 
 TEMPLATE = "report.html.jinja"
 MOST_MAPS = 6
@@ -261,46 +259,36 @@ def _facts(table: Table) -> list[tuple[str, str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with one sentence when there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.report", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "runs",
-        nargs="*",
-        default=[DEFAULT_RUN],
-        metavar="RUN",
-        help=f"result folder of a run, or of one of its models (default: {DEFAULT_RUN})",
-    )
-    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    parser.add_argument("--image", help="the image of the token maps (default: three of the benchmarks')")
+    """The command line."""
+    parser = Parser("llava.eval.report", __doc__)
+    add_arguments(parser)
+    parser.add_output("report.html")
+    parser.add_image(required=False, about="the image of the token maps (default: three of the benchmarks')")
     parser.add_argument("--no-model", action="store_true", help="no distances and token maps, which load the model")
     parser.add_argument("--synthetic", action="store_true", help="the synthetic experiment too (a minute)")
     add_picture_arguments(parser)
-    add_arguments(parser)
-    found = parser.parse_args(argv)
-    try:
-        left_out = write_report(
-            found.runs,
-            found.output,
-            folded=found.fold_seeds,
-            allow_mixed=found.allow_mixed,
-            seed=found.seed,
-            draws=found.draws,
-            pictures=found.pictures,
-            picture_folder=found.picture_folder,
-            image=found.image,
-            with_model=not found.no_model,
-            synthetic=found.synthetic,
-            device=found.device,
-        )
-    except (ImportError, OSError, ValueError) as error:
-        print(f"llava.eval.report: {error}", file=sys.stderr)
-        return 2
+    return parser.run(_write, argv)
+
+
+def _write(found: argparse.Namespace) -> None:
+    left_out = write_report(
+        found.runs,
+        found.output,
+        folded=found.fold_seeds,
+        allow_mixed=found.allow_mixed,
+        seed=found.seed,
+        draws=found.draws,
+        pictures=found.pictures,
+        picture_folder=found.picture_folder,
+        image=found.image,
+        with_model=not found.no_model,
+        synthetic=found.synthetic,
+        device=find_device(found.device),
+    )
     for sentence in left_out:
         print(f"not in the report: {sentence}")
     print(found.output)
-    return 0
 
 
 if __name__ == "__main__":
-    print_everything()
-    sys.exit(main())
+    raise SystemExit(main())

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from llava.arguments import positive, text
+from llava.command import Parser, positive, text
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
 from llava.model.builder import EMBEDDED_MODEL, load_pretrained_model
-from llava.runtime import print_everything
 from llava.utils import disable_torch_init
 
 __all__ = ["eval_model", "image_parser", "load_image", "load_images", "main"]
@@ -125,45 +123,28 @@ def _with_image_marks(query: str, mark: str) -> str:
     return f"{mark}\n{query}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.run_llava",
-        description="Ask a LLaVA checkpoint one question about one or more images.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model-path", default=EMBEDDED_MODEL, help="folder or Hub id of the checkpoint")
-    parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
-    parser.add_argument("--image-file", required=True, help="paths or http(s) addresses, separated by --sep")
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser("llava.eval.run_llava", "Ask a LLaVA checkpoint one question about one or more images.")
+    parser.add_model(dest="model_path", base=True)
+    parser.add_image("image_file", about="local files or http(s) addresses, separated by --sep")
     where = f"{IMAGE_PLACEHOLDER} says where an image goes"
     parser.add_argument("--query", required=True, type=text, help=f"the question; {where}")
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
-    parser.add_argument("--sep", default=",", help="what separates the images")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")
-    parser.add_argument("--top_p", type=float, help="sample from the smallest set of tokens with this probability")
-    parser.add_argument("--num_beams", type=positive, default=1, help="beams of the beam search")
-    parser.add_argument("--max_new_tokens", type=positive, default=512, help="length of the answer at most, in tokens")
-    parser.add_argument("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:1, cpu")
-    return parser
+    parser.add_argument("--sep", default=",", help="what separates the images (default: a comma)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
+    parser.add_argument("--top-p", type=float, help="sample from the smallest set of tokens with this probability")
+    parser.add_argument("--num-beams", type=positive, default=1, help="beams of the beam search (default: 1)")
+    at_most = "length of the answer at most, in tokens (default: 512)"
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help=at_most)
+    parser.add_device("cuda", "cuda is the CPU where there is no GPU; ")
+    return parser.run(_ask, argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; errors in what was asked for become one sentence on stderr.
-
-    Returns
-    -------
-    int
-        0, or 1 after an error.
-    """
-    args = _parser().parse_args(argv)
-    try:
-        _refuse_places_without_images(args)  # before any weight is loaded
-        eval_model(args)
-    except (OSError, ValueError, IndexError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+def _ask(args: argparse.Namespace) -> None:
+    _refuse_places_without_images(args)  # before any weight is loaded
+    eval_model(args)
 
 
 if __name__ == "__main__":
-    print_everything()
-    sys.exit(main())
+    raise SystemExit(main())

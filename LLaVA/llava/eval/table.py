@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava.command import Parser, positive, whole
 from llava.eval.results.bootstrap import DRAWS
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.formats import BUDGET, FORMATS, named
@@ -26,10 +26,11 @@ from llava.eval.results.rows import (
 )
 from llava.eval.results.runs import Run, check_alike, differences, read_runs, unfinished
 from llava.files import atomic_write, check_writable
-from llava.runtime import print_everything
 
 __all__ = ["BUDGET", "COLUMNS", "Row", "Table", "build_table", "load_runs", "main", "published_rows"]
 
+DEFAULT_RUN = "results/mini"
+"""Where ``run_OTPrune.sh mini`` leaves its results."""
 ALWAYS_WITH_INTERVALS = ("csv", "json")
 
 
@@ -175,56 +176,56 @@ def _mixed(runs: Sequence[Run]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with one sentence when a folder cannot be read or the table not be written."""
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.table", description="The table of finished runs.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="result folder of a run, or of one of its models")
+    """The command line."""
+    parser = Parser("llava.eval.table", __doc__)
+    add_arguments(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), default="markdown")
     parser.add_argument(
         "--intervals", action="store_true", help="95 %% intervals and tests in the table (CSV and JSON: always)"
     )
-    add_arguments(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    found = parser.parse_args(arguments)
-    try:
-        if found.output is not None:
-            check_writable(found.output)
-        unreadable: list[str] = []
-        rows = load_runs(found.runs, unreadable)
-        if not any(row.scores for row in rows):
-            raise ValueError(unreadable[0] if unreadable else f"no finished task in {', '.join(found.runs)}")
-        table = build_table(
-            rows,
-            intervals=found.intervals or found.format in ALWAYS_WITH_INTERVALS,
-            folded=found.fold_seeds,
-            allow_mixed=found.allow_mixed,
-            seed=found.seed,
-            draws=found.draws,
-            remarks=[f"Left out: {sentence}." for sentence in unreadable]
-            + [f"Incomplete: {sentence}." for sentence in unfinished(found.runs) if "failed" not in sentence],
-        )
-        text = table.render(found.format, found.intervals)
-        if found.output is not None:
-            atomic_write(found.output, text)
-    except (OSError, ValueError) as error:
-        print(f"llava.eval.table: {error}", file=sys.stderr)
-        return 2
+    parser.add_output(None)
+    return parser.run(_show, arguments)
+
+
+def _show(found: argparse.Namespace) -> None:
+    if found.output is not None:
+        check_writable(found.output)
+    unreadable: list[str] = []
+    rows = load_runs(found.runs, unreadable)
+    if not any(row.scores for row in rows):
+        raise ValueError(unreadable[0] if unreadable else f"no finished task in {', '.join(map(str, found.runs))}")
+    table = build_table(
+        rows,
+        intervals=found.intervals or found.format in ALWAYS_WITH_INTERVALS,
+        folded=found.fold_seeds,
+        allow_mixed=found.allow_mixed,
+        seed=found.seed,
+        draws=found.draws,
+        remarks=[f"Left out: {sentence}." for sentence in unreadable]
+        + [f"Incomplete: {sentence}." for sentence in unfinished(found.runs) if "failed" not in sentence],
+    )
+    text = table.render(found.format, found.intervals)
     if found.output is None:
         print(text, end="")
-    return 0
+    else:
+        atomic_write(found.output, text)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the table, the figures and the report are told alike."""
+def add_arguments(parser: Parser) -> None:
+    """What the table, the figures and the report have in common."""
+    about = f"result folder of a run, or of one of its models (default: {DEFAULT_RUN})"
+    parser.add_argument("runs", nargs="*", default=[DEFAULT_RUN], metavar="RUN", help=about)
     parser.add_argument("--fold-seeds", action="store_true", help="one row of all seeds of a method")
     parser.add_argument(
         "--allow-mixed",
         action="store_true",
         help="take runs of different versions, data or settings, and mark them",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
-    parser.add_argument("--draws", type=int, default=DRAWS, metavar="N", help=f"of the bootstrap (default: {DRAWS})")
+    parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the bootstrap (default: 0)")
+    parser.add_argument(
+        "--draws", type=positive, default=DRAWS, metavar="N", help=f"of the bootstrap (default: {DRAWS})"
+    )
 
 
 if __name__ == "__main__":
-    print_everything()
-    sys.exit(main())
+    raise SystemExit(main())

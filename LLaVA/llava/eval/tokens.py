@@ -9,13 +9,14 @@ a page that steps through the selection. A method's options come from its enviro
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from llava import files
+from llava.command import Parser, find_device, read_methods
 from llava.eval.token_page import token_page
 from llava.eval.views import View, views_of
 from llava.files import atomic_write, check_writable
@@ -24,7 +25,6 @@ from llava.model.llava_arch import ot_select
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count, pruning
 from llava.pruning.base import content_key
-from llava.runtime import print_everything
 
 DIMMED = 0.22
 WIDTH, TITLE = 4.2, 0.3
@@ -126,56 +126,49 @@ def write_csv(path: Path, views: list[View], kept: dict[str, list[int]]) -> None
     files.write_csv(path, ["method", "rank", "token", "view", "row", "column"], lines)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m llava.eval.tokens", description=__doc__.splitlines()[0])
-    parser.add_argument("--image", required=True, help="a picture: a local file or an http(s) address")
-    parser.add_argument("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
-    parser.add_argument("--method", default="otprune", help="one method, or several with commas (default: otprune)")
-    parser.add_argument("--ratio", type=float, default=0.098, help="kept ratio, 0 < r <= 1 (default: 0.098)")
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser("llava.eval.tokens", __doc__)
+    parser.add_image()
+    parser.add_model()
+    parser.add_method("otprune")
+    parser.add_ratio()
     parser.add_argument("--order", action="store_true", help="number the tokens (OTPrune: in greedy order)")
     parser.add_argument("--html", action="store_true", help="also write a page that steps through the selection")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("token_maps"), help="folder (default: token_maps)")
-    arguments = parser.parse_args(argv)
-    try:
-        arguments.configs = {
-            text.lower(): PruningConfig.from_text(text, arguments.ratio) for text in arguments.method.split(",")
-        }
-    except ValueError as error:
-        parser.error(str(error))
-    return arguments
+    parser.add_device()
+    parser.add_output("token_maps", folder=True)
+    return parser.run(_draw_maps, argv)
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Draw the token maps that the command line asks for; returns the PNG's path."""
-    arguments = parse_arguments(argv)
+def _draw_maps(arguments: argparse.Namespace) -> None:
+    configs, device = read_methods(arguments.method, arguments.ratio), find_device(arguments.device)
     stem = arguments.output / f"{Path(arguments.image).stem}_{arguments.ratio:g}"
     check_writable(f"{stem}.png")
     from llava.model.builder import load_pretrained_model
 
     image = load_image(arguments.image)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.float16
+    dtype = torch.float32 if device == "cpu" else torch.float16
     _, model, processor, _ = load_pretrained_model(
         arguments.model,
         None,
         get_model_name_from_path(arguments.model),
-        device=arguments.device,
+        device=device,
         dtype=dtype,
         multimodal=True,
     )
     pixels = process_images([image], processor, model.config)[0].to(model.device, dtype)
     views = views_of(image, model.config, model.get_vision_tower())
-    kept = {name: kept_order(model, pixels, image.size, config) for name, config in arguments.configs.items()}
+    kept = {name: kept_order(model, pixels, image.size, config) for name, config in configs.items()}
     total = len(model.visual_tokens([pixels], [image.size])[0])
 
     map_of_all = draw(views, kept, arguments.order)
     atomic_write(f"{stem}.png", lambda part: map_of_all.savefig(part, format="png", dpi=110))
     write_csv(stem.with_name(stem.name + ".csv"), views, kept)
     written = [f"{stem}.png", f"{stem}.csv"]
-    if "ocvtp" in arguments.configs:
+    if slots := next((config for config in configs.values() if config.method == "ocvtp"), None):
         from llava.eval.slot_maps import draw_slots, slot_map
 
-        found = slot_map(model, pixels, image.size, arguments.configs["ocvtp"])
+        found = slot_map(model, pixels, image.size, slots)
         written.append(f"{stem}_slots.png")
         map_of_slots = draw_slots(views, found)
         atomic_write(written[-1], lambda part: map_of_slots.savefig(part, format="png", dpi=110))
@@ -185,13 +178,7 @@ def main(argv: list[str] | None = None) -> Path:
     for method, indices in kept.items():
         print(f"{method}: {len(indices)} of {total} visual tokens kept")
     print(f"written: {', '.join(written)}")
-    return stem.with_name(stem.name + ".png")
 
 
 if __name__ == "__main__":
-    print_everything()
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        print(f"llava.eval.tokens: {error}", file=sys.stderr)
-        sys.exit(2)
+    raise SystemExit(main())

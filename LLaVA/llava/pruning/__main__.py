@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from typing import Any
 
+from llava.command import Parser
 from llava.pruning import available_methods
 from llava.pruning.registry import common_options
-from llava.runtime import print_everything
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print one paragraph a method."""
-    argparse.ArgumentParser(prog="python -m llava.pruning", description=__doc__).parse_args(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: one paragraph per method."""
+    return Parser("llava.pruning", __doc__.partition(": ")[2]).run(lambda _: _print_methods(), argv)
+
+
+def _print_methods() -> None:
     for name, info in available_methods().items():
         options = ", ".join(
             f"{name.upper()}_{option.upper()}={_default(value)}" for option, value in info.options.items()
@@ -31,5 +34,4 @@ def _default(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    print_everything()
-    main()
+    raise SystemExit(main())

@@ -163,7 +163,10 @@ class PruningConfig:
             option, equals, value = setting.partition("=")
             if not (option and equals):
                 raise ValueError(f"{text}: an option reads name=value, not {setting!r}")
-            given[variables.get(option.lower(), f"{method}_{option}".upper())] = value
+            variable = variables.get(option.lower(), f"{method}_{option}".upper())
+            if variable in given:
+                raise ValueError(f"{text}: {option.lower()} is given twice")
+            given[variable] = value
         try:
             ratio, layer = _ratio(given) if "SUBSET_RATIO" in given else ratio, _layer(given)
             budget = set(variables.values())

@@ -6,18 +6,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 import torch
 from transformers import TextStreamer
 
-from llava.arguments import positive
+from llava.command import Parser, positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
 from llava.model.builder import EMBEDDED_MODEL, load_pretrained_model
-from llava.runtime import print_everything
 from llava.utils import disable_torch_init
 
 
@@ -103,43 +101,29 @@ def _ask(prompt: str) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.serve.cli",
-        description="Talk with a LLaVA checkpoint about one image. An empty line ends the conversation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--model-path", default=EMBEDDED_MODEL, help="folder or Hub id of the checkpoint")
-    parser.add_argument("--model-base", help="language model that a LoRA or projector-only checkpoint is put on")
-    parser.add_argument("--image-file", required=True, help="path or http(s) address")
-    parser.add_argument("--device", default="cuda", help="cuda (the CPU where there is no GPU), cuda:1, cpu")
+    return _parser().parse_args(argv)
+
+
+def _parser() -> Parser:
+    about = "Talk with a LLaVA checkpoint about one image. An empty line ends the conversation."
+    parser = Parser("llava.serve.cli", about)
+    parser.add_model(dest="model_path", base=True)
+    parser.add_image("image_file")
+    parser.add_device("cuda", "cuda is the CPU where there is no GPU; ")
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, help="length of an answer at most, in tokens")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
+    at_most = "length of an answer at most, in tokens (default: 512)"
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help=at_most)
     parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
     parser.add_argument("--load-4bit", action="store_true", help="quantise the language model to 4 bits")
     parser.add_argument("--debug", action="store_true", help="print every prompt and answer")
-    return parser.parse_args(argv)
+    return parser
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; errors in what was asked for become one sentence on stderr.
-
-    Returns
-    -------
-    int
-        0; 1 after an error; 130 after Ctrl-C.
-    """
-    try:
-        main(parse_args(argv))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print()
-        return 130
-    return 0
+    """The command line."""
+    return _parser().run(main, argv)
 
 
 if __name__ == "__main__":
-    print_everything()
-    sys.exit(run())
+    raise SystemExit(run())

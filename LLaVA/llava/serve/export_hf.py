@@ -7,7 +7,6 @@ processor that pads and cuts images as LLaVA does, a tokenizer with LLaVA's ids,
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ import transformers
 from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
+from llava.command import Parser
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle, check_conv_mode, choose_conv_mode, conv_templates
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import SPACE
-from llava.runtime import print_everything
 
 TEXT = (
     "{%- set text -%}{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
@@ -236,22 +235,19 @@ def _chat_template(conversation: Conversation) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 2 and one sentence when it cannot be done."""
-    parser = argparse.ArgumentParser(prog="python -m llava.serve.export_hf", description=__doc__.splitlines()[0])
+    """The command line."""
+    parser = Parser("llava.serve.export_hf", "Write a LLaVA checkpoint as transformers and vLLM read it.")
     parser.add_argument("checkpoint", help="checkpoint folder, hub id, or llava-mini")
     parser.add_argument("folder", type=Path, help="where to write; new or empty")
     parser.add_argument("--model-base", help="language model of a LoRA or projector-only checkpoint")
     parser.add_argument("--conv-mode", help="conversation template (default: by the checkpoint)")
-    arguments = parser.parse_args(argv)
-    try:
-        export(arguments.checkpoint, arguments.folder, arguments.model_base, arguments.conv_mode)
-    except (OSError, ValueError) as error:
-        print(f"llava.serve.export_hf: {error}", file=sys.stderr)
-        return 2
+    return parser.run(_export, argv)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    export(arguments.checkpoint, arguments.folder, arguments.model_base, arguments.conv_mode)
     print(arguments.folder)
-    return 0
 
 
 if __name__ == "__main__":
-    print_everything()
-    sys.exit(main())
+    raise SystemExit(main())

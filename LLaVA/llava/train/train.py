@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from llava.arguments import positive
+from llava.command import positive
 from llava.files import atomic_write
 from llava.model.builder import announce_pruning, load_pretrained_model
 from llava.model.checkpoint import read_tensors

@@ -196,8 +196,8 @@ def _flops(prompts: Mapping[PromptCount, int], shape: ModelShape) -> dict[str, d
         crops = sum(image.crops for image in prompt.images)
         for kind, visual in (("pruned", (present, left)), ("unpruned", (total, total))):
             tokens, behind = (tokens_per_layer(prompt.text, column) for column in visual)
-            flops["literature"][kind] += times * literature_flops(shape.decoder, tokens, behind=behind)
-            flops["exact"][kind] += times * exact_flops(shape, tokens, behind=behind, crops=crops).total
+            flops["literature"][kind] += times * literature_flops(shape.decoder, tokens, after=behind)
+            flops["exact"][kind] += times * exact_flops(shape, tokens, after=behind, crops=crops).total
     return flops
 
 

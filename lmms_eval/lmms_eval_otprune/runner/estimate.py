@@ -72,7 +72,7 @@ def _row(job: Job, tasks: Sequence[str], limit: int | None, speed: float) -> flo
         except ValueError:  # the model or the image decides: about the ratio, in the mean over the layers
             visual = ([round(shape.visual_tokens * (job.pruning.ratio or 1))] * layers,) * 2
     tokens, behind = (tokens_per_layer(USUAL_TEXT, column) for column in visual)
-    prefill = exact_flops(shape, tokens, behind=behind, crops=0).total / (SHARE * speed)
+    prefill = exact_flops(shape, tokens, after=behind, crops=0).total / (SHARE * speed)
     beside = {task: (QUESTION + CAPTION * needs_java(task)) * REFERENCE / speed for task in tasks}
     return sum(_questions(task, limit) * (prefill + beside[task]) for task in tasks)
 

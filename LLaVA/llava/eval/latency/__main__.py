@@ -6,43 +6,42 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from llava.arguments import above_zero, positive
+from llava.command import Parser, find_device, positive
 from llava.eval.latency import pope, prefill, select, suite
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import RANDOM, load
 from llava.eval.latency.report import Report, markdown, mebibytes, milliseconds
-from llava.runtime import print_everything
 
 DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write, print; exits with 2 and one sentence when what was asked for cannot be."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    """The command line."""
+    command = shlex.join(["python", "-m", "llava.eval.latency", *(sys.argv[1:] if argv is None else argv)])
+    return _parser().run(lambda arguments: _measure(arguments, command), argv)
+
+
+def _measure(arguments: argparse.Namespace, command: str) -> None:
+    """Measure, write, print."""
     if getattr(arguments, "pope_one_by_one", None) and not arguments.pope:
-        parser.error("--pope-one-by-one is for the run that --pope asks for")
-    try:
-        arguments.device = _device(arguments.device)
-        dtype = getattr(arguments, "dtype", None) or ("float16" if arguments.device.type == "cuda" else "float32")
-        settings = {
-            **{name: value for name, value in vars(arguments).items() if isinstance(value, (int, float, str, list))},
-            "command": shlex.join(["python", "-m", "llava.eval.latency", *(sys.argv[1:] if argv is None else argv)]),
-            "device": str(arguments.device),
-            "dtype": dtype,
-        }
-        arguments.dtype = getattr(torch, dtype)
-        report = Report(arguments.output, arguments.command, arguments.force)
-        rows, table = COMMANDS[arguments.command](arguments, report)
-        print(report.write(settings, rows, table))
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        parser.error(str(error))
-    return 0
+        raise ValueError("--pope-one-by-one is for the run that --pope asks for")
+    arguments.device = torch.device(find_device(arguments.device))
+    arguments.method = [name for text in arguments.method for name in text.split(",")]
+    dtype = getattr(arguments, "dtype", None) or ("float16" if arguments.device.type == "cuda" else "float32")
+    settings = {
+        **{name: value for name, value in vars(arguments).items() if isinstance(value, (int, float, str, list))},
+        "command": command,
+        "device": str(arguments.device),
+        "dtype": dtype,
+    }
+    arguments.dtype = getattr(torch, dtype)
+    report = Report(arguments.output, arguments.command, arguments.force)
+    rows, table = COMMANDS[arguments.command](arguments, report)
+    print(report.write(settings, rows, table))
 
 
 def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
@@ -53,10 +52,10 @@ def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[st
         "device": arguments.device,
         "dtype": arguments.dtype,
     }
-    rows = select.measure(sizes, arguments.methods, **settings)
+    rows = select.measure(sizes, arguments.method, **settings)
     if arguments.curve:
         points = {
-            axis: select.measure(along, arguments.methods, **settings) for axis, along in select.curve(sizes).items()
+            axis: select.measure(along, arguments.method, **settings) for axis, along in select.curve(sizes).items()
         }
         report.write_curve(points)
         rows += [row | {"axis": axis} for axis, along in points.items() for row in along]
@@ -73,7 +72,7 @@ def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[st
 
 def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
     model = load(arguments.model, arguments.device, arguments.dtype, arguments.attention)
-    configs = read_methods(arguments.methods, arguments.ratio)
+    configs = read_methods(arguments.method, arguments.ratio)
     new_tokens = 1 if arguments.command == "prefill" else arguments.new_tokens
     rows = []
     for batch in arguments.batch:
@@ -112,7 +111,7 @@ def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[s
 def _suite(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
     rows = suite.measure(
         arguments.model,
-        arguments.methods,
+        arguments.method,
         ratio=arguments.ratio,
         batches=arguments.batch,
         tasks=arguments.tasks,
@@ -147,17 +146,6 @@ def _ms_column(part: str, device: torch.device) -> str:
     return name if device.type == "cuda" else f"{name} on this machine"
 
 
-def _device(text: str | None) -> torch.device:
-    if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, colon, number = text.partition(":")
-    if text != "cpu" and not (kind == "cuda" and number.isdecimal() == bool(colon)):
-        raise ValueError(f"--device must be cpu, cuda or cuda:NUMBER, not {text!r}")
-    if kind == "cuda" and not (int(number) < torch.cuda.device_count() if number else torch.cuda.is_available()):
-        raise ValueError(f"--device {text}: this machine has no such GPU that PyTorch can use")
-    return torch.device(text)
-
-
 def _pope(text: str) -> tuple[int, int]:
     images, _, questions = text.partition("x")
     if not (images.isdecimal() and questions.isdecimal() and int(images) and int(questions)):
@@ -165,31 +153,30 @@ def _pope(text: str) -> tuple[int, int]:
     return int(images), int(questions)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava.eval.latency",
-        description="Measure selection, prefill, generation and whole runs; all variants take turns in one run.",
+def _parser() -> Parser:
+    parser = Parser(
+        "llava.eval.latency",
+        "Measure selection, prefill, generation and whole runs; all variants take turns in one run.",
         epilog="Compare ratios within one run. Milliseconds of a CPU mean nothing on another one.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str, methods: list[str], repetitions: int | None) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
-        named = "registered method, NAME@LAYER, or published (OTPrune's published code)"
-        one.add_argument("--methods", nargs="+", default=methods, metavar="M", help=f"{named}; default: {methods}")
-        one.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-        place = Path("latency")
-        one.add_argument("--output", type=Path, default=place, metavar="DIR", help=f"results; default: {place}")
-        one.add_argument("--force", action="store_true", help="replace a finished measurement")
+    def command(name: str, text: str, methods: list[str], repetitions: int | None) -> Parser:
+        one = commands.add_parser(name, help=text, description=text, prog=f"{parser.prog} {name}")
+        named = "methods with their options, such as fastv:layer=2, or published (OTPrune's published code); default: "
+        one.add_argument(
+            "--method", "--methods", nargs="+", default=methods, metavar="NAME[,NAME]", help=named + ",".join(methods)
+        )
+        one.add_device()
+        one.add_output("latency", folder=True, force="replace a finished measurement")
         if repetitions is not None:  # measured in this process
             one.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
             one.add_argument("--repetitions", type=positive, default=repetitions, help=f"default: {repetitions}")
         return one
 
-    def for_model(one: argparse.ArgumentParser, batch: list[int]) -> None:
-        models = f"{', '.join(RANDOM)} (random weights), llava-mini, or a checkpoint (folder or hub id)"
-        one.add_argument("--model", default="tiny", help=f"{models}; default: tiny")
-        one.add_argument("--ratio", type=above_zero, default=0.098, help="kept ratio; default: 0.098")
+    def for_model(one: Parser, batch: list[int], model: str = "tiny") -> None:
+        one.add_model(model, also=f"{', '.join(RANDOM)} (random weights), ")
+        one.add_ratio()
         one.add_argument("--batch", type=positive, nargs="+", default=batch, help=f"batch sizes; default: {batch}")
 
     attention = {"choices": ("sdpa", "eager", "flash_attention_2"), "default": "sdpa"}
@@ -216,13 +203,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--cache-mib", type=positive, default=256, help="what the cache may hold; default: 256")
 
     one = command("suite", "embedded benchmarks through lmms-eval", ["otprune"], None)
-    for_model(one, [16])
-    one.set_defaults(model="llava-mini")
+    for_model(one, [16], "llava-mini")
     one.add_argument("--tasks", nargs="+", default=suite.TASKS, help=f"default: {suite.TASKS}")
     one.add_argument("--limit", type=positive, help="samples a task; default: all")
     return parser
 
 
 if __name__ == "__main__":
-    print_everything()
-    sys.exit(main())
+    raise SystemExit(main())

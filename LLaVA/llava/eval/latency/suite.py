@@ -62,13 +62,15 @@ def measure(
     ------
     ValueError
         For a method or ratio that cannot be.
-    RuntimeError
-        If lmms-eval is not installed, or a run fails.
+    ImportError
+        If lmms-eval is not installed.
+    OSError
+        If a run fails.
     """
     configs = read_methods([method for method in methods if method != UNPRUNED], ratio)
     for package in ("lmms_eval", "lmms_eval_otprune"):
         if importlib.util.find_spec(package) is None:
-            raise RuntimeError(f"suite runs the embedded benchmarks through {package}, which is not installed")
+            raise ImportError(f"suite runs the embedded benchmarks through {package}, which is not installed")
     settings = dict.fromkeys((batch, cached) for batch in (1, *batches) for cached in (False, True))
     rows: list[dict[str, Any]] = []
     names = list(dict.fromkeys([UNPRUNED, *configs]))
@@ -119,7 +121,7 @@ def run_tasks(
 
     Raises
     ------
-    RuntimeError
+    OSError
         If the run fails.
     """
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava", "--model_args", model_args]
@@ -137,7 +139,7 @@ def run_tasks(
     files = sorted(folder.rglob("*_results.json"))
     if done.returncode or not files:
         last = done.stdout.strip().splitlines()[-1:] or ["nothing was printed"]
-        raise RuntimeError(f"{folder.name}: lmms-eval ended with status {done.returncode}: {last[0]}")
+        raise OSError(f"{folder.name}: lmms-eval ended with status {done.returncode}: {last[0]}")
     found = json.loads(files[-1].read_text(encoding="utf-8"))["throughput"]
     return {
         "samples_per_second": 1 / found["avg_latency"],

@@ -48,7 +48,7 @@ class Prefill:
         """With so many visual tokens in each layer, and behind its attention."""
         crops = max(1, round(self.visual / self.shape.tower.outputs))
         tokens, left = tokens_per_layer(self.text, entering), tokens_per_layer(self.text, behind)
-        return exact_flops(self.shape, tokens, behind=left, crops=crops).total
+        return exact_flops(self.shape, tokens, after=left, crops=crops).total
 
     def unpruned(self) -> int:
         """What it costs if nothing leaves."""

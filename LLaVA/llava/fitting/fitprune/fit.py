@@ -175,7 +175,7 @@ def predicted_flops(shape: ModelShape, deleted: tuple[int, ...], tokens: int, te
         "visual": (walk.unpruned(cost), walk.stopped_at(cost)[-1]),
         "prefill": (
             exact_flops(shape, full, crops=crops).total,
-            exact_flops(shape, entering, behind=behind, crops=crops).total,
+            exact_flops(shape, entering, after=behind, crops=crops).total,
         ),
     }
     predicted: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llava.arguments import above_zero, positive, whole
+from llava.command import above_zero, positive, whole
 from llava.runtime import print_everything
 
 
