@@ -152,7 +152,7 @@ def test_control_c_ends_it_too(talk, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules[__name__], "Stub", Interrupted)
-    assert talk("What is it?").code == 230
+    assert talk("What is it?").code == 130
 
 
 def test_anyres_crops_are_handed_over(talk):

@@ -66,7 +66,7 @@ class Prefill:
         ValueError
             If the method takes no ratio, or this one is out of its reach.
         """
-        config = PruningConfig(method, ratio)
+        config = PruningConfig.from_text(method, ratio, {})
         return self.flops(*visual_per_layer(config, self.visual, self.shape.decoder.layers))
 
 
