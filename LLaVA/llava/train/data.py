@@ -327,7 +327,7 @@ class Collator:
         self.pad_token_id, self.image_size = pad_token_id, image_size
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """``input_ids``, ``labels``, ``attention_mask`` (B, T); ``images``, ``image_sizes`` as the model takes them.
+        """The model's arguments: ``input_ids``, ``labels``, ``attention_mask`` (B, T), ``images``, ``image_sizes``.
 
         Raises
         ------
@@ -349,6 +349,7 @@ class Collator:
             "attention_mask": _padded([torch.ones_like(row, dtype=torch.bool) for row in ids], False),
             "images": torch.stack(images) if alike else images,
             "image_sizes": sizes,
+            "use_cache": False,
         }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import shutil
 import sys
@@ -21,22 +22,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.logging import get_logger
-from accelerate.utils import set_seed
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
 
 from llava.command import positive
-from llava.files import atomic_write
 from llava.model.builder import announce_pruning, load_pretrained_model
 from llava.model.checkpoint import read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
 from llava.model.tokenizer import load_tokenizer
-from llava.runtime import print_everything
+from llava.runtime import is_main_process, print_everything
 from llava.train.data import (
     TEMPLATES,
     Collator,
@@ -46,12 +41,26 @@ from llava.train.data import (
     read_list,
     summary,
 )
+from llava.train.loop import NonFiniteLoss, Run, Trainer
 
 __all__ = ["learning_rate_factor", "load_trainable", "main"]
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
-STATE = "training_state.pt"
+STATE = "training_state"
+SETTINGS = (
+    "stage",
+    "model",
+    "data",
+    "template",
+    "epochs",
+    "batch_size",
+    "accumulate",
+    "learning_rate",
+    "lora_rank",
+    "seed",
+)
+"""Arguments that a run is resumed with."""
 # The layers of a decoder that get adapters; the tower's projections only share some of these names.
 LORA_TARGETS = r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
@@ -145,21 +154,6 @@ def _order(entries: int, epochs: float, seed: int) -> list[int]:
     return order[: round(epochs * entries)]
 
 
-def _save_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {"step": step, "model": trained, "optimizer": optimizer.state_dict()}
-    atomic_write(folder / STATE, lambda part: torch.save(state, part))
-
-
-def _load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    unknown = model.load_state_dict(state["model"], strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(f"{folder / STATE} was trained with other settings: it holds {unknown[0]}, the model does not")
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
-
-
 def save_result(model: nn.Module, arguments: argparse.Namespace) -> None:
     """Write what was trained to ``arguments.output``, in the layout of the stage."""
     folder, source = Path(arguments.output), Path(arguments.model)
@@ -242,7 +236,8 @@ def _checked_entries(arguments: argparse.Namespace) -> tuple[list[Any], dict[int
             raise ValueError(f"{said}\n--faulty skip trains on the others")
         if len(faults) == len(entries):
             raise ValueError(said)
-        logger.warning("%s", said)
+        if is_main_process():
+            logger.warning("%s", said)
     return entries, faults
 
 
@@ -252,22 +247,35 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     _fill_defaults(arguments)
     folder = Path(arguments.output)
-    if (folder / STATE).exists() and not arguments.resume:
-        parser.error(f"{folder} holds an unfinished run: give --resume, or another --output")
-    folder.mkdir(parents=True, exist_ok=True)
-    set_seed(arguments.seed)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if arguments.bf16 else "no", gradient_accumulation_steps=arguments.accumulate
+    run = Run(
+        folder,
+        name=STATE,
+        seed=arguments.seed,
+        resume=arguments.resume,
+        last_step=arguments.stop_after,
+        save_seconds=math.inf,
+        save_steps=arguments.save_steps,
+        log_steps=1,
+        precision="bf16" if arguments.bf16 else "no",
     )
+    if run.state_file.exists() and not run.resume:
+        parser.error(f"{folder} holds an unfinished run: give --resume, or another --output")
+    torch.manual_seed(arguments.seed)
     entries, faults = _checked_entries(arguments)
     model, tokenizer, processor = load_trainable(arguments)
-    inner = _inner(model)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-
+    trainer = Trainer(
+        model,
+        [torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=arguments.weight_decay)],
+        run,
+        clip=arguments.clip,
+        accumulate=arguments.accumulate,
+        losses=lambda output: {"loss": output.loss},
+        settings={name: getattr(arguments, name) for name in SETTINGS},
+    )
     dataset = ConversationDataset(
         entries,
         arguments.images,
@@ -278,61 +286,27 @@ def main(argv: list[str] | None = None) -> int:
         arguments.max_length,
         skip=faults if arguments.faulty == "skip" else None,
     )
-    per_step = arguments.batch_size * arguments.accumulate * accelerator.num_processes
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     usable = [number for number in range(len(entries)) if number not in faults]
     order = [usable[place] for place in _order(len(usable), arguments.epochs, arguments.seed)]
+    processes = trainer.accelerator.num_processes
+    per_step = arguments.batch_size * arguments.accumulate * processes
     steps = math.ceil(len(order) / per_step)
-    first = _load_state(folder, model, optimizer) if (folder / STATE).exists() else 0
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    loader = DataLoader(
-        Subset(dataset, order[first * per_step :]),
-        batch_size=arguments.batch_size,
-        collate_fn=Collator(pad, inner.get_vision_tower().config.image_size),
-        num_workers=arguments.workers,
-    )
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    model.train()
-    step = first
-    bar = tqdm(total=steps, initial=first, desc=arguments.stage, disable=not accelerator.is_main_process)
-    for number, batch in enumerate(loader):
-        for group in optimizer.param_groups:
-            group["lr"] = arguments.learning_rate * learning_rate_factor(step, steps, arguments.warmup)
-        with accelerator.accumulate(model):
-            loss = model(**batch, use_cache=False).loss
-            if not torch.isfinite(loss):
-                # Processes take batches in turn.
-                place = number * accelerator.num_processes + accelerator.process_index
-                start = first * per_step + place * arguments.batch_size
-                names = [entry_name(entries, entry) for entry in order[start : start + arguments.batch_size]]
-                raise FloatingPointError(f"the loss of step {step} is {loss.item()}, on {', '.join(names)}")
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(trained, arguments.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        step += 1
-        bar.update()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-        stop = step == arguments.stop_after and step < steps
-        if accelerator.is_main_process:
-            _log(folder, step, loss.item(), optimizer.param_groups[0]["lr"])
-            if stop or (step % arguments.save_steps == 0 and step < steps):
-                _save_state(folder, accelerator.unwrap_model(model), optimizer.optimizer, step)
-        if stop:
-            return 3
-    bar.close()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_result(accelerator.unwrap_model(model), arguments)
-        (folder / STATE).unlink(missing_ok=True)
-    return 0
-
-
-def _log(folder: Path, step: int, loss: float, rate: float) -> None:
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, "loss": loss, "learning_rate": rate}) + "\n")
+    collate = Collator(pad, _inner(model).get_vision_tower().config.image_size)
+    batches = trainer.batches(dataset, order, per_step, steps, collate, arguments.workers)
+    try:
+        done = trainer.fit(batches, steps, lambda step: learning_rate_factor(step, steps, arguments.warmup))
+    except NonFiniteLoss as error:
+        if error.part is None:
+            raise
+        place = error.part * processes + trainer.accelerator.process_index
+        first = error.step * per_step + place * arguments.batch_size
+        names = [entry_name(entries, entry) for entry in order[first : first + arguments.batch_size]]
+        raise FloatingPointError(f"{error}, on {', '.join(names)}") from error
+    if done and trainer.accelerator.is_main_process:
+        save_result(trainer.accelerator.unwrap_model(trainer.task), arguments)
+        run.state_file.unlink(missing_ok=True)
+    return 0 if done else 3
 
 
 if __name__ == "__main__":

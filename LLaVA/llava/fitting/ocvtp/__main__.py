@@ -57,8 +57,9 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from llava.fitting.ocvtp.train import Recipe, Run, train
+    from llava.fitting.ocvtp.train import Recipe, train
     from llava.pruning.methods.ocvtp.config import DecoderConfig, SlotConfig
+    from llava.train.loop import Run
 
     recipe = Recipe(
         slots=arguments.slots,
@@ -74,7 +75,6 @@ def _train(arguments: argparse.Namespace) -> int:
         resume=arguments.resume,
         seconds=60 * arguments.minutes,
         precision=arguments.precision,
-        dtype=arguments.dtype,
     )
 
     def sizes(description) -> SlotConfig:
@@ -97,7 +97,7 @@ def _train(arguments: argparse.Namespace) -> int:
             decoder=decoder,
         )
 
-    return 0 if train(arguments.features, sizes, recipe, run) else 3
+    return 0 if train(arguments.features, sizes, recipe, run, arguments.dtype) else 3
 
 
 def _cost(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from llava.fitting.ocvtp.loss import slot_weights, weighted_error
 from llava.pruning.methods.ocvtp.config import SlotConfig
 from llava.pruning.methods.ocvtp.decoder import RandomOrderDecoder
 from llava.pruning.methods.ocvtp.network import SlotPruner
+from llava.train.loop import seed_of
 
 
 class Reconstruction(nn.Module):
@@ -67,16 +67,11 @@ class Draws:
         shown = torch.where(torch.rand(batch, 1, generator=generator) < 0.5, drawn, fixed)
         return cls(noise, order, shown)
 
-    def rows(self, rows: slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Some images' share of it, on a device."""
-        return tuple(part[rows].to(device) for part in (self.noise, self.order, self.shown))
+    def rows(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Some images' share of it."""
+        return self.noise[rows], self.order[rows], self.shown[rows]
 
 
 def seeded(*key: object) -> torch.Generator:
     """A generator that depends on nothing but the key."""
     return torch.Generator().manual_seed(seed_of(*key))
-
-
-def seed_of(*key: object) -> int:
-    """A seed that depends on nothing but the key."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:7], "little")
