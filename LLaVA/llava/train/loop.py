@@ -279,7 +279,7 @@ class Trainer:
         return True
 
     def _take_step(self, batches, factor: float, late: bool) -> tuple[bool, dict[str, float]]:
-        """One optimiser step: whether any process is late, and the means of what was reported."""
+        """One optimiser step: whether any process is late, the mean loss of all, and this process's other reports."""
         accelerator = self.accelerator
         for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -301,10 +301,10 @@ class Trainer:
             reports.append(report)
         names = list(dict.fromkeys(name for report in reports for name in report))
         own = [torch.stack([report[name].float() for report in reports if name in report]).mean() for name in names]
-        flag = torch.tensor(float(late), device=accelerator.device)
-        # One wait for the device per step.
-        *values, late = accelerator.reduce(torch.stack([*own, flag]), "mean").tolist()
-        means = dict(zip(names, values, strict=True))
+        shared = torch.stack([own[0], torch.tensor(float(late), device=accelerator.device)])
+        # One wait for the device per step. What the task reports may differ from process to process; its loss does not.
+        mean, late, *values = torch.cat([accelerator.reduce(shared, "mean"), torch.stack(own)]).tolist()
+        means = {**dict(zip(names, values, strict=True)), "loss": mean}
         if not math.isfinite(means["loss"]):
             part = next((part for part, report in enumerate(reports) if not report["loss"].isfinite()), None)
             raise NonFiniteLoss(self.step, part, means["loss"])
