@@ -292,7 +292,8 @@ class Trainer:
                 losses = self.losses(self.task(**batch) if isinstance(batch, Mapping) else self.task(*batch))
                 loss = sum(value for name, value in losses.items() if "/" not in name)
                 accelerator.backward(loss)
-                report = {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}}
+                report = {"loss": loss.detach()}
+                report |= {name: value.detach() for name, value in losses.items() if name != "loss"}
                 if accelerator.sync_gradients:
                     report["gradient"] = accelerator.clip_grad_norm_(list(self._trained.values()), self.clip)
                 for optimizer in self.optimizers:
