@@ -8,6 +8,7 @@ from importlib import import_module
 COMMANDS = {
     "ask": ("llava.eval.run_llava", "one question about an image"),
     "chat": ("llava.serve.cli:run", "a conversation about an image"),
+    "demo": ("llava.serve.demo", "a web page to try pruning on your own image"),
     "methods": ("llava.pruning", "the pruning methods and their options"),
     "tokens": ("llava.eval.tokens", "which visual tokens a method keeps, drawn on the image"),
     "distances": ("llava.eval.distances", "how far kept tokens are from all tokens"),

@@ -60,7 +60,7 @@ def test_the_patches_are_all_of_the_models_tokens(tmp_path, size):
 
 def test_dropped_patches_are_faded_and_kept_ones_are_not():
     view = tokens.View("image", Image.new("RGB", (40, 40), (10, 20, 30)), np.arange(4).reshape(2, 2))
-    drawn = tokens._dimmed(view, [3])
+    drawn = tokens.dimmed(view, [3])
     assert drawn[-1, -1].tolist() == [10, 20, 30]
     assert (drawn[0, 0] > 150).all() and (drawn[0, -1] > 150).all() and (drawn[-1, 0] > 150).all()
 

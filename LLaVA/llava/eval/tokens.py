@@ -79,7 +79,7 @@ def draw(views: list[View], kept: dict[str, list[int]], order: bool = False):
     for row, view in enumerate(views):
         for column, (method, indices) in enumerate(kept.items()):
             axis = axes[row][column]
-            axis.imshow(_dimmed(view, indices), interpolation="nearest")
+            axis.imshow(dimmed(view, indices), interpolation="nearest")
             inside = np.isin(view.patches, indices)
             axis.set_title(f"{method}: {inside.sum()} of {view.patches.size} ({view.name})", fontsize=11)
             axis.set_axis_off()
@@ -88,7 +88,7 @@ def draw(views: list[View], kept: dict[str, list[int]], order: bool = False):
     return figure
 
 
-def _dimmed(view: View, indices: list[int]) -> np.ndarray:
+def dimmed(view: View, indices: list[int]) -> np.ndarray:
     """The picture with the patches that were dropped faded to grey."""
     rows, columns = view.patches.shape
     scale = _scale(view)
