@@ -41,6 +41,13 @@ class Call(NamedTuple):
     softcap: float | None
     causal: bool
 
+    def row(self, row: int) -> Call:
+        """The same of one row of the batch."""
+        mask = self.mask
+        if isinstance(mask, torch.Tensor) and len(mask) > 1:
+            mask = mask[row : row + 1]
+        return self._replace(query=self.query[row : row + 1], key=self.key[row : row + 1], mask=mask)
+
     def weights(self, queries: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of the softmax for some queries alone.
 

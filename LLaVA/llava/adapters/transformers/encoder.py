@@ -135,9 +135,7 @@ def _received(number: int):
         every = torch.arange(call.query.shape[2], device=call.query.device)[None]
         maps = []
         for image in range(len(call.query)):
-            mask = call.mask if call.mask is None or len(call.mask) == 1 else call.mask[image : image + 1]
-            one = call._replace(query=call.query[image : image + 1], key=call.key[image : image + 1], mask=mask)
-            maps.append(one.weights(every)[0].mean(dim=(0, 1)))
+            maps.append(call.row(image).weights(every)[0].mean(dim=(0, 1)))
         return {f"received_attention {number}": torch.stack(maps)[..., None]}
 
     return look

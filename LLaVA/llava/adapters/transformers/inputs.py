@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from transformers.masking_utils import create_causal_mask
 
 from llava.adapters.transformers.images import PromptImage
 from llava.constants import IGNORE_INDEX
@@ -54,6 +56,10 @@ class KeptColumns:
             order = keep.int().argsort(dim=1, stable=True)[:, -longest:]
         return cls(source.gather(1, order).to(device), keep.gather(1, order).to(device), valid.shape[1])
 
+    def to(self, device: torch.device) -> KeptColumns:
+        """The same on another device."""
+        return KeptColumns(self.source.to(device), self.present.to(device), self.length)
+
     def take(self, values: torch.Tensor, fill: int) -> torch.Tensor:
         """What stands at the kept columns of ``values`` (B, T): (B, T'); ``fill`` where a place only pads."""
         # Assisted decoding does not count its candidates in the token types.
@@ -76,6 +82,13 @@ class KeptColumns:
         if positions.ndim == 3 and len(positions) == 4:
             kept[0] = self.counted()
         return kept
+
+    def features(self, values: torch.Tensor) -> torch.Tensor:
+        """What stands at the kept columns of ``values`` (..., B or 1, T, D): (..., B, T', D), anything at padding."""
+        source = self.source.to(values.device)[..., None]
+        leading, (length, width) = values.shape[:-3], values.shape[-2:]
+        values = values.expand(*leading, len(source), length, width)
+        return values.gather(-2, source.expand(*leading, *source.shape[:2], width))
 
     def counted(self) -> torch.Tensor:
         """Positions (B, T') without gaps, from 0."""
@@ -176,7 +189,13 @@ def _rows(level: torch.Tensor | Sequence[torch.Tensor], indices: torch.Tensor) -
     return rows[None] if isinstance(level, torch.Tensor) else [rows]
 
 
+CACHES = ("cache", "past_key_values")
+"""Names of the KV cache; transformers 5.24 renamed it."""
+CACHE = next(name for name in CACHES if name in inspect.signature(create_causal_mask).parameters)
+"""The one that functions of transformers which make masks take."""
+
+
 def cache_of(holder: Mapping[str, Any]) -> Any | None:
-    """The KV cache among arguments or in an output; transformers 5.24 renamed it."""
-    found = (holder.get(name) for name in ("cache", "past_key_values"))
+    """The KV cache among arguments or in an output."""
+    found = (holder.get(name) for name in CACHES)
     return next((cache for cache in found if cache is not None), None)

@@ -16,12 +16,17 @@ from llava.adapters.transformers.encoder import EncoderView, Signals
 from llava.adapters.transformers.family import FAMILIES, Family, why_not
 from llava.adapters.transformers.images import Encoding, PromptImage
 from llava.adapters.transformers.inputs import TOKEN_TYPES, KeptColumns, KeptPrompt, cache_of, kept_features
+from llava.adapters.transformers.inside import DECODER_NEEDS, InsideDecoder, KeptInside
 from llava.constants import IGNORE_INDEX
 from llava.model.visual_sequence import PromptFacts, reduce_images
-from llava.pruning.base import ENCODER_NEEDS, KeptTokens
+from llava.pruning.base import ENCODER_NEEDS, INSIDE, KeptTokens
 from llava.pruning.config import PruningConfig
+from llava.pruning.schedule import kept_per_layer
 
 ATTRIBUTE = "_visual_token_pruning"
+ANOTHER_TURN = (
+    "a further turn on the KV cache of a pruned prompt counts its columns wrongly: start each turn without a cache"
+)
 
 
 def set_pruning(model: nn.Module, config: PruningConfig | None) -> Session | None:
@@ -85,13 +90,16 @@ class Session:
         self._handles: list[Any] = []
         self._columns: KeptColumns | None = None
         self._prompt: KeptPrompt | None = None
+        self.inside: InsideDecoder | None = None
         self._refuse_what_cannot_work()
 
     def _refuse_what_cannot_work(self) -> None:
         kind, method = self.model.config.model_type, self.config.method
-        if [layer for layer, _ in self.stages] != [0]:
-            raise ValueError(f"{method} drops tokens inside the decoder, which is not available for {kind}")
-        missing = sorted(self.pruner.needs - {"image_keys", "question"} - ENCODER_NEEDS)
+        if self.pruner.fits:
+            raise ValueError(f"{method} is fitted to a model of this package only: give {kind} a recipe")
+        drops_inside = self.pruner.stage == INSIDE or self.stages[0][0] > 0
+        missing = self.pruner.needs - {"image_keys", "question"} - ENCODER_NEEDS
+        missing = sorted(missing - DECODER_NEEDS if drops_inside else missing)
         if missing:
             raise ValueError(f"{method} needs {', '.join(missing)}, which is not available for {kind}")
         if self.pruner.needs & ENCODER_NEEDS:
@@ -99,6 +107,8 @@ class Session:
                 raise ValueError(f"{method} looks at the vision encoder, which is not available for {kind}")
             self.encoder = EncoderView(self.model, self.pruner)
             self.pruner.check_encoder(self.encoder.width)
+        if drops_inside:
+            self.inside = InsideDecoder(self.model, self.pruner, self.stages)
         if self._multimodal_rope and self.pruner.position_ids == "compact":
             raise ValueError(f"{kind} has rotary positions of several axes, which cannot be renumbered (compact)")
 
@@ -108,7 +118,7 @@ class Session:
 
     @property
     def _compact(self) -> bool:
-        return not self._multimodal_rope and self.pruner.position_ids != "original"
+        return not self._multimodal_rope and self.pruner.position_ids != "original" and self.inside is None
 
     # Switching on and off
 
@@ -132,12 +142,16 @@ class Session:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, with_kwargs=True),
         ]
+        if self.inside is not None:
+            self.inside.attach()
         self.model.__dict__[ATTRIBUTE] = self
 
     def detach(self) -> None:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
+        if self.inside is not None:
+            self.inside.detach()
         self.model.base_model.__dict__.pop("get_image_features", None)
         self.model.__dict__.pop(ATTRIBUTE, None)
 
@@ -161,7 +175,9 @@ class Session:
             raise
 
     def _rewritten(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self._columns = self._prompt = None  # whatever a call that failed has left
+        self._columns = self._prompt = self._inside_prompt = self._labels = None  # of a call that failed
+        if self.inside is not None:
+            self.inside.forget()
         cache = cache_of(inputs)
         filled = cache is not None and cache.get_seq_length() > 0
         if cache is not None and not filled:
@@ -169,7 +185,10 @@ class Session:
         prompt = getattr(cache, ATTRIBUTE, None)
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if inputs.get("pixel_values") is None and encoded is None:
-            return inputs if prompt is None else self._step(inputs, prompt, cache.get_seq_length())
+            if prompt is None:
+                return inputs
+            step = self._step if isinstance(prompt, KeptPrompt) else self._step_inside
+            return step(inputs, prompt, cache.get_seq_length())
         if filled:
             raise NotImplementedError("images after a filled KV cache are not pruned: start each turn without a cache")
         return self._prefill(inputs)
@@ -187,15 +206,26 @@ class Session:
         if not counted or (
             new > 1 and positions is not None and bool((positions[..., :1] != following[..., :1]).any())
         ):
-            raise NotImplementedError(
-                "a further turn on the KV cache of a pruned prompt counts its columns wrongly: start each turn without "
-                "a cache"
-            )
+            raise NotImplementedError(ANOTHER_TURN)
         return {
             **inputs,
             "attention_mask": prompt.mask(given, cached + new),
             "position_ids": following if positions is None else positions,
         }
+
+    def _step_inside(self, inputs: dict[str, Any], prompt: KeptInside, cached: int) -> dict[str, Any]:
+        """A decoding step behind prompts that lost tokens inside the decoder: the layers see to what is left."""
+        given = inputs.get("attention_mask")
+        _refuse_prepared_mask(given)
+        text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        new, since = text.shape[1], cached - prompt.cached
+        if given is not None and given.shape[1] != prompt.length + since + new:
+            raise NotImplementedError(ANOTHER_TURN)
+        self.inside.resume(prompt, None if given is None else given[:, prompt.length :])
+        if inputs.get("position_ids") is not None:
+            return inputs
+        following = torch.arange(since, since + new, device=prompt.next_position.device)
+        return inputs | {"position_ids": prompt.next_position + following}
 
     def _prefill(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Drop what the pruner does not keep of every image."""
@@ -213,7 +243,10 @@ class Session:
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         marks = ((ids == self.model.config.image_token_id) & valid).cpu()
         images = output.encoding.images(output, marks, self.family)
-        kept = self._kept(images, ids, valid, inputs.get("labels"))
+        facts = self._facts(images, ids, valid, inputs.get("labels"))
+        if self.inside is not None:
+            return self._start_inside(inputs, images, facts, valid, positions)
+        kept = self._kept(images, facts)
         return self._without_dropped(inputs, output, images, kept, valid, positions)
 
     def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -228,22 +261,43 @@ class Session:
             inputs[pixels] = None
         return inputs | {"mm_encoder_outputs": outputs}
 
-    def _kept(
+    def _start_inside(
+        self,
+        inputs: dict[str, Any],
+        images: list[PromptImage],
+        facts: list[PromptFacts],
+        valid: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> dict[str, Any]:
+        """Whole prompts, of which the decoder's layers are to lose tokens."""
+        depth, prompt, labels = len(self.inside.layers), valid, inputs.pop("labels", None)
+        if labels is not None:
+            # The first answer and all that follows it must not choose what is kept.
+            prompt = valid & ((labels != IGNORE_INDEX).cumsum(dim=1) == 0)
+        totals = [len(image.tokens.features) for image in images]
+        self._count([(n, kept_per_layer(self.stages, n, depth, self.pruner.budget)[-1]) for n in totals])
+        types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
+        self.inside.start(valid, images, facts, prompt, types)
+        self._labels, self._inside_prompt = labels, (valid.shape[1], positions[..., -1:] + 1)
+        return inputs | _as_it_came(inputs) | {"attention_mask": valid.long(), "position_ids": positions}
+
+    def _facts(
         self, images: list[PromptImage], ids: torch.Tensor, valid: torch.Tensor, labels: torch.Tensor | None
-    ) -> list[KeptTokens]:
-        facts = [
-            PromptFacts(
-                image.key,
-                self._question(image, images, ids, valid, labels) if "question" in self.pruner.needs else None,
-            )
+    ) -> list[PromptFacts]:
+        asks = "question" in self.pruner.needs
+        return [
+            PromptFacts(image.key, self._question(image, images, ids, valid, labels) if asks else None)
             for image in images
         ]
+
+    def _count(self, counts: list[tuple[int, int]]) -> None:
+        self.visual_token_counts = counts
+        total, left = (sum(one) for one in zip(*counts, strict=True))
+        self.seen.update(images=len(counts), total=total, kept=left)
+
+    def _kept(self, images: list[PromptImage], facts: list[PromptFacts]) -> list[KeptTokens]:
         kept = reduce_images(self.pruner, [image.tokens for image in images], facts, self.stages[0][1])
-        self.visual_token_counts = [
-            (len(image.tokens.features), len(left.indices)) for image, left in zip(images, kept, strict=True)
-        ]
-        total, left = (sum(counts) for counts in zip(*self.visual_token_counts, strict=True))
-        self.seen.update(images=len(images), total=total, kept=left)
+        self._count([(len(image.tokens.features), len(left.indices)) for image, left in zip(images, kept, strict=True)])
         return kept
 
     def _question(
@@ -274,9 +328,7 @@ class Session:
     ) -> dict[str, Any]:
         whole = all(total == left for total, left in self.visual_token_counts)
         if whole and not self.pruner.varies:  # `reduce` hands such images on as they came
-            if not output.listed:
-                output = type(output)(**{**output, "pooler_output": torch.stack(output.pooler_output)})
-            return inputs | {"mm_encoder_outputs": {**inputs["mm_encoder_outputs"], "image": output}}
+            return inputs | _as_it_came(inputs)
         columns = KeptColumns.of(valid, images, kept)
         original = columns.positions(positions)
         shift = None
@@ -305,11 +357,17 @@ class Session:
         return pad if isinstance(pad, int) and pad >= 0 and pad != self.model.config.image_token_id else 0
 
     def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        columns, prompt = self._columns, self._prompt
+        columns, prompt, cache = self._columns, self._prompt, cache_of(output)
         self._columns = self._prompt = None
+        left = {} if self.inside is None else self.inside.finish()
+        if left:
+            length, next_position = self._inside_prompt
+            columns = left[max(left)]
+            prompt = KeptInside(length, 0 if cache is None else cache.get_seq_length(), left, next_position)
+        if self._labels is not None:
+            output.loss = self._loss(output.logits, columns, self._labels)
         if prompt is None:
             return output
-        cache = cache_of(output)
         if cache is None and (kwargs.get("use_cache") or cache_of(kwargs) is not None):
             raise RuntimeError("this release of transformers hides the KV cache: decoding would go wrong")
         if cache is not None:
@@ -318,6 +376,21 @@ class Session:
         if logits is not None and logits.shape[1] == columns.source.shape[1]:
             output.logits = columns.spread(logits)
         return output
+
+    def _loss(self, logits: torch.Tensor, columns: KeptColumns | None, labels: torch.Tensor) -> torch.Tensor:
+        """Of prompts that lost ``columns`` inside the decoder, as the model would count it."""
+        labels = labels if columns is None else columns.labels(labels)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return self.model.loss_function(logits=logits, labels=labels[:, -logits.shape[1] :], vocab_size=vocabulary)
+
+
+def _as_it_came(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The images' whole encoder output, features in the container that the model reads."""
+    outputs = inputs["mm_encoder_outputs"]
+    output = outputs["image"]
+    if not output.listed:
+        output = type(output)(**{**output, "pooler_output": torch.stack(output.pooler_output)})
+    return {"mm_encoder_outputs": {**outputs, "image": output}}
 
 
 def _family(model: nn.Module) -> Family:

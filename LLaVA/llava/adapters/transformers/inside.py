@@ -1,0 +1,361 @@
+"""Drops inside the decoder of any model of transformers, by hooks on its layers.
+
+At the input of a layer of the schedule a pre-hook drops image tokens from the hidden states; from there on each layer
+gets rotary embeddings, mask and length of cache for what is left. Attention that a method ranks by is read where the
+layer before computes it. Decoding steps see, layer by layer, what the prefill left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
+
+from llava.adapters.transformers.attention import Call, Watch
+from llava.adapters.transformers.images import PromptImage
+from llava.adapters.transformers.inputs import CACHE, CACHES, KeptColumns, cache_of
+from llava.model.language_model.visual_drop import (
+    TEXT,
+    Sequences,
+    choose_raters,
+    drop_visual_tokens,
+    refuse_images_without_text,
+)
+from llava.model.visual_sequence import PromptFacts
+from llava.pruning.base import Pruner
+
+AHEAD = frozenset({"next_attention"})
+"""Attention of the layer at whose input tokens are dropped: it is run up to there once more."""
+BEFORE = frozenset({"last_attention", "rater_attention", "visual_attention", "text_attention"})
+"""Attention of the layer before."""
+DECODER_NEEDS = AHEAD | BEFORE
+MOST_LOGITS = 1 << 24
+"""Attention logits that are held at a time: 64 MiB in float32."""
+WITHOUT_KEYS = ("linear_attention", "conv")
+"""Kinds of layers that keep a running state instead of keys and values."""
+
+
+@dataclass(frozen=True)
+class KeptInside:
+    """What decoding steps have to know of prompts that lost tokens at decoder layers; it hangs on the KV cache.
+
+    Attributes
+    ----------
+    length : int
+        Columns of the whole prompts.
+    cached : int
+        How many of them the cache counts.
+    left : mapping of int to KeptColumns
+        Layer at whose input tokens were dropped -> what it and the deeper ones hold.
+    next_position : Tensor (..., B, 1)
+        Rotary position of the first column after the prompts.
+    """
+
+    length: int
+    cached: int
+    left: Mapping[int, KeptColumns]
+    next_position: torch.Tensor
+
+
+class InsideDecoder:
+    """The hooks on a decoder's layers.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers.
+    pruner : Pruner
+    schedule : sequence of (layer, fraction)
+        See `Pruner.stages`.
+
+    Raises
+    ------
+    ValueError
+        If the method cannot work in this decoder.
+    """
+
+    def __init__(self, model: nn.Module, pruner: Pruner, schedule: Sequence[tuple[int, float]]):
+        self.model, self.pruner, self.decoder = model, pruner, model.get_decoder()
+        self.layers = self.decoder.layers
+        # A drop after the last layer's attention saves that layer's feed-forward block alone.
+        self.schedule = {layer: fraction for layer, fraction in schedule if layer < len(self.layers)}
+        self.kinds = getattr(self.decoder.config, "layer_types", None) or [None] * len(self.layers)
+        kind = type(pruner).__name__
+        if getattr(model, "_tp_size", None) not in (None, 1) and pruner.needs & DECODER_NEEDS:
+            raise ValueError(f"{kind} ranks by all attention heads, which tensor parallel processes share")
+        if pruner.position_ids == "compact":
+            raise ValueError("positions cannot be renumbered inside the decoder of a model of transformers (compact)")
+        for layer in self.schedule if pruner.needs & DECODER_NEEDS else ():
+            looked_at = layer if pruner.needs & AHEAD else layer - 1
+            if not hasattr(self.layers[looked_at], "self_attn"):
+                raise ValueError(f"{kind} ranks by the attention of decoder layer {looked_at}, which has none")
+        self._handles: list[Any] = []
+        self._ahead: dict[int, Watch] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """What an earlier call has left, if it failed."""
+        self._rows: Sequences | None = None
+        self._raters: torch.Tensor | None = None
+        self._left: dict[int, KeptColumns] | None = None
+        self._seen: dict[str, torch.Tensor] = {}
+        self._masks: dict[tuple[int, str | None], Any] = {}
+
+    # Switching on and off
+
+    def attach(self) -> None:
+        """Hook into the decoder."""
+        needs = self.pruner.needs
+        for depth, layer in enumerate(self.layers):
+            self._handles.append(layer.register_forward_pre_hook(self._before_layer(depth), with_kwargs=True))
+            if depth + 1 in self.schedule and needs & BEFORE:
+                self._handles.append(Watch(layer.self_attn, self._look(needs & BEFORE)))
+            if depth in self.schedule and needs & AHEAD:
+                self._ahead[depth] = Watch(layer.self_attn, lambda call: None)
+        self._handles += self._ahead.values()
+        if hasattr(self.decoder, "_deepstack_process"):
+            original = self.decoder._deepstack_process
+            self.decoder._deepstack_process = lambda hidden, marks, features: original(
+                hidden, *self._deepstack(marks, features)
+            )
+
+    def detach(self) -> None:
+        """Leave the decoder as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self.decoder.__dict__.pop("_deepstack_process", None)
+
+    # A call of the model
+
+    def start(
+        self,
+        valid: torch.Tensor,
+        images: Sequence[PromptImage],
+        metadata: Sequence[PromptFacts],
+        prompt: torch.Tensor,
+        types: Mapping[str, torch.Tensor],
+    ) -> None:
+        """A prefill begins.
+
+        Parameters
+        ----------
+        valid : Tensor (B, T), bool
+            False at padding.
+        images, metadata
+            Of the prompts, in the order of their placeholders.
+        prompt : Tensor (B, T), bool
+            False at padding and at what is to be predicted.
+        types : mapping of str to Tensor (B, T)
+            Token types, which masks are made from.
+        """
+        if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
+            raise NotImplementedError("gradient checkpointing runs layers twice, which drops inside the decoder refuse")
+        image_of, ordinal = torch.full(valid.shape, TEXT), torch.full(valid.shape, TEXT)
+        for number, image in enumerate(images):
+            image_of[image.row, image.columns] = number
+            ordinal[image.row, image.columns] = torch.arange(len(image.columns))
+        origin = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+        nothing = valid.new_zeros(*valid.shape, 0, dtype=torch.float32)
+        index, ordinal = image_of.to(valid.device), ordinal.to(valid.device)
+        self._rows = Sequences(nothing, valid, index, ordinal, origin, prompt, place=origin)
+        self._facts = [(image.tokens, known) for image, known in zip(images, metadata, strict=True)]
+        self._types, self._left, self._length = types, {}, valid.shape[1]
+
+    def resume(self, kept: KeptInside, following: torch.Tensor | None) -> None:
+        """A decoding step begins.
+
+        Parameters
+        ----------
+        kept : KeptInside
+        following : Tensor (B, M), optional
+            The caller's mask of all columns after the prompts.
+        """
+        self._left, self._following = dict(kept.left), following
+
+    def finish(self) -> dict[int, KeptColumns]:
+        """The call has ended: what each layer of the schedule has left of prompts; nothing after a decoding step."""
+        left = {} if self._rows is None else self._left
+        self.forget()
+        return left
+
+    # The layers
+
+    def _before_layer(self, depth: int) -> Callable[..., Any]:
+        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+            if self._left is None:
+                return None
+            named = "hidden_states" in kwargs
+            hidden, rest = (kwargs["hidden_states"], args) if named else (args[0], args[1:])
+            if self._rows is not None:
+                hidden = self._entered(depth, layer, hidden, rest, kwargs)
+            kwargs = self._fitting(depth, hidden, kwargs)
+            return (rest, kwargs | {"hidden_states": hidden}) if named else ((hidden, *rest), kwargs)
+
+        return hook
+
+    def _entered(
+        self, depth: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """A layer's input, without what is dropped there."""
+        self._rows = replace(self._rows, hidden=hidden).to(hidden.device)
+        if depth == 0:
+            if "rater_attention" in self.pruner.needs:
+                self._raters = choose_raters(self._rows, self.pruner)
+            if "text_attention" in self.pruner.needs:
+                refuse_images_without_text(self._rows, self.pruner)
+        if depth not in self.schedule:
+            return hidden
+        if depth in self._ahead:
+            self._look_ahead(depth, layer, args, self._fitting(depth, hidden, kwargs) | {"hidden_states": hidden})
+        fraction = self.schedule[depth]
+        self._rows = drop_visual_tokens(self._rows, self._facts, self.pruner, fraction, self._seen)
+        self._seen = {}
+        self._left[depth] = KeptColumns(self._rows.origin, self._rows.valid, self._length)
+        return self._rows.hidden
+
+    def _fitting(self, depth: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A layer's other arguments, for what is left at its input."""
+        dropped_at = max((layer for layer in self._left if layer <= depth), default=None)
+        if dropped_at is None:
+            return kwargs
+        columns, fitting = self._left[dropped_at].to(hidden.device), dict(kwargs)
+        if self._rows is not None:
+            if kwargs.get("position_embeddings") is not None:
+                fitting["position_embeddings"] = tuple(map(columns.features, kwargs["position_embeddings"]))
+            if kwargs.get("position_ids") is not None:
+                fitting["position_ids"] = columns.positions(kwargs["position_ids"])
+        key = dropped_at, self.kinds[depth]
+        if key not in self._masks:
+            make = self._step_mask if self._rows is None else self._prefill_mask
+            self._masks[key] = make(depth, hidden, columns, cache_of(kwargs))
+        return fitting | {"attention_mask": self._masks[key]}
+
+    def _prefill_mask(self, depth: int, hidden: torch.Tensor, columns: KeptColumns, cache: Any) -> Any:
+        """As the model itself makes it, on a prompt of the kept columns."""
+        make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
+        masks = make(
+            config=self.model.config,
+            inputs_embeds=hidden,
+            attention_mask=columns.present.long(),
+            position_ids=None,
+            is_first_iteration=True,
+            **{CACHE: None},
+            **{name: columns.take(values, 0) for name, values in self._types.items()},
+        )
+        return masks[self.kinds[depth]] if isinstance(masks, dict) else masks
+
+    def _step_mask(self, depth: int, hidden: torch.Tensor, columns: KeptColumns, cache: Any) -> Any:
+        kind = self.kinds[depth]
+        if kind in WITHOUT_KEYS:
+            return None  # what is generated is never padding
+        following = self._following
+        if following is None:
+            n = cache.get_seq_length(depth) + hidden.shape[1] - columns.present.shape[1]
+            following = columns.present.new_ones(len(columns.present), n)
+        if kind is None:
+            kind = "sliding_attention" if getattr(self.decoder.config, "sliding_window", None) else "full_attention"
+        return LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[kind](
+            config=self.decoder.config,
+            inputs_embeds=hidden,
+            attention_mask=torch.cat([columns.present, following.bool()], dim=1).to(hidden.device).long(),
+            layer_idx=depth,
+            **{CACHE: cache},
+        )
+
+    def _deepstack(self, marks: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the encoder adds after a layer, to the image tokens that are still there."""
+        if not self._left:
+            return marks, features
+        columns = self._left[max(self._left)].to(marks.device)
+        number = (marks.flatten().cumsum(0) - 1).view_as(marks)
+        kept = columns.take(marks, False)
+        return kept, features[columns.take(number, 0)[kept]]
+
+    # Looking at attention
+
+    def _look(self, needs: frozenset[str]) -> Callable[[Call], None]:
+        def look(call: Call) -> None:
+            if self._rows is not None:
+                self._seen = attention_signals(needs, call, self._rows, self._raters)
+
+        return look
+
+    def _look_ahead(self, depth: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Run a layer on what is there before the drop, up to its attention and without a cache."""
+
+        def look(call: Call) -> None:
+            self._seen = attention_signals(self.pruner.needs & AHEAD, call, self._rows, None)
+            raise _Seen
+
+        watch = self._ahead[depth]
+        watch.look = look
+        try:
+            layer.forward(*args, **{name: value for name, value in kwargs.items() if name not in CACHES})
+        except _Seen:
+            pass
+        finally:
+            watch.look = lambda call: None
+
+
+class _Seen(Exception):
+    """Ends a layer that is only looked at."""
+
+
+@torch.no_grad()
+def attention_signals(
+    needs: frozenset[str], call: Call, rows: Sequences, raters: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """What a method asks of a decoder layer's attention: name -> (B, T, ...), see `VisualTokens`.
+
+    Parameters
+    ----------
+    raters : Tensor (B, T), bool, optional
+        Over the whole prompts.
+
+    Raises
+    ------
+    NotImplementedError
+        If this process has a part of the heads only.
+    """
+    seen = {}
+    for name in needs & {"last_attention", "next_attention"}:
+        last = rows.prompt.shape[1] - 1 - rows.prompt.flip(1).int().argmax(dim=1)  # (B,)
+        seen[name] = call.weights(last[:, None], rows.valid)[:, :, 0].transpose(1, 2)
+    if "rater_attention" in needs:
+        present = raters.to(rows.origin.device).gather(1, rows.origin) & rows.valid
+        seen["rater_attention"] = torch.stack(
+            [
+                call.row(row).weights(own.nonzero().T, rows.valid[row : row + 1])[0].mean(dim=(0, 1))
+                if bool(own.any())
+                else present.new_zeros(present.shape[1], dtype=torch.float32)
+                for row, own in enumerate(present)
+            ]
+        )
+    if needs & {"visual_attention", "text_attention"}:
+        visual, text = _received(call, rows)
+        seen |= {
+            name: values for name, values in (("visual_attention", visual), ("text_attention", text)) if name in needs
+        }
+    return {name: seen[name] for name in needs}
+
+
+def _received(call: Call, rows: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+    """What visual tokens receive from their image's tokens (mean) and from the prompt's text (sum), in each query's
+    strongest head: (B, T) each, float32; queries are taken in chunks."""
+    batch, heads, length, _ = call.query.shape
+    image, asking = rows.index, rows.prompt & (rows.index == TEXT)
+    visual = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
+    text, judges = torch.zeros_like(visual), torch.zeros_like(visual)
+    every = torch.arange(length, device=image.device)
+    for here in every.split(max(1, MOST_LOGITS // (batch * heads * length))):
+        weights = call.weights(here.expand(batch, -1), rows.valid)
+        strongest = weights.nan_to_num().amax(dim=1)  # (B, Q, T); rows of padding see nothing
+        same = (image[:, here, None] == image[:, None, :]) & (image[:, None, :] != TEXT)
+        visual += (strongest * same).sum(dim=1)
+        judges += same.sum(dim=1)
+        text += (strongest * asking[:, here, None]).sum(dim=1)
+    return visual / judges.clamp_min(1), text.masked_fill(image == TEXT, 0)
