@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -61,6 +63,10 @@ def test_the_switch_reads_the_environment(capsys):
     [
         ("qwen2_vl", "random", {"position_ids": "compact"}, "positions of several axes"),
         ("gemma3", "nonsense", {}, "nonsense"),
+        ("llava", "otprune", {"layer": 1, "position_ids": "compact"}, "inside the decoder"),
+        ("llava", "otprune", {"layer": 40}, "LAYER_INDEX=40"),
+        ("llava", "fitprune", {}, "give llava a recipe"),
+        ("qwen3_5", "sparsevlm", {}, "attention of decoder layer 0, which has none"),
         ("gemma3", "otprune", {"gamma": -1.0}, "gamma must be"),
     ],
 )
@@ -100,8 +106,17 @@ def test_prompts_that_do_not_go_with_the_images_are_refused():
         family.model(**inputs)
 
 
+def test_layers_that_run_twice_cannot_drop():
+    family = tiny("llava")
+    model = copy.deepcopy(family.model).train()
+    model.gradient_checkpointing_enable()
+    with pruning(model, "fastv", ratio=0.3), pytest.raises(NotImplementedError, match="gradient checkpointing"):
+        model(**family.inputs([ROW]))
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastv"])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
-def test_labels_train_what_is_kept(name):
+def test_labels_train_what_is_kept(name, method):
     """The loss of a batch is the mean over its rows' predicted tokens, 3 and 2; the projector has a gradient."""
     family = tiny(name)
     rows = [[3, Picture(0), 5, 6, 7], [8, Picture(1), Picture(2), 9, 10]]
@@ -111,7 +126,7 @@ def test_labels_train_what_is_kept(name):
         text = inputs["attention_mask"].bool() & (inputs["input_ids"] < IMAGE)
         return family.model(**inputs, labels=inputs["input_ids"].masked_fill(~text, -100)).loss
 
-    with pruning(family.model, "divprune", ratio=0.3):
+    with pruning(family.model, method, ratio=0.3):
         together, alone = loss(rows), [loss([row]) for row in rows]
         assert together.item() == pytest.approx(((3 * alone[0] + 2 * alone[1]) / 5).item(), rel=1e-3)
         features = [p for n, p in family.model.named_parameters() if "visual" in n or "vision" in n or "project" in n]

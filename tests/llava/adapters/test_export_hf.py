@@ -16,7 +16,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.pruning import available_methods, pruning
+from llava.pruning import PruningConfig, available_methods, pruning
 from llava.pruning.base import ENCODER_NEEDS
 from llava.serve.export_hf import main
 
@@ -28,10 +28,18 @@ NAMES = [
     if (ROOT / CHECKPOINTS[name]["path"]).exists()
 ]
 QUESTION = "What is  shown in the image?"
-METHODS = [
+BEFORE = [
     name
     for name, info in available_methods().items()
     if info.stage.startswith("before") and info.needs <= {"image_keys"} | ENCODER_NEEDS and name != "ocvtp"
+]
+METHODS = [PruningConfig(name, 0.3, options={"object_layer": 1} if name == "hiprune" else {}) for name in BEFORE] + [
+    PruningConfig("otprune", 0.3, layer=1),
+    PruningConfig("downsample", 0.3, layer=1),
+    PruningConfig("fastv", 0.3, layer=1),
+    PruningConfig("pyramiddrop", 0.6),
+    PruningConfig("sparsevlm", 0.6),
+    PruningConfig("vtw", 0.6),
 ]
 
 
@@ -79,7 +87,7 @@ def test_ids_and_pixels_are_llavas_own(pair):
     torch.testing.assert_close(exported["pixel_values"][0], pixels, rtol=0, atol=2.5 / 255 / 0.26)
 
 
-@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("method", [None, *METHODS], ids=lambda method: method and method.describe())
 @torch.no_grad()
 def test_logits_and_counts_are_llavas_own(pair, method):
     (ids, _), exported, size = inputs_of(pair)
@@ -91,22 +99,36 @@ def test_logits_and_counts_are_llavas_own(pair, method):
         there = other(**exported).logits[0, -1]
         return here, there[: len(here)]
 
-    options = {"object_layer": 1} if method == "hiprune" else {}
     if method is None:
         here, there = both()
     else:
-        with pruning(own, method, 0.3, **options) as mine, pruning(other, method, 0.3, **options) as theirs:
+        with pruning(own, method) as mine, pruning(other, method) as theirs:
             here, there = both()
             assert list(mine.visual_token_counts) == theirs.visual_token_counts
     torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_recipe_of_fitprune_keeps_llavas_own(pair, tmp_path):
+    """What leaves a layer after its attention there leaves at the next layer's input here: the same numbers."""
+    (ids, _), exported, size = inputs_of(pair)
+    (_, own, _, _), (_, other), _ = pair
+    layers = own.config.num_hidden_layers
+    recipe = {"format": 1, "model": {"name": "tiny", "layers": layers, "visual_tokens": None}, "tokens": 16}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe | {"deleted": [5, *[3] * (layers - 2), 0]}))
+    config = PruningConfig("fitprune", options={"recipe": str(tmp_path / "recipe.json")})
+    with pruning(own, config), pruning(other, config):
+        here = own(ids[None], images=[exported["pixel_values"][0]], image_sizes=[size]).logits[0, -1]
+        torch.testing.assert_close(other(**exported).logits[0, -1][: len(here)], here, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [(90, 60), (60, 200), (56, 56)])
-def test_answers_are_llavas_own(pair, size):
+@pytest.mark.parametrize("layer", [0, 1])
+def test_answers_are_llavas_own(pair, layer, size):
     (ids, _), exported, _ = inputs_of(pair, size)
     (_, own, _, _), (_, other), _ = pair
     length = exported["input_ids"].shape[1]
-    with pruning(own, "otprune", ratio=0.2), pruning(other, "otprune", ratio=0.2):
+    with pruning(own, "otprune", ratio=0.2, layer=layer), pruning(other, "otprune", ratio=0.2, layer=layer):
         here = own.generate(
             ids[None], images=[exported["pixel_values"][0]], image_sizes=[size], max_new_tokens=5, do_sample=False
         )

@@ -270,6 +270,9 @@ class Session:
         positions: torch.Tensor,
     ) -> dict[str, Any]:
         """Whole prompts, of which the decoder's layers are to lose tokens."""
+        if inputs.get("position_ids") is None and not self._multimodal_rope:
+            # As the model itself counts, padding included.
+            positions = torch.arange(valid.shape[1], device=valid.device)[None] + self.family.first_position
         depth, prompt, labels = len(self.inside.layers), valid, inputs.pop("labels", None)
         if labels is not None:
             # The first answer and all that follows it must not choose what is kept.
