@@ -119,11 +119,11 @@ def test_layers_that_run_twice_cannot_drop():
 def test_labels_train_what_is_kept(name, method):
     """The loss of a batch is the mean over its rows' predicted tokens, 3 and 2; the projector has a gradient."""
     family = tiny(name)
-    rows = [[3, Picture(0), 5, 6, 7], [8, Picture(1), Picture(2), 9, 10]]
+    rows, first_answer = [[3, Picture(0), 5, 6, 7], [4, Picture(1), Picture(2), 6, 7]], 5
 
     def loss(rows):
         inputs = family.inputs(rows, side="right")
-        text = inputs["attention_mask"].bool() & (inputs["input_ids"] < IMAGE)
+        text = inputs["attention_mask"].bool() & (inputs["input_ids"] < IMAGE) & (inputs["input_ids"] >= first_answer)
         return family.model(**inputs, labels=inputs["input_ids"].masked_fill(~text, -100)).loss
 
     with pruning(family.model, method, ratio=0.3):
