@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
 import numpy as np
@@ -234,6 +234,11 @@ class Batch:
     segments: torch.Tensor
     forms: list[list[str]]
     grounding: torch.Tensor
+
+    def to(self, device: torch.device | str, **_: object) -> Batch:
+        """The batch on a device."""
+        moved = ("pictures", "ids", "labels", "segments", "grounding")
+        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
 def collate(examples: list[Packed]) -> tuple[Batch]:

@@ -13,26 +13,26 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import socket
-import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import yaml
-from torch import distributed, nn
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import default_collate
 
 from llava.command import positive, whole
-from llava.mini.loop import Run, Stage, train_stage
 from llava.model.tokenizer import load_tokenizer
-from llava.runtime import forget_place
+from llava.train.loop import Run, Trainer
 from mini_training.attention import attention_for
 from mini_training.decoder import ConversationTask, build_llava
 from mini_training.evaluate import evaluate
 from mini_training.export import export_checkpoint, export_tower
 from mini_training.grounding import Grounding
 from mini_training.packing import Mixture, PackedScenes, collate
+from mini_training.stage import Stage, learning_rate_factor, make_optimizers
 from mini_training.tower import TowerScenes, TowerTask
 from mini_training.vocabulary import build_tokenizer
 
@@ -127,33 +127,37 @@ def _known(settings: dict, of: type) -> dict:
     return settings
 
 
-def train(name: str, config: dict, run: Run) -> bool:
-    """Train one stage in this process; see `llava.mini.loop.train_stage`."""
+def train(name: str, config: dict, run: Run, workers: int = 0) -> bool:
+    """Train one stage; see `llava.train.loop.Trainer.fit`."""
     torch.manual_seed(config["seed"])
     stage, mixture = parse_stage(name, config)
-    length = stage.steps * stage.batch
+    run = replace(run, name=name, seed=config["seed"])
+    length, device = stage.steps * stage.batch, str(PartialState(cpu=run.cpu).device)
     if name == "tower":
-        task = TowerTask(config["tower"], attention_for(run.device)).to(run.device)
-        unused = (task.tower.encoder.layers[-1], task.tower.post_layernorm)
-        for module in unused:
-            module.requires_grad_(False)
+        task = TowerTask(config["tower"], attention_for(device))
+        for unused in (task.tower.encoder.layers[-1], task.tower.post_layernorm):
+            unused.requires_grad_(False)
         matrices = [p for p in task.tower.encoder.layers[:-1].parameters() if p.ndim == 2]
-        data = TowerScenes("train", FIRST_SEEDS[name], length, config["tower"]["crowded"])
-        return train_stage(stage, task, matrices, data, run)
-    tokenizer = load_tokenizer(run.folder / "checkpoint")
-    task = conversation_task(name, config, len(tokenizer), run)
-    if name != "align" and not run.state_file(name).exists():
-        grow(task, torch.load(run.state_file(_before(name)), map_location="cpu", weights_only=True)["model"])
-    data = PackedScenes("train", FIRST_SEEDS[name], length, stage.batch, mixture, tokenizer)
-    return train_stage(stage, task, task.matrices(), data, run, collate)
+        data, collator = TowerScenes("train", FIRST_SEEDS[name], length, config["tower"]["crowded"]), default_collate
+    else:
+        tokenizer = load_tokenizer(run.folder / "checkpoint")
+        task = conversation_task(name, config, len(tokenizer), run.folder, device)
+        if name != "align" and not run.state_file.exists():
+            before = run.folder / f"{_before(name)}.pt"
+            grow(task, torch.load(before, map_location="cpu", weights_only=True)["model"])
+        matrices, collator = task.matrices(), collate
+        data = PackedScenes("train", FIRST_SEEDS[name], length, stage.batch, mixture, tokenizer)
+    trainer = Trainer(task, make_optimizers(task, matrices, stage), run, clip=stage.clip)
+    batches = trainer.batches(data, range(length), stage.batch, stage.steps, collator, workers)
+    return trainer.fit(batches, stage.steps, lambda step: learning_rate_factor(step, stage))
 
 
-def conversation_task(stage: str, config: dict, vocabulary: int, run: Run) -> ConversationTask:
+def conversation_task(stage: str, config: dict, vocabulary: int, folder: Path, device: str = "cpu") -> ConversationTask:
     """The model on the exported tower, with new weights and as many decoder layers as the stage has."""
     layers = config["stages"][stage]["layers"]
     deep = config | {"decoder": config["decoder"] | {"layers": layers}}
-    model = build_llava(deep, vocabulary, run.folder / "checkpoint", run.device)
-    return ConversationTask(model, _grounding(stage, config)).to(run.device)
+    model = build_llava(deep, vocabulary, folder / "checkpoint", device)
+    return ConversationTask(model, _grounding(stage, config)).to(device)
 
 
 def _grounding(stage: str, config: dict) -> Grounding | None:
@@ -216,45 +220,27 @@ def _prepare(name: str, config: dict, folder: Path) -> None:
 
 
 def _export(config: dict, folder: Path) -> None:
-    run = Run(folder)
     tokenizer = load_tokenizer(folder / "checkpoint")
-    last = next(name for name in reversed(STAGES) if run.state_file(name).exists())
-    task = conversation_task(last, config, len(tokenizer), run)
-    _load(task, run.state_file(last))
+    last = next(name for name in reversed(STAGES) if (folder / f"{name}.pt").exists())
+    task = conversation_task(last, config, len(tokenizer), folder)
+    _load(task, folder / f"{last}.pt")
     export_checkpoint(task.model, folder, config)
 
 
-def _work(rank: int, name: str, config: dict, arguments: argparse.Namespace, port: int, seconds: float) -> None:
-    torch.set_num_threads(arguments.threads)
-    if arguments.processes > 1:
-        forget_place()
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        distributed.init_process_group("gloo", rank=rank, world_size=arguments.processes)
-    run = Run(
-        Path(arguments.output),
-        deadline=time.monotonic() + seconds,
-        rank=rank,
-        world=arguments.processes,
-        device=arguments.device,
-        bf16=not arguments.fp32,
-        workers=arguments.workers,
-    )
-    train(name, config, run)
-    if arguments.processes > 1:
-        distributed.destroy_process_group()
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mini_training", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m mini_training",
+        description=__doc__.split("\n")[0],
+        epilog="Several processes: accelerate launch --cpu --num_processes 2 -m mini_training --threads 1 ...",
+    )
     add = parser.add_argument
     add("--output", default="llava-mini-run", help="folder of the run; the model lands in its folder checkpoint")
     add("--config", default=str(CONFIG), help="the recipe (YAML)")
     add("--stage", choices=(*STAGES, "export", "evaluate", "all"), default="all")
     add("--resume", action="store_true", help="go on from the last saved state")
     add("--minutes", type=float, default=math.inf, help="save and stop after this long")
-    add("--processes", type=positive, default=1, help="split each batch over so many processes (CPU)")
-    add("--threads", type=positive, default=os.cpu_count(), help="threads a process")
-    add("--device", default="cpu", help="cpu, or cuda with one process")
+    add("--threads", type=positive, default=os.cpu_count(), help="threads per process")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add(
         "--workers",
         type=whole,
@@ -281,27 +267,25 @@ def main(argv: list[str] | None = None) -> int:
     if started and not arguments.resume:
         parser.error(f"{folder} holds a run of stage {started[0]}: give --resume, or another --output")
     folder.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * arguments.minutes
+    torch.set_num_threads(arguments.threads)
+    end, place = time.monotonic() + 60 * arguments.minutes, PartialState(cpu=arguments.device == "cpu")
     for name in wanted:
-        _prepare(name, config, folder)
-        port = _free_port()
-        settings = (name, config, arguments, port, end - time.monotonic())
-        if arguments.processes > 1:
-            torch.multiprocessing.spawn(_work, settings, nprocs=arguments.processes)
-        else:
-            _work(0, *settings)
-        steps = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["step"]
-        if steps < config["stages"][name]["steps"]:
-            print(f"stage {name} stopped after {steps} steps; --resume goes on", file=sys.stderr)
+        if place.is_main_process:
+            _prepare(name, config, folder)
+        place.wait_for_everyone()
+        run = Run(
+            folder,
+            resume=arguments.resume,
+            seconds=end - time.monotonic(),
+            precision="no" if arguments.fp32 else "bf16",
+            cpu=arguments.device == "cpu",
+        )
+        if not train(name, config, run, arguments.workers):
             return 3
+    if not place.is_main_process:
+        return 0
     if arguments.stage in ("export", "all"):
         _export(config, folder)
     if arguments.stage in ("evaluate", "all"):
         evaluate(folder / "checkpoint", 4 if arguments.smoke else arguments.scenes, folder / "evaluation.json")
     return 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

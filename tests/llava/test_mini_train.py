@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch.nn import functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini import scenes
-from llava.mini.loop import Run, Stage, _moved, learning_rate_factor
 from llava.mini.questions import FORMS, sample_questions
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -27,6 +27,7 @@ from mini_training.attention import attention_for, stretched_attention
 from mini_training.decoder import ConversationTask
 from mini_training.letter_exercises import sample_letter_exercises
 from mini_training.packing import Mixture, PackedScenes, collate, encode_prompts, packed_mask, prefix_stretches
+from mini_training.stage import Stage, learning_rate_factor
 from mini_training.train import CONFIG, STAGES, conversation_task, grow, main, parse_stage, read_config
 from mini_training.vocabulary import build_tokenizer, conversation_texts
 from weight_names import weight_names
@@ -249,10 +250,10 @@ def test_a_killed_run_resumes_to_the_same_weights(run, tmp_path, monkeypatch):
 
 def test_a_deeper_model_begins_as_the_shallow_one(run, tokenizer):
     config = read_config(CONFIG, smoke=True)
-    shallow = conversation_task("finetune", config, len(tokenizer), Run(run))
+    shallow = conversation_task("finetune", config, len(tokenizer), run)
     state = torch.load(run / "finetune.pt", weights_only=True)["model"]
     grow(shallow, state)
-    deep = conversation_task("deepen", config, len(tokenizer), Run(run))
+    deep = conversation_task("deepen", config, len(tokenizer), run)
     grow(deep, state)
     assert len(deep.model.get_model().layers) == 2 * len(shallow.model.get_model().layers)
     (batch,) = collate([PackedScenes("validation", 0, 4, 2, Mixture(questions=3), tokenizer)[i] for i in range(2)])
@@ -266,7 +267,7 @@ def test_a_gpu_would_compute_the_same_loss(run, tokenizer):
     """Away from a CPU PyTorch's own attention is used: the same packed batch, the same loss."""
     config = read_config(CONFIG, smoke=True)
     (batch,) = collate([PackedScenes("validation", 0, 4, 2, Mixture(questions=3), tokenizer)[i] for i in range(2)])
-    task = conversation_task("deepen", config, len(tokenizer), Run(run))
+    task = conversation_task("deepen", config, len(tokenizer), run)
     with torch.no_grad():
         ours = task(batch)["answer"]
         task.model.set_attn_implementation(attention_for("cuda"))
@@ -276,7 +277,7 @@ def test_a_gpu_would_compute_the_same_loss(run, tokenizer):
 
 def test_batches_are_moved_whole(tokenizer):
     batch = collate([PackedScenes("validation", 0, 4, 2, Mixture(questions=3), tokenizer)[0]])
-    (moved,) = _moved(batch, "meta")
+    (moved,) = send_to_device(batch, "meta")
     assert {moved.pictures.device.type, moved.ids.device.type, moved.labels.device.type} == {"meta"}
     assert moved.forms == batch[0].forms
 
