@@ -57,6 +57,23 @@ def test_v1_tokens_are_those_of_the_prompt_that_inference_builds(tokenizer):
     assert input_ids.count(IMAGE_TOKEN_INDEX) == 1
 
 
+def test_marks_around_an_image_are_those_that_the_model_is_asked_with(tokenizer):
+    entries = [{"image": "a.png", "conversations": TURNS}]
+    config = SimpleNamespace(mm_use_im_start_end=True)
+    mark = ConversationDataset(entries, ".", tokenizer, None, config).mark
+    asked = [mark + "\nWhat is this?", "A red star.", "And its color?", "red"]
+    conversation = conv_templates["vicuna_v1"].copy()
+    for place, text in enumerate(asked):
+        conversation.append_message(conversation.roles[place % 2], text)
+
+    input_ids, labels = tokenize_conversation(TURNS, tokenizer, "v1", mark)
+
+    assert mark == "<im_start><image><im_end>"
+    assert input_ids == tokenizer_image_token(conversation.get_prompt(), tokenizer)
+    assert labelled_text(input_ids, labels, tokenizer).split() == ["A", "red", "star.</s>", "red</s>"]
+    assert find_faults(entries, "v1", None, tokenizer, len(input_ids) - 8, mark) == {}
+
+
 def test_v1_labels_are_the_answers_with_their_ends(tokenizer):
     input_ids, labels = tokenize_conversation(TURNS, tokenizer, "v1")
 

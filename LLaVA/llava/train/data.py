@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates
+from llava.conversation import conv_templates, image_mark
 from llava.images import load_rgb, open_image
 from llava.mm_utils import process_images, tokenizer_image_token
 
@@ -82,6 +82,7 @@ def find_faults(
     images: str | Path | None = None,
     tokenizer=None,
     max_length: int | None = None,
+    mark: str = DEFAULT_IMAGE_TOKEN,
 ) -> dict[int, str]:
     """What is wrong with entries: number -> one sentence. Nothing is decoded and hardly anything tokenised.
 
@@ -95,6 +96,8 @@ def find_faults(
         The folder that image names are relative to: that each is there, and begins as an image does.
     tokenizer, max_length
         Given both, and a template: that an answer begins within ``max_length`` tokens.
+    mark : str
+        See `tokenize_conversation`.
     """
     faults, seen = {}, set()
     for number, entry in enumerate(entries):
@@ -107,7 +110,7 @@ def find_faults(
                     open_image(Path(images) / name).close()
                     seen.add(name)
             if tokenizer is not None and max_length is not None:
-                _check_length(entry["conversations"], tokenizer, template, max_length)
+                _check_length(entry["conversations"], tokenizer, template, max_length, mark)
         except (OSError, ValueError) as error:
             faults[number] = str(error)
     return faults
@@ -159,12 +162,12 @@ def _check_plain(turns: Sequence[dict[str, str]]) -> None:
         raise ValueError(f"the plain template takes one image and its caption, got {texts!r}")
 
 
-def _check_length(turns: Sequence[dict[str, str]], tokenizer, template: str, max_length: int) -> None:
-    asked, _ = next(iter(_spans(turns, template)))
+def _check_length(turns: Sequence[dict[str, str]], tokenizer, template: str, max_length: int, mark: str) -> None:
+    asked, _ = next(iter(_spans(turns, template, mark)))
     # A token has a byte at least, and each stretch of text a few of its own: few conversations have to be tokenised.
     if len(asked.encode()) + 4 * (1 + asked.count(DEFAULT_IMAGE_TOKEN)) < max_length:
         return
-    _, labels = tokenize_conversation(turns, tokenizer, template)
+    _, labels = tokenize_conversation(turns, tokenizer, template, mark)
     if all(label == IGNORE_INDEX for label in labels[:max_length]):
         first = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
         raise ValueError(f"its first answer begins at token {first}, beyond the {max_length} that are kept")
@@ -181,7 +184,9 @@ def _image_names(entry: dict[str, Any]) -> list[str]:
     return [image] if isinstance(image, str) else list(image)
 
 
-def tokenize_conversation(turns: Sequence[dict[str, str]], tokenizer, template: str) -> tuple[list[int], list[int]]:
+def tokenize_conversation(
+    turns: Sequence[dict[str, str]], tokenizer, template: str, mark: str = DEFAULT_IMAGE_TOKEN
+) -> tuple[list[int], list[int]]:
     """Tokens of a conversation, and labels that are -100 everywhere but in the answers.
 
     Parameters
@@ -192,6 +197,8 @@ def tokenize_conversation(turns: Sequence[dict[str, str]], tokenizer, template: 
     template : str
         "v1": Vicuna's conversation, as LLaVA-1.5 is asked; a turn's ``<image>`` is moved in front of its text.
         "plain": only the image and its caption, for training a projector.
+    mark : str
+        What stands for an image in front of a turn of "v1", as `llava.conversation.image_mark` has it for a model.
 
     Returns
     -------
@@ -205,7 +212,7 @@ def tokenize_conversation(turns: Sequence[dict[str, str]], tokenizer, template: 
     """
     if template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}; got {template!r}")
-    spans = list(_spans(turns, template))
+    spans = list(_spans(turns, template, mark))
     input_ids = tokenizer_image_token(spans[-1][1], tokenizer)
     labels = [IGNORE_INDEX] * len(input_ids)
     for asked, answered in spans:
@@ -215,7 +222,7 @@ def tokenize_conversation(turns: Sequence[dict[str, str]], tokenizer, template: 
     return input_ids, labels
 
 
-def _spans(turns: Sequence[dict[str, str]], template: str) -> Iterator[tuple[str, str]]:
+def _spans(turns: Sequence[dict[str, str]], template: str, mark: str) -> Iterator[tuple[str, str]]:
     """For every answer the whole text before it, and the same with the answer."""
     texts = [turn["value"] for turn in turns]
     if template == "plain":
@@ -224,19 +231,19 @@ def _spans(turns: Sequence[dict[str, str]], template: str) -> Iterator[tuple[str
         return
     conversation = conv_templates[TEMPLATES[template]].copy()
     for question, answer in zip(texts[::2], texts[1::2], strict=True):
-        conversation.append_message(conversation.roles[0], _image_first(question))
+        conversation.append_message(conversation.roles[0], _image_first(question, mark))
         conversation.append_message(conversation.roles[1], None)
         asked = conversation.get_prompt()
         conversation.messages[-1][-1] = answer
         yield asked, conversation.get_prompt()
 
 
-def _image_first(text: str) -> str:
-    marks = text.count(DEFAULT_IMAGE_TOKEN)
-    if not marks:
+def _image_first(text: str, mark: str) -> str:
+    images = text.count(DEFAULT_IMAGE_TOKEN)
+    if not images:
         return text
     words = text.replace(DEFAULT_IMAGE_TOKEN, "").strip()
-    return " ".join([DEFAULT_IMAGE_TOKEN] * marks) + "\n" + words
+    return " ".join([mark] * images) + "\n" + words
 
 
 def _common_length(a: list[int], b: list[int]) -> int:
@@ -255,7 +262,7 @@ class ConversationDataset(Dataset):
         The folder that image names are relative to.
     tokenizer, image_processor
     config
-        The model's configuration: how images are prepared.
+        The model's configuration: how images are prepared and marked.
     template : str
         See `tokenize_conversation`.
     max_length : int, optional
@@ -279,6 +286,7 @@ class ConversationDataset(Dataset):
         self.entries, self.images = entries, Path(images)
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
         self.template, self.max_length, self.skip = template, max_length, skip
+        self.mark = image_mark(config)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -301,7 +309,7 @@ class ConversationDataset(Dataset):
         raise ValueError("none of the entries can be read")
 
     def _example(self, entry: dict[str, Any]) -> dict[str, Any]:
-        input_ids, labels = tokenize_conversation(entry["conversations"], self.tokenizer, self.template)
+        input_ids, labels = tokenize_conversation(entry["conversations"], self.tokenizer, self.template, self.mark)
         input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
         # An image whose mark was cut off would be taken for the next row's.
         images = [load_rgb(self.images / name) for name in _image_names(entry)[: input_ids.count(IMAGE_TOKEN_INDEX)]]

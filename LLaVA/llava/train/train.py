@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llava.command import positive
+from llava.conversation import image_mark
+from llava.files import atomic_write
 from llava.model.builder import announce_pruning, load_pretrained_model
 from llava.model.checkpoint import read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -81,8 +83,7 @@ def load_trainable(arguments: argparse.Namespace):
     ValueError
         If the model has no vision tower and none is given, or for a wrong switch of token pruning.
     """
-    raw = json.loads((Path(arguments.model) / "config.json").read_text())
-    if "mm_vision_tower" in raw:
+    if "mm_vision_tower" in _raw_config(arguments.model):
         tokenizer, model, processor, _ = load_pretrained_model(
             arguments.model, None, "llava", device_map=None, torch_dtype=torch.float32
         )
@@ -111,6 +112,10 @@ def load_trainable(arguments: argparse.Namespace):
         model.get_vision_tower().requires_grad_(False)
     _inner(model).mm_projector.requires_grad_(True)
     return model, tokenizer, processor
+
+
+def _raw_config(model: str) -> dict[str, Any]:
+    return json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
 
 
 def _vision_settings(arguments: argparse.Namespace) -> SimpleNamespace:
@@ -166,15 +171,17 @@ def save_result(model: nn.Module, arguments: argparse.Namespace) -> None:
     if arguments.stage == "finetune":
         config.conv_template = TEMPLATES[arguments.template]
     if arguments.stage == "pretrain":
-        torch.save(projector, folder / "mm_projector.bin")
+        atomic_write(folder / "mm_projector.bin", lambda part: torch.save(projector, part))
     elif arguments.lora_rank:
         model.save_pretrained(folder)
-        torch.save({f"base_model.model.{k}": v for k, v in projector.items()}, folder / "non_lora_trainables.bin")
+        beside = {f"base_model.model.{k}": v for k, v in projector.items()}
+        atomic_write(folder / "non_lora_trainables.bin", lambda part: torch.save(beside, part))
     else:
         weights = {k: v.detach().cpu().contiguous() for k, v in base.state_dict().items()}
         if base.get_vision_tower().in_own_folder:
             weights = {k: v for k, v in weights.items() if ".vision_tower." not in k}
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        pt = {"format": "pt"}
+        atomic_write(folder / "model.safetensors", lambda part: save_file(weights, part, metadata=pt))
         for name in TOKENIZER_FILES:
             if (source / name).exists():
                 shutil.copy(source / name, folder / name)
@@ -229,7 +236,8 @@ def _checked_entries(arguments: argparse.Namespace) -> tuple[list[Any], dict[int
     """What ``--data`` holds, and what is wrong with which entries: a `ValueError` unless these can be skipped."""
     entries = read_list(arguments.data)
     tokenizer = load_tokenizer(arguments.model)
-    faults = find_faults(entries, arguments.template, arguments.images, tokenizer, arguments.max_length)
+    mark = image_mark(SimpleNamespace(**_raw_config(arguments.model)))
+    faults = find_faults(entries, arguments.template, arguments.images, tokenizer, arguments.max_length, mark)
     if faults:
         said = summary(arguments.data, entries, faults)
         if arguments.faulty == "stop":
