@@ -10,7 +10,7 @@ source "$here/LLaVA/scripts/setup.sh"
 # The options need nothing but Python: --help and a wrong value do not wait for the set-up.
 base=$python
 [ -x "$base" ] || base=$(find_python)
-(cd -- "$root/lmms_eval" && PYTHONDONTWRITEBYTECODE=1 "$base" -m lmms_eval_otprune.runner.options "$@")
+(cd -- "$root/lmms_eval" && PYTHONPATH="$root/LLaVA" PYTHONDONTWRITEBYTECODE=1 "$base" -m lmms_eval_otprune.runner.options "$@")
 for argument in "$@"; do
     case $argument in -h | --help) exit 0 ;; esac
 done

@@ -18,6 +18,8 @@ NEEDED = (
     "LLaVA/scripts",
     "LLaVA/pyproject.toml",
     "LLaVA/constraints.txt",
+    "LLaVA/llava/__init__.py",
+    "LLaVA/llava/benchmarks.py",
     "lmms_eval",
 )
 SCRIPTS = ("run_OTPrune.sh", "tests/run.sh", ".ci/run", "LLaVA/scripts/setup.sh", "LLaVA/scripts/measure_gpu.sh")
@@ -110,8 +112,11 @@ class TestMeasuringAGpu:
 
 
 class TestBeforeSetUp:
-    def test_help_is_there_at_once_from_any_folder(self, clone, tmp_path):
-        done = bash(clone, str(clone / "run_OTPrune.sh"), "--help", cwd=tmp_path)
+    def test_help_is_there_at_once_from_any_folder_without_any_package(self, clone, tmp_path):
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/bash\nexec "{sys.executable}" -S "$@"\n')
+        python.chmod(0o755)
+        done = bash(clone, str(clone / "run_OTPrune.sh"), "--help", cwd=tmp_path, PYTHON=str(python), PYTHONPATH="")
         assert done.returncode == 0, done.stderr
         assert "usage: run_OTPrune.sh" in done.stdout
         assert not (clone / ".venv").exists()

@@ -7,8 +7,9 @@ from argparse import Namespace
 import pytest
 from lmms_eval_otprune.models.java import java_works
 from lmms_eval_otprune.tasks import captions
-from lmms_eval_otprune.tasks.builtin import definition
 
+from llava.benchmarks import benchmark_of
+from llava.eval.benchmark_tasks import changes, definition
 from llava.eval.results.cider import cider_of_runs, one_line
 
 LINE_ENDS = "\n\v\f\r\u2028\u2029"
@@ -39,16 +40,15 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("task", DOCUMENTS)
 def test_the_record_is_the_builtin_one_of_texts_on_one_line(task):
     for number, (given, texts) in enumerate(zip(GIVEN, REFERENCES, strict=True)):
-        ours = captions.PROCESS_RESULTS[task](DOCUMENTS[task](number, texts), [given])
+        ours = changes(benchmark_of(task))["process_results"](DOCUMENTS[task](number, texts), [given])
         document = DOCUMENTS[task](number, [plain(text) for text in texts])
-        assert ours == definition(task)["process_results"](document, [plain(given)])
+        assert ours == definition(benchmark_of(task))["process_results"](document, [plain(given)])
 
 
 @needs_java
 def test_the_metric_gives_each_caption_to_its_own_image(tmp_path):
-    [score] = [
-        metric["aggregation"] for metric in definition("coco2017_cap_val")["metric_list"] if "CIDEr" in metric["metric"]
-    ]
+    metrics = definition(benchmark_of("coco2017_cap_val"))["metric_list"]
+    [score] = [metric["aggregation"] for metric in metrics if "CIDEr" in metric["metric"]]
     records = [
         captions.coco(DOCUMENTS["coco2017_cap_val"](number, texts), [given])["coco_CIDEr"]
         for number, (given, texts) in enumerate(zip(GIVEN, REFERENCES, strict=True))

@@ -11,11 +11,11 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.tasks.mmmu import utils as builtin_mmmu
 from lmms_eval.utils import load_yaml_config
-from lmms_eval_otprune.runner.entries import task_entry
-from lmms_eval_otprune.runner.suites import PAPER_TASKS, SUITES
+from lmms_eval_otprune.runner.suites import SUITES
 from lmms_eval_otprune.tasks import mmmu
-from lmms_eval_otprune.tasks.builtin import definition
 
+from llava.benchmarks import benchmark_of
+from llava.eval.benchmark_tasks import definition, task_entry
 from llava.mini import suite
 
 FOLDER = Path(lmms_eval_otprune.tasks.__file__).parent
@@ -34,7 +34,7 @@ def load(manager: TaskManager, name: str):
 class TestEmbedded:
     def test_is_the_builtin_task_over_other_data(self, manager, name):
         task = load(manager, name)
-        builtin = definition(suite.TASKS[name].builtin)
+        builtin = definition(suite.TASKS[name])
         document = task.eval_docs[0]
         assert len(task.eval_docs) >= 200
         assert suite.TASKS[name].metric in task.aggregation()
@@ -72,9 +72,9 @@ def test_every_embedded_task_has_a_published_counterpart():
 
 def test_the_published_group_needs_no_login():
     group = load_yaml_config(yaml_path=str(FOLDER / "otprune_paper.yaml"), mode="full")
-    assert [entry["task"] for entry in group["task"]] == list(PAPER_TASKS)
+    assert [entry["task"] for entry in group["task"]] == list(SUITES["paper"].tasks)
     for entry in group["task"]:
-        assert not ({**definition(entry["task"]), **entry}.get("dataset_kwargs") or {}).get("token")
+        assert not ({**definition(benchmark_of(entry["task"])), **entry}.get("dataset_kwargs") or {}).get("token")
 
 
 @pytest.mark.parametrize("name", ["mini_coco2017_cap_val", "mini_flickr30k_test", "mini_nocaps_val"])
@@ -94,7 +94,7 @@ def test_other_tasks_keep_their_metrics(name):
 
 def test_gqa_opens_the_picture_of_the_question(manager):
     task = load(manager, "mini_gqa")
-    images = task._table("testdev_balanced_images", "testdev")
+    images = task._table("testdev_balanced_images")
     by_name = {row["id"]: row["image"] for row in images}
     document = task.eval_docs[7]
     [picture] = task.doc_to_visual(document)

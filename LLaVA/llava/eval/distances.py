@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from llava.command import Parser, find_device, read_methods
-from llava.eval.results.columns import COLUMNS
 from llava.eval.results.rows import Row
 from llava.eval.transport import gaussian_distance, guarantee, log_det, objective_kernel, wasserstein
 from llava.images import load_image, load_rgb
@@ -150,11 +149,11 @@ def pictures_of_suite(number: int) -> dict[str, list[Image.Image]]:
 
     root = suite.prepare()
     found = {}
-    for column in COLUMNS:
-        task = next(suite.TASKS[name] for name in column.tasks if name in suite.TASKS)
-        config = "testdev_balanced_images" if task.builtin == "gqa" else task.config
-        distinct = dict.fromkeys(_stored(root / task.folder / config / f"{task.split}.parquet"))
-        found[column.key] = [_opened(png) for png in list(distinct)[:number]]
+    for benchmark in suite.TASKS.values():
+        data = benchmark.data
+        config = data.image_config or data.config
+        distinct = dict.fromkeys(_stored(root / data.folder / config / f"{data.split}.parquet"))
+        found[benchmark.key] = [_opened(png) for png in list(distinct)[:number]]
     return found
 
 

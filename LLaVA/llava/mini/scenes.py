@@ -17,6 +17,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from llava.benchmarks import BENCHMARKS
 from llava.mini.font import FONT, GLYPH_HEIGHT, GLYPH_WIDTH
 from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
 
@@ -118,21 +119,7 @@ PLACES = (
     "bottom right",
 )
 
-SPLITS = (
-    "train",
-    "validation",
-    "coco2017_cap_val",
-    "flickr30k_test",
-    "nocaps_val",
-    "gqa",
-    "mmbench_en_dev",
-    "mme",
-    "mmmu_val",
-    "ok_vqa_val2014",
-    "pope",
-    "scienceqa_img",
-    "seedbench",
-)
+SPLITS = ("train", "validation", *(benchmark.name for benchmark in BENCHMARKS if benchmark.data))
 
 # A patch belongs to the object that covers most of it, when that is at least this many of its 196 pixels.
 MIN_PATCH_PIXELS = 24

@@ -19,71 +19,31 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from llava.benchmarks import BENCHMARKS, Benchmark
 from llava.files import cache_folder, read_json, write_json
 from llava.mini.benchmarks import BUILDERS, Table
 from llava.mini.scenes import WORLD_VERSION
 from llava.runtime import print_everything
 
-__all__ = ["TASKS", "VERSION", "MiniTask", "default_root", "prepare", "table_hash"]
+__all__ = ["TASKS", "VERSION", "default_root", "prepare", "rows_of", "table_hash"]
 
 RECORD_FILE = Path(__file__).with_name("suite.json")
 MARKER = "suite.json"
 
 
-@dataclass(frozen=True)
-class MiniTask:
-    """One embedded benchmark.
-
-    Attributes
-    ----------
-    builtin : str
-        The lmms-eval task whose prompts and metrics it goes through.
-    folder : str
-        Below the suite's root; the real data set's name.
-    config, split : str
-        What ``load_dataset(root / folder, config, split=split)`` takes.
-    metric : str
-        The metric that stands in the table.
-    best : float or None
-        That metric's value when every answer is right; None for CIDEr, which has no fixed maximum.
-    """
-
-    builtin: str
-    folder: str
-    config: str
-    split: str
-    metric: str
-    best: float | None
-
-    @property
-    def rows(self) -> int:
-        """Number of questions."""
-        return _recorded()[f"{self.folder}/{self.config}/{self.split}"]["rows"]
+TASKS: dict[str, Benchmark] = {benchmark.mini: benchmark for benchmark in BENCHMARKS if benchmark.data}
+"""Embedded task -> its benchmark."""
 
 
-TASKS: dict[str, MiniTask] = {
-    f"mini_{task.builtin}": task
-    for task in (
-        MiniTask("coco2017_cap_val", "lmms-lab-encoder/COCO-Caption2017", "default", "val", "coco_CIDEr", None),
-        MiniTask("flickr30k_test", "lmms-lab-encoder/flickr30k", "default", "test", "flickr_CIDEr", None),
-        MiniTask("nocaps_val", "lmms-lab-encoder/NoCaps", "default", "validation", "nocaps_CIDEr", None),
-        MiniTask("gqa", "lmms-lab-encoder/GQA", "testdev_balanced_instructions", "testdev", "exact_match", 1.0),
-        MiniTask("mmbench_en_dev", "lmms-lab-encoder/MMBench", "en", "dev", "gpt_eval_score", 100.0),
-        MiniTask("mme", "lmms-lab-encoder/MME", "default", "test", "mme_perception_score", 1200.0),
-        MiniTask("mmmu_val", "lmms-lab-encoder/MMMU", "default", "validation", "mmmu_acc", 1.0),
-        MiniTask("ok_vqa_val2014", "lmms-lab-encoder/OK-VQA", "default", "val2014", "exact_match", 1.0),
-        MiniTask("pope", "lmms-lab-encoder/POPE", "default", "test", "pope_f1_score", 1.0),
-        MiniTask("scienceqa_img", "lmms-lab-encoder/ScienceQA", "ScienceQA-IMG", "test", "exact_match", 1.0),
-        MiniTask("seedbench", "lmms-lab-encoder/SEED-Bench", "default", "test", "seed_image", 1.0),
-    )
-}
-"""Task name -> what it is. MME's second metric, mme_cognition_score, is 800 at best."""
+def rows_of(task: str) -> int:
+    """Number of questions of an embedded task."""
+    data = TASKS[task].data
+    return _recorded()[f"{data.folder}/{data.config}/{data.split}"]["rows"]
 
 
 def _recorded() -> dict[str, dict[str, Any]]:
@@ -131,7 +91,7 @@ def prepare(root: str | Path | None = None, force: bool = False) -> Path:
     Returns
     -------
     pathlib.Path
-        `root`, absolute; each of `TASKS` lies in its ``folder`` below it.
+        `root`, absolute; the data of each of `TASKS` lie in their ``folder`` below it.
 
     Raises
     ------
@@ -190,14 +150,14 @@ def _build(folder: Path) -> None:
     from tqdm import tqdm
 
     recorded = _recorded()
-    for task in tqdm(TASKS.values(), desc=f"building the mini suite {VERSION}", unit="benchmark", disable=None):
-        tables = BUILDERS[task.builtin]()
+    for benchmark in tqdm(TASKS.values(), desc=f"building the mini suite {VERSION}", unit="benchmark", disable=None):
+        tables = BUILDERS[benchmark.name]()
         for table in tables:
-            name = f"{task.folder}/{table.config}/{table.split}"
+            name = f"{benchmark.data.folder}/{table.config}/{table.split}"
             found = table_hash(table.rows)
             if found != recorded[name]["sha256"]:
                 raise RuntimeError(f"{name}: the rows made here have the hash {found}, not {recorded[name]['sha256']}")
-        _write_tables(folder / task.folder, tables)
+        _write_tables(folder / benchmark.data.folder, tables)
 
 
 def table_hash(rows: Iterable[dict[str, Any]]) -> str:
@@ -267,9 +227,12 @@ def _stored(value: Any, pngs: dict[int, bytes]) -> Any:
 def _record() -> None:
     """Write the hashes of what the builders make now; for whoever changes the world or a benchmark on purpose."""
     tables = {
-        f"{task.folder}/{table.config}/{table.split}": {"rows": len(table.rows), "sha256": table_hash(table.rows)}
-        for task in TASKS.values()
-        for table in BUILDERS[task.builtin]()
+        f"{TASKS[f'mini_{name}'].data.folder}/{table.config}/{table.split}": {
+            "rows": len(table.rows),
+            "sha256": table_hash(table.rows),
+        }
+        for name, build in BUILDERS.items()  # the suite's version is a digest of the tables in this order
+        for table in build()
     }
     RECORD_FILE.write_text(json.dumps(tables, indent=2) + "\n")
 

@@ -6,7 +6,8 @@ import shutil
 import subprocess
 from functools import cache
 
-CAPTION_TASKS = ("coco2017_cap_val", "flickr30k_test", "nocaps_val")
+from llava.benchmarks import benchmark_of
+
 PACKAGE = "default-jre-headless"
 
 
@@ -19,5 +20,6 @@ def java_works() -> bool:
 
 
 def needs_java(task: str) -> bool:
-    """Whether a benchmark, or its embedded counterpart, is scored with Java."""
-    return task.removeprefix("mini_") in CAPTION_TASKS
+    """Whether a task is a benchmark of captions, or its embedded counterpart."""
+    benchmark = benchmark_of(task)
+    return benchmark is not None and benchmark.captions

@@ -20,6 +20,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from PIL import Image
 
+from llava.benchmarks import benchmark_of
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
 from llava.mm_utils import get_model_name_from_path, process_images
@@ -392,7 +393,8 @@ class Llava(lmms):
                     "Ubuntu), or leave the task out"
                 )
             # With a response cache or several processes only a share of the questions arrives here.
-            if task.removeprefix("mini_") == "mme" and count % 2 and self._world_size == 1 and not cache_key.in_use():
+            in_pairs = (benchmark := benchmark_of(task)) is not None and benchmark.in_pairs
+            if in_pairs and count % 2 and self._world_size == 1 and not cache_key.in_use():
                 raise RuntimeError(f"{task} is scored in pairs of questions: --limit must be even, not {count}")
 
     def _batches(self, pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from llava.eval.flops import USUAL_TEXT, exact_flops, load_shape, tokens_per_layer, visual_per_layer
-from llava.mini.suite import TASKS
+from llava.mini.suite import rows_of
 from lmms_eval_otprune.models.java import needs_java
 
 from .plan import Job, Plan
@@ -59,7 +59,7 @@ def in_words(seconds: float) -> str:
 
 
 def _questions(task: str, limit: int | None) -> int:
-    return TASKS[task].rows if limit is None else min(limit, TASKS[task].rows)
+    return rows_of(task) if limit is None else min(limit, rows_of(task))
 
 
 def _row(job: Job, tasks: Sequence[str], limit: int | None, speed: float) -> float:

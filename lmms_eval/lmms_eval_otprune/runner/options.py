@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from .suites import SUITES
+from .suites import SUITES, suite_with
 
 DEFAULT_RATIO = "0.098"
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -99,7 +99,7 @@ def _check(found: argparse.Namespace) -> Options:
         _whole(found.layer, "--layer", 0)
     tasks = tuple(_split(found.tasks))
     for task in tasks:
-        SUITES[found.suite or ("mini" if task.startswith("mini_") else "paper")].task(task)
+        SUITES[found.suite or suite_with(task)].task(task)
     whole = {
         name: None if (text := getattr(found, name)) is None else _whole(text, f"--{name.replace('_', '-')}", *limits)
         for name, limits in WHOLE_NUMBERS.items()

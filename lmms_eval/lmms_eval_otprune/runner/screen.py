@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from llava.eval.results.columns import COLUMNS
+from llava.benchmarks import benchmark_of
 from llava.eval.results.findings import findings
 from llava.eval.results.formats import FLOPS, cells
 from llava.eval.results.rows import Row
@@ -130,9 +130,7 @@ class Screen:
 def _outcome(job: Job, task: str) -> str:
     """A task's score, samples and seconds."""
     result = records.read_json(records.task_folder(job.folder, task) / records.RESULT) or {}
-    found = [
-        f"{column.key} {column.scale * result['metrics'][column.metric]:.{column.digits}f}"
-        for column in COLUMNS
-        if task in column.tasks and column.metric in result.get("metrics", {})
-    ]
+    found = []
+    if (benchmark := benchmark_of(task)) and benchmark.metric in result.get("metrics", {}):
+        found.append(f"{benchmark.key} {benchmark.scale * result['metrics'][benchmark.metric]:.{benchmark.digits}f}")
     return ", ".join([*found, f"{result.get('samples', 0)} samples in {result.get('seconds', 0):.0f} s"])

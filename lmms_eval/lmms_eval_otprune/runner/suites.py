@@ -4,19 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PAPER_TASKS = (
-    "coco2017_cap_val",
-    "flickr30k_test",
-    "gqa",
-    "mmbench_en_dev_static",
-    "mme",
-    "mmmu_val",
-    "nocaps_val",
-    "ok_vqa_val2014",
-    "pope",
-    "scienceqa_img",
-    "seedbench",
-)
+from llava.benchmarks import BENCHMARKS, PAPER, benchmark_of
 
 
 @dataclass(frozen=True)
@@ -39,30 +27,39 @@ class Suite:
     methods: tuple[str, ...]
 
     def task(self, name: str) -> str:
-        """The suite's task behind a name: its own, the published benchmark's, or MMBench's without the judge.
+        """The suite's task of a benchmark, by any name that lmms-eval has for it.
 
         Raises
         ------
         ValueError
             If the suite has no such task.
         """
-        for candidate in (name, f"mini_{name}", f"{name}_static"):
-            if candidate in self.tasks:
-                return candidate
+        benchmark = benchmark_of(name)
+        if name not in self.tasks and benchmark is not None and name != benchmark.mini:
+            name = next((task for task in benchmark.tasks if task in self.tasks), name)
+        if name in self.tasks:
+            return name
         raise ValueError(f"the {self.name} suite has no task {name!r}; its tasks: {', '.join(self.tasks)}")
 
 
-SUITES = {
-    "mini": Suite(
-        "mini",
-        tuple(f"mini_{task.removesuffix('_static')}" for task in PAPER_TASKS),
-        ("llava-mini",),
-        ("otprune", "random", "divprune"),
-    ),
-    "paper": Suite(
-        "paper",
-        PAPER_TASKS,
-        ("liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.6-vicuna-7b", "liuhaotian/llava-v1.5-13b"),
-        ("otprune",),
-    ),
-}
+MINI = Suite(
+    "mini",
+    tuple(benchmark.mini for benchmark in BENCHMARKS if benchmark.mini),
+    ("llava-mini",),
+    ("otprune", "random", "divprune"),
+)
+PUBLISHED_MODELS = ("liuhaotian/llava-v1.5-7b", "liuhaotian/llava-v1.6-vicuna-7b", "liuhaotian/llava-v1.5-13b")
+
+
+def _published(group: str) -> Suite:
+    tasks = tuple(benchmark.task for benchmark in BENCHMARKS if benchmark.group == group)
+    return Suite(group, tasks, PUBLISHED_MODELS, ("otprune",))
+
+
+SUITES = {MINI.name: MINI} | {benchmark.group: _published(benchmark.group) for benchmark in BENCHMARKS}
+"""The embedded benchmarks, and every group of published ones."""
+
+
+def suite_with(task: str) -> str:
+    """The suite that has a task of this name; the paper's if none has."""
+    return next((name for name, suite in SUITES.items() if task in suite.tasks), PAPER)

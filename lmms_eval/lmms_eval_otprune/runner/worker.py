@@ -33,6 +33,8 @@ from lmms_eval.utils import get_datetime_str
 from loguru import logger
 from tenacity import RetryError
 
+from llava.benchmarks import benchmark_of
+from llava.eval.benchmark_tasks import task_entry, task_manager
 from llava.model.builder import announce_pruning
 from llava.model.multimodal_encoder.observations import Output, encoder_outputs
 from llava.pruning import PruningConfig
@@ -41,7 +43,6 @@ from lmms_eval_otprune.models.llava import Llava
 from lmms_eval_otprune.models.token_counts import ImageCount, summary
 
 from . import records
-from .entries import task_entry, task_manager
 from .manifest import describe_machine
 
 REPORT_INTERVAL = 0.2
@@ -192,8 +193,7 @@ def _evaluate(lm: Llava, task: str, job: Mapping[str, Any], spec: Mapping[str, A
     lm.visual_tokens.clear()
     cached_before = lm.visual_cache_counts()
     limit = spec["limit"]
-    if limit is not None and task.removeprefix("mini_") == "mme":
-        # Scored in pairs of questions, which stand side by side.
+    if limit is not None and benchmark_of(task).in_pairs:
         limit += limit % 2
     stamp = get_datetime_str()
     results = simple_evaluate(

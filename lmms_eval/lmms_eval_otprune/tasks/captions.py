@@ -33,9 +33,6 @@ def nocaps(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
     return _record(nocaps_process_result, doc, "annotations_captions", results)
 
 
-PROCESS_RESULTS = {"coco2017_cap_val": coco, "flickr30k_test": flickr, "nocaps_val": nocaps}
-
-
 def _record(builtin: Callable, doc: dict[str, Any], references: str, results: list[str]) -> dict[str, Any]:
     return builtin(
         {**doc, references: [one_line(text) for text in doc[references]]}, [one_line(text) for text in results]

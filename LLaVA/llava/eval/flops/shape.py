@@ -7,23 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-BENCHMARK_TOKENS = {
-    "COCO": (15, 2225),
-    "Flickr30k": (15, 1922),
-    "GQA": (23, 2239),
-    "MMB": (83, 1927),
-    "MME": (25, 2108),
-    "MMMU": (113, 1882),
-    "NoCaps": (15, 2292),
-    "OKVQA": (39, 2249),
-    "POPE": (21, 2250),
-    "SQA": (91, 1598),
-    "SEED": (57, 2116),
-}
-"""What the papers average over: a benchmark's text tokens (no system prompt), and LLaVA-1.6's visual tokens.
+from llava.benchmarks import BENCHMARKS, PAPER
 
-Source: DivPrune, CVPR 2025, and OTPrune, arXiv 2602.20205.
-"""
+BENCHMARK_TOKENS = {
+    benchmark.key: benchmark.tokens for benchmark in BENCHMARKS if benchmark.group == PAPER and benchmark.tokens
+}
+"""What the papers average over: benchmark -> text tokens and LLaVA-1.6's visual tokens."""
 
 USUAL_TEXT = 60
 """Text tokens of a short question and Vicuna's system prompt."""

@@ -16,7 +16,6 @@ from llava.eval.results.runs import Run
 from llava.eval.results.samples import Units, caption_texts, read_log, units_of
 
 MEAN = "Mean"
-CAPTIONS = ("COCO", "Flickr30k", "NoCaps")
 # MMMU's score is rounded to five decimals by lmms-eval, and a percent has a hundred times as many.
 _SAME = 1e-3
 _Read = TypeVar("_Read")
@@ -154,7 +153,7 @@ def _units(column: Column, runs: Sequence[Run], remarks: list[str]) -> list[Unit
         path = None if task is None else run.log(task)
         logs.append(None if path is None else _told(column, run, remarks, lambda path=path: read_log(path)))
     ciders: list[list[float] | None] = [None] * len(runs)
-    if column.key in CAPTIONS and any(logs):
+    if column.captions and any(logs):
         texts = [
             None if log is None else _told(column, run, remarks, lambda log=log: caption_texts(column, log))
             for run, log in zip(runs, logs, strict=True)
@@ -167,7 +166,7 @@ def _units(column: Column, runs: Sequence[Run], remarks: list[str]) -> list[Unit
             return [None] * len(runs)
     units: list[Units | None] = []
     for run, log, cider in zip(runs, logs, ciders, strict=True):
-        if log is None or (cider is None and column.key in CAPTIONS):
+        if log is None or (cider is None and column.captions):
             units.append(None)
             continue
         one = _told(column, run, remarks, lambda log=log, cider=cider: units_of(column, log, cider))

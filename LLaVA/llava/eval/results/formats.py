@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llava.eval.results.columns import COLUMNS
+from llava.benchmarks import BENCHMARKS, shown_columns
 from llava.eval.results.rows import Row, best_of_columns
 
 MISSING = "\N{EN DASH}"
@@ -49,13 +49,14 @@ def cells(rows: Sequence[Row], intervals: bool) -> tuple[list[str], list[list[st
     """The table for a person: its header, and its lines as text; the first three columns are words."""
     times = [part for part in TIMES if any(row.milliseconds(part) is not None for row in rows)]
     header = ["Model", "Method", "Kept tokens", FLOPS, *(f"{part.capitalize()} ms" for part in times)]
-    header += [*(column.key for column in COLUMNS), "Mean", "Rank"]
+    columns = shown_columns({key for row in rows for key in row.scores})
+    header += [*(column.key for column in columns), "Mean", "Rank"]
     lines = []
     for row in rows:
         measured = [_shown(row.milliseconds(part), 2) for part in times]
         scores = [
             _shown(row.scores.get(column.key), column.digits) + _beside(row, column.key, column.digits, intervals)
-            for column in COLUMNS
+            for column in columns
         ]
         relative = _shown(row.relative, 1, " %") + _beside(row, "Mean", 1, intervals)
         lines.append(
@@ -132,7 +133,7 @@ def _html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
 
 def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     text = io.StringIO()
-    keys = [column.key for column in COLUMNS]
+    keys = [column.key for column in shown_columns({key for row in rows for key in row.scores})]
     spread = [f"{key}_{what}" for key in (*keys, "Mean") for what in ("low", "high", "p_unpruned", "p_random")]
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -155,7 +156,7 @@ def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
 
 
 def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    columns = [{"key": column.key, "tasks": column.tasks, "metric": column.metric} for column in COLUMNS]
+    columns = [{"key": column.key, "tasks": column.tasks, "metric": column.metric} for column in BENCHMARKS]
     content = [
         {
             "model": row.model,

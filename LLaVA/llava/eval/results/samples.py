@@ -104,7 +104,7 @@ def units_of(column: Column, samples: Samples, cider: Sequence[float] | None = N
     counted = [sample for sample in samples if column.metric in sample]
     if not counted:
         raise ValueError(f"{column.key}: no sample has {column.metric}")
-    return _READERS.get(column.key, _answers)(column, sorted(counted, key=lambda sample: sample["doc_id"]))
+    return _READERS[column.reader](column, sorted(counted, key=lambda sample: sample["doc_id"]))
 
 
 def _answers(column: Column, samples: Samples) -> Units:
@@ -112,7 +112,7 @@ def _answers(column: Column, samples: Samples) -> Units:
     return _means([_name(sample) for sample in samples], [float(sample[column.metric]) for sample in samples])
 
 
-def _choices(column: Column, samples: Samples) -> Units:
+def _letters(column: Column, samples: Samples) -> Units:
     """SEED: the first letter of the answer."""
     records = [sample[column.metric] for sample in samples]
     right = [record["pred"].lower().strip() == record["answer"].lower().strip() for record in records]
@@ -199,4 +199,11 @@ def _name(sample: Mapping[str, Any]) -> str:
     return f"{sample['doc_id']}: {sample.get('target', '')}"
 
 
-_READERS = {"MMB": _mmbench, "MME-P": _mme, "MMMU": _mmmu, "POPE": _pope, "SEED-I": _choices}
+_READERS = {
+    "answers": _answers,
+    "letters": _letters,
+    "mmbench": _mmbench,
+    "mme": _mme,
+    "mmmu": _mmmu,
+    "pope": _pope,
+}
