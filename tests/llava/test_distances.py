@@ -8,7 +8,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from llava.eval import distances
-from llava.eval.distances import Encoder, picture_configs, pictures_of_folder
+from llava.eval.distances import measure
+from llava.eval.encoder import Encoder, image_configs, images_of_folder
 from llava.eval.results.rows import row_of
 from llava.eval.results.runs import Run
 from llava.eval.transport import gaussian_distance, objective, wasserstein
@@ -37,7 +38,7 @@ def row(folder, **settings):
 
 def test_are_those_between_all_tokens_and_the_selected_ones(encoder, picture):
     config = PruningConfig("otprune", 0.25)
-    found = encoder.measure(picture, config)
+    found = measure(encoder, picture, config)
     features = encoder.encode(picture, config).features
     kept = select(features, ratio=0.25)
     assert (len(features), found.kept) == (16, 4)
@@ -47,11 +48,11 @@ def test_are_those_between_all_tokens_and_the_selected_ones(encoder, picture):
 
 
 def test_of_everything_are_zero(encoder, picture):
-    assert encoder.measure(picture, PruningConfig("uniform", 1.0)).wasserstein == pytest.approx(0, abs=1e-5)
+    assert measure(encoder, picture, PruningConfig("uniform", 1.0)).wasserstein == pytest.approx(0, abs=1e-5)
 
 
 def test_leave_the_model_s_own_pruning_as_it_was(encoder, picture):
-    encoder.measure(picture, PruningConfig("visionzip", 0.25))
+    measure(encoder, picture, PruningConfig("visionzip", 0.25))
     assert encoder.model.pruning is None
 
 
@@ -72,11 +73,11 @@ def test_of_a_second_picture_are_its_own(encoder, picture):
 
 def test_are_measured_of_rows_that_only_need_the_picture(tmp_path):
     otprune = PruningConfig("otprune", 0.098, options={"gamma": 0.01})
-    assert picture_configs(row(tmp_path / "a", method="otprune")) == [otprune]
-    assert len(picture_configs(row(tmp_path / "b", method="visionzip"))) == 1
-    assert picture_configs(row(tmp_path / "c", method="fastv", layer=2)) == []
-    assert picture_configs(row(tmp_path / "d", method="otprune", layer=2)) == []
-    assert picture_configs(row(tmp_path / "e")) == []
+    assert image_configs(row(tmp_path / "a", method="otprune")) == [otprune]
+    assert len(image_configs(row(tmp_path / "b", method="visionzip"))) == 1
+    assert image_configs(row(tmp_path / "c", method="fastv", layer=2)) == []
+    assert image_configs(row(tmp_path / "d", method="otprune", layer=2)) == []
+    assert image_configs(row(tmp_path / "e")) == []
 
 
 def test_of_a_folder_take_its_first_pictures_by_name(tmp_path):
@@ -85,13 +86,13 @@ def test_of_a_folder_take_its_first_pictures_by_name(tmp_path):
             Image.new("RGB", (8, 8), "blue" if name == "a.png" else "red").save(tmp_path / name)
         else:
             (tmp_path / name).write_text("x")
-    [first] = pictures_of_folder(tmp_path, 1)
+    [first] = images_of_folder(tmp_path, 1)
     assert first.getpixel((0, 0)) == (0, 0, 255)
 
 
 def test_of_a_folder_without_pictures_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no pictures"):
-        pictures_of_folder(tmp_path, 1)
+    with pytest.raises(ValueError, match="has no images"):
+        images_of_folder(tmp_path, 1)
 
 
 class TestCommand:

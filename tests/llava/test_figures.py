@@ -128,17 +128,6 @@ class TestTime:
         assert found["fastv 0.098, layer 2"]["no_slower_and_better"] == "otprune 0.098"
         assert found["otprune 0.098"]["no_slower_and_better"] == ""
 
-    def test_is_refused_where_a_row_found_what_another_had_encoded(self, tmp_path):
-        cold, warm = answered(0.6, method="otprune", kept=56), answered(0.5, method="uniform", kept=56)
-        folder = write_run(tmp_path, {"unpruned": job(FULL), "otprune": cold, "uniform": warm})
-        content = json.loads((folder / "results.json").read_text())
-        for results, misses in zip(content["runs"], (40, 40, 0), strict=True):
-            for task in results["tasks"].values():
-                task["visual_cache"] = {"hits": 50 - misses, "misses": misses}
-        (folder / "results.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=r"found between 20 and 100 % of them encoded \(--visual-cache off\)"):
-            draw_time(build_table(load_runs([folder])).rows)
-
     def test_leaves_out_what_encoding_took_where_that_is_known(self, tmp_path):
         """Of two rows that answer equally fast, the one that encoded for both is not slower."""
         jobs = {"unpruned": job(FULL, seconds=0.3), "otprune": answered(0.6, method="otprune", kept=56, seconds=0.1)}

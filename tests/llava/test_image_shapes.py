@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava.eval import tokens
 from llava.eval.token_page import token_page
+from llava.eval.views import views_of
 from llava.mm_utils import process_images
 from llava.model.visual_sequence import layout_of, merge_crops
 from llava.pruning import available_methods, kept_count, pruning
@@ -98,7 +99,7 @@ def test_every_method_prunes_an_image_of_any_shape(anyres, options, size):
 @SHAPES
 def test_a_token_map_shows_every_patch_of_an_image_of_any_shape(anyres, size, tmp_path):
     total = len(anyres.visual_tokens(pixels_of(anyres, size), [size])[0])
-    views = tokens.views_of(Image.new("RGB", size), anyres.config, anyres.get_vision_tower())
+    views = views_of(Image.new("RGB", size), anyres.config, anyres.get_vision_tower())
     placed = np.concatenate([view.patches.ravel() for view in views])
     newlines = sum(part.is_newline().sum() for part in anyres.image_tokens(pixels_of(anyres, size), [size])[0].layout)
     assert len(set(placed)) == len(placed) == total - newlines and placed.max() < total

@@ -12,8 +12,9 @@ from PIL import Image
 
 import llava
 from llava.command import read_methods
-from llava.eval import tokens
+from llava.eval.encoder import Encoder
 from llava.eval.slot_maps import NONE, SlotMap, draw_slots, slot_map
+from llava.eval.views import View
 from llava.pruning import PruningConfig, VisualTokens
 from llava.pruning.methods.ocvtp.checkpoint import EMBEDDED, PrunerFiles
 from llava.pruning.methods.ocvtp.pruner import OCVTP
@@ -34,13 +35,12 @@ def anyres(tmp_path_factory):
 def test_a_slot_map_covers_the_patches_and_shows_what_is_kept(anyres, tmp_path):
     image = Image.effect_noise((84, 112), 80).convert("RGB")
     config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path)})
-    pixels = tokens.process_images([image], anyres.get_vision_tower().image_processor, anyres.config)[0]
-    found = slot_map(anyres, pixels, image.size, config)
-    views = tokens.views_of(image, anyres.config, anyres.get_vision_tower())
+    encoder = Encoder(anyres, anyres.get_vision_tower().image_processor)
+    found, views = slot_map(encoder, image, config), encoder.views(image)
     patches = np.concatenate([view.patches.ravel() for view in views])
     newlines = np.setdiff1d(np.arange(len(found.slot)), patches)
     assert (found.slot[patches] >= 0).all() and (found.slot[newlines] == NONE).all()
-    assert found.kept.nonzero()[0].tolist() == sorted(tokens.kept_order(anyres, pixels, image.size, config))
+    assert found.kept.nonzero()[0].tolist() == sorted(encoder.kept_order(image, config))
     assert found.claimed.any() and (found.kept | ~found.claimed).all()
     figure = draw_slots(views, found)
     assert len(figure.axes) == 4
@@ -50,7 +50,7 @@ def test_a_slot_map_covers_the_patches_and_shows_what_is_kept(anyres, tmp_path):
 
 
 def test_slots_have_their_colour_and_dropped_patches_none():
-    view = tokens.View("image", Image.new("RGB", (40, 40), (0, 0, 0)), np.arange(4).reshape(2, 2))
+    view = View("image", Image.new("RGB", (40, 40), (0, 0, 0)), np.arange(4).reshape(2, 2))
     yes, no = np.array([True, False, False, False]), np.array([True, True, False, False])
     left, right = draw_slots([view], SlotMap(np.array([0, 1, 1, 0]), yes, no)).axes
     regions, kept = (axis.images[0].get_array() for axis in (left, right))
@@ -59,10 +59,10 @@ def test_slots_have_their_colour_and_dropped_patches_none():
     assert len(right.collections[0].get_offsets()) == 1
 
 
-def test_slots_of_single_crops_are_not_drawn(anyres, tmp_path):
+def test_slots_of_single_crops_are_not_drawn(tmp_path):
     config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path), "per_crop": True})
     with pytest.raises(ValueError, match="leave out OCVTP_PER_CROP"):
-        slot_map(anyres, torch.zeros(5, 3, 56, 56), (84, 112), config)
+        slot_map(None, None, config)
 
 
 def test_the_options_of_a_token_map_come_from_the_environment(monkeypatch, tmp_path):

@@ -112,7 +112,7 @@ def test_what_a_reader_must_know_is_said(folder):
     assert "Mini suite: " in text
     assert "llava-mini (untrained)" in text
     assert "llava-mini (untrained): mini_gqa failed." in text
-    assert "Limited: first 8 documents a task." in text
+    assert "Limited: first 8 documents per task." in text
 
 
 class TestPublished:

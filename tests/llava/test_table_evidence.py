@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llava.eval import table
-from llava.eval.results.bootstrap import compare, draw_scores, interval
 from llava.eval.results.columns import COLUMNS
+from llava.eval.results.evidence import compare, draw_scores, interval
 from llava.eval.results.samples import units_of
 from llava.eval.table import build_table, load_runs
 from run_folders import job, write_run

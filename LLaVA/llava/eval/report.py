@@ -13,30 +13,27 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from PIL import Image
-
 from llava.command import Parser, find_device
 from llava.eval.examples import RULE, Example, find_examples
 from llava.eval.figures import (
     FROM_DISTANCES,
     FROM_SCORES,
-    add_picture_arguments,
-    check_complete,
+    add_image_arguments,
+    complete_table,
     draw_figures,
 )
 from llava.eval.plots.drawing import Drawn
 from llava.eval.results.formats import best_is_marked, table_html
 from llava.eval.results.rows import UNPRUNED, Row, row_of
-from llava.eval.results.runs import differences, unfinished
-from llava.eval.table import Table, add_arguments, build_table, load_runs
-from llava.eval.token_page import SCRIPT, STYLE, data_uri, selection_html
+from llava.eval.results.runs import differences
+from llava.eval.table import Table, add_arguments
+from llava.eval.token_page import data_uri, script, selection_html, style
 from llava.files import atomic_write, check_writable
 from llava.mm_utils import load_image
 from llava.pruning import PruningConfig
 
 TEMPLATE = "report.html.jinja"
 MOST_MAPS = 6
-FIRST_CAPTIONED = "the first image of the suite's captions"
 T = TypeVar("T")
 
 
@@ -48,8 +45,8 @@ def write_report(
     allow_mixed: bool = False,
     seed: int = 0,
     draws: int = 2000,
-    pictures: int = 16,
-    picture_folder: Path | None = None,
+    images: int = 16,
+    image_folder: Path | None = None,
     image: str | None = None,
     with_model: bool = True,
     synthetic: bool = False,
@@ -63,7 +60,7 @@ def write_report(
     output : Path
     folded, allow_mixed, seed, draws
         See `table.build_table`.
-    pictures, picture_folder, device
+    images, image_folder, device
         See `llava.eval.plots.distances.measure`.
     image : str, optional
         The image of the token maps; by default three of the benchmarks', with a question and what was answered.
@@ -92,18 +89,13 @@ def write_report(
         raise ImportError("the report needs jinja2: pip install 'llava[figures]'") from error
 
     check_writable(output)
-    picture = load_image(image) if image else None
-    for sentence in unfinished(folders):
-        raise ValueError(f"the run is not complete: {sentence}")
-    table = build_table(
-        load_runs(folders), intervals=True, folded=folded, allow_mixed=allow_mixed, seed=seed, draws=draws
-    )
-    check_complete(table.rows)
-    figures, left_out = _figures(table.rows, pictures, picture_folder, device, with_model, synthetic)
+    own = Example("Image", "", Path(image).name, "", load_image(image), ()) if image else None
+    table = complete_table(folders, intervals=True, folded=folded, allow_mixed=allow_mixed, seed=seed, draws=draws)
+    figures, left_out = _figures(table.rows, images, image_folder, device, with_model, synthetic)
     cards: list[dict[str, Any]] = []
     if with_model:
         try:
-            cards, missing = _cards(table.rows, picture, Path(image).name if image else FIRST_CAPTIONED, device)
+            cards, missing = _cards(table.rows, own, device)
             left_out += missing
         except (ImportError, OSError, ValueError) as error:
             left_out.append(f"token maps: {error}")
@@ -119,51 +111,47 @@ def write_report(
         cards=cards,
         rule=RULE if any(card["truth"] for card in cards) else "",
         left_out=left_out,
-        facts=_facts(table),
-        token_style=STYLE,
-        token_script=SCRIPT,
+        facts=_made_with(table),
+        token_style=style(),
+        token_script=script(),
     )
     atomic_write(output, text)
     return left_out
 
 
 def _figures(
-    rows: Sequence[Row], pictures: int, folder: Path | None, device: str, with_model: bool, synthetic: bool
+    rows: Sequence[Row], images: int, folder: Path | None, device: str, with_model: bool, synthetic: bool
 ) -> tuple[list[Drawn], list[str]]:
     """Every figure of every model that there are data for, and why others are missing."""
-    names = (*(FROM_DISTANCES if with_model else ()), *FROM_SCORES)
     models = list(dict.fromkeys(row.model for row in rows if not row.published))
     drawn, left_out = [], []
     for model in models:
         own = [row for row in rows if row.model == model and not row.published]
-        try:
-            found, missing = draw_figures(names, own, pictures, folder, device, any_of=True)
-        except (ImportError, OSError) as error:
-            found, missing = draw_figures(tuple(FROM_SCORES), own, pictures, any_of=True)
-            missing = [str(error), *missing]
+        found, missing = draw_figures(tuple(FROM_SCORES), own, images, any_of=True)
+        if with_model:
+            try:
+                more, lacking = draw_figures(tuple(FROM_DISTANCES), own, images, folder, device, any_of=True)
+                found, missing = [*more, *found], [*lacking, *missing]
+            except (ImportError, OSError) as error:
+                missing = [str(error), *missing]
         if len(models) > 1:
             found = [replace(one, name=f"{one.name}-{model}", title=f"{one.title}: {model}") for one in found]
             missing = [f"{model}: {sentence}" for sentence in missing]
         drawn += found
         left_out += missing
-    if synthetic:
-        drawn += draw_figures(("synthetic",), rows, pictures)[0]
-    return drawn, left_out
+    return drawn + (draw_figures(("synthetic",), rows, images)[0] if synthetic else []), left_out
 
 
-def _cards(
-    rows: Sequence[Row], picture: Image.Image | None, name: str, device: str
-) -> tuple[list[dict[str, Any]], list[str]]:
+def _cards(rows: Sequence[Row], own: Example | None, device: str) -> tuple[list[dict[str, Any]], list[str]]:
     """What the page opens with: images, what each method keeps of them and, of a benchmark's, what it answered.
 
     Parameters
     ----------
     rows : sequence of Row
         The first one's model is shown.
-    picture : PIL.Image, optional
-        Shown instead of the benchmarks' images, without answers.
-    name : str
-        Of the picture.
+    own : Example, optional
+        An image shown instead of the benchmarks', without answers.
+    device : str
 
     Returns
     -------
@@ -171,40 +159,29 @@ def _cards(
     missing : list of str
         Which kinds of images there are none of, and why.
     """
-    from llava.eval.distances import Encoder, picture_configs, pictures_of_suite
-    from llava.eval.tokens import kept_order
-    from llava.eval.views import views_of
+    from llava.eval.encoder import Encoder, image_configs, images_of_suite
 
     rows = [row for row in rows if row.model == rows[0].model and not row.published]
-    drawn = at_one_ratio([(row, configs[0]) for row in rows if (configs := picture_configs(row))])[:MOST_MAPS]
+    drawn = at_one_ratio([(row, configs[0]) for row in rows if (configs := image_configs(row))])[:MOST_MAPS]
     if not drawn:
         raise ValueError("none of the runs drops tokens before the decoder by what is in the image alone")
     shown = [row for row in rows if row.method == UNPRUNED][:1] + [row for row, _ in drawn]
     others = [row for row in rows if row.pruned and row.ratio == drawn[0][0].ratio and row not in shown]
-    examples, missing = ([], []) if picture else find_examples([*shown, *others])
+    examples, missing = ([own], []) if own else find_examples([*shown, *others])
     if not examples:
-        if picture is None and not rows[0].runs[0].mini:
+        if not rows[0].runs[0].mini:
             raise ValueError("; ".join([*missing, "give an image of your own (--image)"]))
-        examples = [Example("Image", "", name, "", picture or pictures_of_suite(1)["COCO"][0], ())]
+        [first] = images_of_suite(1)["COCO"]
+        examples = [Example("Image", "", "the first image of the suite's captions", "", first, ())]
     encoder = Encoder.load(rows[0].runs[0].content["model"], device)
     cards = []
     for example in examples:
-        pixels = encoder.pixels(example.image)
-        views = views_of(example.image, encoder.model.config, encoder.model.get_vision_tower())
         kept: dict[str, list[int] | None] = dict.fromkeys(_name(row) for row in shown)
-        for row, config in drawn:
-            kept[_name(row)] = kept_order(encoder.model, pixels, example.image.size, config)
+        kept |= {_name(row): encoder.kept_order(example.image, config) for row, config in drawn}
         answers = {_name(row): answer for row, answer in zip([*shown, *others], example.answers, strict=False)}
-        cards.append(
-            {
-                "kind": example.kind,
-                "benchmark": example.benchmark,
-                "question": example.question,
-                "truth": example.truth,
-                "maps": selection_html(views, kept, example.question, answers),
-                "others": [(name, answer) for name, answer in answers.items() if name not in kept],
-            }
-        )
+        maps = selection_html(encoder.views(example.image), kept, example.question, answers)
+        card = {name: getattr(example, name) for name in ("kind", "benchmark", "question", "truth")}
+        cards.append(card | {"maps": maps, "others": [pair for pair in answers.items() if pair[0] not in kept]})
     return cards, missing
 
 
@@ -241,21 +218,21 @@ def _summary(rows: Sequence[Row]) -> str:
     )
 
 
-def _facts(table: Table) -> list[tuple[str, str]]:
+def _made_with(table: Table) -> list[tuple[str, str]]:
     """What all runs have in common, then what differs."""
     runs = [run for row in table.rows for run in row.runs]
-    differ = differences(runs)
     common: dict[str, str] = {}
     for run in runs:
-        common |= run.facts()
-    devices = sorted({str(run.manifest["device"]) for run in runs if run.manifest.get("device")})
-    commits = sorted({str(run.manifest["git_commit"]) for run in runs if run.manifest.get("git_commit")})
-    facts = [("machine", ", ".join(devices))] if devices else []
-    facts += [("git commit", ", ".join(commits))] if commits else []
-    facts += [(name, value) for name, value in common.items() if name not in differ]
+        common |= run.metadata()
+    differ = differences(runs)
+    about = []
+    for name, key in (("machine", "device"), ("git commit", "git_commit")):
+        values = sorted({str(run.manifest[key]) for run in runs if run.manifest.get(key)})
+        about += [(name, ", ".join(values))] if values else []
+    about += [(name, value) for name, value in common.items() if name not in differ]
     for name, values in differ.items():
-        facts.append((name, "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())))
-    return facts
+        about.append((name, "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())))
+    return about
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -266,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_image(required=False, about="the image of the token maps (default: three of the benchmarks')")
     parser.add_argument("--no-model", action="store_true", help="no distances and token maps, which load the model")
     parser.add_argument("--synthetic", action="store_true", help="the synthetic experiment too (a minute)")
-    add_picture_arguments(parser)
+    add_image_arguments(parser)
     return parser.run(_write, argv)
 
 
@@ -278,8 +255,8 @@ def _write(found: argparse.Namespace) -> None:
         allow_mixed=found.allow_mixed,
         seed=found.seed,
         draws=found.draws,
-        pictures=found.pictures,
-        picture_folder=found.picture_folder,
+        images=found.images,
+        image_folder=found.image_folder,
         image=found.image,
         with_model=not found.no_model,
         synthetic=found.synthetic,

@@ -1,18 +1,25 @@
-"""Slot maps: how OC-VTP's slots divide a picture, and which of its tokens they claim."""
+"""Slot maps: how OC-VTP's slots divide an image, and which of its tokens they claim."""
 
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from PIL import Image
 
+from llava.eval.encoder import Encoder
 from llava.eval.views import View
 from llava.model.visual_sequence import PromptFacts, as_visual_tokens
-from llava.pruning import PruningConfig, kept_count, pruning
+from llava.pruning import PruningConfig, kept_count
 from llava.pruning.base import content_key
 from llava.pruning.methods.ocvtp.pruner import claims
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NONE = -1
 TINT = 0.55
@@ -37,22 +44,16 @@ class SlotMap:
 
 
 @torch.no_grad()
-def slot_map(model, pixels: torch.Tensor, size: tuple[int, int], config: PruningConfig) -> SlotMap:
-    """The slots of one image, as ``config`` (of the method ocvtp) has them.
-
-    Raises
-    ------
-    ValueError
-        If each crop has slots of its own.
-    """
+def slot_map(encoder: Encoder, image: Image.Image, config: PruningConfig) -> SlotMap:
+    """The slots of one image, as ``config`` (of the method ocvtp) has them; a `ValueError` for slots per crop."""
     pruner = config.build_pruner()
     if pruner.per_crop:
         raise ValueError("the slots of single crops are not drawn: leave out OCVTP_PER_CROP")
-    with pruning(model, config):
-        image = model.image_tokens([pixels], [size])[0]
-    n = len(image.features)
+    found = encoder.encode(image, config)
+    n = len(found.features)
     k = kept_count(n, config.ratio) if pruner.target is None else min(pruner.target, n)
-    tokens = as_visual_tokens(image.features[None], k, [image], [PromptFacts(key=content_key(pixels))])
+    facts = PromptFacts(key=content_key(encoder.pixels(image)))
+    tokens = as_visual_tokens(found.features[None], k, [found], [facts])
     attention = pruner.slot_attention(tokens, 0, k)
     slot = torch.where(torch.isinf(attention[0]), NONE, attention.argmax(dim=0))
     kept = torch.zeros(n, dtype=torch.bool)
@@ -61,47 +62,28 @@ def slot_map(model, pixels: torch.Tensor, size: tuple[int, int], config: Pruning
     return SlotMap(slot.cpu().numpy(), claimed.numpy(), kept.numpy())
 
 
-def draw_slots(views: list[View], found: SlotMap):
-    """A figure: a row a view, the slots' regions on the left, what is kept of them on the right.
+def draw_slots(views: Sequence[View], found: SlotMap) -> Figure:
+    """A row per view, the slots' regions on the left, what is kept of them on the right.
 
     A dot marks a token that its slot claimed; kept tokens without one fill the budget.
-
-    Parameters
-    ----------
-    views : list of View
-    found : SlotMap
-
-    Returns
-    -------
-    matplotlib.figure.Figure
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.4, 4.5 * len(views)), layout="constrained")
     axes = figure.subplots(len(views), 2, squeeze=False)
     for (left, right), view in zip(axes, views, strict=True):
-        rows, columns = view.patches.shape
         slot, claimed, kept = (part[view.patches] for part in (found.slot, found.claimed, found.kept))
-        scale = max(1, round(480 / max(rows, columns)))
-        picture = np.asarray(view.picture.resize((columns * scale, rows * scale)), dtype=np.float32)
-        colour = _enlarged(
-            np.array([_colour(number) for number in slot.ravel().tolist()]).reshape(rows, columns, 3), scale
-        )
-        tinted = (1 - TINT) * picture + TINT * colour
+        colours = np.array([_colour(number) for number in slot.ravel().tolist()]).reshape(*slot.shape, 3)
+        tinted = (1 - TINT) * view.pixels() + TINT * view.enlarged(colours)
         left.imshow(tinted.astype(np.uint8), interpolation="nearest")
         left.set_title(f"{len(np.unique(slot))} slots win patches ({view.name})", fontsize=11)
-        right.imshow(np.where(_enlarged(kept[..., None], scale), tinted, 235).astype(np.uint8), interpolation="nearest")
-        y, x = claimed.nonzero()
-        right.scatter((x + 0.5) * scale, (y + 0.5) * scale, s=9, c="white", edgecolors="black", linewidths=0.6)
+        right.imshow(np.where(view.enlarged(kept), tinted, 235).astype(np.uint8), interpolation="nearest")
+        y, x = (claimed.nonzero() + np.array(0.5)) * view.scale
+        right.scatter(x, y, s=9, c="white", edgecolors="black", linewidths=0.6)
         right.set_title(f"{kept.sum()} kept, {claimed.sum()} claimed by slots", fontsize=11)
         for axis in (left, right):
             axis.set_axis_off()
     return figure
-
-
-def _enlarged(patches: np.ndarray, scale: int) -> np.ndarray:
-    """(rows, columns, C) -> pixels (rows * scale, columns * scale, C)."""
-    return patches.repeat(scale, 0).repeat(scale, 1)
 
 
 def _colour(slot: int) -> tuple[float, float, float]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava.command import Parser, positive, whole
-from llava.eval.results.bootstrap import DRAWS
 from llava.eval.results.columns import COLUMNS
+from llava.eval.results.evidence import DRAWS, with_evidence
 from llava.eval.results.formats import BUDGET, FORMATS, named
 from llava.eval.results.rows import (
     Row,
@@ -33,16 +33,36 @@ DEFAULT_RUN = "results/mini"
 """Where ``run_OTPrune.sh mini`` leaves its results."""
 ALWAYS_WITH_INTERVALS = ("csv", "json")
 
+MINI_REMARK = (
+    "Mini suite: small rendered data sets in the real schemas, not the published benchmarks. Its numbers compare with "
+    "each other only."
+)
+UNTRAINED_REMARK = "Untrained: the model's weights are random. The scores show that the way through works, no more."
+FLOPS_REMARK = (
+    "FLOPs: of the prefill, two per multiply-accumulate, vision tower and projector included; choosing the tokens is "
+    "not counted. In the papers' convention, which counts the decoder alone: flops_ratio_literature in the CSV and "
+    "JSON tables."
+)
+MEAN_REMARK = "Mean: score relative to the same model unpruned, averaged over the columns that both rows have."
+RANK_REMARK = (
+    "Rank: among the rows of the same model that keep equally many tokens (within a tenth, mean over the decoder's "
+    "layers), averaged over the columns that all of them have; 1 is the best."
+)
+PUBLISHED_RANK_REMARK = "Published ranks are as printed there, among all methods and columns of that table."
+SEEDS_REMARK = "Mean of n seeds: the score is the mean of n runs that differ in the method's seed only."
+INTERVALS_REMARK = (
+    "Intervals: 95 %, percentiles of {draws} bootstrap draws of the benchmark's units (seed {seed}). They hold for "
+    "questions like these, not for other seeds or other trainings of the model."
+)
+TESTS_REMARK = (
+    "\N{DAGGER} differs from unpruned, \N{DOUBLE DAGGER} from Random at the same budget (mean of its seeds): paired "
+    "bootstrap test, two-sided, p < 0.05, not corrected for the number of tests."
+)
+
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in reading order, and the remarks that belong under them.
-
-    Attributes
-    ----------
-    rows : tuple of Row
-    remarks : tuple of str
-    """
+    """Rows in reading order, and the remarks that belong under them."""
 
     rows: tuple[Row, ...]
     remarks: tuple[str, ...]
@@ -50,12 +70,8 @@ class Table:
     def render(self, name: str, intervals: bool = False) -> str:
         """The table as "markdown", "csv", "json", "latex" or "html"; a `ValueError` for anything else.
 
-        Parameters
-        ----------
-        name : str
-        intervals : bool
-            Write 95 % intervals and marks of significance beside the scores where the format is for people; for
-            programs they are always there. They must have been asked of `build_table`.
+        With ``intervals``, of a table that was built with them, 95 % intervals and marks of significance stand beside
+        the scores where the format is for people; for programs they are always there.
         """
         if name not in FORMATS:
             raise ValueError(f"no table format {name!r}; there are {', '.join(FORMATS)}")
@@ -87,16 +103,11 @@ def build_table(
     folded : bool
         One row of all seeds of a method.
     allow_mixed : bool
-        Show runs of different versions, data or settings together, with a remark on each difference.
+        Show runs of different versions, data or settings together, remarked upon, instead of a `ValueError`.
     seed, draws : int
         Of the bootstrap.
     remarks : sequence of str
         More of them.
-
-    Raises
-    ------
-    ValueError
-        For runs that are not alike, unless ``allow_mixed``.
     """
     runs = [run for row in rows for run in row.runs]
     if not allow_mixed:
@@ -112,66 +123,36 @@ def build_table(
     ordered = [replace(row, relative=relative_score(row, unpruned_of(row, ordered))) for row in ordered]
     why_not: list[str] = []
     if intervals:
-        from llava.eval.results.evidence import with_evidence
-
         ordered, why_not = with_evidence(ordered, seed, draws)
-    said = [*_remarks(ordered), *_evidence_remarks(ordered, seed, draws), *why_not, *_mixed(runs), *remarks]
+    said = [*_remarks(ordered, seed, draws), *why_not, *_mixed(runs), *remarks]
     return Table(tuple(ordered), tuple(said))
 
 
-def _remarks(rows: Sequence[Row]) -> list[str]:
-    remarks = []
-    if any("mini suite" in row.notes for row in rows):
-        remarks.append(
-            "Mini suite: small rendered data sets in the real schemas, not the published benchmarks. Its numbers "
-            "compare with each other only."
-        )
-    if any("untrained" in row.notes for row in rows):
-        remarks.append(
-            "Untrained: the model's weights are random. The scores show that the way through works, no more."
-        )
-    remarks += sorted({f"{named(row)}: {note}." for row in rows for note in row.notes if note.endswith("failed")})
-    limits = sorted({note for row in rows for note in row.notes if note.startswith("first ")})
-    remarks += [f"Limited: {limit}." for limit in limits]
-    remarks += sorted({f"Published: {row.source}." for row in rows if row.published})
-    if any(row.flops_ratio("exact") is not None for row in rows):
-        remarks.append(
-            "FLOPs: of the prefill, two a multiply-accumulate, vision tower and projector included; choosing the "
-            "tokens is not counted. In the papers' convention, which counts the decoder alone: flops_ratio_literature "
-            "in the CSV and JSON tables."
-        )
-    if any(row.relative is not None for row in rows):
-        remarks.append(
-            "Mean: score relative to the same model unpruned, averaged over the columns that both rows have."
-        )
-    if any(row.rank is not None and not row.published for row in rows):
-        remarks.append(
-            "Rank: among the rows of the same model that keep equally many tokens (within a tenth, mean over the "
-            "decoder's layers), averaged over the columns that all of them have; 1 is the best."
-        )
-    if any(row.rank is not None and row.published for row in rows):
-        remarks.append("Published ranks are as printed there, among all methods and columns of that table.")
-    if any(row.seed_spread for row in rows):
-        remarks.append("Mean of n seeds: the score is the mean of n runs that differ in the method's seed only.")
-    return remarks
-
-
-def _evidence_remarks(rows: Sequence[Row], seed: int, draws: int) -> list[str]:
-    if not any(row.evidence for row in rows):
-        return []
-    return [
-        f"Intervals: 95 %, percentiles of {draws} bootstrap draws of the benchmark's units (seed {seed}). They hold "
-        "for questions like these, not for other seeds or other trainings of the model.",
-        "\N{DAGGER} differs from unpruned, \N{DOUBLE DAGGER} from Random at the same budget (mean of its seeds): "
-        "paired bootstrap test, two-sided, p < 0.05, not corrected for the number of tests.",
+def _remarks(rows: Sequence[Row], seed: int, draws: int) -> list[str]:
+    """What a reader must know of the rows and columns that there are."""
+    notes = {note for row in rows for note in row.notes}
+    failed = sorted({f"{named(row)}: {note}." for row in rows for note in row.notes if note.endswith("failed")})
+    limits = sorted(f"Limited: {note}." for note in notes if note.startswith("first "))
+    sources = sorted({f"Published: {row.source}." for row in rows if row.published})
+    evidence = any(row.evidence for row in rows)
+    known = [
+        (any(row.flops_ratio("exact") is not None for row in rows), FLOPS_REMARK),
+        (any(row.relative is not None for row in rows), MEAN_REMARK),
+        (any(row.rank is not None and not row.published for row in rows), RANK_REMARK),
+        (any(row.rank is not None and row.published for row in rows), PUBLISHED_RANK_REMARK),
+        (any(row.seed_spread for row in rows), SEEDS_REMARK),
+        (evidence, INTERVALS_REMARK.format(draws=draws, seed=seed)),
+        (evidence, TESTS_REMARK),
     ]
+    about = [MINI_REMARK] * ("mini suite" in notes) + [UNTRAINED_REMARK] * ("untrained" in notes)
+    return [*about, *failed, *limits, *sources, *(sentence for holds, sentence in known if holds)]
 
 
 def _mixed(runs: Sequence[Run]) -> list[str]:
     said = []
-    for fact, values in differences(runs).items():
+    for name, values in differences(runs).items():
         shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())
-        said.append(f"Mixed: {fact} differs ({shown}).")
+        said.append(f"Mixed: {name} differs ({shown}).")
     return said
 
 

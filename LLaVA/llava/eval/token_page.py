@@ -1,4 +1,4 @@
-"""A small page that steps through a selection: each kept token appears on the picture in the order of its list."""
+"""A small page that steps through a selection: each kept token appears on the image in the order of its list."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,69 +20,15 @@ if TYPE_CHECKING:
 WIDEST = 672
 """Pixels that a view's picture is shrunk to."""
 
-STYLE = """
-.maps{display:grid;grid-template-columns:repeat(auto-fit,minmax(10.2rem,1fr));gap:.8rem}
-.maps figure{margin:0;max-width:21rem}
-.maps canvas{width:100%;height:auto;display:block;border-radius:4px;background:#8883}
-.maps figcaption{font-size:.9rem;line-height:1.4;margin:.3rem 0}
-.maps b{overflow-wrap:anywhere}
-.steps{display:flex;flex-wrap:wrap;align-items:center;gap:.6rem;margin:.6rem 0}
-.steps input[type=range]{flex:1 1 12rem;min-width:8rem}
-.steps button{font:inherit;min-width:2.6rem;min-height:2.2rem}
-"""
 
-SCRIPT = """
-for (const box of document.querySelectorAll(".selection")) {
-  const data = JSON.parse(box.querySelector("script").textContent);
-  const slider = box.querySelector("input"), said = box.querySelector("output");
-  const figures = box.querySelectorAll("figure"), panels = [];
-  let timer = null;
-  for (const [place, method] of data.methods.entries()) for (const [number, view] of data.views.entries()) {
-    const figure = figures[place * data.views.length + number], image = new Image();
-    const canvas = figure.querySelector("canvas"), count = figure.querySelector(".count");
-    image.onload = () => { canvas.width = image.width; canvas.height = image.height; show(); };
-    image.src = view.picture;
-    panels.push({method, view, number, image, canvas, count});
-  }
-  const most = Math.max(...data.methods.map(method => method.places ? method.places.length : 0));
-  slider.max = most;
-  slider.value = most;
-  function show() {
-    const step = Number(slider.value);
-    said.textContent = `${step} of ${most}`;
-    for (const {method, view, number, image, canvas, count} of panels) {
-      const pen = canvas.getContext("2d"), wide = canvas.width / view.columns, high = canvas.height / view.rows;
-      if (!image.complete || !canvas.width) continue;
-      pen.drawImage(image, 0, 0);
-      if (!method.places) continue;
-      pen.fillStyle = "rgba(235,235,235,.78)";
-      pen.fillRect(0, 0, canvas.width, canvas.height);
-      const kept = method.places.slice(0, step), here = kept.filter(place => place && place[0] === number);
-      for (const [, row, column] of here)
-        pen.drawImage(image, column * wide, row * high, wide, high, column * wide, row * high, wide, high);
-      const last = step < most && kept[kept.length - 1];
-      if (last && last[0] === number) {
-        pen.strokeStyle = "#D55E00";
-        pen.lineWidth = Math.max(2, wide / 8);
-        pen.strokeRect(last[2] * wide, last[1] * high, wide, high);
-      }
-      count.textContent = here.length;
-    }
-  }
-  function move(by) { slider.value = Number(slider.value) + by; show(); }
-  function stop() { clearInterval(timer); timer = null; play.textContent = "\\u25B6"; }
-  const [back, play, next] = box.querySelectorAll("button");
-  slider.addEventListener("input", show);
-  back.addEventListener("click", () => move(-1));
-  next.addEventListener("click", () => move(1));
-  play.addEventListener("click", () => {
-    if (timer) return stop();
-    if (Number(slider.value) >= most) slider.value = 0;
-    play.textContent = "\\u23F8";
-    timer = setInterval(() => { move(1); if (Number(slider.value) >= most) stop(); }, 120);
-  });
-}
-"""
+def style() -> str:
+    """CSS that a page with `selection_html` needs in its head."""
+    return files("llava.eval").joinpath("token_page.css").read_text(encoding="utf-8")
+
+
+def script() -> str:
+    """JavaScript that it needs at its end."""
+    return files("llava.eval").joinpath("token_page.js").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -98,7 +45,7 @@ def selection_html(
     name: str,
     answers: Mapping[str, Answer] | None = None,
 ) -> str:
-    """The images and the controls as a fragment of HTML; the page needs `STYLE` and, at its end, `SCRIPT`.
+    """The images and the controls as a fragment of HTML; the page needs `style` and, at its end, `script`.
 
     Parameters
     ----------
@@ -157,8 +104,8 @@ def token_page(views: Sequence[View], kept: Mapping[str, Sequence[int]], name: s
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Kept visual tokens: {html.escape(name)}</title>\n"
         "<style>:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;margin:1rem auto;max-width:70rem;"
-        f"padding:0 1rem}}{STYLE}</style>\n</head>\n<body>\n<h1>Kept visual tokens: {html.escape(name)}</h1>\n"
-        f"{selection_html(views, kept, name)}<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        f"padding:0 1rem}}{style()}</style>\n</head>\n<body>\n<h1>Kept visual tokens: {html.escape(name)}</h1>\n"
+        f"{selection_html(views, kept, name)}<script>{script()}</script>\n</body>\n</html>\n"
     )
 
 

@@ -31,9 +31,24 @@ class View:
     picture: Image.Image
     patches: np.ndarray
 
+    @property
+    def scale(self) -> int:
+        """Pixels that a patch is drawn with."""
+        return max(1, round(480 / max(self.patches.shape)))
+
+    def pixels(self) -> np.ndarray:
+        """The picture as it is drawn: (rows * scale, columns * scale, 3), float32."""
+        rows, columns = self.patches.shape
+        return np.asarray(self.picture.resize((columns * self.scale, rows * self.scale)), dtype=np.float32)
+
+    def enlarged(self, values: np.ndarray) -> np.ndarray:
+        """What stands at each patch, (rows, columns) or (rows, columns, C), as large as `pixels`: (H, W, C or 1)."""
+        values = values[..., None] if values.ndim == 2 else values
+        return values.repeat(self.scale, 0).repeat(self.scale, 1)
+
 
 def views_of(image: Image.Image, config, tower) -> list[View]:
-    """The pictures behind an image's visual tokens, in the order of the tokens.
+    """The pictures that an image's visual tokens cover, in the order of the tokens.
 
     Parameters
     ----------

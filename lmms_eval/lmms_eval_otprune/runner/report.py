@@ -18,7 +18,7 @@ from .manifest import git_commit
 from .options import Options
 from .plan import Job, Plan
 
-PICTURES = 8
+IMAGES = 8
 """Of each benchmark, for the distances in the report."""
 TABLES = {"markdown": "table.md", "csv": "table.csv", "json": "table.json", "html": "table.html", "latex": "table.tex"}
 
@@ -94,7 +94,7 @@ def write_page(plan: Plan) -> str:
         from llava.eval.report import write_report as write_page_of
 
         device = "cuda" if plan.device == "cuda" else "cpu"
-        write_page_of([plan.output], page, allow_mixed=True, folded=True, pictures=PICTURES, device=device)
+        write_page_of([plan.output], page, allow_mixed=True, folded=True, images=IMAGES, device=device)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         page.unlink(missing_ok=True)
         return f"There is no report: {error}"

@@ -6,35 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from llava.eval.plots.drawing import Drawn, new_figure, spearman, styles
-from llava.eval.results.columns import COLUMNS
-from llava.eval.results.rows import Row
+from llava.eval import distances
+from llava.eval.encoder import Encoder, image_configs, images_of_folder, images_of_suite
+from llava.eval.plots.drawing import Drawn, new_figure, new_grid, spearman, styles
+from llava.eval.results.rows import MEAN, Row
 
-if TYPE_CHECKING:
-    from llava.eval.distances import Measured
-
-PICTURES = 16
+IMAGES = 16
 LEAST_METHODS = 3
-MEAN = "Mean"
 VALUES = ("wasserstein", "gaussian", "log_det")
-_KEYS = tuple(column.key for column in COLUMNS)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """One configuration on the pictures of one benchmark, or "Mean", over the benchmarks.
-
-    Attributes
-    ----------
-    row : Row
-    benchmark : str
-    wasserstein, gaussian, log_det : float
-        Means over the pictures.
-    """
+    """One configuration on the images of one benchmark, or "Mean", over the benchmarks: means over the images."""
 
     row: Row
     benchmark: str
@@ -44,69 +31,52 @@ class Distance:
 
 
 def measure(
-    rows: Sequence[Row],
-    pictures: int = PICTURES,
-    folder: Path | None = None,
-    device: str = "cpu",
-    progress: bool = False,
+    rows: Sequence[Row], images: int = IMAGES, folder: Path | None = None, device: str = "cpu", progress: bool = False
 ) -> list[Distance]:
-    """Distances of every configuration that drops tokens before the decoder by what is in the picture.
+    """Distances of every configuration that drops tokens before the decoder by what is in the image.
 
     Parameters
     ----------
     rows : sequence of Row
         Of one model.
-    pictures : int
+    images : int
         How many of each benchmark.
     folder : Path, optional
-        Pictures to take for all benchmarks in place of the embedded suite's.
+        Images to take for all benchmarks in place of the embedded suite's.
     device : str
     progress : bool
-        Say on stderr how far it is.
+        Show a bar where a person watches.
 
     Raises
     ------
     ValueError
         If the runs are of several models, or not of the mini suite and no folder is given.
     """
-    from llava.eval.distances import Encoder, picture_configs, pictures_of_folder, pictures_of_suite
-
-    configs = [(row, config) for row in rows for config in picture_configs(row)]
+    configs = [(row, config) for row in rows for config in image_configs(row)]
     if not configs:
-        raise ValueError("none of the runs drops tokens before the decoder by what is in the picture alone")
+        raise ValueError("none of the runs drops tokens before the decoder by what is in the image alone")
     models = {run.content["model"] for row, _ in configs for run in row.runs}
     if len(models) != 1:
         raise ValueError(f"distances are measured with one model, and these runs are of {', '.join(sorted(models))}")
     if folder is None and not all(run.mini for row, _ in configs for run in row.runs):
-        raise ValueError("the pictures of the published benchmarks are not at hand: give a folder (--pictures)")
-    shown = pictures_of_suite(pictures) if folder is None else {MEAN: pictures_of_folder(folder, pictures)}
+        raise ValueError("the images of the published benchmarks are not at hand: give a folder (--picture-folder)")
+    shown = images_of_suite(images) if folder is None else {MEAN: images_of_folder(folder, images)}
     encoder = Encoder.load(models.pop(), device)
     found: list[Distance] = []
-    # A bar where a person watches, and nothing elsewhere.
-    for benchmark, images in tqdm(shown.items(), "distances", leave=False, disable=None if progress else True):
-        measured = [[encoder.measure(image, config) for _, config in configs] for image in images]
-        by_row: dict[int, list[Measured]] = {}
-        for one in measured:
-            for (row, _), value in zip(configs, one, strict=True):
-                by_row.setdefault(id(row), []).append(value)
+    for benchmark, several in tqdm(shown.items(), "distances", leave=False, disable=None if progress else True):
+        # Image by image: what the vision tower gave is remembered for all configurations.
+        measured = [[distances.measure(encoder, image, config) for _, config in configs] for image in several]
         for row in rows:
-            if values := by_row.get(id(row)):
-                found.append(Distance(row, benchmark, *(mean(getattr(one, name) for one in values) for name in VALUES)))
+            own = [one for values in measured for (of, _), one in zip(configs, values, strict=True) if of is row]
+            if own:
+                found.append(Distance(row, benchmark, *(mean(getattr(one, name) for one in own) for name in VALUES)))
     return found if folder is not None else found + _means(found)
 
 
 def _means(found: Sequence[Distance]) -> list[Distance]:
-    by_row: dict[int, list[Distance]] = {}
-    for one in found:
-        by_row.setdefault(id(one.row), []).append(one)
-    return [
-        Distance(
-            several[0].row,
-            MEAN,
-            *(mean(getattr(one, name) for one in several) for name in VALUES),
-        )
-        for several in by_row.values()
-    ]
+    rows = {id(one.row): one.row for one in found}.values()
+    by_row = [(row, [one for one in found if one.row is row]) for row in rows]
+    return [Distance(row, MEAN, *(mean(getattr(one, name) for one in own) for name in VALUES)) for row, own in by_row]
 
 
 def draw_distance(found: Sequence[Distance]) -> Drawn:
@@ -123,81 +93,73 @@ def draw_distance(found: Sequence[Distance]) -> Drawn:
     groups = _by_ratio([one for one in found if one.benchmark == MEAN and one.row.relative is not None])
     groups = {ratio: group for ratio, group in groups.items() if len({one.row.label for one in group}) >= LEAST_METHODS}
     if not groups:
-        names = sorted({one.row.label for one in found})
+        names = ", ".join(sorted({one.row.label for one in found})) or "none"
         raise ValueError(
-            f"the figure of distances needs {LEAST_METHODS} methods at one kept ratio, and unpruned; there is "
-            f"{', '.join(names) or 'none'}"
+            f"the figure of distances needs {LEAST_METHODS} methods at one kept ratio, and unpruned; there is {names}"
         )
-    wide = min(2, len(groups))
-    high = -(-len(groups) // wide)
-    figure = new_figure(4.4 * wide + 2.4, 3.6 * high + 0.4)
-    axes = figure.subplots(high, wide, squeeze=False).ravel()
-    for axis in axes[len(groups) :]:
-        axis.set_axis_off()
+    figure, axes = new_grid(len(groups), 2, 4.4, 3.6, beside=2.4)
     style = styles(one.row.method for group in groups.values() for one in group)
-    lines, said, handles = [], [], {}
-    for axis, (ratio, group) in zip(axes, groups.items(), strict=False):
+    records, said, handles = [], [], {}
+    for axis, (ratio, group) in zip(axes, groups.items(), strict=True):
         for one in group:
             name = one.row.method
             [handles[name]] = axis.plot(one.wasserstein, one.row.relative, linestyle="", label=name, **style[name])
         inside = [one for one in found if one.row.ratio == ratio]
         for benchmark in dict.fromkeys(one.benchmark for one in inside):
-            lines += _correlated(benchmark, [one for one in inside if one.benchmark == benchmark])
+            records += _correlated(benchmark, [one for one in inside if one.benchmark == benchmark])
         rho = spearman([one.wasserstein for one in group], [-one.row.relative for one in group])
         said.append(f"{rho:.2f} at ratio {ratio:g} ({len(group)} configurations)")
+        axis.set(xlabel="exact 2-Wasserstein distance to all tokens", ylabel="mean, % of unpruned")
         axis.set_title(f"kept ratio {ratio:g}: Spearman {rho:.2f}")
-        axis.set_xlabel("exact 2-Wasserstein distance to all tokens")
-        axis.set_ylabel("mean, % of unpruned")
         axis.margins(0.1)
     figure.legend(handles=[handles[name] for name in style], loc="outside right upper", frameon=False)
     caption = (
-        "Mean score against the exact 2-Wasserstein distance between all and the kept tokens, mean over pictures of "
-        f"the benchmarks. Spearman's correlation of nearness and score: {', '.join(said)}."
+        "Mean score against the exact 2-Wasserstein distance between all and the kept tokens, mean over images of the "
+        f"benchmarks. Spearman's correlation of nearness and score: {', '.join(said)}."
     )
-    header = ("ratio", "benchmark", "method", "wasserstein", "gaussian", "log_det", "score", "spearman_of_benchmark")
-    return Drawn("distance", "Transport distance against score", caption, header, lines, figure)
+    return Drawn("distance", "Transport distance against score", caption, records, figure)
 
 
 def draw_relative_distance(found: Sequence[Distance]) -> Drawn:
-    """Every method's distance divided by OTPrune's, a benchmark each and their mean, at the smallest common ratio.
+    """Every method's distance divided by OTPrune's, each benchmark and their mean, at the smallest common ratio.
 
     Raises
     ------
     ValueError
         Without OTPrune and another method at one ratio.
     """
-    groups = [(ratio, _split(group)) for ratio, group in _by_ratio(found).items()]
-    groups = [(ratio, split) for ratio, split in groups if all(split)]
+    split = [
+        (ratio, *([one for one in group if (one.row.family == "otprune") == own] for own in (True, False)))
+        for ratio, group in _by_ratio(found).items()
+    ]
+    groups = [parts for parts in split if all(parts)]
     if not groups:
         raise ValueError("the figure of relative distances needs otprune and another method at one kept ratio")
-    ratio, (reference, others) = groups[0]
-    benchmarks = [key for key in (*_KEYS, MEAN) if key in reference]
-    figure = new_figure(max(5.0, 0.85 * len(benchmarks) + 2), 4.4)
+    ratio, of_otprune, others = groups[0]
+    # By default: of several OTPrunes the one without options is what the others are divided by.
+    own = min(of_otprune, key=lambda one: one.row.method).row.method
+    reference = {one.benchmark: one.wasserstein for one in of_otprune if one.row.method == own}
+    others += [one for one in of_otprune if one.row.method != own]
+    figure = new_figure(max(5.0, 0.85 * len(reference) + 2), 4.4)
     axis = figure.subplots()
-    style = styles(one.row.method for one in others)
-    lines = []
-    for method in dict.fromkeys(one.row.method for one in others):
-        own = {one.benchmark: one for one in others if one.row.method == method}
-        shares = [own[key].wasserstein / reference[key] for key in benchmarks]
-        axis.plot(range(len(benchmarks)), shares, linestyle="", label=method, **style[method])
-        lines += [
-            (ratio, key, method, own[key].wasserstein, share) for key, share in zip(benchmarks, shares, strict=True)
+    records = []
+    for method, style in styles(one.row.method for one in others).items():
+        distances = {one.benchmark: one.wasserstein for one in others if one.row.method == method}
+        shares = {key: distances[key] / reference[key] for key in reference}
+        axis.plot(range(len(shares)), list(shares.values()), linestyle="", label=method, **style)
+        records += [
+            {"ratio": ratio, "benchmark": key, "method": method}
+            | {"wasserstein": distances[key], "relative_to_otprune": share}
+            for key, share in shares.items()
         ]
-    axis.axhline(1, color="#D55E00", linestyle="--", linewidth=1, label="otprune")
-    axis.set_xticks(range(len(benchmarks)), benchmarks, rotation=35, ha="right")
+    axis.axhline(1, color="#D55E00", linestyle="--", linewidth=1, label=own)
+    axis.set_xticks(range(len(reference)), list(reference), rotation=35, ha="right")
     axis.set_ylabel("distance / OTPrune's")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     caption = (
         f"Exact 2-Wasserstein distance to all tokens relative to OTPrune's, kept ratio {ratio:g}; below 1 is nearer."
     )
-    return Drawn(
-        "relative_distance",
-        "Distance relative to OTPrune",
-        caption,
-        ("ratio", "benchmark", "method", "wasserstein", "relative_to_otprune"),
-        lines,
-        figure,
-    )
+    return Drawn("relative_distance", "Distance relative to OTPrune", caption, records, figure)
 
 
 def _by_ratio(found: Sequence[Distance]) -> dict[float, list[Distance]]:
@@ -207,19 +169,15 @@ def _by_ratio(found: Sequence[Distance]) -> dict[float, list[Distance]]:
     return groups
 
 
-def _split(group: Sequence[Distance]) -> tuple[dict[str, float], list[Distance]]:
-    """OTPrune's distances by benchmark, and the other methods'."""
-    reference = {one.benchmark: one.wasserstein for one in group if one.row.family == "otprune"}
-    return reference, [one for one in group if one.row.family != "otprune"]
-
-
-def _correlated(benchmark: str, group: Sequence[Distance]) -> list[tuple]:
-    """CSV lines of a benchmark's configurations, each with the correlation over them."""
-    scores = [one.row.relative if benchmark == MEAN else one.row.scores.get(benchmark) for one in group]
+def _correlated(benchmark: str, group: Sequence[Distance]) -> list[dict]:
+    """A benchmark's configurations, each with the correlation over them."""
+    scores = [one.row.score(benchmark) for one in group]
     rho = None
     if len(group) >= LEAST_METHODS and None not in scores:
         rho = spearman([one.wasserstein for one in group], [-score for score in scores])
     return [
-        (one.row.ratio, benchmark, one.row.method, one.wasserstein, one.gaussian, one.log_det, score, rho)
+        {"ratio": one.row.ratio, "benchmark": benchmark, "method": one.row.method}
+        | {name: getattr(one, name) for name in VALUES}
+        | {"score": score, "spearman_of_benchmark": rho}
         for one, score in zip(group, scores, strict=True)
     ]

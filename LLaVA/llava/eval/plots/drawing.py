@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llava.files import atomic_write, csv_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # After Okabe and Ito: told apart with any colour vision.
@@ -26,42 +28,21 @@ _FIXED = {
     "unpruned": ("#000000", "h"),
     "grey picture": ("#A0A0A0", "h"),
 }
-_FURTHER = (
-    "#8C564B",
-    "#17A2B8",
-    "#9A9A00",
-    "#1F4E79",
-    "#AA3377",
-    "#228833",
-    "#EE6677",
-    "#4B0082",
-    "#FF9F40",
-    "#2F4F4F",
+_FURTHER = tuple(
+    f"#{color}"
+    for color in ["8C564B", "17A2B8", "9A9A00", "1F4E79", "AA3377", "228833", "EE6677", "4B0082", "FF9F40", "2F4F4F"]
 )
 _FURTHER_MARKERS = "<>pdH8"
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure and the numbers in it.
-
-    Attributes
-    ----------
-    name : str
-        Of the files.
-    title, caption : str
-        For a page; what is shown, and how it was made.
-    header : tuple of str
-    lines : list of tuple
-        The CSV.
-    figure : matplotlib.figure.Figure
-    """
+    """A figure, what is shown and how it was made (``caption``), and the numbers in it: one record per line."""
 
     name: str
     title: str
     caption: str
-    header: tuple[str, ...]
-    lines: list[tuple[Any, ...]]
+    records: Sequence[dict[str, Any]]
     figure: Figure
 
     def save(self, folder: Path) -> Path:
@@ -79,7 +60,7 @@ class Drawn:
 
     def csv(self) -> str:
         """The numbers."""
-        return csv_text(self.header, ([_rounded(value) for value in line] for line in self.lines))
+        return csv_text(list(self.records[0]), (map(_rounded, record.values()) for record in self.records))
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -100,33 +81,36 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def new_grid(number: int, wide: int, width: float, height: float, beside: float = 0) -> tuple[Figure, list[Axes]]:
+    """A figure of ``number`` plots, at most ``wide`` in a row, each so many inches large, and room for a legend."""
+    wide = min(wide, number)
+    high = -(-number // wide)
+    figure = new_figure(width * wide + beside, height * high + 0.7)
+    axes = figure.subplots(high, wide, squeeze=False).ravel()
+    for axis in axes[number:]:
+        axis.set_axis_off()
+    return figure, list(axes[:number])
+
+
 def styles(series: Iterable[str]) -> dict[str, dict[str, str]]:
     """Colour and marker of each series; the first of a well-known method has the same in every figure."""
     found: dict[str, dict[str, str]] = {}
     free, further = dict(_FIXED), 0
-    for name in series:
-        if name in found:
-            continue
-        method = name.partition(" (")[0].partition(",")[0]
-        if method in free:
-            color, marker = free.pop(method)
-        else:
-            color, marker = _FURTHER[further % len(_FURTHER)], _FURTHER_MARKERS[further % len(_FURTHER_MARKERS)]
+    for name in dict.fromkeys(series):
+        method = re.split(r" \(|,|:", name)[0]
+        look = free.pop(method, None)
+        if look is None:
+            look = _FURTHER[further % len(_FURTHER)], _FURTHER_MARKERS[further % len(_FURTHER_MARKERS)]
             further += 1
-        found[name] = {"color": color, "marker": marker}
+        found[name] = dict(zip(("color", "marker"), look, strict=True))
     return found
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     """Rank correlation; ties share the mean of their ranks. nan where one side is all the same."""
-    sides = [list(one), list(other)]
-    ranks = [[sum(b < a for b in values) + (values.count(a) - 1) / 2 for a in values] for values in sides]
-    means = [sum(rank) / len(rank) for rank in ranks]
-    centred = [[value - mean for value in rank] for rank, mean in zip(ranks, means, strict=True)]
-    squares = [sum(value**2 for value in values) for values in centred]
-    if not all(squares):
-        return float("nan")
-    return sum(a * b for a, b in zip(*centred, strict=True)) / (squares[0] * squares[1]) ** 0.5
+    import pandas
+
+    return float(pandas.Series(one).rank().corr(pandas.Series(other).rank()))
 
 
 def _rounded(value: Any) -> Any:

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from llava.eval.plots.drawing import Drawn, new_figure, styles
+from llava.eval.plots.drawing import Drawn, new_grid, styles
 from llava.eval.transport import log_det, objective_kernel, squared_distances, transport_cost
-from llava.pruning import select
+from llava.pruning import PruningConfig, select
 
 SETTINGS = ((20, 10, 5), (30, 20, 10), (100, 50, 30), (1000, 256, 100))
 """(tokens m, width d, kept k) of the paper."""
@@ -38,25 +38,14 @@ PUBLISHED = {
     ("divprune", (100, 50, 30)): (88.77, 92.20),
     ("divprune", (1000, 256, 100)): (97.59, 97.71),
 }
-METHODS = ("otprune", "divprune")
+METHODS = ("otprune", "otprune:gamma=0.01", "divprune")
 MEASURES = {"wasserstein": "exact 2-Wasserstein distance", "log_det": "log det objective"}
 TRIALS, SUBSETS = 20, 100
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One method in one setting, by one measure.
-
-    Attributes
-    ----------
-    method : str
-    measure : str
-        A key of `MEASURES`.
-    setting : (int, int, int)
-        m, d, k.
-    win_rate, optimality : float
-        Percent.
-    """
+    """One method in one setting (m, d, k), by one measure, a key of `MEASURES`; percent."""
 
     method: str
     measure: str
@@ -78,20 +67,15 @@ def run(
     Parameters
     ----------
     settings : sequence of (m, d, k)
+        With 0 < k < m.
     methods : sequence of str
-        Registered methods that need nothing but features.
+        Methods with their options (`PruningConfig.from_text`), which need nothing but features.
     trials, subsets, seed : int
-        Trials a setting, random subsets a trial (R), and where the draws start.
+        Trials per setting, random subsets per trial (R), and where the draws start.
     progress : bool
         Show a bar on stderr.
-
-    Raises
-    ------
-    ValueError
-        If there are no trials, no subsets, or a k that is not below m.
     """
-    if trials < 1 or subsets < 1:
-        raise ValueError(f"the experiment needs trials and subsets, not {trials} and {subsets}")
+    configs = {method: PruningConfig.from_text(method, 1.0, {}) for method in methods}
     outcomes = []
     for m, d, k in settings:
         if not 0 < k < m:
@@ -103,8 +87,8 @@ def run(
             tokens = torch.randn(m, d, generator=generator)
             values = _Values(tokens)
             drawn = [values.of(torch.randperm(m, generator=generator)[:k]) for _ in range(subsets)]
-            for method in methods:
-                own = values.of(select(tokens, k=k, method=method))
+            for method, config in configs.items():
+                own = values.of(select(tokens, k=k, method=config.method, **config.options))
                 for measure, value in own.items():
                     shares[method, measure].append(_compared(value, [other[measure] for other in drawn]))
         outcomes += [
@@ -132,55 +116,38 @@ def _compared(own: float, others: Sequence[float]) -> tuple[float, float]:
 
 
 def draw(outcomes: Sequence[Outcome], trials: int = TRIALS, subsets: int = SUBSETS) -> Drawn:
-    """Win rate and optimality by setting, a row a measure; dotted and hollow: as published."""
+    """Win rate and optimality by setting, a row per measure; dotted and hollow: as published."""
     settings = list(dict.fromkeys(one.setting for one in outcomes))
     measures = list(dict.fromkeys(one.measure for one in outcomes))
-    methods = list(dict.fromkeys(one.method for one in outcomes))
-    style = styles(methods)
-    figure = new_figure(9, 3.1 * len(measures) + 0.7)
-    axes = figure.subplots(len(measures), 2, squeeze=False)
-    for row, measure in zip(axes, measures, strict=True):
-        for axis, (name, place) in zip(row, (("win_rate", 0), ("optimality", 1)), strict=True):
-            for method in methods:
-                own = {
-                    one.setting: getattr(one, name)
-                    for one in outcomes
-                    if (one.method, one.measure) == (method, measure)
-                }
-                axis.plot(range(len(settings)), [own[setting] for setting in settings], label=method, **style[method])
+    figure, axes = new_grid(2 * len(measures), 2, 4.5, 3.1)
+    panels = [(measure, name, place) for measure in measures for place, name in enumerate(("win_rate", "optimality"))]
+    for axis, (measure, name, place) in zip(axes, panels, strict=True):
+        for method, style in styles(one.method for one in outcomes).items():
+            own = {
+                one.setting: getattr(one, name) for one in outcomes if (one.method, one.measure) == (method, measure)
+            }
+            axis.plot(range(len(settings)), [own[setting] for setting in settings], label=method, **style)
+            if (method, settings[0]) in PUBLISHED:
                 published = [PUBLISHED.get((method, setting), (np.nan, np.nan))[place] for setting in settings]
-                axis.plot(
-                    range(len(settings)),
-                    published,
-                    linestyle=":",
-                    label=f"{method}, published",
-                    mfc="none",
-                    **style[method],
-                )
-            axis.set_xticks(range(len(settings)), [f"({m}, {d}, {k})" for m, d, k in settings], fontsize=8)
-            axis.set_ylabel(f"{name.replace('_', ' ')}, %")
-            axis.set_title(f"by {MEASURES[measure]}", fontsize=10)
-    for axis in axes[-1]:
+                hollow = {"linestyle": ":", "mfc": "none", "label": f"{method}, published", **style}
+                axis.plot(range(len(settings)), published, **hollow)
+        axis.set_xticks(range(len(settings)), [f"({m}, {d}, {k})" for m, d, k in settings], fontsize=8)
+        axis.set_ylabel(f"{name.replace('_', ' ')}, %")
+        axis.set_title(f"by {MEASURES[measure]}", fontsize=10)
+    for axis in axes[-2:]:
         axis.set_xlabel("(tokens m, width d, kept k)")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-    lines = []
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    records = []
     for one in outcomes:
-        published = PUBLISHED.get((one.method, one.setting), (None, None))
-        lines.append((one.method, one.measure, *one.setting, one.win_rate, one.optimality, *published))
+        win_rate, optimality = PUBLISHED.get((one.method, one.setting), (None, None))
+        records.append(
+            {"method": one.method, "measure": one.measure, **dict(zip("mdk", one.setting, strict=True))}
+            | {"win_rate": one.win_rate, "optimality": one.optimality}
+            | {"published_win_rate": win_rate, "published_optimality": optimality}
+        )
     caption = (
-        f"Standard normal tokens, {trials} trials a setting, {subsets} random subsets a trial. Win rate: random "
+        f"Standard normal tokens, {trials} trials per setting, {subsets} random subsets per trial. Win rate: random "
         "subsets that are worse than the method's. Optimality: the best value seen against the method's. Hollow: "
         "published, of data, measure and definitions that are not stated."
     )
-    header = (
-        "method",
-        "measure",
-        "m",
-        "d",
-        "k",
-        "win_rate",
-        "optimality",
-        "published_win_rate",
-        "published_optimality",
-    )
-    return Drawn("synthetic", "Synthetic experiment", caption, header, lines, figure)
+    return Drawn("synthetic", "Synthetic experiment", caption, records, figure)

@@ -1,42 +1,133 @@
-"""What a table's differences are worth: 95 % intervals, and tests against unpruned and Random, from the logs."""
+"""What a table's differences are worth: 95 % intervals, and paired tests against other rows, from the per-sample logs.
+
+A benchmark's units are drawn again, the same draws for every run that was asked the same.
+
+Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapters 13 (percentile interval) and 16 (test: the
+distribution of differences, shifted to no difference).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
+from zlib import crc32
 
 import numpy as np
 
-from llava.eval.results.bootstrap import DRAWS, Comparison, Evidence, compare, draw_scores, interval
 from llava.eval.results.cider import CaptionsCannotBeScored, cider_of_runs
 from llava.eval.results.columns import COLUMNS, Column
-from llava.eval.results.rows import Row, same_budget, unpruned_of
+from llava.eval.results.rows import MEAN, UNPRUNED, Row, same_budget, unpruned_of
 from llava.eval.results.runs import Run
 from llava.eval.results.samples import Units, caption_texts, read_log, units_of
 
-MEAN = "Mean"
+DRAWS = 2000
+LEVEL = 0.95
+_AT_ONCE = 1 << 22
 # MMMU's score is rounded to five decimals by lmms-eval, and a percent has a hundred times as many.
 _SAME = 1e-3
 _Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """A difference between two runs on the same units: as measured, its 95 % interval, and the two-sided p of none.
+
+    p is not corrected for the number of tests.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of one row; columns without a usable log are missing.
+
+    Attributes
+    ----------
+    intervals : dict of (low, high)
+        By column key, and "Mean" (the relative mean, in percent).
+    unpruned, random : dict of Comparison
+        Against the same model unpruned, and against Random at the same budget, by column key and "Mean".
+    best_other : Comparison, or None
+        Of the relative mean, against the best other row at the same budget.
+    """
+
+    intervals: Mapping[str, tuple[float, float]]
+    unpruned: Mapping[str, Comparison]
+    random: Mapping[str, Comparison]
+    best_other: Comparison | None = None
+
+
+@dataclass(frozen=True)
 class _Drawn:
+    """A score, its draws, and what was asked: scores of the same units are compared draw by draw."""
+
     value: float
     draws: np.ndarray
     asked: tuple
 
+    @classmethod
+    def mean(cls, several: Sequence[_Drawn]) -> _Drawn:
+        value = sum(one.value for one in several) / len(several)
+        return cls(value, np.mean([one.draws for one in several], axis=0), several[0].asked)
 
-def with_evidence(rows: Sequence[Row], seed: int = 0, draws: int = DRAWS) -> tuple[list[Row], list[str]]:
-    """Give measured rows their intervals and tests.
+
+_Scores = dict[str, _Drawn]
+"""A row's drawn scores by column key, and "Mean"."""
+
+
+def draw_scores(group: Sequence[Units], label: str, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
+    """Scores on resampled units, the same units for all of a group.
 
     Parameters
     ----------
-    rows : sequence of Row
-        Relative means included.
+    group : sequence of Units
+        With the same names.
+    label : str
+        The benchmark's name: another one draws otherwise.
     seed, draws : int
-        The same give the same intervals.
+
+    Returns
+    -------
+    ndarray (len(group), draws), float64
+    """
+    random = np.random.default_rng([seed, crc32(label.encode())])
+    units = len(group[0].names)
+    strata = group[0].strata
+    members = [np.flatnonzero(strata == stratum) for stratum in range(strata.max() + 1)]
+    scores = np.empty((len(group), draws))
+    step = max(1, _AT_ONCE // units)
+    for start in range(0, draws, step):
+        number = min(step, draws - start)
+        counts = np.empty((number, units))
+        for inside in members:
+            counts[:, inside] = random.multinomial(len(inside), np.full(len(inside), 1 / len(inside)), size=number)
+        for row, one in enumerate(group):
+            scores[row, start : start + number] = one.score(counts @ one.parts)
+    return scores
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """The percentile interval of draws, to six decimals: what lies beyond is the order of a machine's sums."""
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return round(float(low), 6), round(float(high), 6)
+
+
+def compare(value: float, draws: np.ndarray, other: float, other_draws: np.ndarray) -> Comparison:
+    """A run against another, both drawn on the same units."""
+    difference, drawn = value - other, draws - other_draws
+    # Sums of the same units in another order differ in the last digits.
+    beyond = np.abs(drawn - difference) >= abs(difference) - 1e-9
+    p = (1 + int(beyond.sum())) / (1 + len(drawn))
+    return Comparison(round(difference, 6), *interval(drawn), round(p, 6))
+
+
+def with_evidence(rows: Sequence[Row], seed: int = 0, draws: int = DRAWS) -> tuple[list[Row], list[str]]:
+    """Give measured rows, relative means included, their intervals and tests.
 
     Returns
     -------
@@ -45,81 +136,61 @@ def with_evidence(rows: Sequence[Row], seed: int = 0, draws: int = DRAWS) -> tup
         Why a column has none.
     """
     remarks: list[str] = []
-    drawn: list[dict[str, _Drawn]] = [{} for _ in rows]
+    scores: list[_Scores] = [{} for _ in rows]
     for column in COLUMNS:
         for number, found in _drawn(column, rows, seed, draws, remarks).items():
-            drawn[number][column.key] = found
-    relative = {}
-    for number, row in enumerate(rows):
-        full = unpruned_of(row, rows)
-        relative[number] = None if full is None else _relative(row, drawn[number], full, drawn[_place(rows, full)])
-    by_row = {id(row): (drawn[number], relative[number]) for number, row in enumerate(rows)}
+            scores[number][column.key] = found
+    of_row = {id(row): own for row, own in zip(rows, scores, strict=True)}
+    means = {id(row): _relative(row, rows, of_row) for row in rows}
+    drawn = {key: own | ({MEAN: means[key]} if means[key] else {}) for key, own in of_row.items()}
     return [
-        row if row.published or not drawn[number] else replace(row, evidence=_evidence(row, rows, by_row))
-        for number, row in enumerate(rows)
+        row if row.published or not of_row[id(row)] else replace(row, evidence=_evidence(row, rows, drawn))
+        for row in rows
     ], list(dict.fromkeys(remarks))
 
 
-def _evidence(row: Row, rows: Sequence[Row], by_row: Mapping[int, tuple]) -> Evidence:
-    own, relative = by_row[id(row)]
-    intervals = {key: interval(found.draws) for key, found in own.items()}
-    if relative is not None and row.method != "unpruned":
-        intervals[MEAN] = interval(relative.draws)
-    full = unpruned_of(row, rows)
-    against_full = {} if full is None or full is row else _against(own, relative, [by_row[id(full)]])
-    others = _randoms(row, rows)
-    against_random = _against(own, relative, [by_row[id(other)] for other in others]) if others else {}
-    rivals = [other for other in _peers(row, rows) if other is not row and other.relative is not None]
-    best = max(rivals, key=lambda other: other.relative, default=None)
-    against_best = {} if best is None else _against(own, relative, [by_row[id(best)]])
-    return Evidence(intervals, against_full, against_random, against_best.get(MEAN))
+def _evidence(row: Row, rows: Sequence[Row], drawn: Mapping[int, _Scores]) -> Evidence:
+    def against(others: Sequence[Row | None]) -> dict[str, Comparison]:
+        return _against(own, [drawn[id(other)] for other in others if other is not None and other is not row])
+
+    own = drawn[id(row)]
+    groups = same_budget([other for other in rows if other.model == row.model])
+    peers = [other for group in groups if any(one is row for one in group) for other in group]
+    rivals = [other for other in peers if other is not row and other.relative is not None]
+    return Evidence(
+        {key: interval(one.draws) for key, one in own.items() if key != MEAN or row.method != UNPRUNED},
+        against([unpruned_of(row, rows)]),
+        {} if row.family == "random" else against([other for other in peers if other.family == "random"]),
+        against([max(rivals, key=lambda other: other.relative, default=None)]).get(MEAN),
+    )
 
 
-def _against(
-    own: Mapping[str, _Drawn], relative: _Drawn | None, others: Sequence[tuple[Mapping[str, _Drawn], _Drawn | None]]
-) -> dict[str, Comparison]:
+def _against(own: _Scores, others: Sequence[_Scores]) -> dict[str, Comparison]:
     """Comparisons with the mean of other rows, in the columns that were asked of all alike."""
     found = {}
     for key, mine in own.items():
-        theirs = [drawn[key] for drawn, _ in others if key in drawn]
-        if len(theirs) == len(others) and all(other.asked == mine.asked for other in theirs):
-            found[key] = _compared(mine, theirs)
-    means = [mean for _, mean in others if mean is not None]
-    if relative is not None and len(means) == len(others) and all(mean.asked == relative.asked for mean in means):
-        found[MEAN] = _compared(relative, means)
+        theirs = [scores[key] for scores in others if key in scores and scores[key].asked == mine.asked]
+        if theirs and len(theirs) == len(others):
+            mean = _Drawn.mean(theirs)
+            found[key] = compare(mine.value, mine.draws, mean.value, mean.draws)
     return found
 
 
-def _compared(mine: _Drawn, theirs: Sequence[_Drawn]) -> Comparison:
-    value = sum(other.value for other in theirs) / len(theirs)
-    return compare(mine.value, mine.draws, value, np.mean([other.draws for other in theirs], axis=0))
-
-
-def _randoms(row: Row, rows: Sequence[Row]) -> list[Row]:
-    """Random at the row's budget, all of its seeds."""
-    return [] if row.family == "random" else [other for other in _peers(row, rows) if other.family == "random"]
-
-
-def _peers(row: Row, rows: Sequence[Row]) -> list[Row]:
-    """The rows of the same model and budget, this one among them."""
-    groups = same_budget([other for other in rows if other.model == row.model])
-    return [other for group in groups if any(one is row for one in group) for other in group]
-
-
-def _relative(row: Row, own: Mapping[str, _Drawn], full: Row, full_drawn: Mapping[str, _Drawn]) -> _Drawn | None:
+def _relative(row: Row, rows: Sequence[Row], drawn: Mapping[int, _Scores]) -> _Drawn | None:
     """Draws of the relative mean, or None.
 
     It needs all the columns that the mean is taken over, on the same units, and no draw in which the unpruned model
     scores nothing.
     """
+    full = unpruned_of(row, rows)
+    if full is None or row.relative is None:
+        return None
+    own, other = drawn[id(row)], drawn[id(full)]
     keys = [key for key, score in full.scores.items() if score and key in row.scores]
-    if row.relative is None or any(
-        key not in own or key not in full_drawn or own[key].asked != full_drawn[key].asked for key in keys
-    ):
-        return None
-    if any((full_drawn[key].draws <= 0).any() for key in keys):
-        return None
-    shares = [own[key].draws / full_drawn[key].draws for key in keys]
+    for key in keys:
+        if key not in own or key not in other or own[key].asked != other[key].asked or (other[key].draws <= 0).any():
+            return None
+    shares = [own[key].draws / other[key].draws for key in keys]
     return _Drawn(row.relative, 100 * np.mean(shares, axis=0), tuple(own[key].asked for key in keys))
 
 
@@ -127,61 +198,52 @@ def _drawn(column: Column, rows: Sequence[Row], seed: int, draws: int, remarks: 
     """A column's draws of each row that has a usable log: the mean over a row's runs."""
     runs = [(number, run) for number, row in enumerate(rows) for run in row.runs]
     units = _units(column, [run for _, run in runs], remarks)
-    groups: dict[tuple, list[int]] = {}
-    for place, ((_, run), one) in enumerate(zip(runs, units, strict=True)):
+    groups: dict[tuple, list[tuple[int, Units]]] = {}
+    for (number, run), one in zip(runs, units, strict=True):
         if one is not None:
-            groups.setdefault((run.facts().get("data"), column.task_in(run.tasks), one.names), []).append(place)
+            asked = run.metadata().get("data"), column.task_in(run.tasks), one.names
+            groups.setdefault(asked, []).append((number, one))
     found: dict[int, list[_Drawn]] = {}
-    for asked, places in groups.items():
-        scores = draw_scores([units[place] for place in places], column.key, seed, draws)
-        for place, drawn in zip(places, scores, strict=True):
-            one = _Drawn(column.scale * units[place].value, column.scale * drawn, asked)
-            found.setdefault(runs[place][0], []).append(one)
-    return {
-        number: _Drawn(
-            sum(one.value for one in parts) / len(parts), np.mean([one.draws for one in parts], axis=0), parts[0].asked
-        )
-        for number, parts in found.items()
-        if len(parts) == len(rows[number].runs)
-    }
+    for asked, members in groups.items():
+        scores = draw_scores([one for _, one in members], column.key, seed, draws)
+        for (number, one), drawn in zip(members, scores, strict=True):
+            found.setdefault(number, []).append(_Drawn(column.scale * one.value, column.scale * drawn, asked))
+    return {number: _Drawn.mean(parts) for number, parts in found.items() if len(parts) == len(rows[number].runs)}
 
 
 def _units(column: Column, runs: Sequence[Run], remarks: list[str]) -> list[Units | None]:
-    logs = []
+    """A column's units of each run; None, and a remark, where there is no log that gives the recorded score."""
+
+    def tried(run: Run, read: Callable[[], _Read]) -> _Read | None:
+        try:
+            return read()
+        except (AttributeError, IndexError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
+            reason = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+            remarks.append(f"No interval of {column.key}, {run.name}: its log is not as expected ({reason}).")
+            return None
+
+    logs = {}
     for run in runs:
         task = column.task_in(run.tasks)
         path = None if task is None else run.log(task)
-        logs.append(None if path is None else _told(column, run, remarks, lambda path=path: read_log(path)))
-    ciders: list[list[float] | None] = [None] * len(runs)
-    if column.captions and any(logs):
-        texts = [
-            None if log is None else _told(column, run, remarks, lambda log=log: caption_texts(column, log))
-            for run, log in zip(runs, logs, strict=True)
-        ]
+        logs[id(run)] = path and tried(run, lambda path=path: read_log(path))
+    ciders: dict[int, list[float]] = {}
+    if column.captions:
+        texts = {
+            id(run): tried(run, lambda run=run: caption_texts(column, logs[id(run)])) for run in runs if logs[id(run)]
+        }
+        texts = {key: pair for key, pair in texts.items() if pair is not None}
         try:
-            scored = iter(cider_of_runs([pair for pair in texts if pair is not None]))
-            ciders = [None if pair is None else next(scored) for pair in texts]
+            ciders = dict(zip(texts, cider_of_runs(list(texts.values())), strict=True)) if texts else {}
         except CaptionsCannotBeScored as error:
             remarks.append(f"No intervals of the captions: {error}.")
-            return [None] * len(runs)
     units: list[Units | None] = []
-    for run, log, cider in zip(runs, logs, ciders, strict=True):
-        if log is None or (cider is None and column.captions):
-            units.append(None)
-            continue
-        one = _told(column, run, remarks, lambda log=log, cider=cider: units_of(column, log, cider))
-        units.append(one if one is None or _agrees(column, run, one, remarks) else None)
+    for run in runs:
+        log, cider = logs[id(run)], ciders.get(id(run))
+        usable = log is not None and (cider is not None or not column.captions)
+        one = tried(run, lambda log=log, cider=cider: units_of(column, log, cider)) if usable else None
+        units.append(one if one and _agrees(column, run, one, remarks) else None)
     return units
-
-
-def _told(column: Column, run: Run, remarks: list[str], read: Callable[[], _Read]) -> _Read | None:
-    """What a log gives; where it is not as expected, None, and a remark."""
-    try:
-        return read()
-    except (AttributeError, IndexError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
-        remarks.append(f"No interval of {column.key}, {run.name}: its log is not as expected ({reason}).")
-        return None
 
 
 def _agrees(column: Column, run: Run, units: Units, remarks: list[str]) -> bool:
@@ -194,7 +256,3 @@ def _agrees(column: Column, run: Run, units: Units, remarks: list[str]) -> bool:
         f"No interval of {column.key}, {run.name}: the log gives {again:.4g}, the results say {recorded:.4g}."
     )
     return False
-
-
-def _place(rows: Sequence[Row], wanted: Row) -> int:
-    return next(number for number, row in enumerate(rows) if row is wanted)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llava.eval.results.bootstrap import Comparison
-from llava.eval.results.evidence import MEAN
+from llava.eval.results.evidence import Comparison
 from llava.eval.results.formats import SIGNIFICANT
-from llava.eval.results.rows import Row, same_budget
+from llava.eval.results.rows import MEAN, Row, same_budget
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
@@ -35,10 +34,10 @@ def _of_a_budget(rows: Sequence[Row]) -> list[str]:
     kept = "this budget"
     if first.kept_tokens is not None:
         kept = f"{100 * first.kept_tokens / first.total_tokens:.1f} % of the visual tokens"
-    interval = first.evidence and first.evidence.intervals.get(MEAN)
-    said = [f"At {kept} {first.label} leads with {first.relative:.1f} % of the unpruned score{_range(interval)}."]
+    score = f"{first.relative:.1f} % of the unpruned score{_range(*first.interval(MEAN))}"
     compared = first.evidence and first.evidence.best_other
-    said.append(f"{second.label} is {_behind(first, second, compared)}.")
+    after = f"{first.relative - second.relative:.1f} points behind" if compared is None else _points(compared)
+    said = [f"At {kept} {first.label} leads with {score}.", f"{second.label} is {after}."]
     random = first.evidence and first.evidence.random.get(MEAN)
     if random and second.family != "random":
         others = [row for row in rows if row.family == "random"]
@@ -47,14 +46,10 @@ def _of_a_budget(rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def _behind(first: Row, second: Row, compared: Comparison | None) -> str:
-    return f"{first.relative - second.relative:.1f} points behind" if compared is None else _points(compared)
-
-
 def _points(compared: Comparison) -> str:
     chance = "" if compared.p < SIGNIFICANT else ", which may be chance"
-    return f"{compared.difference:.1f} points behind{_range((compared.low, compared.high))}{chance}"
+    return f"{compared.difference:.1f} points behind{_range(compared.low, compared.high)}{chance}"
 
 
-def _range(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" [{interval[0]:.1f}, {interval[1]:.1f}]"
+def _range(low: float | None, high: float | None) -> str:
+    return "" if low is None else f" [{low:.1f}, {high:.1f}]"

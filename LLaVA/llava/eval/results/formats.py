@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llava.benchmarks import BENCHMARKS, shown_columns
-from llava.eval.results.rows import Row, best_of_columns
+from llava.benchmarks import BENCHMARKS, Benchmark, shown_columns
+from llava.eval.results.rows import MEAN, Row, best_of_columns
+from llava.files import csv_text
 
 MISSING = "\N{EN DASH}"
 FLOPS = "Prefill FLOPs / unpruned"
 TIMES = ("selection", "prefill")
 SIGNIFICANT = 0.05
+WORDS = 3
+"""Columns of words, at the left."""
 BEST = "Bold: the best of the rows of one model that keep equally many tokens (within a tenth)."
 BUDGET = (
     "kept_tokens_mean",
@@ -25,18 +26,18 @@ BUDGET = (
     "flops_ratio_literature",
     "flops_ratio_exact",
 )
-"""Columns of the CSV table and keys of the JSON table; tokens a layer stand in one cell, separated by spaces."""
+"""Columns of the CSV table and keys of the JSON table; tokens per layer stand in one cell, separated by spaces."""
 _DAGGER, _DOUBLE_DAGGER = "\N{DAGGER}", "\N{DOUBLE DAGGER}"
-_LATEX = str.maketrans(
-    {
-        "%": r"\%",
-        "_": r"\_",
-        "&": r"\&",
-        "#": r"\#",
-        MISSING: "--",
-        _DAGGER: r"\textsuperscript{\dag}",
-        _DOUBLE_DAGGER: r"\textsuperscript{\ddag}",
-    }
+_LATEX = {character: rf"\{character}" for character in "%_&#"} | {
+    MISSING: "--",
+    _DAGGER: r"\textsuperscript{\dag}",
+    _DOUBLE_DAGGER: r"\textsuperscript{\ddag}",
+}
+_STYLE = (
+    ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:1rem}"
+    ".wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.3rem .6rem;white-space:nowrap;"
+    "text-align:right;border-bottom:1px solid #8886}th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}"
+    ".published{font-style:italic}"
 )
 
 
@@ -45,62 +46,60 @@ def named(row: Row) -> str:
     return f"{row.model} (untrained)" if "untrained" in row.notes else row.model
 
 
-def cells(rows: Sequence[Row], intervals: bool) -> tuple[list[str], list[list[str]]]:
-    """The table for a person: its header, and its lines as text; the first three columns are words."""
+def cells(rows: Sequence[Row], intervals: bool, published: str = "") -> tuple[list[str], list[list[str]]]:
+    """The table for a person: its header, and its lines as text.
+
+    ``published`` stands after the method of rows that are published figures.
+    """
     times = [part for part in TIMES if any(row.milliseconds(part) is not None for row in rows)]
     header = ["Model", "Method", "Kept tokens", FLOPS, *(f"{part.capitalize()} ms" for part in times)]
-    columns = shown_columns({key for row in rows for key in row.scores})
-    header += [*(column.key for column in columns), "Mean", "Rank"]
+    columns = _columns(rows)
+    header += [*(column.key for column in columns), MEAN, "Rank"]
     lines = []
     for row in rows:
-        measured = [_shown(row.milliseconds(part), 2) for part in times]
-        scores = [
-            _shown(row.scores.get(column.key), column.digits) + _beside(row, column.key, column.digits, intervals)
-            for column in columns
-        ]
-        relative = _shown(row.relative, 1, " %") + _beside(row, "Mean", 1, intervals)
-        lines.append(
-            [named(row), row.label, _kept(row), _flops(row), *measured, *scores, relative, _shown(row.rank, 2)]
-        )
+        flops = row.flops_ratio("exact")
+        line = [named(row), row.label + published * row.published, _kept(row)]
+        line += [_shown(None if flops is None else 100 * flops, 1, " %")]
+        line += [_shown(row.milliseconds(part), 2) for part in times]
+        for key, digits, unit in [*((column.key, column.digits, "") for column in columns), (MEAN, 1, " %")]:
+            line.append(_shown(row.score(key), digits, unit) + (_beside(row, key, digits) if intervals else ""))
+        lines.append([*line, _shown(row.rank, 2)])
     return header, lines
 
 
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table, the first ``words`` columns aligned left and the others right."""
+    rule = ["---"] * words + ["---:"] * (len(header) - words)
+    return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
+
+
 def _markdown(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    header, lines = cells(rows, intervals)
-    for row, line in zip(rows, lines, strict=True):
-        line[1] += " *(published)*" if row.published else ""
-    rule = ["---"] * 3 + ["---:"] * (len(header) - 3)
-    text = "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
+    text = markdown(*cells(rows, intervals, " *(published)*"), WORDS)
     return text + "".join(f"\n{remark}\n" for remark in remarks)
 
 
 def _latex(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     """A tabular of the booktabs package, its remarks as comments."""
-    header, lines = cells(rows, intervals)
-    for row, line in zip(rows, lines, strict=True):
-        line[1] += " (published)" if row.published else ""
-    body = [" & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in [header, *lines]]
-    text = [r"\begin{tabular}{lll" + "r" * (len(header) - 3) + "}", r"\toprule", body[0], r"\midrule", *body[1:]]
+    header, lines = cells(rows, intervals, " (published)")
+    body = [" & ".join(cell.translate(str.maketrans(_LATEX)) for cell in line) + r" \\" for line in [header, *lines]]
+    text = [r"\begin{tabular}{lll" + "r" * (len(header) - WORDS) + "}", r"\toprule", body[0], r"\midrule", *body[1:]]
     text += [r"\bottomrule", r"\end{tabular}", *(f"% {remark}" for remark in remarks)]
     return "\n".join(text) + "\n"
 
 
 def table_html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     """The table and its remarks as a fragment of HTML."""
-    header, lines = cells(rows, intervals)
+    header, lines = cells(rows, intervals, " (published)")
     # Benchmarks that no row was asked take a place that a screen does not have.
-    shown = [place for place in range(len(header)) if place < 3 or any(line[place] != MISSING for line in lines)]
+    shown = [place for place in range(len(header)) if place < WORDS or any(line[place] != MISSING for line in lines)]
     head = "".join(f"<th>{html.escape(header[place])}</th>" for place in shown)
     best = best_of_columns(rows)
-    body = []
+    text = f'<table class="results">\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
     for number, (row, line) in enumerate(zip(rows, lines, strict=True)):
-        mark = ' class="published"' if row.published else ""
-        line[1] += " (published)" if row.published else ""
         texts = [_two_lines(line[place], header[place] in best[number]) for place in shown]
-        body.append(f"<tr{mark}>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>")
-    text = f'<table class="results">\n<thead><tr>{head}</tr></thead>\n<tbody>\n' + "\n".join(body)
-    text += "\n</tbody>\n</table>\n"
-    return text + "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
+        mark = ' class="published"' * row.published
+        text += f"<tr{mark}>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>\n"
+    return text + "</tbody>\n</table>\n" + "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
 
 
 def best_is_marked(rows: Sequence[Row]) -> list[str]:
@@ -116,58 +115,39 @@ def _two_lines(cell: str, best: bool) -> str:
 
 def _html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     """A page of its own."""
-    style = (
-        ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:1rem}"
-        ".wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.3rem .6rem;white-space:nowrap;"
-        "text-align:right;border-bottom:1px solid #8886}th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}"
-        ".published{font-style:italic}"
-    )
     fragment = table_html(rows, [*remarks, *best_is_marked(rows)], intervals)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Results</title>\n<style>{style}</style>\n</head>\n<body>\n"
+        f"<title>Results</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f'<div class="wide">\n{fragment}</div>\n</body>\n</html>\n'
     )
 
 
 def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    text = io.StringIO()
-    keys = [column.key for column in shown_columns({key for row in rows for key in row.scores})]
-    spread = [f"{key}_{what}" for key in (*keys, "Mean") for what in ("low", "high", "p_unpruned", "p_random")]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["model", "method", "ratio", "layer", "source", *BUDGET, *keys, "mean_relative_percent", "average_rank"]
-        + [f"{part}_ms" for part in TIMES]
-        + [*spread, *(f"{key}_seed_std" for key in keys), "notes"]
-    )
+    lines, keys = [], [column.key for column in _columns(rows)]
     for row in rows:
-        per_layer = None if row.kept_per_layer is None else " ".join(str(tokens) for tokens in row.kept_per_layer)
-        budget = {**_budget(row), "kept_tokens_per_layer": per_layer}
-        found = [value for key in (*keys, "Mean") for value in _evidence_of(row, key)]
-        writer.writerow(
-            [row.model, row.method, row.ratio, row.layer, row.source, *budget.values()]
-            + [row.scores.get(key) for key in keys]
-            + [row.relative, row.rank, *(row.milliseconds(part) for part in TIMES), *found]
-            + [(row.seed_spread or {}).get(key) for key in keys]
-            + ["; ".join(row.notes)]
-        )
-    return text.getvalue()
+        per_layer = None if row.kept_per_layer is None else " ".join(map(str, row.kept_per_layer))
+        line = {name: getattr(row, name) for name in ("model", "method", "ratio", "layer", "source")}
+        line |= _budget(row) | {"kept_tokens_per_layer": per_layer} | {key: row.scores.get(key) for key in keys}
+        line |= {"mean_relative_percent": row.relative, "average_rank": row.rank}
+        line |= {f"{part}_ms": row.milliseconds(part) for part in TIMES}
+        for key in (*keys, MEAN):
+            names = (f"{key}_low", f"{key}_high", f"{key}_p_unpruned", f"{key}_p_random")
+            line |= dict(zip(names, _evidence_of(row, key), strict=True))
+        line |= {f"{key}_seed_std": (row.seed_spread or {}).get(key) for key in keys}
+        lines.append(line | {"notes": "; ".join(row.notes)})
+    return csv_text(list(lines[0]), [line.values() for line in lines])
 
 
 def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     columns = [{"key": column.key, "tasks": column.tasks, "metric": column.metric} for column in BENCHMARKS]
+    names = ("model", "method", "ratio", "layer", "source", "notes", "visual_tokens")
     content = [
-        {
-            "model": row.model,
-            "method": row.method,
-            "ratio": row.ratio,
-            "layer": row.layer,
-            "source": row.source,
-            "notes": row.notes,
-            "visual_tokens": row.visual_tokens,
-            **_budget(row),
-            **{f"{part}_ms": row.milliseconds(part) for part in TIMES},
+        {name: getattr(row, name) for name in names}
+        | _budget(row)
+        | {f"{part}_ms": row.milliseconds(part) for part in TIMES}
+        | {
             "answer_ms": row.answer_milliseconds,
             "scores": row.scores,
             "mean_relative_percent": row.relative,
@@ -183,46 +163,35 @@ def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
 FORMATS = {"markdown": _markdown, "csv": _csv, "json": _json, "latex": _latex, "html": _html}
 
 
+def _columns(rows: Sequence[Row]) -> Sequence[Benchmark]:
+    return shown_columns({key for row in rows for key in row.scores})
+
+
 def _budget(row: Row) -> dict[str, Any]:
-    values = (
-        row.kept_tokens,
-        row.total_tokens,
-        row.kept_per_layer,
-        row.flops_ratio("literature"),
-        row.flops_ratio("exact"),
-    )
-    return dict(zip(BUDGET, values, strict=True))
+    kept = (row.kept_tokens, row.total_tokens, row.kept_per_layer)
+    return dict(zip(BUDGET, (*kept, row.flops_ratio("literature"), row.flops_ratio("exact")), strict=True))
 
 
 def _evidence_of(row: Row, key: str) -> list[float | None]:
     """Low, high, and p against unpruned and against Random."""
     if row.evidence is None:
         return [None] * 4
-    low, high = row.evidence.intervals.get(key, (None, None))
     tests = [found.get(key) for found in (row.evidence.unpruned, row.evidence.random)]
-    return [low, high, *(None if test is None else test.p for test in tests)]
+    return [*row.interval(key), *(None if test is None else test.p for test in tests)]
 
 
-def _beside(row: Row, key: str, digits: int, intervals: bool) -> str:
+def _beside(row: Row, key: str, digits: int) -> str:
     """The interval, and a mark for each test that finds a difference."""
-    low, high, unpruned, random = _evidence_of(row, key)
-    if not intervals or low is None:
+    low, high, *tests = _evidence_of(row, key)
+    if low is None:
         return ""
-    tests = ((_DAGGER, unpruned), (_DOUBLE_DAGGER, random))
-    marks = [mark for mark, p in tests if p is not None and p < SIGNIFICANT]
+    marks = [mark for mark, p in zip(_DAGGER + _DOUBLE_DAGGER, tests, strict=True) if p is not None and p < SIGNIFICANT]
     return f" [{low:.{digits}f}, {high:.{digits}f}]{''.join(marks)}"
 
 
 def _kept(row: Row) -> str:
     kept, total = row.kept_tokens, row.total_tokens
-    if kept is None:
-        return MISSING
-    return f"{kept:.4g} / {total:.4g} ({100 * kept / total:.1f} %)"
-
-
-def _flops(row: Row) -> str:
-    ratio = row.flops_ratio("exact")
-    return _shown(None if ratio is None else 100 * ratio, 1, " %")
+    return MISSING if kept is None else f"{kept:.4g} / {total:.4g} ({100 * kept / total:.1f} %)"
 
 
 def _shown(value: float | None, digits: int, unit: str = "") -> str:

@@ -8,16 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llava.eval.results.bootstrap import Evidence
 from llava.eval.results.columns import COLUMNS
 from llava.eval.results.runs import Run, differences, short_name
+
+if TYPE_CHECKING:
+    from llava.eval.results.evidence import Evidence
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
 ENCODING = "avg_encoding_latency"
 """What lmms-eval calls the seconds a sample that our model spent on encoding images."""
 UNPRUNED, GREY = "unpruned", "grey picture"
+MEAN = "Mean"
+"""The column of the relative mean."""
 EQUAL_BUDGET = 1.1
 """Rows whose kept tokens differ by no more than this factor are ranked, and compared with Random, together."""
 
@@ -28,11 +32,10 @@ class Row:
 
     Attributes
     ----------
-    model : str
     method : str
         "unpruned", "grey picture" (unpruned, and shown nothing), or the method with the options that were set.
     ratio : float, or None
-        Asked-for kept ratio; 1 for unpruned, None where the method's options say how much is kept.
+        Kept ratio as specified; 1 for unpruned, None where the method's options state how much is kept.
     layer : int, or None
         Decoder layer at whose input tokens are dropped; None for several.
     scores : dict
@@ -42,19 +45,14 @@ class Row:
     notes : tuple of str
         What a reader must know: mini suite, untrained model, a limit on the documents, failed tasks.
     visual_tokens : dict, or None
-        What was measured: minimum, mean and maximum of total and kept visual tokens an image, their mean in each
-        decoder layer, and the prefill's FLOPs relative to unpruned. Older results have the first only.
-    relative : float, or None
-        Mean over the columns of score / unpruned score, of the same model and source, in percent.
-    rank : float, or None
-        Mean over the columns of the rank among rows of the same model and budget, 1 the best; of published rows as
-        printed there.
+        See `llava.eval.results.shape.VisualTokens`; older results lack its last two entries.
+    relative, rank : float, or None
+        Means over the columns: of score / unpruned score of the same model and source, in percent; of the rank among
+        rows of the same model and budget, 1 the best (of published rows as printed there).
     runs : tuple of Run
         What the row was read from; several where seeds were folded.
     seed_spread : dict, or None
         Column key -> standard deviation over the folded seeds.
-    evidence : Evidence, or None
-        Intervals and tests, where they were asked for.
     """
 
     model: str
@@ -110,6 +108,14 @@ class Row:
         """Mean over the images of the visual tokens present in each decoder layer."""
         return (self.visual_tokens or {}).get("per_layer")
 
+    def score(self, key: str) -> float | None:
+        """Of a column, or of `MEAN`."""
+        return self.relative if key == MEAN else self.scores.get(key)
+
+    def interval(self, key: str) -> tuple[float, float] | tuple[None, None]:
+        """The 95 % interval of a column or of `MEAN`, where there is one."""
+        return (self.evidence.intervals.get(key) if self.evidence else None) or (None, None)
+
     def flops_ratio(self, convention: str) -> float | None:
         """The prefill's FLOPs relative to unpruned, by convention: "literature" or "exact" (see `llava.eval.flops`)."""
         ratios = (self.visual_tokens or {}).get("flops_ratio")
@@ -127,41 +133,25 @@ class Row:
         What encoding the images took is left out: the first row does it for those that follow.
         """
         results = [result for run in self.runs for result in run.tasks.values()]
-        timed = [(result.get("samples", 0), _latency(result.get("throughput") or {})) for result in results]
-        timed = [(samples, seconds) for samples, seconds in timed if seconds is not None and math.isfinite(seconds)]
+        timed = [(result.get("samples", 0), _latency(result)) for result in results]
+        timed = [(samples, seconds) for samples, seconds in timed if math.isfinite(seconds)]
         samples = sum(samples for samples, _ in timed)
         return 1000 * sum(samples * seconds for samples, seconds in timed) / samples if samples else None
 
-    @property
-    def encoded_share(self) -> float:
-        """Share of the images whose encoding is part of `answer_milliseconds`, as in older results: the others were
-        remembered, or it is known what they took.
-        """
-        results = [result for run in self.runs for result in run.tasks.values()]
-        known = [ENCODING in (result.get("throughput") or {}) for result in results]
-        counts = [result.get("visual_cache") or {} for result in results]
-        if results and all(known):
-            return 0.0
-        encoded, found = (sum(count.get(name, 0) for count in counts) for name in ("misses", "hits"))
-        return encoded / (encoded + found) if found else 1.0
 
-
-def _latency(throughput: Mapping[str, float]) -> float | None:
-    seconds = throughput.get("avg_latency")
-    return None if seconds is None else seconds - throughput.get(ENCODING, 0)
+def _latency(result: Mapping[str, Any]) -> float:
+    """Seconds per sample without encoding; nan where that was not timed apart and a row before encoded some images."""
+    throughput = result.get("throughput") or {}
+    remembered = (result.get("visual_cache") or {}).get("hits", 0) and ENCODING not in throughput
+    return math.nan if remembered else throughput.get("avg_latency", math.nan) - throughput.get(ENCODING, 0)
 
 
 def row_of(run: Run) -> Row:
     """The row of one run."""
     content = run.content
     pruning = content["pruning"]
-    notes = []
-    if run.mini:
-        notes.append("mini suite")
-    if not content["trained"]:
-        notes.append("untrained")
-    if content["limit"]:
-        notes.append(f"first {content['limit']} documents a task")
+    notes = ["mini suite"] * run.mini + ["untrained"] * (not content["trained"])
+    notes += [f"first {content['limit']} documents per task"] * bool(content["limit"])
     notes += [f"{task} failed" for task in content["failed"]]
     return Row(
         model=short_name(content["model"]),
@@ -179,27 +169,15 @@ def published_rows(model: str) -> list[Row]:
     """Published figures of a checkpoint, by the last part of its name; none for most models."""
     entries = json.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))
     name = short_name(model)
-    return [
-        Row(
-            name,
-            entry["method"],
-            entry["ratio"],
-            entry["scores"],
-            source=entry["source"],
-            rank=entry.get("average_rank"),
-        )
-        for entry in entries
-        if entry["model"] == name
-    ]
+    own = [entry for entry in entries if entry["model"] == name]
+    keys = ("method", "ratio", "scores", "source")
+    return [Row(name, **{key: entry[key] for key in keys}, rank=entry.get("average_rank")) for entry in own]
 
 
 def without_repeats(rows: Sequence[Row], allow_mixed: bool = False) -> list[Row]:
     """Leave out a row that stands there already, from another folder; rows of one configuration stand together.
 
-    Raises
-    ------
-    ValueError
-        If two runs of one configuration have different scores, unless ``allow_mixed``.
+    Two runs of one configuration with different scores are a `ValueError`, unless ``allow_mixed``.
     """
     kept: dict[Any, list[Row]] = {}
     for row in rows:
@@ -291,21 +269,16 @@ def best_of_columns(rows: Sequence[Row]) -> dict[int, set[str]]:
     numbers = {id(row): number for number, row in enumerate(rows)}
     for model in dict.fromkeys(row.model for row in rows):
         for group in same_budget([row for row in rows if row.model == model]):
-            for key in (*(column.key for column in COLUMNS), "Mean", "Rank"):
-                values = {numbers[id(row)]: _value(row, key) for row in group}
-                values = {number: value for number, value in values.items() if value is not None}
+            for key in (*(column.key for column in COLUMNS), MEAN, "Rank"):
+                signed = {
+                    numbers[id(row)]: -row.rank if key == "Rank" and row.rank else row.score(key) for row in group
+                }
+                values = {number: value for number, value in signed.items() if value is not None}
                 if len(set(values.values())) > 1:
                     top = max(values.values())
                     for number, value in values.items():
                         best[number] |= {key} if value == top else set()
     return best
-
-
-def _value(row: Row, key: str) -> float | None:
-    """A column's value, the larger the better."""
-    if key == "Rank":
-        return None if row.rank is None else -row.rank
-    return row.relative if key == "Mean" else row.scores.get(key)
 
 
 def unpruned_of(row: Row, rows: Sequence[Row]) -> Row | None:

@@ -19,7 +19,7 @@ class Run:
     Attributes
     ----------
     content : dict
-        Its ``results.json``.
+        Its ``results.json`` (`llava.eval.results.shape.Results`).
     folder : Path, or None
         Where its manifest and per-sample logs are; None where only the whole run's ``results.json`` is left.
     manifest : dict
@@ -41,23 +41,21 @@ class Run:
     @property
     def name(self) -> str:
         """Model and folder, for a person."""
-        model = short_name(self.content["model"])
-        if self.folder is not None:
-            return f"{model}/{self.folder.name}"
         pruning = self.content["pruning"]
-        return f"{model}/{pruning['method'] if pruning else 'unpruned'}"
+        last = self.folder.name if self.folder else pruning["method"] if pruning else "unpruned"
+        return f"{short_name(self.content['model'])}/{last}"
 
     def log(self, task: str) -> Path | None:
-        """The per-sample log behind a task's metrics, or None."""
+        """The per-sample log that a task's metrics are from, or None."""
         if self.folder is None:
             return None
         # A task that was evaluated again has left an older log beside the newer one.
         stamp = self.tasks[task].get("date", "*")
-        return next(iter(sorted((self.folder / "tasks" / task).glob(f"*/{stamp}_samples_{task}.jsonl"))), None)
+        return min((self.folder / "tasks" / task).glob(f"*/{stamp}_samples_{task}.jsonl"), default=None)
 
-    def facts(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """What a score depends on beside model and pruning: name -> value; what is not recorded is left out."""
-        # code and weights: see lmms_eval_otprune.models.fingerprint
+        # code and weights: see lmms_eval_otprune's fingerprint
         parts = str(self.manifest.get("model_fingerprint") or "").split("/")
         weights, code, _, attention, template = parts[:5] if len(parts) >= 5 else (None,) * 5
         identity = self._identity()
@@ -73,21 +71,14 @@ class Run:
             "conversation template": template,
             f"weights of {short_name(self.content['model'])}": weights,
         }
-        versions = self.manifest.get("versions", {})
-        found |= {f"version of {package}": version for package, version in versions.items()}
+        found |= {f"version of {name}": version for name, version in self.manifest.get("versions", {}).items()}
         return {name: str(value) for name, value in found.items() if value is not None}
 
     def _identity(self) -> Mapping[str, Any]:
-        if self.folder is None:
-            return {}
-        for path in sorted((self.folder / "tasks").glob("*/result.json")):
-            try:
-                identity = _read(path).get("identity")
-            except ValueError:
-                continue
-            if isinstance(identity, dict):
-                return identity
-        return {}
+        files = sorted((self.folder / "tasks").glob("*/result.json")) if self.folder else ()
+        results = (read_json(path) for path in files)
+        found = (result["identity"] for result in results if isinstance(result, dict) and "identity" in result)
+        return next((identity for identity in found if isinstance(identity, dict)), {})
 
 
 def read_runs(folders: Iterable[Path | str], unreadable: list[str] | None = None) -> list[Run]:
@@ -122,55 +113,43 @@ def read_runs(folders: Iterable[Path | str], unreadable: list[str] | None = None
 
 def unfinished(folders: Iterable[Path | str]) -> list[str]:
     """Sentences on what result folders lack: configurations without results, tasks that were not reached."""
-    said = []
+    lacking = []
     for folder in map(Path, folders):
-        for job in _manifest(folder).get("jobs", ()):
-            if not (folder / job / "results.json").exists():
-                said.append(f"{folder / job} has no results yet")
-    for run in read_runs(folders, unreadable=[]):
-        said += missing_tasks(run)
-    return said
+        jobs = [folder / job for job in _manifest(folder).get("jobs", ())]
+        lacking += [f"{job} has no results yet" for job in jobs if not (job / "results.json").exists()]
+    return lacking + [sentence for run in read_runs(folders, unreadable=[]) for sentence in missing_tasks(run)]
 
 
 def missing_tasks(run: Run) -> list[str]:
     """Sentences on the tasks that a run was to evaluate and has no result of, and on those without a sample."""
-    if not run.tasks and not run.content["failed"]:
+    failed = run.content["failed"]
+    if not run.tasks and not failed:
         return [f"{run.name} has no finished task"]
-    said = [f"{run.name}: {task} failed" for task in run.content["failed"]]
-    said += [f"{run.name}: {task} has no samples" for task, result in run.tasks.items() if result.get("samples") == 0]
-    if run.folder is not None:
-        planned = set(_manifest(run.folder.parent.parent).get("tasks", ()))
-        said += [
-            f"{run.name}: {task} is not finished"
-            for task in sorted(planned - set(run.tasks) - set(run.content["failed"]))
-        ]
-    return said
+    planned = set(_manifest(run.folder.parent.parent).get("tasks", ())) if run.folder else set()
+    empty = [task for task, result in run.tasks.items() if result.get("samples") == 0]
+    reasons = [(task, "failed") for task in failed] + [(task, "has no samples") for task in empty]
+    reasons += [(task, "is not finished") for task in sorted(planned - set(run.tasks) - set(failed))]
+    return [f"{run.name}: {task} {reason}" for task, reason in reasons]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, dict[str, list[str]]]:
-    """Facts that differ between runs: name -> value -> runs that have it. A fact that a run lacks is not compared."""
+    """Metadata that differs between runs: name -> value -> runs that have it. What a run lacks is not compared."""
     seen: dict[str, dict[str, list[str]]] = {}
     for run in runs:
-        for name, value in run.facts().items():
+        for name, value in run.metadata().items():
             seen.setdefault(name, {}).setdefault(value, []).append(run.name)
     return {name: values for name, values in seen.items() if len(values) > 1}
 
 
 def check_alike(runs: Sequence[Run]) -> None:
-    """Refuse runs of different versions, data or settings.
-
-    Raises
-    ------
-    ValueError
-        Names the first fact that differs, its values, and runs that have them.
-    """
+    """Refuse runs of different versions, data or settings: a `ValueError` names the first difference."""
     found = differences(runs)
     if not found:
         return
-    fact, values = next(iter(found.items()))
+    name, values = next(iter(found.items()))
     shown = "; ".join(f"{value}: {names[0]}" for value, names in values.items())
-    others = f" ({len(found) - 1} more facts differ)" if len(found) > 1 else ""
-    raise ValueError(f"the runs are not alike in {fact} ({shown}){others}; --allow-mixed shows them together, marked")
+    others = f" ({len(found) - 1} more differences)" if len(found) > 1 else ""
+    raise ValueError(f"the runs are not alike in {name} ({shown}){others}; --allow-mixed shows them together, marked")
 
 
 def short_name(model: str) -> str:
@@ -179,7 +158,7 @@ def short_name(model: str) -> str:
 
 
 def _jobs(folder: Path, contents: Sequence[Any], unreadable: list[str] | None) -> list[Run]:
-    """The runs in a whole run's results, each with its folder where that can be told."""
+    """The runs in a whole run's results, each with the folder whose results.json says the same."""
     places = [(folder / job, read_json(folder / job / "results.json")) for job in _manifest(folder).get("jobs", ())]
     runs = []
     for content in contents:

@@ -7,10 +7,10 @@ benchmark                     unit                                        score
 ============================  ==========================================  ===========================================
 GQA, OKVQA, SQA, MMMU, SEED   question                                    mean of right answers
 MMB                           question with all its circular copies       mean of "all of them right"
-MME-P                         picture with its two questions, drawn       sum over categories of the mean of acc and
+MME-P                         image with its two questions, drawn       sum over categories of the mean of acc and
                               within its category                         acc+
 POPE                          question                                    F1 from the summed counts
-COCO, Flickr30k, NoCaps       picture                                     mean of the pictures' CIDEr; document
+COCO, Flickr30k, NoCaps       image                                     mean of the images' CIDEr; document
                                                                           frequencies stay those of all references
 ============================  ==========================================  ===========================================
 """
@@ -38,7 +38,7 @@ class Units:
     Attributes
     ----------
     names : tuple of str
-        What a unit is known by; two runs with the same names were asked the same.
+        Two runs with the same names were asked the same.
     parts : ndarray (units, parts), float64
         What each unit adds to the sums.
     score : callable
@@ -59,13 +59,7 @@ class Units:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The samples of a log, in its order.
-
-    Raises
-    ------
-    ValueError
-        If a line cannot be read.
-    """
+    """The samples of a log, in its order; a `ValueError` names a line that cannot be read."""
     samples = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
@@ -83,20 +77,10 @@ def caption_texts(column: Column, samples: Samples) -> tuple[list[str], list[lis
 
 
 def units_of(column: Column, samples: Samples, cider: Sequence[float] | None = None) -> Units:
-    """The units of one column.
+    """The units of one column, from the samples of a log.
 
-    Parameters
-    ----------
-    column : Column
-    samples : sequence of dict
-        Of a log (`read_log`).
-    cider : sequence of float, optional
-        CIDEr of each sample, for caption benchmarks (see `llava.eval.results.cider`).
-
-    Raises
-    ------
-    ValueError
-        If no sample counts in this column.
+    ``cider`` is that of each sample, for caption benchmarks (see `llava.eval.results.cider`). If no sample counts in
+    this column, it is a `ValueError`.
     """
     if cider is not None:
         scored = sorted(zip(samples, cider, strict=True), key=lambda pair: pair[0]["doc_id"])
@@ -169,21 +153,21 @@ def _f1(sums: np.ndarray) -> np.ndarray:
 
 
 def _mme(column: Column, samples: Samples) -> Units:
-    pictures: dict[tuple[str, str], list[float]] = defaultdict(list)
+    images: dict[tuple[str, str], list[float]] = defaultdict(list)
     for record in (sample[column.metric] for sample in samples):
-        pictures[record["category"], record["question_id"]].append(record["score"])
-    pictures = dict(sorted(pictures.items()))
-    categories = sorted({category for category, _ in pictures})
-    strata = np.array([categories.index(category) for category, _ in pictures])
-    points = np.array([100 * sum(scores) / len(scores) + 100 * all(scores) for scores in pictures.values()])
+        images[record["category"], record["question_id"]].append(record["score"])
+    images = dict(sorted(images.items()))
+    categories = sorted({category for category, _ in images})
+    strata = np.array([categories.index(category) for category, _ in images])
+    points = np.array([100 * sum(scores) / len(scores) + 100 * all(scores) for scores in images.values()])
     place = strata[:, None] == np.arange(len(categories))
     parts = np.concatenate([points[:, None] * place, place], axis=1).astype(float)
-    return Units(tuple(f"{category}: {name}" for category, name in pictures), parts, _sum_of_means, strata)
+    return Units(tuple(f"{category}: {name}" for category, name in images), parts, _sum_of_means, strata)
 
 
 def _sum_of_means(sums: np.ndarray) -> np.ndarray:
-    points, pictures = np.split(sums, 2, axis=1)
-    return (points / pictures).sum(axis=1)
+    points, images = np.split(sums, 2, axis=1)
+    return (points / images).sum(axis=1)
 
 
 def _means(names: Sequence[str], values: Sequence[float]) -> Units:

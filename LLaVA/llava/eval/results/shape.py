@@ -2,110 +2,110 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, TypedDict
 
 FORMAT = 1
 """Of what is written now, under "format" in every results.json; results without one are older, and read as well."""
 
-
-@dataclass(frozen=True)
-class Kind:
-    """One kind of value: its name, and which values are of it."""
-
-    name: str
-    holds: Callable[[Any], bool]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(allow_inf_nan=False, gt=0)]
+Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+PartOfName = Annotated[str, Field(pattern=r"^[^/*?\[\]]*$")]
 
 
-@dataclass(frozen=True)
-class Maybe:
-    """A shape, or null."""
-
-    shape: Any
+class Mean(TypedDict):
+    mean: Finite
 
 
-@dataclass(frozen=True)
-class Each:
-    """An object whose values have one shape, whatever their keys."""
-
-    shape: Any
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        float(value)
-    except OverflowError:
-        return False
-    return True
+class Spread(TypedDict):
+    min: Finite
+    mean: Finite
+    max: Finite
 
 
-TEXT = Kind("a text", lambda value: isinstance(value, str))
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-WHOLE = Kind("a whole number", lambda value: isinstance(value, int) and _is_number(value))
-NUMBER = Kind("a number", _is_number)
-FINITE = Kind("a finite number", lambda value: _is_number(value) and math.isfinite(value))
-POSITIVE = Kind("a number above 0", lambda value: FINITE.holds(value) and value > 0)
-NAME = Kind("part of a file's name", lambda value: isinstance(value, str) and not set(value) & set("/*?[]"))
+class Cost(TypedDict):
+    pruned: Positive
+    unpruned: Positive
 
-VISUAL_TOKENS = {
-    "total": {"mean": POSITIVE},
-    "kept": {"mean": FINITE},
-    "per_layer?": Maybe([FINITE]),
-    "flops_ratio?": Maybe({"literature": FINITE, "exact": FINITE}),
-}
-TASK = {
+
+class VisualTokens(TypedDict):
+    total: TypedDict("Total", {"mean": Positive})
+    kept: Mean
+    per_layer: NotRequired[list[Finite] | None]
+    flops_ratio: NotRequired[TypedDict("Ratios", {"literature": Finite, "exact": Finite}) | None]
+
+
+class CountedTokens(TypedDict):
+    images: Positive
+    total: Spread
+    kept: Spread
+    per_layer: NotRequired[list[Finite] | None]
+    flops: NotRequired[TypedDict("Flops", {"literature": Cost, "exact": Cost}) | None]
+
+
+class Task(TypedDict):
     # lmms-eval's numbers; what is not one of the table's may be nan.
-    "metrics": Each(NUMBER),
-    "visual_tokens?": Maybe(VISUAL_TOKENS),
-    "samples?": WHOLE,
-    "visual_cache?": Maybe({"hits?": WHOLE, "misses?": WHOLE}),
-    "throughput?": Maybe({"avg_latency?": NUMBER, "avg_encoding_latency?": NUMBER}),
-    "date?": NAME,
-}
-_SPREAD = {"min": FINITE, "mean": FINITE, "max": FINITE}
-_COST = {"pruned": POSITIVE, "unpruned": POSITIVE}
-TASK_RESULT = {
-    **TASK,
-    "visual_tokens": Maybe(
-        {
-            "images": POSITIVE,
-            "total": _SPREAD,
-            "kept": _SPREAD,
-            "per_layer?": Maybe([FINITE]),
-            "flops?": Maybe({"literature": _COST, "exact": _COST}),
-        }
-    ),
-    "samples": WHOLE,
-}
-"""Of one task, as a run leaves it and puts it together with the others."""
-PRUNING = {
-    "method": TEXT,
-    "ratio": Maybe(FINITE),
-    "layer": Maybe(WHOLE),
-    "options": Kind("an object", lambda value: isinstance(value, dict)),
-    "set_options?": [TEXT],
-}
-RESULTS = {
-    "suite": TEXT,
-    "model": TEXT,
-    "trained": FLAG,
-    "pruning": Maybe(PRUNING),
-    "grey?": FLAG,
-    "limit": Maybe(WHOLE),
-    "visual_tokens": Maybe(VISUAL_TOKENS),
-    "tasks": Each(TASK),
-    "failed": Each(TEXT),
-    "timing?": Maybe({"selection_ms?": Maybe(FINITE), "prefill_ms?": Maybe(FINITE)}),
-}
-WHOLE_RUN = {"runs": [Kind("a run's results", lambda value: True)]}
-MANIFEST = {"versions?": Each(Maybe(TEXT)), "tasks?": [TEXT], "jobs?": [TEXT]}
+    metrics: dict[str, float]
+    visual_tokens: NotRequired[VisualTokens | None]
+    samples: NotRequired[Whole]
+    visual_cache: NotRequired[TypedDict("Cache", {"hits": NotRequired[Whole], "misses": NotRequired[Whole]}) | None]
+    throughput: NotRequired[
+        TypedDict("Speed", {"avg_latency": NotRequired[float], "avg_encoding_latency": NotRequired[float]}) | None
+    ]
+    date: NotRequired[PartOfName]
 
 
-def check(content: Any, shape: Any) -> None:
+class TaskResult(Task):
+    """Of one task, as a run leaves it and puts it together with the others."""
+
+    visual_tokens: CountedTokens | None
+    samples: Whole
+
+
+class Pruning(TypedDict):
+    method: str
+    ratio: Finite | None
+    layer: Whole | None
+    options: dict[str, Any]
+    set_options: NotRequired[list[str]]
+
+
+class Results(TypedDict):
+    """Of one model under one pruning configuration."""
+
+    suite: str
+    model: str
+    trained: bool
+    pruning: Pruning | None
+    grey: NotRequired[bool]
+    limit: Whole | None
+    visual_tokens: VisualTokens | None
+    tasks: dict[str, Task]
+    failed: dict[str, str]
+    timing: NotRequired[
+        TypedDict("Timing", {"selection_ms": NotRequired[Finite | None], "prefill_ms": NotRequired[Finite | None]})
+        | None
+    ]
+
+
+class Manifest(TypedDict, total=False):
+    versions: dict[str, str | None]
+    tasks: list[str]
+    jobs: list[str]
+
+
+class WholeRun(TypedDict):
+    runs: list[Any]
+
+
+TASK_RESULT, RESULTS, MANIFEST, WHOLE_RUN = map(TypeAdapter, (TaskResult, Results, Manifest, WholeRun))
+
+
+def check(content: Any, shape: TypeAdapter) -> None:
     """Refuse what does not have a shape; what the shape does not name may be there.
 
     Raises
@@ -116,37 +116,16 @@ def check(content: Any, shape: Any) -> None:
     version = content.get("format", 0) if isinstance(content, Mapping) else 0
     if version not in range(FORMAT + 1):
         raise ValueError(f"it has format {_shown(version)}, and this version of llava reads formats up to {FORMAT}")
-    _check(content, shape, "it")
-
-
-def _check(value: Any, shape: Any, place: str) -> None:
-    if isinstance(shape, Kind):
-        if not shape.holds(value):
-            raise ValueError(f"{place} is {_shown(value)}, not {shape.name}")
-    elif isinstance(shape, Maybe):
-        if value is not None:
-            _check(value, shape.shape, place)
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            raise ValueError(f"{place} is {_shown(value)}, not a list")
-        for number, inner in enumerate(value):
-            _check(inner, shape[0], f"{place}[{number}]")
-    elif not isinstance(value, dict):
-        raise ValueError(f"{place} is {_shown(value)}, not an object")
-    elif isinstance(shape, Each):
-        for name, inner in value.items():
-            _check(inner, shape.shape, _inside(place, name))
-    else:
-        for name, inner in shape.items():
-            key = name.removesuffix("?")
-            if key in value:
-                _check(value[key], inner, _inside(place, key))
-            elif key == name:
-                raise ValueError(f"{place} has no {key}")
-
-
-def _inside(place: str, name: str) -> str:
-    return name if place == "it" else f"{place}.{name}"
+    try:
+        shape.validate_python(content, strict=True)
+    except ValidationError as error:
+        found = error.errors(include_url=False)[0]
+        *inside, last = found["loc"] or ("it",)
+        place = ".".join(map(str, inside))
+        if found["type"] == "missing":
+            raise ValueError(f"{place or 'it'} has no {last}") from None
+        where = ".".join(filter(None, (place, str(last))))
+        raise ValueError(f"{where} is {_shown(found['input'])}: {found['msg'][0].lower()}{found['msg'][1:]}") from None
 
 
 def _shown(value: Any) -> str:
