@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
-from llava.eval.tokens import kept_order
+from llava.eval.encoder import Encoder
 from llava.mini.scenes import render, sample_scene
-from llava.mm_utils import process_images
 from llava.pruning import PruningConfig
 from llava.serve import demo
 
@@ -34,8 +33,7 @@ def test_an_answer_comes_with_its_tokens_and_its_costs(model, scene):
     whole, pruned = model.ask(scene, QUESTION, None), model.ask(scene, QUESTION, config)
     assert (whole.text, whole.total, whole.kept, len(whole.indices)) == ("fox", 576, 576, 576)
     assert (pruned.text, pruned.total, pruned.kept) == ("fox", 576, 56)
-    pixels = process_images([scene], model.processor, model.model.config)[0]
-    assert pruned.indices == sorted(kept_order(model.model, pixels, scene.size, config))
+    assert pruned.indices == sorted(Encoder(model.model, model.processor).kept_order(scene, config))
     assert 0 < pruned.flops < whole.flops and pruned.seconds > 0
 
 
