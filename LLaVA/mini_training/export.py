@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 from llava.files import write_json
-from llava.mini.scenes import IMAGE_SIZE, WORLD_VERSION
+from llava.mini.scenes import IMAGE_SIZE
+from llava.mini.seeded_random import WORLD_VERSION
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import PublishedNames
 from mini_training.decoder import TOWER_FOLDER

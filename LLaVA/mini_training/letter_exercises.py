@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from llava.mini.forms import Fact
 from llava.mini.questions import CHOICE_STYLES, QA, as_choice
-from llava.mini.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, SHAPES, WORDS, SeededRandom
+from llava.mini.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, SHAPES, WORDS
+from llava.mini.seeded_random import SeededRandom
 
 __all__ = ["sample_letter_exercises"]
 

@@ -17,8 +17,10 @@ import torch
 from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.mini.questions import FORMS, QA, sample_pair_questions, sample_questions, sample_text_questions
-from llava.mini.scenes import Scene, SeededRandom, render, sample_scene
+from llava.mini.forms import FORMS
+from llava.mini.questions import QA, sample_pair_questions, sample_questions, sample_text_questions
+from llava.mini.scenes import Scene, render, sample_scene
+from llava.mini.seeded_random import SeededRandom
 from mini_training.grounding import COLUMNS, grounding_targets
 from mini_training.letter_exercises import sample_letter_exercises
 from mini_training.vocabulary import conversation_texts

@@ -22,14 +22,14 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from llava.mini import scenes
 from mini_training.attention import attention_for
 
-__all__ = ["TowerScenes", "TowerTask", "build_tower", "crowded_scene", "pixel_values", "scene_targets"]
-
 # CLIP's own, so that the published image processor's numbers serve unchanged.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 N_KINDS = (len(scenes.SHAPES) + 1) * len(scenes.COLORS)
 MAX_OBJECTS = 8
+# A patch belongs to the object that covers most of it, when that is at least this many of its 196 pixels.
+MIN_PATCH_PIXELS = 24
 CROWD = 6  # scenes that make a crowded one
 
 
@@ -118,7 +118,7 @@ def scene_targets(scene: scenes.Scene) -> dict[str, np.ndarray]:
         ``kinds`` float32 (72,), which pairs of shape and colour are there; ``texts`` float32 (34,); ``count`` int64
         ().
     """
-    labels = scenes.patch_labels(scene)
+    labels = patch_labels(scene)
     instance = labels["instance"]
     rows, columns = np.indices(instance.shape)
     targets = {name: labels[name] for name in ("shape", "color", "size", "character", "background", "texture")}
@@ -146,6 +146,78 @@ def scene_targets(scene: scenes.Scene) -> dict[str, np.ndarray]:
     flat["box"] = box.reshape(-1, BOX_WIDTH)
     flat["kinds"], flat["texts"], flat["count"] = kinds, texts, np.array(min(len(scene.objects), MAX_OBJECTS))
     return flat
+
+
+def patch_labels(scene: scenes.Scene) -> dict[str, np.ndarray]:
+    """What each 14 x 14 patch shows, for dense supervision of a vision tower.
+
+    A patch belongs to the object that covers most of it (at least 24 of its 196 pixels; an object that reaches this
+    nowhere has the patch it covers best).
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        int64 arrays of shape (24, 24), row by row from the top left:
+
+        ``instance``   0, or 1 + index in ``scene.objects``
+        ``shape``      0, or 1 + index in ``SHAPES``; ``1 + len(SHAPES)`` for a sign
+        ``color``      0, or 1 + index in ``COLORS``
+        ``size``       0, or 1 + index in ``SIZES``
+        ``word``       0, or 1 + index in ``TEXTS`` (of the sign that the patch belongs to)
+        ``character``  0, or 1 + index in ``CHARACTERS`` (of the letter with most ink in the patch)
+        ``background`` index in ``BACKGROUNDS``, the same everywhere
+        ``texture``    index in ``TEXTURES``, the same everywhere
+    """
+    owner = np.zeros((scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), np.int64)
+    letters = np.zeros((scenes.IMAGE_SIZE, scenes.IMAGE_SIZE), np.int64)
+    for number, thing in enumerate(scene.objects, start=1):
+        rows, columns = slice(thing.top, thing.top + thing.height), slice(thing.left, thing.left + thing.width)
+        if thing.is_sign:
+            owner[rows, columns] = number
+            letters[rows, columns] = scenes.text_mask(thing.text, thing.scale, thing.width, thing.height)
+        else:
+            owner[rows, columns][scenes.shape_mask(thing.shape, thing.width)] = number
+
+    cover = _patch_counts(owner, len(scene.objects) + 1)  # (24, 24, objects + 1)
+    cover[..., 0] = 0
+    instance = np.where(cover.max(-1) >= MIN_PATCH_PIXELS, cover.argmax(-1), 0)
+    for number in range(1, len(scene.objects) + 1):
+        if not (instance == number).any():
+            instance.flat[cover[..., number].argmax()] = number
+
+    ink = _patch_counts(letters, len(scenes.CHARACTERS) + 1)
+    ink[..., 0] = 0
+    described = [(0, 0, 0, 0)] + [_label_ids(o) for o in scene.objects]
+    shape, color, size, word = np.moveaxis(np.array(described)[instance], -1, 0)
+    everywhere = np.ones((scenes.GRID, scenes.GRID), np.int64)
+    return {
+        "instance": instance,
+        "shape": shape,
+        "color": color,
+        "size": size,
+        "word": word,
+        "character": ink.argmax(-1),
+        "background": everywhere * tuple(scenes.BACKGROUNDS).index(scene.background),
+        "texture": everywhere * scenes.TEXTURES.index(scene.texture),
+    }
+
+
+def _label_ids(thing: scenes.SceneObject) -> tuple[int, int, int, int]:
+    return (
+        1 + (*scenes.SHAPES, scenes.SIGN).index(thing.shape),
+        1 + tuple(scenes.COLORS).index(thing.color),
+        1 + tuple(scenes.SIZES).index(thing.size),
+        1 + scenes.TEXTS.index(thing.text) if thing.is_sign else 0,
+    )
+
+
+def _patch_counts(ids: np.ndarray, n: int) -> np.ndarray:
+    """How many pixels of each patch have each id: (336, 336) of 0 .. n - 1 -> (24, 24, n)."""
+    along = np.arange(scenes.IMAGE_SIZE) // scenes.PATCH_SIZE
+    patch = along[:, None] * scenes.GRID + along[None, :]
+    return np.bincount((patch * n + ids).ravel(), minlength=scenes.GRID * scenes.GRID * n).reshape(
+        scenes.GRID, scenes.GRID, n
+    )
 
 
 def crowded_scene(split: str, seeds: Iterable[int]) -> scenes.Scene:

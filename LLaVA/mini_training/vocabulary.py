@@ -11,11 +11,9 @@ from sentencepiece import SentencePieceTrainer
 
 from llava.conversation import conv_templates
 from llava.files import write_json
-from llava.mini.captions import COUNT_WORDS
+from llava.mini.captions import CAPTION_PROMPT, COUNT_WORDS, DENSE_PROMPT
 from llava.mini.forms.knowledge import FRENCH, FRUITS
 from llava.mini.questions import (
-    CAPTION_PROMPT,
-    DENSE_PROMPT,
     INSUFFICIENT,
     LETTER,
     QA,
@@ -24,7 +22,8 @@ from llava.mini.questions import (
     sample_questions,
     sample_text_questions,
 )
-from llava.mini.scenes import COLORS, NUMBERS, SHAPES, WORDS, SeededRandom, sample_scene
+from llava.mini.scenes import COLORS, NUMBERS, SHAPES, WORDS, sample_scene
+from llava.mini.seeded_random import SeededRandom
 
 __all__ = ["TEMPLATE", "build_tokenizer", "conversation_texts", "corpus"]
 

@@ -7,6 +7,7 @@ import torch
 
 from llava.mini import scenes
 from llava.mini.questions import sample_pair_questions, sample_questions
+from llava.mini.seeded_random import SeededRandom
 from llava.model.builder import resolve_model_path
 from llava.model.tokenizer import load_tokenizer
 from mini_training.grounding import COLUMNS, GroundingHeads, grounding_targets
@@ -114,7 +115,7 @@ def test_targets_agree_with_what_the_generator_says():
     counted = options = 0
     for seed in range(12):
         shown = scenes.sample_scene(seed, "validation")
-        asked = sample_questions(shown, scenes.SeededRandom("grounding", seed), 16, choice_percent=50)
+        asked = sample_questions(shown, SeededRandom("grounding", seed), 16, choice_percent=50)
         packed = pack(asked, [shown], tokenizer)
         for qa, targets in zip(asked, packed.grounding, strict=True):
             rights = [row[1 + COLUMNS.index("right")] for row in targets]
@@ -133,9 +134,7 @@ def test_targets_agree_with_what_the_generator_says():
 def test_two_pictures_questions_point_at_the_right_one():
     tokenizer = load_tokenizer(resolve_model_path("llava-mini"))
     first, second = scenes.sample_scene(1, "validation"), scenes.sample_scene(2, "validation")
-    asked = [
-        qa for qa in sample_pair_questions(first, second, scenes.SeededRandom("pair"), 6) if qa.form == "pair_exists"
-    ]
+    asked = [qa for qa in sample_pair_questions(first, second, SeededRandom("pair"), 6) if qa.form == "pair_exists"]
     assert asked
     for qa, targets in zip(asked, pack(asked, [first, second], tokenizer).grounding, strict=True):
         counts = targets[0][1:3]

@@ -9,22 +9,20 @@ from collections.abc import Iterator
 import pytest
 
 from llava.mini.captions import COUNT_WORDS, PLURALS, caption_references, dense_caption
+from llava.mini.forms import FORMS, PAIR_FORMS, TEXT_FORMS, Fact
 from llava.mini.forms.counting import COUNT_SHARES, countable_kinds
-from llava.mini.forms.knowledge import CATEGORIES, CORNERS, FRUITS
+from llava.mini.forms.knowledge import CORNERS, FRUITS
 from llava.mini.questions import (
     DESCRIBE,
-    FORMS,
-    PAIR_FORMS,
     QA,
-    TEXT_FORMS,
-    Fact,
     as_choice,
     as_open,
     sample_pair_questions,
     sample_questions,
     sample_text_questions,
 )
-from llava.mini.scenes import COLORS, NUMBERS, SHAPES, SIZES, WORDS, Scene, SceneObject, SeededRandom, sample_scene
+from llava.mini.scenes import CATEGORIES, COLORS, NUMBERS, SHAPES, SIZES, WORDS, Scene, SceneObject, sample_scene
+from llava.mini.seeded_random import SeededRandom
 
 N_SCENES = 1500
 SHORT = "Answer the question using a single word or phrase."

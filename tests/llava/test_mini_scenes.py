@@ -26,12 +26,12 @@ from llava.mini.scenes import (
     TEXTURES,
     Scene,
     SceneObject,
-    SeededRandom,
-    patch_labels,
     place_of,
     render,
     sample_scene,
 )
+from llava.mini.seeded_random import SeededRandom
+from mini_training.tower import patch_labels
 
 
 @pytest.fixture(scope="module")

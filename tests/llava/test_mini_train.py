@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini import scenes
-from llava.mini.questions import FORMS, sample_questions
+from llava.mini.forms import FORMS
+from llava.mini.questions import sample_questions
+from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
@@ -94,13 +96,13 @@ def test_packed_tokens_see_the_prefix_and_their_own_question():
 
 
 def test_a_letter_exercise_names_the_option_whose_letter_is_the_answer():
-    for qa in sample_letter_exercises(scenes.SeededRandom("exercises"), 40):
+    for qa in sample_letter_exercises(SeededRandom("exercises"), 40):
         assert qa.answer_text in qa.question
         assert len(set(qa.choices)) == len(qa.choices) >= 2
 
 
 def test_many_prompts_are_encoded_as_each_one_is(tokenizer):
-    asked = sample_questions(scenes.sample_scene(5, "train"), scenes.SeededRandom("test"), 8)
+    asked = sample_questions(scenes.sample_scene(5, "train"), SeededRandom("test"), 8)
     texts = [text for images in (0, 1, 2) for qa in asked for text in conversation_texts(qa, images)]
 
     assert encode_prompts(texts, tokenizer) == [tokenizer_image_token(text, tokenizer) for text in texts]
@@ -113,7 +115,7 @@ def test_fixed_phrases_and_the_words_of_the_world_are_single_pieces(tmp_path):
     for text in (*scenes.COLORS, *scenes.SHAPES, *scenes.WORDS, "yes", "no"):
         assert len(tokenizer(text, add_special_tokens=False).input_ids) == 1, text
     _, whole = conversation_texts(
-        sample_questions(scenes.sample_scene(5, "train"), scenes.SeededRandom("x"), 1, ("exists",), 0)[0]
+        sample_questions(scenes.sample_scene(5, "train"), SeededRandom("x"), 1, ("exists",), 0)[0]
     )
     assert len(tokenizer_image_token(whole, tokenizer)) < 24
 
@@ -219,7 +221,7 @@ def test_the_run_leaves_a_checkpoint_of_the_published_layout(run, golden_llava):
     published_tower = golden_llava / "openai" / "clip-vit-tiny-patch14-56"
     assert weight_names(run / "checkpoint" / "vision_tower") == weight_names(published_tower)
     record = json.loads((run / "checkpoint" / "training.json").read_text())
-    assert record["world"] == scenes.WORLD_VERSION and set(record["stages"]) == set(STAGES)
+    assert record["world"] == WORLD_VERSION and set(record["stages"]) == set(STAGES)
 
 
 def test_the_checkpoint_generates(loaded):

@@ -4,44 +4,36 @@ A form (`llava.mini.forms`) states a fact; here it becomes a `QA`, worded and la
 that training and evaluation read the same prompts.
 
 Answers are balanced so that the question alone gives nothing away: yes and no are equally frequent for the same
-words, a right option stands behind each letter equally often, and colours, shapes and places are drawn evenly.
+words, each letter is the right one equally often, and colours, shapes and places are drawn evenly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from string import ascii_uppercase
 
-from llava.mini.captions import CAPTION_PROMPT, DENSE_PROMPT
 from llava.mini.forms import FORMS, PAIR_FORMS, TEXT_FORMS, Fact
-from llava.mini.scenes import Scene, SeededRandom
-
-__all__ = [
-    "CAPTION_PROMPT",
-    "DENSE_PROMPT",
-    "DESCRIBE",
-    "FORMS",
-    "PAIR_FORMS",
-    "QA",
-    "STYLES",
-    "TEXT_FORMS",
-    "Fact",
-    "as_choice",
-    "as_open",
-    "sample_pair_questions",
-    "sample_questions",
-    "sample_text_questions",
-]
+from llava.mini.scenes import Scene
+from llava.mini.seeded_random import SeededRandom
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 DESCRIBE = ("Describe this image.", "Describe the image.", "What is in this image?", "What do you see?")
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
 
-# Whose layout a question follows; MMMU asks both ways.
+# How each benchmark lays a question out; MMMU asks both ways.
+LAYOUTS = {
+    "mmbench": "{hint}{question} There are several options:\n{options}\n{instruction}",
+    "seedbench": "{question}\n{options}{instruction}",
+    "mmmu": "{question}\n{options}\n{instruction}",
+    "scienceqa": "{context}{question}\n{options}{instruction}",
+    "short": "{question}\n{instruction}",
+    "okvqa": f"{{question}}\n{INSUFFICIENT}\n{{instruction}}",
+    "plain": "{question}",
+}
 CHOICE_STYLES = ("mmbench", "seedbench", "mmmu", "scienceqa")
 OPEN_STYLES = ("short", "okvqa", "mmmu", "plain")
-STYLES = tuple(dict.fromkeys(CHOICE_STYLES + OPEN_STYLES))
 
 
 @dataclass(frozen=True)
@@ -53,11 +45,11 @@ class QA:
     form : str
         The kind of question: a key of `FORMS`, `PAIR_FORMS` or `TEXT_FORMS`.
     style : str
-        One of `STYLES`: whose layout `prompt` follows.
+        A key of `LAYOUTS`: whose layout `prompt` follows.
     question : str
         The bare question.
     answer : str
-        What a model has to say: a word, a sentence, or the right option's letter when there are `choices`.
+        The right answer: a word, a sentence, or the right option's letter when there are `choices`.
     choices : tuple of str
         The options A, B, ...; empty for an open question.
     hint : str
@@ -74,28 +66,19 @@ class QA:
     @property
     def prompt(self) -> str:
         """The whole text that the benchmark gives to a model, without image tokens."""
-        options = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(self.choices))
-        if self.style == "plain":
-            return self.question
-        if self.style == "short":
-            return f"{self.question}\n{SHORT}"
-        if self.style == "okvqa":
-            return f"{self.question}\n{INSUFFICIENT}\n{SHORT}"
-        if self.style == "mmmu":
-            return f"{self.question}\n{options}\n\n{LETTER}" if options else f"{self.question}\n\n{SHORT}"
-        if self.style == "seedbench":
-            return f"{self.question}\n{options}\n{LETTER}"
-        if self.style == "scienceqa":
-            context = f"Context: {self.hint}\n" if self.hint else ""
-            return f"{context}{self.question}\n{options}\n{LETTER}"
-        if self.style == "mmbench":
-            hint = f"{self.hint} " if self.hint else ""
-            return f"{hint}{self.question} There are several options:\n{options}\n\n{LETTER}"
-        raise ValueError(f"style must be one of {', '.join(STYLES)}; got {self.style!r}")
+        return LAYOUTS[self.style].format(
+            question=self.question,
+            options="".join(
+                f"{letter}. {choice}\n" for letter, choice in zip(ascii_uppercase, self.choices, strict=False)
+            ),
+            hint=f"{self.hint} " if self.hint else "",
+            context=f"Context: {self.hint}\n" if self.hint else "",
+            instruction=LETTER if self.choices else SHORT,
+        )
 
     @property
     def answer_text(self) -> str:
-        """The answer in words: the option behind the letter, or `answer` itself."""
+        """The answer in words: the option of that letter, or `answer` itself."""
         return self.choices[ord(self.answer) - ord("A")] if self.choices else self.answer
 
 
@@ -179,7 +162,7 @@ def sample_questions(
     choice_percent : int
         How many of a hundred questions come with options, where that is possible.
     plain_percent : int
-        How many of a hundred open ones are asked as people ask, without a benchmark's wording behind them.
+        How many of a hundred open ones are asked as people ask, without a benchmark's instruction after them.
 
     Raises
     ------
@@ -190,13 +173,22 @@ def sample_questions(
     for name in names:
         if name not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}; got {name!r}")
+
+    def draw() -> QA | None:
+        fact = FORMS[rng.choice(names)](scene, rng)
+        return None if fact is None else _styled(fact, rng, choice_percent, plain_percent)
+
+    return _different(n, draw)
+
+
+def _different(n: int, draw: Callable[[], QA | None]) -> list[QA]:
+    """Up to `n` different questions of some tries."""
     asked: dict[str, QA] = {}
     for _ in range(6 * n):
         if len(asked) == n:
             break
-        fact = FORMS[rng.choice(names)](scene, rng)
-        if fact is not None:
-            qa = _styled(fact, rng, choice_percent, plain_percent)
+        qa = draw()
+        if qa is not None:
             asked.setdefault(qa.question, qa)
     return list(asked.values())
 
@@ -221,14 +213,12 @@ def _styled(fact: Fact, rng: SeededRandom, choice_percent: int, plain_percent: i
 
 def sample_pair_questions(first: Scene, second: Scene, rng: SeededRandom, n: int) -> list[QA]:
     """Up to `n` different questions about two images, with the options "the first image" and "the second image"."""
-    asked: dict[str, QA] = {}
-    for _ in range(6 * n):
-        if len(asked) == n:
-            break
+
+    def draw() -> QA | None:
         fact = PAIR_FORMS[rng.choice(tuple(PAIR_FORMS))](first, second, rng)
-        if fact is not None:
-            asked.setdefault(fact.question, as_choice(fact, rng, "mmmu"))
-    return list(asked.values())
+        return None if fact is None else as_choice(fact, rng, "mmmu")
+
+    return _different(n, draw)
 
 
 def sample_text_questions(rng: SeededRandom, n: int) -> list[QA]:

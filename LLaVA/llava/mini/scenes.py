@@ -2,7 +2,7 @@
 
 A scene is a description (`Scene`): a textured background, some clutter, and one to eight objects that do not overlap.
 An object is a coloured shape, or a sign: a coloured plate with a printed word or digit. `sample_scene` draws a
-description from a seed, `render` makes its picture and `patch_labels` says what is in each 14 x 14 patch.
+description from a seed, and `render` makes its image.
 
 Everything is the same on every machine and with every version of Python, NumPy and Pillow: descriptions come from
 `SeededRandom`, whose stream Python promises to keep, and pictures are rasterised here in integers, so that no
@@ -13,40 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from PIL import Image
 
 from llava.benchmarks import BENCHMARKS
 from llava.mini.font import FONT, GLYPH_HEIGHT, GLYPH_WIDTH
-from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
-
-__all__ = [
-    "BACKGROUNDS",
-    "CHARACTERS",
-    "COLORS",
-    "GRID",
-    "IMAGE_SIZE",
-    "NUMBERS",
-    "PATCH_SIZE",
-    "PLACES",
-    "SHAPES",
-    "SIGN",
-    "SIZES",
-    "SPLITS",
-    "TEXTS",
-    "TEXTURES",
-    "WORDS",
-    "WORLD_VERSION",
-    "Scene",
-    "SceneObject",
-    "SeededRandom",
-    "Stroke",
-    "patch_labels",
-    "place_of",
-    "render",
-    "sample_scene",
-]
+from llava.mini.seeded_random import SeededRandom
 
 IMAGE_SIZE = 336
 PATCH_SIZE = 14
@@ -77,52 +51,23 @@ TEXTURES = ("plain", "striped", "checkered", "dotted", "grainy")
 # Side of a shape's bounding box in pixels, both ends included. The gaps between the ranges make the names certain.
 SIZES = {"small": (16, 26), "medium": (42, 62), "large": (92, 168)}
 
-WORDS = (
-    "cat",
-    "dog",
-    "fox",
-    "cow",
-    "bird",
-    "fish",
-    "milk",
-    "cake",
-    "apple",
-    "lemon",
-    "bread",
-    "rice",
-    "car",
-    "bus",
-    "boat",
-    "train",
-    "truck",
-    "bike",
-    "sun",
-    "sky",
-    "tree",
-    "leaf",
-    "stone",
-    "cloud",
-)
+# As many words in each category, and as many living as lifeless things, so that no answer is the likelier one.
+CATEGORIES = {
+    "animal": ("cat", "dog", "fox", "cow", "bird", "fish"),
+    "food": ("milk", "cake", "apple", "lemon", "bread", "rice"),
+    "vehicle": ("car", "bus", "boat", "train", "truck", "bike"),
+    "nature": ("sun", "sky", "tree", "leaf", "stone", "cloud"),
+}
+WORDS = tuple(chain(*CATEGORIES.values()))
 NUMBERS = tuple("0123456789")
 TEXTS = WORDS + NUMBERS
 CHARACTERS = tuple("abcdefghijklmnopqrstuvwxyz") + NUMBERS
 
-PLACES = (
-    "top left",
-    "top",
-    "top right",
-    "left",
-    "center",
-    "right",
-    "bottom left",
-    "bottom",
-    "bottom right",
+PLACES = tuple(
+    f"{row} {column}".strip() or "center" for row in ("top", "", "bottom") for column in ("left", "", "right")
 )
 
 SPLITS = ("train", "validation", *(benchmark.name for benchmark in BENCHMARKS if benchmark.data))
-
-# A patch belongs to the object that covers most of it, when that is at least this many of its 196 pixels.
-MIN_PATCH_PIXELS = 24
 
 
 @dataclass(frozen=True)
@@ -363,9 +308,9 @@ def render(scene: Scene) -> Image.Image:
         if thing.is_sign:
             window[:] = thing.rgb
             ink = (10, 10, 10) if sum(COLORS[thing.color]) > 360 else (250, 250, 250)
-            window[_text_mask(thing.text, thing.scale, thing.width, thing.height) > 0] = ink
+            window[text_mask(thing.text, thing.scale, thing.width, thing.height) > 0] = ink
         else:
-            window[_shape_mask(thing.shape, thing.width)] = thing.rgb
+            window[shape_mask(thing.shape, thing.width)] = thing.rgb
     return Image.fromarray(canvas)
 
 
@@ -416,7 +361,7 @@ def _paint_stroke(canvas: np.ndarray, stroke: Stroke) -> None:
 
 
 @lru_cache(maxsize=512)
-def _shape_mask(shape: str, side: int) -> np.ndarray:
+def shape_mask(shape: str, side: int) -> np.ndarray:
     """Which pixels of the ``(side, side)`` box the shape covers, bool; integer tests at the pixels' centres."""
     step = 2 * np.arange(side, dtype=np.int64) + 1 - side  # doubled distance from the middle, -side .. side
     u, v = step[None, :], step[:, None]
@@ -445,7 +390,7 @@ def _shape_mask(shape: str, side: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=512)
-def _text_mask(text: str, scale: int, width: int, height: int) -> np.ndarray:
+def text_mask(text: str, scale: int, width: int, height: int) -> np.ndarray:
     """The ink of a sign, int8 ``(height, width)``: 0, or 1 + the index in `CHARACTERS` of the letter's ink."""
     mask = np.zeros((height, width), np.int8)
     margin = scale + 2
@@ -456,73 +401,3 @@ def _text_mask(text: str, scale: int, width: int, height: int) -> np.ndarray:
         glyph = _enlarged(dots, scale) * (1 + CHARACTERS.index(character))
         mask[margin : margin + GLYPH_HEIGHT * scale, left : left + GLYPH_WIDTH * scale] = glyph
     return mask
-
-
-def patch_labels(scene: Scene) -> dict[str, np.ndarray]:
-    """What each 14 x 14 patch shows, for dense supervision of a vision tower.
-
-    A patch belongs to the object that covers most of it (at least 24 of its 196 pixels; an object that reaches this
-    nowhere has the patch it covers best).
-
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        int64 arrays of shape (24, 24), row by row from the top left:
-
-        ``instance``   0, or 1 + index in ``scene.objects``
-        ``shape``      0, or 1 + index in ``SHAPES``; ``1 + len(SHAPES)`` for a sign
-        ``color``      0, or 1 + index in ``COLORS``
-        ``size``       0, or 1 + index in ``SIZES``
-        ``word``       0, or 1 + index in ``TEXTS`` (of the sign that the patch belongs to)
-        ``character``  0, or 1 + index in ``CHARACTERS`` (of the letter with most ink in the patch)
-        ``background`` index in ``BACKGROUNDS``, the same everywhere
-        ``texture``    index in ``TEXTURES``, the same everywhere
-    """
-    owner = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int64)
-    letters = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.int64)
-    for number, thing in enumerate(scene.objects, start=1):
-        rows, columns = slice(thing.top, thing.top + thing.height), slice(thing.left, thing.left + thing.width)
-        if thing.is_sign:
-            owner[rows, columns] = number
-            letters[rows, columns] = _text_mask(thing.text, thing.scale, thing.width, thing.height)
-        else:
-            owner[rows, columns][_shape_mask(thing.shape, thing.width)] = number
-
-    cover = _patch_counts(owner, len(scene.objects) + 1)  # (24, 24, objects + 1)
-    cover[..., 0] = 0
-    instance = np.where(cover.max(-1) >= MIN_PATCH_PIXELS, cover.argmax(-1), 0)
-    for number in range(1, len(scene.objects) + 1):
-        if not (instance == number).any():
-            instance.flat[cover[..., number].argmax()] = number
-
-    ink = _patch_counts(letters, len(CHARACTERS) + 1)
-    ink[..., 0] = 0
-    described = [(0, 0, 0, 0)] + [_label_ids(o) for o in scene.objects]
-    shape, color, size, word = np.moveaxis(np.array(described)[instance], -1, 0)
-    everywhere = np.ones((GRID, GRID), np.int64)
-    return {
-        "instance": instance,
-        "shape": shape,
-        "color": color,
-        "size": size,
-        "word": word,
-        "character": ink.argmax(-1),
-        "background": everywhere * tuple(BACKGROUNDS).index(scene.background),
-        "texture": everywhere * TEXTURES.index(scene.texture),
-    }
-
-
-def _label_ids(thing: SceneObject) -> tuple[int, int, int, int]:
-    return (
-        1 + (*SHAPES, SIGN).index(thing.shape),
-        1 + tuple(COLORS).index(thing.color),
-        1 + tuple(SIZES).index(thing.size),
-        1 + TEXTS.index(thing.text) if thing.is_sign else 0,
-    )
-
-
-def _patch_counts(ids: np.ndarray, n: int) -> np.ndarray:
-    """How many pixels of each patch have each id: (336, 336) of 0 .. n - 1 -> (24, 24, n)."""
-    along = np.arange(IMAGE_SIZE) // PATCH_SIZE
-    patch = along[:, None] * GRID + along[None, :]
-    return np.bincount((patch * n + ids).ravel(), minlength=GRID * GRID * n).reshape(GRID, GRID, n)

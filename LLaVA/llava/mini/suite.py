@@ -27,7 +27,7 @@ from PIL import Image
 from llava.benchmarks import BENCHMARKS, Benchmark
 from llava.files import cache_folder, read_json, write_json
 from llava.mini.benchmarks import BUILDERS, Table
-from llava.mini.scenes import WORLD_VERSION
+from llava.mini.seeded_random import WORLD_VERSION
 from llava.runtime import print_everything
 
 __all__ = ["TASKS", "VERSION", "default_root", "prepare", "rows_of", "table_hash"]

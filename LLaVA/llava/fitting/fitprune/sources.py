@@ -52,7 +52,8 @@ def open_source(data: str, count: int, seed: int = 0, image_folder: str | Path |
 
 def _mini(count: int, seed: int) -> Source:
     from llava.mini.questions import sample_questions
-    from llava.mini.scenes import WORLD_VERSION, Scene, SeededRandom, render, sample_scene
+    from llava.mini.scenes import Scene, render, sample_scene
+    from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
 
     def drawn(number: int) -> tuple[Scene, str]:
         scene = sample_scene(FIRST_SEED + SEEDS_APART * seed + number, "validation")

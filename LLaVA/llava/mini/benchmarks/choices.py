@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from PIL import Image
 
-from llava.mini.benchmarks.table import SOURCE, Letters, Row, Table, balanced_facts, picture, shuffled, table
+from llava.mini.benchmarks.table import SOURCE, Letters, Row, Table, balanced_facts, columns, image_of, table
 from llava.mini.forms import TEXT_FORMS
 from llava.mini.questions import QA, as_choice
-from llava.mini.scenes import SeededRandom
+from llava.mini.seeded_random import SeededRandom
 
-__all__ = ["mmbench_en_dev", "scienceqa_img", "seedbench"]
+INSTANCE = "finegrained_perception (instance-level)"
+CROSS_INSTANCE = "finegrained_perception (cross-instance)"
 
 # MMBench form -> number of questions, category and L2 category.
 MMBENCH_FORMS = {
-    "color": (28, "attribute_recognition", "finegrained_perception (instance-level)"),
-    "shape": (20, "attribute_recognition", "finegrained_perception (instance-level)"),
-    "size": (12, "attribute_recognition", "finegrained_perception (instance-level)"),
-    "place": (28, "object_localization", "finegrained_perception (instance-level)"),
-    "count": (20, "object_localization", "finegrained_perception (instance-level)"),
-    "read": (24, "ocr", "finegrained_perception (instance-level)"),
-    "related": (16, "spatial_relationship", "finegrained_perception (cross-instance)"),
-    "larger": (12, "attribute_comparison", "finegrained_perception (cross-instance)"),
+    "color": (28, "attribute_recognition", INSTANCE),
+    "shape": (20, "attribute_recognition", INSTANCE),
+    "size": (12, "attribute_recognition", INSTANCE),
+    "place": (28, "object_localization", INSTANCE),
+    "count": (20, "object_localization", INSTANCE),
+    "read": (24, "ocr", INSTANCE),
+    "related": (16, "spatial_relationship", CROSS_INSTANCE),
+    "larger": (12, "attribute_comparison", CROSS_INSTANCE),
     "background": (16, "image_scene", "coarse_perception"),
     "category": (12, "identity_reasoning", "attribute_reasoning"),
     "feeling": (12, "physical_property_reasoning", "attribute_reasoning"),
@@ -30,44 +31,27 @@ MMBENCH_FORMS = {
 
 def mmbench_en_dev() -> list[Table]:
     """MMBench: two to four options; without the real set's rotated copies of each question."""
-    split = "mmbench_en_dev"
-    columns = {
-        "index": "int64",
-        "question": "string",
-        "hint": "string",
-        "answer": "string",
-        "A": "string",
-        "B": "string",
-        "C": "string",
-        "D": "string",
-        "category": "string",
-        "image": "image",
-        "source": "string",
-        "L2-category": "string",
-        "comment": "string",
-        "split": "string",
-    }
     rows, letters = [], Letters()
-    wanted = {form: n for form, (n, _, _) in MMBENCH_FORMS.items()}
-    for i, (scene, fact, rng) in enumerate(balanced_facts(split, wanted)):
+    for i, (scene, fact, rng) in enumerate(balanced_facts("mmbench_en_dev", MMBENCH_FORMS)):
         qa = letters.dealt(as_choice(fact, rng, "mmbench"))
         _, category, ability = MMBENCH_FORMS[fact.form]
-        options = dict.fromkeys("ABCD", "nan") | dict(zip("ABCD", qa.choices, strict=False))
         row = {
             "index": i,
             "question": qa.question,
             "hint": qa.hint or "nan",
             "answer": qa.answer,
-            **options,
+            **dict.fromkeys("ABCD", "nan"),
+            **dict(zip("ABCD", qa.choices, strict=False)),
             "category": category,
-            "image": picture(scene),
+            "image": image_of(scene),
             "source": SOURCE,
             "L2-category": ability,
             "comment": "nan",
             "split": "dev",
         }
         rows.append((qa.prompt, row))
-    return [table("en", "dev", columns, shuffled(rows, split))]
+    types = columns("index:int64 question hint answer A B C D category image:image source L2-category comment split")
+    return [table("en", "dev", types, rows, "mmbench_en_dev")]
 
 
 # SEED-Bench form -> number of questions, and the type that SEED-Bench would number it with.
@@ -85,24 +69,9 @@ SEEDBENCH_FORMS = {
 
 def seedbench() -> list[Table]:
     """SEED-Bench: four options; images only, no videos."""
-    split = "seedbench"
-    columns = {
-        "answer": "string",
-        "choice_a": "string",
-        "choice_b": "string",
-        "choice_c": "string",
-        "choice_d": "string",
-        "data_id": "string",
-        "data_type": "string",
-        "question": "string",
-        "question_id": "string",
-        "question_type_id": "int16",
-        "image": ["image"],
-        "segment": ["int64"],
-    }
     rows, letters = [], Letters()
-    wanted = {form: n for form, (n, _) in SEEDBENCH_FORMS.items()}
-    for i, (scene, fact, rng) in enumerate(balanced_facts(split, wanted, fits=lambda fact: len(fact.wrong) >= 3)):
+    facts = balanced_facts("seedbench", SEEDBENCH_FORMS, fits=lambda fact: len(fact.wrong) >= 3)
+    for i, (scene, fact, rng) in enumerate(facts):
         qa = letters.dealt(as_choice(fact, rng, "seedbench", 4))
         row = {
             "answer": qa.answer,
@@ -112,11 +81,14 @@ def seedbench() -> list[Table]:
             "question": qa.question,
             "question_id": str(i),
             "question_type_id": SEEDBENCH_FORMS[fact.form][1],
-            "image": [picture(scene)],
-            "segment": [],
+            "image": [image_of(scene)],
         }
         rows.append((qa.prompt, row))
-    return [table("default", "test", columns, shuffled(rows, split))]
+    types = columns(
+        "answer choice_a choice_b choice_c choice_d data_id data_type question question_id question_type_id:int16 "
+        "image:[image] segment:[int64]"
+    )
+    return [table("default", "test", types, rows, "seedbench")]
 
 
 # ScienceQA form -> number of questions, subject, topic and category. Text forms come without an image.
@@ -130,7 +102,6 @@ SCIENCEQA_FORMS = {
     "polygon": (20, "natural science", "earth-science", "Shapes"),
     "corners": (16, "natural science", "earth-science", "Shapes"),
 }
-
 SCIENCEQA_TEXT = {
     "text_sum": (4, "natural science", "physics", "Numbers"),
     "text_category": (4, "natural science", "biology", "Classification"),
@@ -143,32 +114,20 @@ SCIENCEQA_TEXT = {
 def scienceqa_img() -> list[Table]:
     """ScienceQA: most rows with a hint, twenty without an image."""
     split = "scienceqa_img"
-    columns = {
-        "image": "image",
-        "question": "string",
-        "choices": ["string"],
-        "answer": "int8",
-        "hint": "string",
-        "task": "string",
-        "grade": "string",
-        "subject": "string",
-        "topic": "string",
-        "category": "string",
-        "skill": "string",
-        "lecture": "string",
-        "solution": "string",
-    }
     rows, letters = [], Letters()
-    wanted = {form: n for form, (n, *_) in SCIENCEQA_FORMS.items()}
-    for scene, fact, rng in balanced_facts(split, wanted):
+    for scene, fact, rng in balanced_facts(split, SCIENCEQA_FORMS):
         qa = letters.dealt(as_choice(fact, rng, "scienceqa"))
-        rows.append((qa.prompt, _scienceqa_row(qa, picture(scene), SCIENCEQA_FORMS[fact.form])))
+        rows.append((qa.prompt, _scienceqa_row(qa, image_of(scene), SCIENCEQA_FORMS[fact.form])))
     rng = SeededRandom("text", split)
-    for form, (n, *_) in SCIENCEQA_TEXT.items():
-        for _ in range(n):
+    for form, filed in SCIENCEQA_TEXT.items():
+        for _ in range(filed[0]):
             qa = letters.dealt(as_choice(TEXT_FORMS[form](rng), rng, "scienceqa"))
-            rows.append((qa.prompt, _scienceqa_row(qa, None, SCIENCEQA_TEXT[form])))
-    return [table("ScienceQA-IMG", "test", columns, shuffled(rows, split))]
+            rows.append((qa.prompt, _scienceqa_row(qa, None, filed)))
+    types = columns(
+        "image:image question choices:[string] answer:int8 hint task grade subject topic category skill lecture "
+        "solution"
+    )
+    return [table("ScienceQA-IMG", "test", types, rows, split)]
 
 
 def _scienceqa_row(qa: QA, image: Image.Image | None, filed: tuple[int, str, str, str]) -> Row:
@@ -185,6 +144,4 @@ def _scienceqa_row(qa: QA, image: Image.Image | None, filed: tuple[int, str, str
         "topic": topic,
         "category": category,
         "skill": qa.form,
-        "lecture": "",
-        "solution": "",
     }

@@ -1,4 +1,4 @@
-"""MMMU: questions with options and open ones, about one picture or two."""
+"""MMMU: questions with options and open ones, about one image or two."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from itertools import count
 
 from PIL import Image
 
-from llava.mini.benchmarks.table import Letters, Quota, Table, balanced_facts, picture, shuffled, table
+from llava.mini.benchmarks.table import Letters, Quota, Table, balanced_facts, columns, image_of, table
 from llava.mini.forms import PAIR_FORMS, Fact
 from llava.mini.questions import QA, as_choice, as_open
-from llava.mini.scenes import Scene, SeededRandom, sample_scene
-
-__all__ = ["mmmu_val"]
+from llava.mini.scenes import Scene, sample_scene
+from llava.mini.seeded_random import SeededRandom
 
 # MMMU form -> (number with options, number of open questions, subject, subfield).
 MMMU_FORMS = {
@@ -27,30 +26,18 @@ MMMU_FORMS = {
     "category": (12, 0, "Biology", "Classification"),
     "code": (8, 0, "Computer_Science", "Programming"),
 }
-
 MMMU_PAIRS = {
-    "pair_exists": (12, "Design", "Comparison"),
-    "pair_more": (8, "Math", "Comparison"),
-    "pair_background": (8, "Art_Theory", "Comparison"),
-    "pair_read": (8, "Literature", "Comparison"),
+    "pair_exists": (12, "Design"),
+    "pair_more": (8, "Math"),
+    "pair_background": (8, "Art_Theory"),
+    "pair_read": (8, "Literature"),
 }
+IMAGES = [f"image_{i}" for i in range(1, 8)]
 
 
 def mmmu_val() -> list[Table]:
     """MMMU: with options and open, 36 of the questions about two images."""
     split = "mmmu_val"
-    columns = {
-        "id": "string",
-        "question": "string",
-        "options": "string",
-        "explanation": "string",
-        **{f"image_{i}": "image" for i in range(1, 8)},
-        "img_type": "string",
-        "answer": "string",
-        "topic_difficulty": "string",
-        "question_type": "string",
-        "subfield": "string",
-    }
     letters = Letters()
     asked: list[tuple[QA, str, str, list[Image.Image]]] = []
     options_left = {form: n for form, (n, *_) in MMMU_FORMS.items()}
@@ -62,11 +49,10 @@ def mmmu_val() -> list[Table]:
         else:
             qa = as_open(fact, "mmmu")
         _, _, subject, subfield = MMMU_FORMS[fact.form]
-        asked.append((qa, subject, subfield, [picture(scene)]))
-    for first, second, fact, rng in _balanced_pairs(split, {form: n for form, (n, *_) in MMMU_PAIRS.items()}):
+        asked.append((qa, subject, subfield, [image_of(scene)]))
+    for first, second, fact, rng in _balanced_pairs(split):
         qa = letters.dealt(as_choice(fact, rng, "mmmu"))
-        _, subject, subfield = MMMU_PAIRS[fact.form]
-        asked.append((qa, subject, subfield, [picture(first), picture(second)]))
+        asked.append((qa, MMMU_PAIRS[fact.form][1], "Comparison", [image_of(first), image_of(second)]))
 
     rows = []
     numbers: Counter[str] = Counter()
@@ -76,8 +62,7 @@ def mmmu_val() -> list[Table]:
             "id": f"validation_{subject}_{numbers[subject]}",
             "question": qa.question,
             "options": str(list(qa.choices)),
-            "explanation": "",
-            **{f"image_{i}": images[i - 1] if i <= len(images) else None for i in range(1, 8)},
+            **dict(zip(IMAGES, images, strict=False)),
             "img_type": "['Diagrams']",
             "answer": qa.answer,
             "topic_difficulty": "Easy",
@@ -85,12 +70,14 @@ def mmmu_val() -> list[Table]:
             "subfield": subfield,
         }
         rows.append((qa.prompt, row))
-    return [table("default", "validation", columns, shuffled(rows, split))]
+    shown = " ".join(f"{name}:image" for name in IMAGES)
+    types = columns(f"id question options explanation {shown} img_type answer topic_difficulty question_type subfield")
+    return [table("default", "validation", types, rows, split)]
 
 
-def _balanced_pairs(split: str, wanted: dict[str, int]) -> Iterator[tuple[Scene, Scene, Fact, SeededRandom]]:
+def _balanced_pairs(split: str) -> Iterator[tuple[Scene, Scene, Fact, SeededRandom]]:
     """Facts about two scenes; their seeds lie beyond those of the questions about one."""
-    quota = Quota(wanted)
+    quota = Quota({form: n for form, (n, _) in MMMU_PAIRS.items()})
     scenes = (sample_scene(seed, split) for seed in count(10**6))
     for first, second in zip(scenes, scenes, strict=False):
         rng = SeededRandom("pairs", split, first.seed)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-from llava.mini.benchmarks.table import Table, balanced_facts, picture, shuffled, table
+from llava.mini.benchmarks.table import Table, balanced_facts, columns, image_of, table
 from llava.mini.questions import as_open
-
-__all__ = ["gqa", "ok_vqa_val2014"]
 
 # GQA form -> number of questions, and the structural and semantic type that GQA would file it under.
 GQA_FORMS = {
@@ -26,33 +24,12 @@ GQA_FORMS = {
 
 
 def gqa() -> list[Table]:
-    """GQA: questions in one table and the images they ask about in another, three questions an image."""
-    split = "gqa"
-    columns = {
-        "id": "string",
-        "imageId": "string",
-        "question": "string",
-        "isBalanced": "bool",
-        "groups": {"global": "string", "local": "string"},
-        "entailed": "string",
-        "equivalent": "string",
-        "types": {"structural": "string", "semantic": "string", "detailed": "string"},
-        "answer": "string",
-        "fullAnswer": "string",
-        "semantic": [{"operation": "string", "argument": "string", "dependencies": ["int32"]}],
-        "annotations": {
-            "question": [{"objectId": "string", "value": "string"}],
-            "answer": [{"objectId": "string", "value": "string"}],
-            "fullAnswer": [{"objectId": "string", "value": "string"}],
-        },
-        "semanticStr": "string",
-    }
+    """GQA: questions in one table and the images they ask about in another, three questions per image."""
     images: dict[str, Image.Image] = {}
     rows = []
-    wanted = {form: n for form, (n, _, _) in GQA_FORMS.items()}
-    for i, (scene, fact, _) in enumerate(balanced_facts(split, wanted, per_scene=3)):
+    for i, (scene, fact, _) in enumerate(balanced_facts("gqa", GQA_FORMS, per_scene=3)):
         image_id = f"n{scene.seed:06d}"
-        images.setdefault(image_id, picture(scene))
+        images.setdefault(image_id, image_of(scene))
         _, structural, semantic = GQA_FORMS[fact.form]
         row = {
             "id": f"{i:08d}",
@@ -70,10 +47,17 @@ def gqa() -> list[Table]:
             "semanticStr": f"{structural}: {fact.form}",
         }
         rows.append((as_open(fact).prompt, row))
+    types = {
+        **columns("id imageId question isBalanced:bool entailed equivalent answer fullAnswer semanticStr"),
+        "groups": columns("global local"),
+        "types": columns("structural semantic detailed"),
+        "semantic": [columns("operation argument dependencies:[int32]")],
+        "annotations": {name: [columns("objectId value")] for name in ("question", "answer", "fullAnswer")},
+    }
     image_rows = [{"id": image_id, "image": image} for image_id, image in images.items()]
     return [
-        table("testdev_balanced_instructions", "testdev", columns, shuffled(rows, split)),
-        Table("testdev_balanced_images", "testdev", {"id": "string", "image": "image"}, image_rows, []),
+        table("testdev_balanced_instructions", "testdev", types, rows, "gqa"),
+        Table("testdev_balanced_images", "testdev", columns("id image:image"), image_rows, []),
     ]
 
 
@@ -82,24 +66,16 @@ OK_VQA_FORMS = {"fruit": 64, "category": 56, "corners": 48, "sound": 40}
 
 def ok_vqa_val2014() -> list[Table]:
     """OK-VQA: what is seen has to be joined with something known; ten answers, eight of them the plain right one."""
-    split = "ok_vqa_val2014"
-    columns = {
-        "question_id": "string",
-        "image": "image",
-        "question": "string",
-        "answers": ["string"],
-        "question_type": "string",
-        "answer_type": "string",
-    }
     rows = []
-    for i, (scene, fact, rng) in enumerate(balanced_facts(split, OK_VQA_FORMS)):
+    for i, (scene, fact, rng) in enumerate(balanced_facts("ok_vqa_val2014", OK_VQA_FORMS)):
         row = {
             "question_id": str(1000 + i),
-            "image": picture(scene),
+            "image": image_of(scene),
             "question": fact.question,
             "answers": rng.shuffled([fact.answer] * 8 + ["not sure", "unclear"]),
             "question_type": fact.form,
             "answer_type": "other",
         }
         rows.append((as_open(fact, "okvqa").prompt, row))
-    return [table("default", "val2014", columns, shuffled(rows, split))]
+    types = columns("question_id image:image question answers:[string] question_type answer_type")
+    return [table("default", "val2014", types, rows, "ok_vqa_val2014")]

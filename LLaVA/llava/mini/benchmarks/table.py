@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
 from typing import Any
@@ -13,23 +13,10 @@ from PIL import Image
 
 from llava.mini.forms import FORMS, Fact
 from llava.mini.questions import QA
-from llava.mini.scenes import WORLD_VERSION, Scene, SeededRandom, render, sample_scene
-
-__all__ = [
-    "SOURCE",
-    "Letters",
-    "Quota",
-    "Row",
-    "Table",
-    "balanced_facts",
-    "picture",
-    "scenes_of",
-    "shuffled",
-    "table",
-]
+from llava.mini.scenes import Scene, render, sample_scene
+from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
 
 SOURCE = f"llava-mini world {WORLD_VERSION}"
-
 
 Row = dict[str, Any]
 
@@ -43,10 +30,9 @@ class Table:
     config, split : str
         Names under which the data set is loaded.
     columns : dict
-        Column name -> type: a name that ``datasets.Value`` takes, ``"image"``, a one-element list of a type, or a
-        dict of types.
+        Column name -> type: see `columns`.
     rows : list of dict
-        One value a column; images as ``PIL.Image.Image``.
+        One value per column; images as ``PIL.Image.Image``.
     prompts : list of str
         For each row the prompt that its task has to make of it; empty for a table of bare images.
     """
@@ -58,14 +44,46 @@ class Table:
     prompts: list[str]
 
 
+def columns(text: str) -> dict[str, Any]:
+    """Column types from ``"name name:type name:[type]"``.
+
+    A type is a name that ``datasets.Value`` takes, string where none is stated, or ``image``; brackets make it a list.
+    """
+    named = (word.partition(":")[::2] for word in text.split())
+    return {name: [kind[1:-1]] if kind.startswith("[") else kind or "string" for name, kind in named}
+
+
+def table(
+    config: str, split: str, types: dict[str, Any], rows: Iterable[tuple[str, Row]], order: str | None = None
+) -> Table:
+    """A table of pairs of a prompt and the row that has to give it.
+
+    Parameters
+    ----------
+    types : dict
+        See `columns`. A row may leave out a column: its value is then empty, 0 or no image.
+    order : str, optional
+        The split of the world whose fixed random order the rows get; None for the order that they come in.
+    """
+    rows = list(rows) if order is None else SeededRandom("order", order).shuffled(list(rows))
+    full = [{name: row[name] if name in row else _empty(kind) for name, kind in types.items()} for _, row in rows]
+    return Table(config, split, types, full, [prompt for prompt, _ in rows])
+
+
+def _empty(kind: Any) -> Any:
+    if isinstance(kind, list):
+        return []
+    return {"string": "", "image": None}.get(kind, 0)
+
+
 def scenes_of(split: str) -> Iterator[Scene]:
     """The split's scenes, from seed 0 on, without end."""
     return (sample_scene(seed, split) for seed in count())
 
 
 @lru_cache(maxsize=16)
-def picture(scene: Scene) -> Image.Image:
-    """The scene's picture; rows that show the same scene one after the other share it."""
+def image_of(scene: Scene) -> Image.Image:
+    """The scene's image; rows that show the same scene one after the other share it."""
     return render(scene)
 
 
@@ -101,10 +119,18 @@ class Quota:
 
 
 def balanced_facts(
-    split: str, wanted: dict[str, int], per_scene: int = 1, fits: Callable[[Fact], bool] = lambda fact: True
+    split: str, wanted: dict[str, Any], per_scene: int = 1, fits: Callable[[Fact], bool] = lambda fact: True
 ) -> Iterator[tuple[Scene, Fact, SeededRandom]]:
-    """Facts of the wanted forms with balanced answers, at most `per_scene` a scene."""
-    quota = Quota(wanted)
+    """Facts with balanced answers, at most `per_scene` about one scene.
+
+    Parameters
+    ----------
+    wanted : dict
+        Form -> number of facts, or a tuple that begins with it.
+    fits : callable
+        Facts for which it is false are left out.
+    """
+    quota = Quota({form: n[0] if isinstance(n, tuple) else n for form, n in wanted.items()})
     for scene in scenes_of(split):
         rng = SeededRandom("facts", split, scene.seed)
         taken = 0
@@ -120,7 +146,7 @@ def balanced_facts(
 
 
 class Letters:
-    """Sees to it that right options stand behind all letters in turn, for every number of options."""
+    """Makes each letter the right one equally often, for every number of options."""
 
     def __init__(self) -> None:
         self.given: Counter[int] = Counter()
@@ -131,15 +157,4 @@ class Letters:
         here, there = ord(qa.answer) - ord("A"), self.given[len(choices)] % len(choices)
         self.given[len(choices)] += 1
         choices[here], choices[there] = choices[there], choices[here]
-        return QA(qa.form, qa.style, qa.question, chr(ord("A") + there), tuple(choices), qa.hint)
-
-
-def shuffled(rows: list[tuple[str, Row]], split: str) -> list[tuple[str, Row]]:
-    """The rows in the split's fixed random order."""
-    return SeededRandom("order", split).shuffled(rows)
-
-
-def table(config: str, split: str, columns: dict[str, Any], rows: Iterable[tuple[str, Row]]) -> Table:
-    """A table of pairs of a prompt and the row that has to give it."""
-    prompts, values = zip(*rows, strict=True)
-    return Table(config, split, columns, list(values), list(prompts))
+        return replace(qa, answer=chr(ord("A") + there), choices=tuple(choices))

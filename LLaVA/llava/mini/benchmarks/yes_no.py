@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llava.mini.benchmarks.table import SOURCE, Row, Table, picture, scenes_of, shuffled, table
+from llava.mini.benchmarks.table import SOURCE, Row, Table, columns, image_of, scenes_of, table
 from llava.mini.captions import an
 from llava.mini.forms import FORMS, Fact
 from llava.mini.forms.perception import absent_kind
 from llava.mini.questions import as_open
-from llava.mini.scenes import COLORS, SHAPES, Scene, SeededRandom
-
-__all__ = ["mme", "pope"]
+from llava.mini.scenes import COLORS, SHAPES, Scene
+from llava.mini.seeded_random import SeededRandom
 
 
 def pope() -> list[Table]:
-    """POPE: is there such an object? Six questions a picture, a yes and a no each way of choosing what is absent.
+    """POPE: is there such an object? Six questions per image, a yes and a no each way of choosing what is absent.
 
-    ``random``: any kind; ``popular``: one that many other pictures show; ``adversarial``: one whose colour and shape
-    are both in the picture, on different objects.
+    ``random``: any kind; ``popular``: one that many other images show; ``adversarial``: one whose colour and shape
+    are both in the image, on different objects.
     """
     split = "pope"
-    columns = {
-        "id": "string",
-        "question_id": "string",
-        "question": "string",
-        "answer": "string",
-        "image_source": "string",
-        "image": "image",
-        "category": "string",
-    }
     scenes: list[Scene] = []
     for scene in scenes_of(split):
         # Three kinds of at least two colours and two shapes: else there is nothing tempting to ask for.
@@ -57,18 +47,19 @@ def pope() -> list[Table]:
                     "question": question,
                     "answer": answer,
                     "image_source": f"{SOURCE} {split} {scene.seed}",
-                    "image": picture(scene),
+                    "image": image_of(scene),
                     "category": category,
                 }
                 rows.append((as_open(Fact("exists", question, answer)).prompt, row))
-    return [table("default", "test", columns, shuffled(rows, split))]
+    types = columns("id question_id question answer image_source image:image category")
+    return [table("default", "test", types, rows, split)]
 
 
 def _kinds(scene: Scene) -> list[str]:
     return sorted({f"{o.color} {o.shape}" for o in scene.shapes})
 
 
-# MME category -> (form, number of picture pairs); the category names are the ones that the metric knows.
+# MME category -> (form, number of pairs); the category names are the ones that the metric knows.
 MME_FORMS = {
     "existence": (("exists",), 12),
     "count": (("is_count",), 12),
@@ -84,15 +75,8 @@ MME_FORMS = {
 
 
 def mme() -> list[Table]:
-    """MME: two questions a picture, one to be answered with yes and one with no."""
+    """MME: two questions per image, one to be answered with yes and one with no."""
     split = "mme"
-    columns = {
-        "question_id": "string",
-        "image": "image",
-        "question": "string",
-        "answer": "string",
-        "category": "string",
-    }
     left = {category: n for category, (_, n) in MME_FORMS.items()}
     pairs = []
     for scene in scenes_of(split):
@@ -107,11 +91,9 @@ def mme() -> list[Table]:
             break
         if not any(left.values()):
             break
-    return [
-        table(
-            "default", "test", columns, [row for pair in SeededRandom("order", split).shuffled(pairs) for row in pair]
-        )
-    ]
+    # The metric takes rows in pairs: these are what is shuffled.
+    rows = [row for pair in SeededRandom("order", split).shuffled(pairs) for row in pair]
+    return [table("default", "test", columns("question_id image:image question answer category"), rows)]
 
 
 def _yes_and_no(scene: Scene, rng: SeededRandom, form: str) -> list[Fact] | None:
@@ -129,7 +111,7 @@ def _yes_and_no(scene: Scene, rng: SeededRandom, form: str) -> list[Fact] | None
 def _mme_row(question_id: str, scene: Scene, fact: Fact, category: str) -> Row:
     return {
         "question_id": question_id,
-        "image": picture(scene),
+        "image": image_of(scene),
         "question": f"{fact.question} Please answer yes or no.",
         "answer": fact.answer.capitalize(),
         "category": category,

@@ -16,7 +16,8 @@ from llava.mini.forms.pairs import PAIR_FORMS
 from llava.mini.forms.perception import PERCEPTION_FORMS
 from llava.mini.forms.texts import TEXT_FORMS
 from llava.mini.forms.with_hint import FORMS_WITH_HINT
-from llava.mini.scenes import Scene, SeededRandom
+from llava.mini.scenes import Scene
+from llava.mini.seeded_random import SeededRandom
 
 __all__ = ["FORMS", "PAIR_FORMS", "TEXT_FORMS", "Fact"]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llava.mini.captions import COUNT_WORDS, PLURALS
-from llava.mini.forms.facts import Fact, near_numbers, yes_no
-from llava.mini.scenes import COLORS, SHAPES, SIZES, Scene, SeededRandom
-
-__all__ = ["COUNTING_FORMS", "COUNT_SHARES", "countable_kinds"]
+from llava.mini.forms.facts import Fact, named, near_numbers, yes_no
+from llava.mini.scenes import COLORS, SHAPES, SIZES, Scene
+from llava.mini.seeded_random import SeededRandom
 
 # Of a thousand kinds of a sort that a scene of this world shows, how many it shows once, twice, ... eight times.
 COUNT_SHARES = {
@@ -61,15 +58,15 @@ def _is_count(scene: Scene, rng: SeededRandom) -> Fact | None:
     kind, n = rng.choice(tuple(sorts[sort].items()))
     other = n + rng.choice((-1, 1))
     shares = (0, *COUNT_SHARES[sort], 0)
-    # Take n and its neighbour as often as the rarer of the two occurs; then either may be the one that is told.
+    # Take n and its neighbour as often as the rarer of the two occurs; then either may be the one that is stated.
     if rng.below(shares[n]) >= shares[other]:
         return None
     yes = rng.chance(50)
-    told = n if yes else other
-    if told == 1:
+    stated = n if yes else other
+    if stated == 1:
         return yes_no("is_count", f"Is there exactly one {_singular(kind)} in the image?", yes)
     wording = rng.choice(("Are there exactly {} {} in the image?", "Are there {} {} in this image?"))
-    return yes_no("is_count", wording.format(COUNT_WORDS[told], kind), yes)
+    return yes_no("is_count", wording.format(COUNT_WORDS[stated], kind), yes)
 
 
 def _singular(kind: str) -> str:
@@ -89,8 +86,4 @@ def _more(scene: Scene, rng: SeededRandom) -> Fact | None:
     return Fact("more", f"Which are there more of, {first} or {second}?", more, (fewer,))
 
 
-COUNTING_FORMS: dict[str, Callable[[Scene, SeededRandom], Fact | None]] = {
-    "count": _count,
-    "is_count": _is_count,
-    "more": _more,
-}
+COUNTING_FORMS = named(_count, _is_count, _more)

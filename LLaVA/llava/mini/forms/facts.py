@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from llava.mini.seeded_random import SeededRandom
-
-__all__ = ["Fact", "near_numbers", "other_than", "yes_no"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +33,8 @@ def near_numbers(rng: SeededRandom, n: int, lowest: int, highest: int) -> tuple[
 def yes_no(form: str, question: str, yes: bool, hint: str = "") -> Fact:
     """A fact whose answer is yes or no."""
     return Fact(form, question, "yes" if yes else "no", ("no" if yes else "yes",), hint)
+
+
+def named(*forms: Callable) -> dict[str, Callable]:
+    """Forms by name: that of the function, without the underscore in front."""
+    return {form.__name__.lstrip("_"): form for form in forms}

@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
+from functools import wraps
 
 from llava.mini.captions import an
-from llava.mini.forms.facts import Fact, near_numbers, other_than, yes_no
+from llava.mini.forms.facts import Fact, named, near_numbers, other_than, yes_no
 from llava.mini.forms.naming import some_phrase
-from llava.mini.scenes import NUMBERS, WORDS, Scene, SceneObject, SeededRandom
-
-__all__ = [
-    "CATEGORIES",
-    "CATEGORY_OF",
-    "CORNERS",
-    "CORNER_COUNTS",
-    "FRENCH",
-    "FRUITS",
-    "KNOWLEDGE_FORMS",
-    "SOUNDS",
-    "only_sign",
-]
-
-# As many words in each category, and as many living as lifeless things, so that no answer is the likelier one.
-CATEGORIES = {
-    "animal": ("cat", "dog", "fox", "cow", "bird", "fish"),
-    "food": ("milk", "cake", "apple", "lemon", "bread", "rice"),
-    "vehicle": ("car", "bus", "boat", "train", "truck", "bike"),
-    "nature": ("sun", "sky", "tree", "leaf", "stone", "cloud"),
-}
+from llava.mini.scenes import CATEGORIES, NUMBERS, WORDS, Scene, SceneObject
+from llava.mini.seeded_random import SeededRandom
 
 CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word in words}
 
 SOUNDS = {"cat": "meow", "dog": "bark", "cow": "moo", "bird": "tweet"}
 
-FRENCH = {
-    "cat": "chat",
-    "dog": "chien",
-    "fox": "renard",
-    "cow": "vache",
-    "bird": "oiseau",
-    "fish": "poisson",
-    "milk": "lait",
-    "apple": "pomme",
-    "lemon": "citron",
-    "bread": "pain",
-    "rice": "riz",
-    "car": "voiture",
-    "boat": "bateau",
-    "truck": "camion",
-    "sun": "soleil",
-    "sky": "ciel",
-    "tree": "arbre",
-    "leaf": "feuille",
-    "stone": "pierre",
-    "cloud": "nuage",
-}
+FRENCH = dict(
+    re.findall(
+        r"(\w+):(\w+)",
+        "cat:chat dog:chien fox:renard cow:vache bird:oiseau fish:poisson milk:lait apple:pomme lemon:citron "
+        "bread:pain rice:riz car:voiture boat:bateau truck:camion sun:soleil sky:ciel tree:arbre leaf:feuille "
+        "stone:pierre cloud:nuage",
+    )
+)
 
 FRUITS = {
     "red": "cherry",
@@ -71,49 +40,52 @@ CORNERS = {"circle": 0, "ring": 0, "triangle": 3, "square": 4, "diamond": 4, "st
 CORNER_COUNTS = ("0", "3", "4", "10", "12")
 
 
-def only_sign(scene: Scene, texts: Iterable[str]) -> SceneObject | None:
-    """The scene's one sign with a word (or with a number, when `texts` are numbers), if its text is in `texts`."""
+def on_sign(texts: Iterable[str]) -> Callable[[Callable], Callable[[Scene, SeededRandom], Fact | None]]:
+    """Makes a form of a function that states a fact about one sign: about the scene's only one with a word.
+
+    (Or with a number, when `texts` are numbers.) The form states nothing where that sign's text is not in `texts`.
+    """
     texts = tuple(texts)
     alphabet = NUMBERS if texts[0] in NUMBERS else WORDS
-    signs = [s for s in scene.signs if s.text in alphabet]
-    return signs[0] if len(signs) == 1 and signs[0].text in texts else None
+
+    def wrap(state: Callable[[SceneObject, SeededRandom], Fact]) -> Callable[[Scene, SeededRandom], Fact | None]:
+        @wraps(state)
+        def form(scene: Scene, rng: SeededRandom) -> Fact | None:
+            signs = [sign for sign in scene.signs if sign.text in alphabet]
+            return state(signs[0], rng) if len(signs) == 1 and signs[0].text in texts else None
+
+        return form
+
+    return wrap
 
 
-def _category(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, WORDS)
-    if sign is None:
-        return None
+@on_sign(WORDS)
+def _category(sign: SceneObject, rng: SeededRandom) -> Fact:
     answer = CATEGORY_OF[sign.text]
     wording = rng.choice(("What kind of thing does the sign name?", "What kind of thing is the word about?"))
     return Fact("category", wording, answer, other_than(CATEGORIES, answer))
 
 
-def _is_category(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, WORDS)
-    if sign is None:
-        return None
+@on_sign(WORDS)
+def _is_category(sign: SceneObject, rng: SeededRandom) -> Fact:
     answer = CATEGORY_OF[sign.text]
     yes = rng.chance(50)
-    told = answer if yes else rng.choice(other_than(CATEGORIES, answer))
-    noun = {"food": "food", "nature": "something in nature"}.get(told, an(told))
+    stated = answer if yes else rng.choice(other_than(CATEGORIES, answer))
+    noun = {"food": "food", "nature": "something in nature"}.get(stated, an(stated))
     return yes_no("is_category", f"Does the word in the image name {noun}?", yes)
 
 
-def _sound(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, SOUNDS)
-    if sign is None:
-        return None
+@on_sign(SOUNDS)
+def _sound(sign: SceneObject, rng: SeededRandom) -> Fact:
     answer = SOUNDS[sign.text]
     return Fact("sound", "What sound does the animal on the sign make?", answer, other_than(SOUNDS.values(), answer))
 
 
-def _is_french(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, FRENCH)
-    if sign is None:
-        return None
+@on_sign(FRENCH)
+def _is_french(sign: SceneObject, rng: SeededRandom) -> Fact:
     yes = rng.chance(50)
-    told = FRENCH[sign.text] if yes else rng.choice(other_than(FRENCH.values(), FRENCH[sign.text]))
-    return yes_no("is_french", f'Is "{told}" the French translation of the word in the image?', yes)
+    stated = FRENCH[sign.text] if yes else rng.choice(other_than(FRENCH.values(), FRENCH[sign.text]))
+    return yes_no("is_french", f'Is "{stated}" the French translation of the word in the image?', yes)
 
 
 def _fruit(scene: Scene, rng: SeededRandom) -> Fact | None:
@@ -134,10 +106,8 @@ def _corners(scene: Scene, rng: SeededRandom) -> Fact | None:
     return Fact("corners", f"How many corners does the {phrase} have?", answer, other_than(CORNER_COUNTS, answer))
 
 
-def _number_size(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, NUMBERS)
-    if sign is None:
-        return None
+@on_sign(NUMBERS)
+def _number_size(sign: SceneObject, rng: SeededRandom) -> Fact:
     n = int(sign.text)
     wordings = {
         "Is the number in the image greater than 4?": n > 4,
@@ -149,31 +119,25 @@ def _number_size(scene: Scene, rng: SeededRandom) -> Fact | None:
     return yes_no("number_size", question, wordings[question])
 
 
-def _sum(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, NUMBERS)
-    if sign is None:
-        return None
+@on_sign(NUMBERS)
+def _sum(sign: SceneObject, rng: SeededRandom) -> Fact:
     added = rng.between(1, 3)
     total = int(sign.text) + added
     question = f"What is the number in the image plus {added}?"
     return Fact("sum", question, str(total), near_numbers(rng, total, added, 9 + added))
 
 
-def _is_sum(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, NUMBERS)
-    if sign is None:
-        return None
+@on_sign(NUMBERS)
+def _is_sum(sign: SceneObject, rng: SeededRandom) -> Fact:
     added = rng.between(1, 3)
     total = int(sign.text) + added
     yes = rng.chance(50)
-    told = total if yes else rng.choice([m for m in range(added, 10 + added) if m != total])
-    return yes_no("is_sum", f"Is the number in the image plus {added} equal to {told}?", yes)
+    stated = total if yes else rng.choice([m for m in range(added, 10 + added) if m != total])
+    return yes_no("is_sum", f"Is the number in the image plus {added} equal to {stated}?", yes)
 
 
-def _code(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, NUMBERS)
-    if sign is None:
-        return None
+@on_sign(NUMBERS)
+def _code(sign: SceneObject, rng: SeededRandom) -> Fact:
     n = int(sign.text)
     codes = {"n > 4": n > 4, "n < 5": n < 5, "n % 2 == 0": n % 2 == 0, "n % 2 == 1": n % 2 == 1}
     code = rng.choice(tuple(codes))
@@ -184,15 +148,6 @@ def _code(scene: Scene, rng: SeededRandom) -> Fact | None:
     return yes_no("code", question, codes[code])
 
 
-KNOWLEDGE_FORMS: dict[str, Callable[[Scene, SeededRandom], Fact | None]] = {
-    "category": _category,
-    "is_category": _is_category,
-    "sound": _sound,
-    "is_french": _is_french,
-    "fruit": _fruit,
-    "corners": _corners,
-    "number_size": _number_size,
-    "sum": _sum,
-    "is_sum": _is_sum,
-    "code": _code,
-}
+KNOWLEDGE_FORMS = named(
+    _category, _is_category, _sound, _is_french, _fruit, _corners, _number_size, _sum, _is_sum, _code
+)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from llava.mini.captions import at
-from llava.mini.scenes import IMAGE_SIZE, SIGN, Scene, SceneObject, SeededRandom
+from llava.mini.scenes import IMAGE_SIZE, SIGN, Scene, SceneObject
+from llava.mini.seeded_random import SeededRandom
 
 __all__ = ["APART", "INSIDE", "firmly_placed", "phrase_for", "phrases_for", "some_phrase", "two_phrases"]
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llava.mini.captions import an
-from llava.mini.forms.facts import Fact
-from llava.mini.scenes import Scene, SeededRandom
-
-__all__ = ["PAIR_FORMS"]
+from llava.mini.forms.facts import Fact, named
+from llava.mini.scenes import Scene
+from llava.mini.seeded_random import SeededRandom
 
 FIRST, SECOND = "the first image", "the second image"
 
@@ -56,10 +53,5 @@ def _pair_read(a: Scene, b: Scene, rng: SeededRandom) -> Fact | None:
     return _which_image("pair_read", question, first)
 
 
-PAIR_FORMS: dict[str, Callable[[Scene, Scene, SeededRandom], Fact | None]] = {
-    "pair_exists": _pair_exists,
-    "pair_more": _pair_more,
-    "pair_background": _pair_background,
-    "pair_read": _pair_read,
-}
+PAIR_FORMS = named(_pair_exists, _pair_more, _pair_background, _pair_read)
 """Form name -> function of two scenes and a `SeededRandom`; the question names them ``<image 1> <image 2>``."""

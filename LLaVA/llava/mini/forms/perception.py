@@ -1,11 +1,11 @@
-"""Forms that looking at the picture answers: what there is, its colour, shape and size, where it is, what it says."""
+"""Forms that looking at the image answers: what there is, its colour, shape and size, where it is, what it says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from llava.mini.captions import an
-from llava.mini.forms.facts import Fact, other_than, yes_no
+from llava.mini.forms.facts import Fact, named, other_than, yes_no
 from llava.mini.forms.naming import APART, INSIDE, firmly_placed, phrase_for, some_phrase, two_phrases
 from llava.mini.scenes import (
     BACKGROUNDS,
@@ -19,10 +19,8 @@ from llava.mini.scenes import (
     WORDS,
     Scene,
     SceneObject,
-    SeededRandom,
 )
-
-__all__ = ["PERCEPTION_FORMS", "absent_kind", "present_kind"]
+from llava.mini.seeded_random import SeededRandom
 
 
 def _exists(scene: Scene, rng: SeededRandom) -> Fact | None:
@@ -47,7 +45,7 @@ def present_kind(scene: Scene, rng: SeededRandom, with_color: bool) -> str:
 def absent_kind(scene: Scene, rng: SeededRandom, with_color: bool, tempting: bool) -> str | None:
     """A kind of shape that the scene does not show, or None when there is none of that sort.
 
-    A tempting one has a colour and a shape that are both in the picture, only not together.
+    A tempting one has a colour and a shape that are both in the image, only not together.
     """
     shown = {(o.color, o.shape) for o in scene.shapes}
     if not with_color:
@@ -69,42 +67,40 @@ def _both(scene: Scene, rng: SeededRandom) -> Fact | None:
     return yes_no("both", f"Are there both {an(pair[0])} and {an(pair[1])} in the image?", yes)
 
 
-def _color(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, scene.objects, hide=("color",))
-    if named is None:
-        return None
-    thing, phrase = named
-    wording = rng.choice(("What color is the {}?", "What is the color of the {}?", "Which color does the {} have?"))
-    return Fact("color", wording.format(phrase), thing.color, other_than(COLORS, thing.color))
+def _asks_for(
+    attribute: str, options: Iterable[str], *wordings: str, signs: bool = False
+) -> Callable[[Scene, SeededRandom], Fact | None]:
+    """The form that asks for an attribute of one shape, or also of a sign."""
+
+    def form(scene: Scene, rng: SeededRandom) -> Fact | None:
+        found = some_phrase(scene, rng, scene.objects if signs else scene.shapes, hide=(attribute,))
+        if found is None:
+            return None
+        thing, phrase = found
+        answer = getattr(thing, attribute)
+        return Fact(attribute, rng.choice(wordings).format(phrase), answer, other_than(options, answer))
+
+    form.__name__ = attribute
+    return form
+
+
+_color = _asks_for(
+    *("color", COLORS, "What color is the {}?", "What is the color of the {}?", "Which color does the {} have?"),
+    signs=True,
+)
+_shape = _asks_for("shape", SHAPES, "What is the {}?", "What shape is the {}?", "Which shape is the {}?")
+_size = _asks_for("size", SIZES, "How big is the {}?", "What size is the {}?")
 
 
 def _is_color(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, scene.objects, hide=("color",))
-    if named is None:
+    found = some_phrase(scene, rng, scene.objects, hide=("color",))
+    if found is None:
         return None
-    thing, phrase = named
+    thing, phrase = found
     yes = rng.chance(50)
     nearby = other_than(sorted({o.color for o in scene.objects}), thing.color)
     others = nearby if nearby and rng.chance(50) else other_than(COLORS, thing.color)
     return yes_no("is_color", f"Is the {phrase} {thing.color if yes else rng.choice(others)}?", yes)
-
-
-def _shape(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, scene.shapes, hide=("shape",))
-    if named is None:
-        return None
-    thing, phrase = named
-    wording = rng.choice(("What is the {}?", "What shape is the {}?", "Which shape is the {}?"))
-    return Fact("shape", wording.format(phrase), thing.shape, other_than(SHAPES, thing.shape))
-
-
-def _size(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, scene.shapes, hide=("size",))
-    if named is None:
-        return None
-    thing, phrase = named
-    wording = rng.choice(("How big is the {}?", "What size is the {}?"))
-    return Fact("size", wording.format(phrase), thing.size, other_than(SIZES, thing.size))
 
 
 def _left_of(a: SceneObject, b: SceneObject) -> bool:
@@ -161,10 +157,10 @@ def _related(scene: Scene, rng: SeededRandom) -> Fact | None:
 def _side(scene: Scene, rng: SeededRandom) -> Fact | None:
     axis = rng.below(2)
     clear = [o for o in scene.objects if abs(o.center[axis] - IMAGE_SIZE // 2) >= 2 * INSIDE]
-    named = some_phrase(scene, rng, clear, hide=("place",))
-    if named is None:
+    found = some_phrase(scene, rng, clear, hide=("place",))
+    if found is None:
         return None
-    thing, phrase = named
+    thing, phrase = found
     names = (("left", "right"), ("top", "bottom"))[axis]
     before = thing.center[axis] < IMAGE_SIZE // 2
     answer, wrong = names if before else names[::-1]
@@ -178,19 +174,19 @@ def _side(scene: Scene, rng: SeededRandom) -> Fact | None:
 
 
 def _place(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, [o for o in scene.objects if firmly_placed(o)], hide=("place",))
-    if named is None:
+    found = some_phrase(scene, rng, [o for o in scene.objects if firmly_placed(o)], hide=("place",))
+    if found is None:
         return None
-    thing, phrase = named
+    thing, phrase = found
     wording = rng.choice(("Where in the image is the {}?", "Where is the {}?", "In which part of the image is the {}?"))
     return Fact("place", wording.format(phrase), thing.place, other_than(PLACES, thing.place))
 
 
 def _read(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, scene.signs, hide=("text",))
-    if named is None:
+    found = some_phrase(scene, rng, scene.signs, hide=("text",))
+    if found is None:
         return None
-    thing, phrase = named
+    thing, phrase = found
     alphabet, sort = (NUMBERS, "number") if thing.text in NUMBERS else (WORDS, "word")
     wordings = ("What does the {} say?", "What is written on the {}?", f"What {sort} is on the {{}}?")
     return Fact("read", rng.choice(wordings).format(phrase), thing.text, other_than(alphabet, thing.text))
@@ -220,13 +216,14 @@ def _background(scene: Scene, rng: SeededRandom) -> Fact:
 def _is_background(scene: Scene, rng: SeededRandom) -> Fact:
     yes = rng.chance(50)
     if rng.chance(50):
-        told = scene.background if yes else rng.choice(other_than(BACKGROUNDS, scene.background))
+        stated = scene.background if yes else rng.choice(other_than(BACKGROUNDS, scene.background))
     else:
-        told = scene.texture if yes else rng.choice(other_than(TEXTURES, scene.texture))
-    return yes_no("is_background", f"Does this image show a {told} background?", yes)
+        stated = scene.texture if yes else rng.choice(other_than(TEXTURES, scene.texture))
+    return yes_no("is_background", f"Does this image show a {stated} background?", yes)
 
 
 def larger(scene: Scene, rng: SeededRandom) -> Fact | None:
+    """Which of two shapes is larger, or smaller; `llava.mini.forms.with_hint` asks for weights instead."""
     pair = two_phrases(
         scene,
         rng,
@@ -253,21 +250,7 @@ def _same_color(scene: Scene, rng: SeededRandom) -> Fact | None:
     return yes_no("same_color", f"Are the {first} and the {second} the same color?", yes)
 
 
-PERCEPTION_FORMS: dict[str, Callable[[Scene, SeededRandom], Fact | None]] = {
-    "exists": _exists,
-    "both": _both,
-    "color": _color,
-    "is_color": _is_color,
-    "shape": _shape,
-    "size": _size,
-    "relation": _relation,
-    "related": _related,
-    "side": _side,
-    "place": _place,
-    "read": _read,
-    "is_text": _is_text,
-    "background": _background,
-    "is_background": _is_background,
-    "larger": larger,
-    "same_color": _same_color,
-}
+PERCEPTION_FORMS = named(
+    *(_exists, _both, _color, _is_color, _shape, _size, _relation, _related, _side, _place, _read, _is_text),
+    *(_background, _is_background, larger, _same_color),
+)

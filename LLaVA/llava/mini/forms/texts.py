@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llava.mini.captions import an
-from llava.mini.forms.facts import Fact, near_numbers, other_than
-from llava.mini.forms.knowledge import CATEGORIES, CATEGORY_OF, CORNER_COUNTS, CORNERS, FRUITS, SOUNDS
-from llava.mini.scenes import COLORS, WORDS, SeededRandom
-
-__all__ = ["TEXT_FORMS"]
+from llava.mini.forms.facts import Fact, named, near_numbers, other_than
+from llava.mini.forms.knowledge import CATEGORY_OF, CORNER_COUNTS, CORNERS, FRUITS, SOUNDS
+from llava.mini.scenes import CATEGORIES, COLORS, WORDS
+from llava.mini.seeded_random import SeededRandom
 
 
 def _text_sum(rng: SeededRandom) -> Fact:
@@ -45,11 +42,5 @@ def _text_sound(rng: SeededRandom) -> Fact:
     )
 
 
-TEXT_FORMS: dict[str, Callable[[SeededRandom], Fact]] = {
-    "text_sum": _text_sum,
-    "text_category": _text_category,
-    "text_corners": _text_corners,
-    "text_fruit": _text_fruit,
-    "text_sound": _text_sound,
-}
+TEXT_FORMS = named(_text_sum, _text_category, _text_corners, _text_fruit, _text_sound)
 """Form name -> function of a `SeededRandom`: questions that need no image."""

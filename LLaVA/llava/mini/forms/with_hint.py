@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from llava.mini.forms.facts import Fact, other_than
-from llava.mini.forms.knowledge import CATEGORIES, only_sign
+from llava.mini.forms.facts import Fact, named, other_than
+from llava.mini.forms.knowledge import on_sign
 from llava.mini.forms.naming import APART, INSIDE, phrase_for, some_phrase, two_phrases
 from llava.mini.forms.perception import larger
-from llava.mini.scenes import Scene, SceneObject, SeededRandom
-
-__all__ = ["FORMS_WITH_HINT"]
+from llava.mini.scenes import CATEGORIES, Scene, SceneObject
+from llava.mini.seeded_random import SeededRandom
 
 LIVING = (*CATEGORIES["animal"], "tree", "leaf")
-
 LIFELESS = (*CATEGORIES["vehicle"], "stone", "cloud")
-
 POLYGONS = ("square", "triangle", "star", "cross", "diamond")
-
+MAP = "The image is a map. North is at the top and east is on the right."
 FEELINGS = {"red": "hot", "blue": "cold", "yellow": "bright", "black": "dark"}
 
 
@@ -33,8 +28,7 @@ def _compass(scene: Scene, rng: SeededRandom) -> Fact | None:
     dx, dy = a.center[0] - b.center[0], a.center[1] - b.center[1]
     answer = ("east" if dx > 0 else "west") if abs(dx) > abs(dy) else ("south" if dy > 0 else "north")
     question = f"In which direction is the {first} from the {second}?"
-    hint = "The image is a map. North is at the top and east is on the right."
-    return Fact("compass", question, answer, other_than(("north", "east", "south", "west"), answer), hint)
+    return Fact("compass", question, answer, other_than(("north", "east", "south", "west"), answer), MAP)
 
 
 def _farthest(scene: Scene, rng: SeededRandom) -> Fact | None:
@@ -47,8 +41,7 @@ def _farthest(scene: Scene, rng: SeededRandom) -> Fact | None:
     if abs(ranked[0][0].center[axis] - ranked[1][0].center[axis]) < 2 * INSIDE:
         return None
     wrong = tuple(f"the {phrase}" for _, phrase in ranked[1:])
-    hint = "The image is a map. North is at the top and east is on the right."
-    return Fact("farthest", f"Which of these is farthest {direction}?", f"the {ranked[0][1]}", wrong, hint)
+    return Fact("farthest", f"Which of these is farthest {direction}?", f"the {ranked[0][1]}", wrong, MAP)
 
 
 def _heavier(scene: Scene, rng: SeededRandom) -> Fact | None:
@@ -60,10 +53,8 @@ def _heavier(scene: Scene, rng: SeededRandom) -> Fact | None:
     return Fact("heavier", f"Which of these weighs the {word}?", f"the {fact.answer}", (f"the {fact.wrong[0]}",), hint)
 
 
-def _living(scene: Scene, rng: SeededRandom) -> Fact | None:
-    sign = only_sign(scene, LIVING + LIFELESS)
-    if sign is None:
-        return None
+@on_sign(LIVING + LIFELESS)
+def _living(sign: SceneObject, rng: SeededRandom) -> Fact:
     answer, wrong = ("living", "not living") if sign.text in LIVING else ("not living", "living")
     hint = "Animals and plants are living things. Vehicles, stones and water are not."
     return Fact("living", "Is the thing that the word names living or not living?", answer, (wrong,), hint)
@@ -91,11 +82,4 @@ def _feeling(scene: Scene, rng: SeededRandom) -> Fact | None:
     return Fact("feeling", f"Which word describes the {phrase}?", answer, other_than(FEELINGS.values(), answer), hint)
 
 
-FORMS_WITH_HINT: dict[str, Callable[[Scene, SeededRandom], Fact | None]] = {
-    "compass": _compass,
-    "farthest": _farthest,
-    "heavier": _heavier,
-    "living": _living,
-    "polygon": _polygon,
-    "feeling": _feeling,
-}
+FORMS_WITH_HINT = named(_compass, _farthest, _heavier, _living, _polygon, _feeling)
