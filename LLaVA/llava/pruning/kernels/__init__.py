@@ -27,7 +27,9 @@ _ON_GPU = {
     "ot_kernel": "symmetric",
     "cosine_similarity": "symmetric",
 }
-_ON_CPU = dict.fromkeys(("greedy_select", "max_min_select", "gram", "ot_select", "cosine_similarity"), "host")
+_ON_CPU = dict.fromkeys(
+    ("greedy_select", "max_min_select", "facility_select", "gram", "ot_select", "cosine_similarity"), "host"
+)
 _READS_AS_FLOAT32 = ("ot_kernel", "ot_select", "cosine_similarity")
 _UNUSABLE: set[tuple[str, torch.device]] = set()
 

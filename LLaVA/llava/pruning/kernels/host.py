@@ -15,6 +15,9 @@ import torch
 
 from llava.pruning.kernels import EXHAUSTED
 
+LEADING = 16
+"""How many gains are computed anew at once, where the largest is one of an earlier step."""
+
 BLOCK = 64
 """How many kernel rows are computed at once: enough for a matrix product, few enough to be used up."""
 
@@ -56,6 +59,16 @@ def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
 def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
     """Greedy max-min diversity: (B, N, N), float32 -> (B, k), int64, in the order of selection."""
     return _stack(max_min_order(rows, k) for rows in distance.detach().contiguous().numpy())
+
+
+@np.errstate(all="ignore")
+def facility_select(
+    similarity: torch.Tensor, k: int, weight: torch.Tensor | None, served: torch.Tensor | None
+) -> torch.Tensor:
+    """Greedy facility location: (B, N, N), float32 -> (B, k), int64, in the order of selection."""
+    ones, zeros = torch.ones(similarity.shape[:2]), torch.zeros(similarity.shape[:2])
+    images = zip(similarity, ones if weight is None else weight, zeros if served is None else served, strict=True)
+    return _stack(facility_order(*(part.detach().float().numpy() for part in image), k) for image in images)
 
 
 def greedy_order(gain: np.ndarray, rows: Callable[[torch.Tensor], torch.Tensor], k: int) -> list[int]:
@@ -112,6 +125,46 @@ def max_min_order(distance: np.ndarray, k: int) -> list[int]:
         chosen = int(nearest.argmax())
         order.append(chosen)
     return order
+
+
+def facility_order(similarity: np.ndarray, weight: np.ndarray, served: np.ndarray, k: int) -> list[int]:
+    """Greedy facility location over symmetric similarities (N, N), by the least work.
+
+    Gains only fall: a token whose gain of now exceeds the earlier gains of all others is the next.
+
+    Parameters
+    ----------
+    similarity : array (N, N)
+    weight : array (N,)
+        Of each token as a choice.
+    served : array (N,)
+        How well each token is served before anything is taken.
+    k : int
+    """
+    served, few = served.copy(), min(LEADING, len(similarity))
+    order: list[int] = []
+    for step in range(k):
+        if step < 2:  # the first token changes every gain
+            gain = weight * _served_better(similarity, served)
+            known = np.full(len(gain), step)  # the step that a gain was computed at
+            gain[order], known[order] = -math.inf, k
+        while known[chosen := int(gain.argmax())] < step:
+            leading = np.argpartition(gain, -few)[-few:]
+            leading = np.append(leading[known[leading] < step], chosen)  # ties may have left it out
+            gain[leading] = weight[leading] * _served_better(similarity[leading], served)
+            known[leading] = step
+        order.append(chosen)
+        gain[chosen], known[chosen] = -math.inf, k
+        np.maximum(served, similarity[chosen], out=served)
+    return order
+
+
+def _served_better(rows: np.ndarray, served: np.ndarray) -> np.ndarray:
+    """By how much each of some tokens (m, N) would serve all others better: (m,)."""
+    better = np.empty(len(rows), rows.dtype)
+    for begin in range(0, len(rows), BLOCK):
+        np.maximum(rows[begin : begin + BLOCK] - served, 0).sum(axis=1, out=better[begin : begin + BLOCK])
+    return better
 
 
 def _nearest_neighbour(distance: np.ndarray) -> np.ndarray:

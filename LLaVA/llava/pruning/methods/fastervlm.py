@@ -1,0 +1,22 @@
+"""FasterVLM: keep the patches that [CLS] attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from llava.pruning.base import VisualTokens
+from llava.pruning.methods.importance import AttentionRanked, most_important
+
+
+@dataclass(frozen=True, kw_only=True)
+class FasterVLM(AttentionRanked):
+    """The k patches of the largest importance. Newline tokens go on only where the budget exceeds the patches."""
+
+    source: ClassVar[str] = "FasterVLM, arXiv 2412.01818v1 (2024)"
+    licence: ClassVar[str] = "Apache-2.0"
+
+    def select(self, tokens: VisualTokens) -> torch.Tensor:
+        return most_important(self.attention(tokens))[:, : tokens.k]
