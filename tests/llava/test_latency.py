@@ -13,7 +13,7 @@ import torch
 
 from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
-from llava.eval.latency.methods import read_method, read_methods
+from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import load, prompts
 from llava.eval.latency.report import mebibytes
 from llava.pruning import PruningConfig, available_methods, kept_count
@@ -87,19 +87,20 @@ class TestSelect:
 
 
 class TestModels:
-    def test_prompts_about_a_picture_share_it(self, tiny):
-        asked = prompts(tiny, pictures=[3, 3, 4], questions=[0, 1, 1])
-        assert torch.equal(asked.images[0], asked.images[1]) and not torch.equal(asked.images[1], asked.images[2])
-        assert not torch.equal(asked.input_ids[0], asked.input_ids[1])
-        assert torch.equal(asked.input_ids[1], asked.input_ids[2])
-        assert int((asked.input_ids[0] > 0).sum()) == 60
+    def test_prompts_about_an_image_share_it(self, tiny):
+        asked = prompts(tiny, images=[3, 3, 4], questions=[0, 1, 1])
+        first, second, third = asked["images"]
+        assert torch.equal(first, second) and not torch.equal(second, third)
+        assert not torch.equal(asked["input_ids"][0], asked["input_ids"][1])
+        assert torch.equal(asked["input_ids"][1], asked["input_ids"][2])
+        assert int((asked["input_ids"][0] > 0).sum()) == 60
 
     # CLIP's text tower, a fitted recipe and a trained pruner are what random weights do not come with.
     @pytest.mark.parametrize("name", sorted(available_methods().keys() - {"cdpruner", "fitprune", "ocvtp"}))
     def test_every_method_can_be_measured_on_it(self, tiny, name):
-        tiny.set_pruning(read_method(name, 0.5))
+        tiny.set_pruning(read_methods([name], 0.5)[name])
         try:
-            tiny.generate(**prompts(tiny, [0], [0]).arguments(), max_new_tokens=2, pad_token_id=0)
+            tiny.generate(**prompts(tiny, [0], [0]), max_new_tokens=2, pad_token_id=0)
         finally:
             tiny.set_pruning(None)
 
@@ -253,7 +254,7 @@ class TestCommandLine:
         command = ["generate", "--batch", "2", "--new-tokens", "2", "--repetitions", "1", "--pope", "2x2"]
         assert main([*command, "--device", "cpu", "--output", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
-        assert "| TTFT / unpruned |" in printed and "2 pictures, 2 questions each:" in printed
+        assert "| TTFT / unpruned |" in printed and "2 images, 2 questions each:" in printed
 
     def test_a_finished_measurement_stays(self, tmp_path, capsys):
         command = ["select", "--sizes", "9:2", "--width", "4", "--repetitions", "1", "--output", str(tmp_path)]

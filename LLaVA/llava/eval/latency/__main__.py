@@ -14,7 +14,7 @@ from llava.command import Parser, find_device, positive
 from llava.eval.latency import pope, prefill, select, suite
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import RANDOM, load
-from llava.eval.latency.report import Report, markdown, mebibytes, milliseconds
+from llava.eval.latency.report import Report, mebibytes, milliseconds, table
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -40,8 +40,8 @@ def _measure(arguments: argparse.Namespace, command: str) -> None:
     }
     arguments.dtype = getattr(torch, dtype)
     report = Report(arguments.output, arguments.command, arguments.force)
-    rows, table = COMMANDS[arguments.command](arguments, report)
-    print(report.write(settings, rows, table))
+    rows, text = COMMANDS[arguments.command](arguments, report)
+    print(report.write(settings, rows, text))
 
 
 def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
@@ -67,7 +67,7 @@ def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[st
         _ms_column("ms", arguments.device): lambda row: milliseconds(row["ms"]),
         "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
     }
-    return rows, markdown(columns, [row for row in rows if "axis" not in row])
+    return rows, table(columns, [row for row in rows if "axis" not in row])
 
 
 def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
@@ -91,7 +91,7 @@ def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[s
         "KV MiB": lambda row: mebibytes(row["kv_bytes"]),
         "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
     }
-    table = markdown(columns, rows)
+    text = table(columns, rows)
     if getattr(arguments, "pope", None):
         images, questions = arguments.pope
         asked = pope.measure(
@@ -103,9 +103,9 @@ def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[s
             cache_bytes=arguments.cache_mib * 2**20,
             images_one_by_one=arguments.pope_one_by_one,
         )
-        table += f"\n\n{images} pictures, {questions} questions each:\n\n{markdown(_run_columns(), asked)}"
+        text += f"\n\n{images} images, {questions} questions each:\n\n{table(_run_columns(), asked)}"
         rows += [row | {"run": "pope"} for row in asked]
-    return rows, table
+    return rows, text
 
 
 def _suite(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
@@ -119,7 +119,7 @@ def _suite(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str
         device=str(arguments.device),
         folder=report.folder / "runs",
     )
-    return rows, markdown(_run_columns(), rows)
+    return rows, table(_run_columns(), rows)
 
 
 def _run_columns() -> dict[str, Any]:
@@ -183,7 +183,7 @@ def _parser() -> Parser:
 
     one = command("select", "the selection alone, beside the published algorithm", select.METHODS, 20)
     one.add_argument("--sizes", nargs="+", default=[], metavar="N:KxB", help="default: 576:56 2880:282 576:56x32")
-    one.add_argument("--width", type=positive, default=4096, metavar="D", help="numbers a token; default: 4096")
+    one.add_argument("--width", type=positive, default=4096, metavar="D", help="width of the tokens; default: 4096")
     one.add_argument("--curve", action="store_true", help="cost against N, k and batch around the first size: CSV, PNG")
 
     one = command("prefill", "time to the first token: vision, selection, prefill", ["otprune"], 10)
@@ -194,10 +194,10 @@ def _parser() -> Parser:
     for_model(one, [1, 16])
     one.add_argument("--attention", **attention)
     one.add_argument("--new-tokens", type=positive, default=32, help="default: 32")
-    questions = "also answer Q questions about each of I pictures, such as 500x18"
+    questions = "also answer Q questions about each of I images, such as 500x18"
     one.add_argument("--pope", type=_pope, metavar="IxQ", help=questions)
     fewer = (
-        "pictures that its runs of batch 1 are asked about, whose samples a second do not depend on it; default: all"
+        "images that its runs of batch 1 are asked about, whose samples per second do not depend on it; default: all"
     )
     one.add_argument("--pope-one-by-one", type=positive, metavar="I", help=fewer)
     one.add_argument("--cache-mib", type=positive, default=256, help="what the cache may hold; default: 256")
@@ -205,7 +205,7 @@ def _parser() -> Parser:
     one = command("suite", "embedded benchmarks through lmms-eval", ["otprune"], None)
     for_model(one, [16], "llava-mini")
     one.add_argument("--tasks", nargs="+", default=suite.TASKS, help=f"default: {suite.TASKS}")
-    one.add_argument("--limit", type=positive, help="samples a task; default: all")
+    one.add_argument("--limit", type=positive, help="samples per task; default: all")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Time by part, on a device that works behind the host's back."""
+"""Time by part, on a device that works while the host goes on."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ class Stopwatch:
 
     On a GPU events are laid into its stream and nothing waits for them before `milliseconds`, so measuring parts does
     not slow the whole.
-
-    Parameters
-    ----------
-    device : torch.device
     """
 
     def __init__(self, device: torch.device):
@@ -77,15 +73,13 @@ def take_turns(
     ----------
     variants : mapping
         Name -> what to run; it counts its parts on the stopwatch.
-    repetitions : int
-        Rounds that are measured.
+    repetitions, warm_up : int
+        Rounds that are measured, and rounds before them.
     device : torch.device
-    warm_up : int
-        Rounds before them.
     label : str
-        What the progress bar says.
+        Of the progress bar.
     before : callable, optional
-        Gets a variant's name ahead of each of its runs, and is not measured.
+        Gets a variant's name before each of its runs, and is not measured.
 
     Returns
     -------
@@ -123,7 +117,7 @@ def ratio(reference: Sequence[Mapping[str, float]], rounds: Sequence[Mapping[str
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int | None]]:
-    """Gives a dictionary that has, behind the block, the "bytes" that the device held at most; None on a CPU."""
+    """Gives a dictionary that has, after the block, the "bytes" that the device held at most; None on a CPU."""
     measured: dict[str, int | None] = {"bytes": None}
     if device.type == "cuda":
         synchronize(device)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +13,7 @@ from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.flops import SHAPES, USUAL_TEXT
 
 SYSTEM_PROMPT = 35
-"""Tokens of Vicuna's system prompt, which stand before the picture."""
+"""Tokens of Vicuna's system prompt, which stand before the image."""
 
 ANYRES = {
     "image_aspect_ratio": "anyres",
@@ -23,57 +21,21 @@ ANYRES = {
     "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
 }
 
-TINY_DECODER = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "vocab_size": 256,
-}
-TINY_TOWER = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 4,
-    "image_size": 112,
-    "patch_size": 14,
-}
+TINY_DECODER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+TINY_DECODER |= {"num_attention_heads": 4, "vocab_size": 256}
+TINY_TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 12}
+TINY_TOWER |= {"num_attention_heads": 4, "image_size": 112, "patch_size": 14}
+CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+CLIP_L_336 |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14}
 
 RANDOM = ("tiny", "1.5-7b", "1.5-13b", "1.6-7b")
 """Shapes that are built with random weights: the published ones, and one that a CPU runs in milliseconds."""
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """A batch of prompts with a picture each.
-
-    Attributes
-    ----------
-    input_ids : Tensor (B, T), int64
-    images : Tensor (B, 3, H, W), or list of Tensor (crops, 3, H, W)
-    image_sizes : list of (width, height)
-    """
-
-    input_ids: torch.Tensor
-    images: torch.Tensor | list[torch.Tensor]
-    image_sizes: list[tuple[int, int]]
-
-    def arguments(self) -> dict[str, Any]:
-        """For the model's ``forward`` or ``generate``."""
-        return {"input_ids": self.input_ids, "images": self.images, "image_sizes": self.image_sizes}
-
-
 def load(name: str, device: torch.device, dtype: torch.dtype, attention: str) -> torch.nn.Module:
-    """A model in eval mode.
+    """A model in eval mode: one of `RANDOM`, "llava-mini", a checkpoint folder or a hub id.
 
-    Parameters
-    ----------
-    name : str
-        One of `RANDOM`, "llava-mini", a checkpoint folder or a hub id.
-    device : torch.device
-    dtype : torch.dtype
-    attention : str
-        sdpa, eager or flash_attention_2.
+    ``attention`` is sdpa, eager or flash_attention_2.
     """
     if name in RANDOM:
         return _random(name, device, dtype, attention)
@@ -97,7 +59,7 @@ def _random(name: str, device: torch.device, dtype: torch.dtype, attention: str)
 
     from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 
-    decoder, tower = (TINY_DECODER, TINY_TOWER) if name == "tiny" else _published(name)
+    decoder, tower = (TINY_DECODER, TINY_TOWER) if name == "tiny" else (_published(name), CLIP_L_336)
     side = tower["image_size"]
     with tempfile.TemporaryDirectory() as folder:
         # The tower is built from a folder, as it is for every checkpoint.
@@ -131,52 +93,44 @@ def _random(name: str, device: torch.device, dtype: torch.dtype, attention: str)
     return model.to(device).eval()
 
 
-def _published(name: str) -> tuple[dict[str, int], dict[str, int]]:
+def _published(name: str) -> dict[str, int]:
     shape = SHAPES[name].decoder
-    decoder = {
+    return {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.hidden // 128,
         "vocab_size": shape.vocabulary,
     }
-    tower = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-    }
-    return decoder, tower
 
 
-def prompts(model: torch.nn.Module, pictures: Sequence[int], questions: Sequence[int]) -> Prompts:
-    """Prompts of a benchmark's length with random text and random pictures.
+def prompts(model: torch.nn.Module, images: Sequence[int], questions: Sequence[int]) -> dict[str, Any]:
+    """Prompts of a benchmark's length with random text and random images, for the model's ``forward`` or ``generate``.
 
     Parameters
     ----------
     model
-    pictures : sequence of int
-        The number of each row's picture: the same number, the same picture.
-    questions : sequence of int
-        The number of each row's question.
+    images, questions : sequence of int
+        Of each row: the same number, the same image or question.
+
+    Returns
+    -------
+    dict
+        "input_ids" (B, T), int64; "images" (B, 3, H, W), or a list of (crops, 3, H, W); "image_sizes".
     """
     weight = model.get_input_embeddings().weight
-    rows = [_question(number, weight.shape[0]) for number in questions]
-    drawn = {number: _picture(model, number) for number in dict.fromkeys(pictures)}
-    images = [drawn[number].to(weight) for number in pictures]
-    anyres = _is_anyres(model)
+    anyres = getattr(model.config, "image_aspect_ratio", None) == "anyres"
     side = model.get_vision_tower().config.image_size
-    return Prompts(
-        torch.stack(rows).to(weight.device),
-        images if anyres else torch.stack(images),
-        [(2 * side, 2 * side) if anyres else (side, side)] * len(images),
-    )
+    pixels = [_random_image((5, 3, side, side) if anyres else (3, side, side), number).to(weight) for number in images]
+    return {
+        "input_ids": torch.stack([_question(number, weight.shape[0]) for number in questions]).to(weight.device),
+        "images": pixels if anyres else torch.stack(pixels),
+        "image_sizes": [(2 * side, 2 * side) if anyres else (side, side)] * len(pixels),
+    }
 
 
 def _question(number: int, vocabulary: int) -> torch.Tensor:
-    """The system prompt, the picture's mark, a question: (T,)."""
+    """The system prompt, the image's mark, a question: (T,)."""
     system, question = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + number)
     return torch.cat(
         [
@@ -187,31 +141,6 @@ def _question(number: int, vocabulary: int) -> torch.Tensor:
     )
 
 
-def _picture(model: torch.nn.Module, number: int) -> torch.Tensor:
-    """(3, H, W), or (5, 3, H, W) for an anyres model."""
-    side = model.get_vision_tower().config.image_size
-    return _drawn((5, 3, side, side) if _is_anyres(model) else (3, side, side), number)
-
-
 @lru_cache(maxsize=1024)
-def _drawn(shape: tuple[int, ...], number: int) -> torch.Tensor:
+def _random_image(shape: tuple[int, ...], number: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(number))
-
-
-def _is_anyres(model: torch.nn.Module) -> bool:
-    return getattr(model.config, "image_aspect_ratio", None) == "anyres"
-
-
-@contextmanager
-def replaced(owner: Any, name: str, wrap) -> Iterator[None]:
-    """Inside the block ``owner.name`` is ``wrap`` of what it was."""
-    before = getattr(owner, name)
-    own = name in vars(owner)
-    setattr(owner, name, wrap(before))
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import StoppingCriteria
 
 from llava.eval.latency.clock import TOTAL, Stopwatch, peak_memory, ratio, summarise, take_turns
 from llava.eval.latency.methods import UNPRUNED
-from llava.eval.latency.models import prompts, replaced
+from llava.eval.latency.models import prompts
 from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import PruningConfig
 from llava.pruning.base import Pruner
@@ -27,28 +28,27 @@ def measure(
     new_tokens: int,
     repetitions: int,
 ) -> list[dict[str, Any]]:
-    """Time a batch of prompts, a picture each, up to the first token or up to the last.
+    """Time a batch of prompts, an image each, up to the first token or up to the last.
 
     Parameters
     ----------
     model
     configs : mapping
         Method -> configuration; unpruned runs in the same rounds.
-    batch : int
+    batch, repetitions : int
     new_tokens : int
         1 is one ``forward``, more are ``generate``.
-    repetitions : int
 
     Returns
     -------
     list of dict
-        One a method, `UNPRUNED` first: "ms" by part, median and worst (vision is tower and projector, ttft the time to
-        the first token, prefill what vision and selection leave of it); "ttft_ratio" and "total_ratio" to unpruned;
-        "selection_share" of selection and prefill; "visual_tokens" an image in the mean over the layers; "kv_bytes"
-        behind the prefill, "peak_bytes" (None on a CPU), "samples_per_second".
+        One per method, `UNPRUNED` first: "ms" by part, median and worst (vision is tower and projector, ttft the time
+        to the first token, prefill what vision and selection leave of it); "ttft_ratio" and "total_ratio" to unpruned;
+        "selection_share" of selection and prefill; "visual_tokens" per image in the mean over the layers; "kv_bytes"
+        after the prefill, "peak_bytes" (None on a CPU), "samples_per_second".
     """
     device = model.get_input_embeddings().weight.device
-    asked = prompts(model, range(batch), range(batch)).arguments()
+    asked = prompts(model, range(batch), range(batch))
     variants: dict[str, PruningConfig | None] = {UNPRUNED: None, **configs}
     own = model.pruning
     try:
@@ -145,17 +145,13 @@ class _FirstToken(StoppingCriteria):
 def parts_of(model: torch.nn.Module, watch: Stopwatch) -> Iterator[None]:
     """Count, inside the block, what the vision tower with its projector and what the selection take."""
 
-    def timed(part: str) -> Callable:
-        def wrap(function: Callable) -> Callable:
-            def call(*arguments, **options):
-                with watch.part(part):
-                    return function(*arguments, **options)
+    def timed(part: str, function: Callable) -> Callable:
+        def call(*arguments, **options):
+            with watch.part(part):
+                return function(*arguments, **options)
 
-            return call
+        return call
 
-        return wrap
-
-    with ExitStack() as stack:
-        stack.enter_context(replaced(model, "_encode_and_observe", timed(VISION)))
-        stack.enter_context(replaced(Pruner, "reduce", timed(SELECTION)))
+    encode, reduce = timed(VISION, model._encode_and_observe), timed(SELECTION, Pruner.reduce)
+    with patch.object(model, "_encode_and_observe", encode), patch.object(Pruner, "reduce", reduce):
         yield

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava.eval.plots.drawing import new_figure, styles
+from llava.eval.results.formats import markdown
 from llava.files import atomic_write, check_writable, write_csv, write_json
 from llava.runtime import device_name
 
@@ -17,21 +18,7 @@ NOT_MEASURED = "not measured"
 
 
 class Report:
-    """The folder of one measurement.
-
-    Parameters
-    ----------
-    folder : Path
-    name : str
-        Of the files.
-    force : bool
-        Replace a finished measurement.
-
-    Raises
-    ------
-    FileExistsError
-        If there is one and ``force`` is not set.
-    """
+    """The folder of one measurement, and the name of its files; a finished one is replaced with ``force`` only."""
 
     def __init__(self, folder: Path, name: str, force: bool):
         self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
@@ -53,10 +40,7 @@ class Report:
     def write_curve(self, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Write ``<name>_curve.csv``, and a picture of it if matplotlib is there.
 
-        Parameters
-        ----------
-        points : mapping
-            What changes ("N", "k", "batch") -> rows as `select.measure` gives them.
+        ``points`` are what changes ("N", "k", "batch") -> rows as `select.measure` gives them.
         """
         numbers = ("method", "n", "k", "batch")
         lines = [
@@ -96,17 +80,18 @@ def _draw(points: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None
     atomic_write(file, lambda part: figure.savefig(part, format="png", dpi=150))
 
 
-def markdown(columns: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table.
+def add_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Samples per second over those of the method's first row ("times_plain") and of the first ("times_unpruned")."""
+    for row in rows:
+        own = next(other for other in rows if other["method"] == row["method"])
+        row["times_plain"] = row["samples_per_second"] / own["samples_per_second"]
+        row["times_unpruned"] = row["samples_per_second"] / rows[0]["samples_per_second"]
+    return list(rows)
 
-    Parameters
-    ----------
-    columns : mapping
-        Heading -> function of a row that gives the cell's text.
-    rows : sequence
-    """
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join(["---"] + ["---:"] * (len(columns) - 1)) + " |"]
-    return "\n".join(lines + ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows])
+
+def table(columns: Mapping[str, Callable[[Mapping[str, Any]], str]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: columns are heading -> function of a row that gives the cell's text."""
+    return markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows]).rstrip("\n")
 
 
 def milliseconds(ms: Mapping[str, float]) -> str:

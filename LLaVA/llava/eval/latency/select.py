@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from llava.eval.latency.clock import TOTAL, peak_memory, ratio, summarise, take_turns
-from llava.eval.latency.methods import PUBLISHED, read_method
-from llava.pruning.base import Pruner, VisualTokens, content_key
+from llava.eval.latency.methods import PUBLISHED, read_methods
+from llava.pruning.base import VisualTokens, content_key
 
 METHODS = ["otprune", "divprune", "dpp"]
 
 
 @dataclass(frozen=True)
 class Size:
-    """N tokens an image, k of them kept, in a batch of images."""
+    """N tokens per image, k of them kept, in a batch of images."""
 
     n: int
     k: int
@@ -25,12 +25,7 @@ class Size:
 
     @classmethod
     def read(cls, text: str) -> Size:
-        """From ``N:K`` or ``N:KxBATCH``.
-
-        Raises
-        ------
-        ValueError
-        """
+        """From ``N:K`` or ``N:KxBATCH``; a `ValueError` for anything else."""
         tokens, _, batch = text.partition("x")
         n, _, k = tokens.partition(":")
         if not (n.isdecimal() and k.isdecimal() and (batch or "1").isdecimal()):
@@ -63,24 +58,12 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
-    """Time selections on random tokens.
-
-    Parameters
-    ----------
-    sizes : sequence of Size
-    methods : sequence of str
-        Beside the published algorithm, which runs in the same rounds.
-    width : int
-        Numbers a token.
-    repetitions : int
-    device : torch.device
-    dtype : torch.dtype
-        Of the tokens.
+    """Time selections on random tokens of ``width`` numbers, beside the published algorithm in the same rounds.
 
     Returns
     -------
     list of dict
-        One for each size and method: "method", "n", "k", "batch", "ms" (median and worst of all images together),
+        One per size and method: "method", "n", "k", "batch", "ms" (median and worst of all images together),
         "times_published" (how many times faster than the published algorithm) and "peak_bytes" (None on a CPU).
 
     Raises
@@ -88,7 +71,8 @@ def measure(
     ValueError
         For a method that looks at more than the tokens.
     """
-    pruners = {name: read_method(name, ratio=1.0).build_pruner() for name in dict.fromkeys([PUBLISHED, *methods])}
+    configs = read_methods(list(dict.fromkeys([PUBLISHED, *methods])), ratio=1.0)
+    pruners = {name: config.build_pruner() for name, config in configs.items()}
     for name, pruner in pruners.items():
         if lacking := pruner.needs - {"image_keys"}:
             raise ValueError(f"{name} looks at more than the tokens ({', '.join(sorted(lacking))}): use prefill")
@@ -98,28 +82,13 @@ def measure(
         features = features.to(device=device, dtype=dtype)
         keys = tuple(content_key(image[:1]) for image in features)
         tokens = VisualTokens(features, size.k, image_keys=keys)
-        runs = {name: _run(pruner, tokens) for name, pruner in pruners.items()}
+        runs = {name: lambda _, pruner=pruner, tokens=tokens: pruner.select(tokens) for name, pruner in pruners.items()}
         label = f"{size.n} -> {size.k}, {size.batch} image{'s' * (size.batch > 1)}"
         times = take_turns(runs, repetitions, device, label=label)
         for name, run in runs.items():
             with peak_memory(device) as memory, torch.inference_mode():
                 run(None)
-            rows.append(
-                {
-                    "method": name,
-                    "n": size.n,
-                    "k": size.k,
-                    "batch": size.batch,
-                    "ms": summarise(times[name])[TOTAL],
-                    "times_published": ratio(times[name], times[PUBLISHED]),
-                    "peak_bytes": memory["bytes"],
-                }
-            )
+            row = {"method": name, "n": size.n, "k": size.k, "batch": size.batch, "ms": summarise(times[name])[TOTAL]}
+            row |= {"times_published": ratio(times[name], times[PUBLISHED]), "peak_bytes": memory["bytes"]}
+            rows.append(row)
     return rows
-
-
-def _run(pruner: Pruner, tokens: VisualTokens) -> Callable[[Any], None]:
-    def run(_watch) -> None:
-        pruner.select(tokens)
-
-    return run

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from llava.eval.benchmark_tasks import task_folders
 from llava.eval.latency.methods import UNPRUNED, read_methods
+from llava.eval.latency.report import add_ratios
 from llava.pruning import PruningConfig
 from llava.runtime import forget_place
 
@@ -35,33 +36,31 @@ def measure(
     """Run tasks with every method and batch size, and compare with an unpruned run of batches of 1 without a cache.
 
     Every run is a process of its own. What it takes is lmms-eval's own measurement of the answering: loading the model
-    and scoring are left out, reading and preparing pictures is not.
+    and scoring are left out, reading and preparing images is not.
 
     Parameters
     ----------
     pretrained : str
     methods : sequence of str
-        As `llava.eval.latency.methods.read_method` reads them.
+        See `llava.eval.latency.methods.read_methods`.
     ratio : float
         Kept ratio.
     batches : sequence of int
     tasks : sequence of str
     limit : int or None
-        Samples a task.
+        Samples per task.
     device : str
     folder : Path
-        Gets a folder a run with lmms-eval's results.
+        Gets a folder per run with lmms-eval's results.
 
     Returns
     -------
     list of dict
-        One a method, batch size and use of the cache: "method", "batch", "cached", "samples_per_second", "times_plain"
-        (over the method's first row), "times_unpruned" (over the unpruned run's first row), "hits", "misses".
+        One per method, batch size and use of the cache: "method", "batch", "cached", "samples_per_second", "hits",
+        "misses", "times_plain" and "times_unpruned" (see `llava.eval.latency.report.add_ratios`).
 
     Raises
     ------
-    ValueError
-        For a method or ratio that cannot be.
     ImportError
         If lmms-eval is not installed.
     OSError
@@ -81,13 +80,9 @@ def measure(
                 arguments = f"pretrained={pretrained},device={device},visual_cache={2**28 if cached else 'off'}"
                 place = folder / f"{method}_batch{batch}_{'cache' if cached else 'no_cache'}"
                 found = run_tasks(arguments, tasks, batch, limit, place, switch)
-                row = {"method": method, "batch": batch, "cached": cached, **found}
-                rows.append(row)
-                own = next(other for other in rows if other["method"] == method)
-                row["times_plain"] = row["samples_per_second"] / own["samples_per_second"]
-                row["times_unpruned"] = row["samples_per_second"] / rows[0]["samples_per_second"]
+                rows.append({"method": method, "batch": batch, "cached": cached, **found})
                 bar.update()
-    return rows
+    return add_ratios(rows)
 
 
 def _switch(config: PruningConfig | None) -> dict[str, str]:
@@ -104,25 +99,10 @@ def _switch(config: PruningConfig | None) -> dict[str, str]:
 def run_tasks(
     model_args: str, tasks: Sequence[str], batch: int, limit: int | None, folder: Path, switch: dict[str, str]
 ) -> dict[str, Any]:
-    """One run in a process of its own, and its "samples_per_second", "hits" and "misses".
+    """One run in a process of its own: its "samples_per_second", "hits" and "misses"; an `OSError` if it fails.
 
-    Parameters
-    ----------
-    model_args : str
-        Of our lmms-eval model.
-    tasks : sequence of str
-    batch : int
-    limit : int or None
-        Samples a task.
-    folder : Path
-        Gets lmms-eval's results.
-    switch : dict
-        `BASELINE` and what belongs to it.
-
-    Raises
-    ------
-    OSError
-        If the run fails.
+    ``model_args`` are our lmms-eval model's, ``switch`` is `BASELINE` and what belongs to it; ``folder`` gets
+    lmms-eval's results.
     """
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava", "--model_args", model_args]
     # lmms-eval looks for tasks in its own folder and in those that it is told.
