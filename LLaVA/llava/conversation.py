@@ -143,6 +143,11 @@ class Conversation:
         # trained with, and it makes no difference in front of "[INST]".
         return prompt.lstrip(self.sep)
 
+    @property
+    def turn_end(self) -> str:
+        """What ends the assistant's turns: ``</s>`` of the v1 family, ``###`` of v0."""
+        return self.sep2 if self.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2) else self.sep
+
     def append_message(self, role: str, message: str | tuple | None) -> None:
         """Add a turn, in place; templates refuse (their messages are a tuple): :meth:`copy` them first."""
         self.messages.append([role, message])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import Conversation
 from llava.images import (
     REDUCING_GAP,
     expand2square,
@@ -22,6 +24,7 @@ from llava.images import (
 )
 
 __all__ = [
+    "AnswerEnd",
     "KeywordsStoppingCriteria",
     "divide_to_patches",
     "expand2square",
@@ -349,3 +352,35 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         """
         rows = [self.call_for_batch(row.unsqueeze(0), scores) for row in output_ids]
         return torch.tensor(rows, device=output_ids.device) if self.per_row else all(rows)
+
+
+@dataclass(frozen=True)
+class AnswerEnd:
+    """Ends answers where the template says so: a v0 checkpoint writes ``###`` and goes on with a turn of the user's.
+
+    Attributes
+    ----------
+    text : str
+        What ends an answer; empty where the tokenizer's end-of-text token does, with which generation stops by itself.
+    tokenizer
+    """
+
+    text: str
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, conversation: Conversation, tokenizer: Any) -> AnswerEnd:
+        """The end that a template prescribes."""
+        text = conversation.turn_end
+        return cls("" if text == tokenizer.eos_token else text, tokenizer)
+
+    def options(self, input_ids: torch.Tensor) -> dict[str, StoppingCriteriaList]:
+        """Arguments of ``generate`` with which each row of the prompts (B, T) stops there."""
+        if not self.text:
+            return {}
+        criteria = KeywordsStoppingCriteria([self.text], self.tokenizer, input_ids, per_row=True)
+        return {"stopping_criteria": StoppingCriteriaList([criteria])}
+
+    def cut(self, answer: str) -> str:
+        """The answer up to its end."""
+        return answer.partition(self.text)[0].strip() if self.text else answer

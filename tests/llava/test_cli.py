@@ -226,3 +226,13 @@ def test_a_real_checkpoint_streams_what_it_returns(monkeypatch, capsys):
     streamed = [line.removeprefix("ASSISTANT: ").strip() for line in lines if line.startswith("ASSISTANT: ")]
     logged = [ast.literal_eval(line.strip())["outputs"] for line in lines if "'outputs'" in line]
     assert len(streamed) == 2 and streamed == logged
+
+
+def test_an_answer_of_a_v0_checkpoint_ends_where_the_users_next_turn_would_begin(talk, capsys):
+    made = talk("What?", "And?", answer="Two cats.###", options=["--conv-mode", "llava_v0"])
+    assert [
+        (type(criteria).__name__, criteria.keywords) for call in made.calls for criteria in call["stopping_criteria"]
+    ] == [("KeywordsStoppingCriteria", ["###"])] * 2
+    expected = expected_ids(made, "llava_v0", "<image>\nWhat?", "Two cats.", "And?", None)
+    assert made.calls[1]["input_ids"].tolist() == [expected]
+    assert "Two cats.\n" in capsys.readouterr().out

@@ -14,7 +14,9 @@ from transformers import CLIPImageProcessorPil
 
 from golden import golden_root
 from llava import mm_utils
+from llava.conversation import conv_templates
 from llava.mm_utils import (
+    AnswerEnd,
     KeywordsStoppingCriteria,
     divide_to_patches,
     expand2square,
@@ -336,6 +338,18 @@ def test_growing_past_the_length_of_the_prompt_does_not_blind_the_criteria():
 def test_image_marks_in_the_ids_are_skipped():
     stop = KeywordsStoppingCriteria(["zz"], Letters(), torch.zeros(1, 3, dtype=torch.long))
     assert stop(torch.tensor([[97, -200, 98]])) is False
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [("llava_v1", ""), ("mistral_instruct", ""), ("v0", "###"), ("llava_v0", "###"), ("mpt", "<|im_end|>")],
+)
+def test_an_answer_ends_as_the_templates_turns_do(template, text):
+    tokenizer = SimpleNamespace(eos_token="</s>")
+    assert AnswerEnd.of(conv_templates[template], tokenizer).text == text
+    assert AnswerEnd(text, tokenizer).cut(" yes.###Human <|im_end|>") == {
+        "": " yes.###Human <|im_end|>", "###": "yes.", "<|im_end|>": "yes.###Human",
+    }[text]  # fmt: skip
 
 
 def test_generation_ends_each_row_at_its_own_keyword():

@@ -111,6 +111,13 @@ def test_the_answer_is_stripped(stub, capsys):
     assert capsys.readouterr().out == answer + "\n"
 
 
+def test_an_answer_of_a_v0_checkpoint_is_cut_where_the_users_next_turn_would_begin(stub):
+    tokenizer = load_tokenizer(ROOT / "checkpoints" / CASE["tokenizer"])
+    ids = tokenizer("Two cats. ###Human: How many?", add_special_tokens=False).input_ids
+    stub(returned_ids=(ids,))
+    assert run_llava.eval_model(arguments(conv_mode="llava_v0")) == "Two cats."
+
+
 def test_surplus_images_are_named(stub, caplog):
     made = stub()
     run_llava.eval_model(arguments(image_file="images/im2_97x61.png,images/im5_61x250.png"))

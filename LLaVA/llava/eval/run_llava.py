@@ -13,7 +13,14 @@ from PIL import Image
 from llava.command import Parser, positive, text
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import check_conv_mode, choose_conv_mode, conv_templates, image_mark
-from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
+from llava.mm_utils import (
+    AnswerEnd,
+    get_model_name_from_path,
+    images_to,
+    load_image,
+    process_images,
+    tokenizer_image_token,
+)
 from llava.model.builder import EMBEDDED_MODEL, load_pretrained_model
 from llava.utils import disable_torch_init
 
@@ -98,7 +105,8 @@ def eval_model(args: Any) -> str:
             max_new_tokens=args.max_new_tokens,
             use_cache=True,
         )
-    answer = tokenizer.batch_decode(output_ids, skip_special_tokens=True)[0].strip()
+    # Not stopped there, only cut: what `generate` is called with is the original's.
+    answer = AnswerEnd.of(conv, tokenizer).cut(tokenizer.batch_decode(output_ids, skip_special_tokens=True)[0]).strip()
     print(answer)
     return answer
 

@@ -14,7 +14,14 @@ from transformers import TextStreamer
 from llava.command import Parser, positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, check_conv_mode, choose_conv_mode, conv_templates, image_mark
-from llava.mm_utils import get_model_name_from_path, images_to, load_image, process_images, tokenizer_image_token
+from llava.mm_utils import (
+    AnswerEnd,
+    get_model_name_from_path,
+    images_to,
+    load_image,
+    process_images,
+    tokenizer_image_token,
+)
 from llava.model.builder import EMBEDDED_MODEL, load_pretrained_model
 from llava.utils import disable_torch_init
 
@@ -52,7 +59,8 @@ def main(args: argparse.Namespace) -> None:
     args.conv_mode = choose_conv_mode(model_name, args.conv_mode, model.config, tokenizer)
     conv = conv_templates[args.conv_mode].copy()
     names = ("user", "assistant") if conv.sep_style is SeparatorStyle.MPT else conv.roles
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    end = AnswerEnd.of(conv, tokenizer)
+    streamer = _Streamer(tokenizer, end)
     # The image is named in the first question only, and handed over at every turn.
     mark = image_mark(model.config)
     while question := _ask(f"{names[0]}: "):
@@ -76,15 +84,28 @@ def main(args: argparse.Namespace) -> None:
                 max_new_tokens=args.max_new_tokens,
                 streamer=streamer,
                 use_cache=True,
+                **end.options(input_ids.unsqueeze(0)),
             )
         # Without special tokens: the template itself ends the turn, and one </s> too many confuses the next answer.
-        answer = tokenizer.decode(output_ids[0], skip_special_tokens=True).strip()
+        answer = end.cut(tokenizer.decode(output_ids[0], skip_special_tokens=True)).strip()
         # Written by the model, too, it would stand for an image in the next prompt.
         answer = answer.replace(DEFAULT_IMAGE_TOKEN, "")
         conv.messages[-1][-1] = answer
         if args.debug:
             print("\n", {"prompt": prompt, "outputs": answer}, "\n")
     print("exit...")
+
+
+class _Streamer(TextStreamer):
+    """Prints an answer as it is written, without the text that ends it."""
+
+    def __init__(self, tokenizer, end: AnswerEnd):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._end_text = end.text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        # Text comes up to its last space, so an end without spaces comes whole.
+        super().on_finalized_text(text.partition(self._end_text)[0] if self._end_text else text, stream_end)
 
 
 def _ask(prompt: str) -> str:

@@ -23,7 +23,7 @@ from PIL import Image
 from llava.benchmarks import benchmark_of
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
-from llava.mm_utils import get_model_name_from_path, process_images
+from llava.mm_utils import AnswerEnd, get_model_name_from_path, process_images
 from llava.model.builder import load_pretrained_model, resolve_model_path
 from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
 from llava.pruning import PruningConfig
@@ -173,6 +173,7 @@ class Llava(lmms):
         if conv_template == "auto":
             conv_template = benchmark_conv_mode(name, self.config, self.tokenizer)
         self.conv_template = conv_template
+        self._end = AnswerEnd.of(conv_templates[conv_template], self.tokenizer)
         self._conversation = partial(conversation, conv_template, mark=image_mark(self.config))
 
         self._loaded_fingerprint = model_fingerprint(
@@ -494,6 +495,7 @@ class Llava(lmms):
             image_sizes=[image.size for image in images],
             use_cache=self._use_cache,
             **settings.arguments(),
+            **self._end.options(input_ids),
         )
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
         counts = iter(self._image_counts(pixels))
@@ -501,7 +503,7 @@ class Llava(lmms):
         for row, ids, text in zip(rows, generated.tolist(), texts, strict=True):
             visual_tokens = tuple(next(counts) for _ in row.images)
             entered = text_tokens(row) + sum(image.entering for image in visual_tokens)
-            answers.append(Answer(text, entered, self._generated_tokens(ids), visual_tokens))
+            answers.append(Answer(self._end.cut(text), entered, self._generated_tokens(ids), visual_tokens))
         return answers
 
     def _image_counts(self, pixels: torch.Tensor | Sequence[torch.Tensor] | None) -> list[ImageCount]:
@@ -544,7 +546,9 @@ class Llava(lmms):
     def _generated_tokens(self, ids: Sequence[int]) -> int:
         ends = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id} | set(ends if isinstance(ends, list) else [ends])
-        return next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
+        # Where a text ends the answers, the rows that end first are padded.
+        written = max((position + 1 for position, token in enumerate(ids) if token != self._pad_token_id()), default=0)
+        return next((position + 1 for position, token in enumerate(ids) if token in ends), written)
 
     def _encoding_seconds(self) -> float:
         return 0.0 if self.model.visual_cache is None else self.model.visual_cache.seconds
