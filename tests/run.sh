@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, then checks style and runs the tests: tests/run.sh [--transformers oldest|newest|VERSION] [pytest's arguments]
+# Sets up, then checks style, spelling and types, and runs the tests: tests/run.sh [--transformers oldest|newest|VERSION] [pytest's arguments]
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # called with sh
 set -euo pipefail
 
@@ -33,6 +33,8 @@ fi
 cd -- "$root"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+"$python" -m codespell_lib README.md run_OTPrune.sh LLaVA lmms_eval tests .github
+(cd LLaVA && "$python" -m mypy)
 # One thread a process: the tests start processes of their own, and tiny models gain nothing from more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$python" -m pytest tests "$@"
