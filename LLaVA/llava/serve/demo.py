@@ -30,7 +30,7 @@ from llava.eval.token_page import data_uri
 from llava.eval.tokens import dimmed
 from llava.eval.views import views_of
 from llava.images import load_rgb
-from llava.mm_utils import get_model_name_from_path, images_to, process_images, tokenizer_image_token
+from llava.mm_utils import AnswerEnd, get_model_name_from_path, images_to, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.visual_cache import VisualCache
 from llava.pruning import Pruner, PruningConfig, available_methods, pruning
@@ -141,7 +141,7 @@ class Model:
             For a question that is empty, too long or holds an image's mark, or a method that this model cannot use.
         """
         model = self.model
-        ids = self._prompt(question)
+        ids, end = self._prompt(question)
         pixels = images_to(process_images([image], self.processor, model.config), model.device, model.dtype)
         first = _FirstToken()
         with self._lock, torch.inference_mode(), _surviving() as survivors:
@@ -157,6 +157,7 @@ class Model:
                         max_new_tokens=new_tokens,
                         streamer=first,
                         use_cache=True,
+                        **end.options(ids),
                     )
             finally:
                 model.visual_cache = None
@@ -170,7 +171,7 @@ class Model:
             crops=1 if pixels[0].ndim == 3 else len(pixels[0]),
         )
         return Answer(
-            text=self.tokenizer.decode(output[0], skip_special_tokens=True).strip(),
+            text=end.cut(self.tokenizer.decode(output[0], skip_special_tokens=True)).strip(),
             total=total,
             kept=sum(present) / len(present),
             indices=survivors(total) if left else [],
@@ -179,8 +180,8 @@ class Model:
             flops=flops.total,
         )
 
-    def _prompt(self, question: str) -> torch.Tensor:
-        """The checkpoint's prompt with one image and a question: ids (1, T)."""
+    def _prompt(self, question: str) -> tuple[torch.Tensor, AnswerEnd]:
+        """The checkpoint's prompt with one image and a question: ids (1, T), and what ends its answer."""
         question = question.strip()
         if not question:
             raise ValueError("the question is empty: write one")
@@ -195,7 +196,7 @@ class Model:
         room = config.max_position_embeddings - self.shape.visual_tokens - MAX_NEW_TOKENS
         if len(ids) > room:
             raise ValueError(f"the question is too long: {len(ids)} tokens with the prompt, and {room} fit")
-        return ids.unsqueeze(0)
+        return ids.unsqueeze(0), AnswerEnd.of(conv, self.tokenizer)
 
 
 @contextmanager
