@@ -68,7 +68,7 @@ def export(checkpoint: str, folder: Path, base: str | None = None, conv_mode: st
     exported = _model(model, fast.convert_tokens_to_ids(DEFAULT_IMAGE_TOKEN))
     processor = _processor(model, fast, _chat_template(conversation))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {_published(name): value for name, value in exported.state_dict().items()}
+    weights = {published_name(name): value for name, value in exported.state_dict().items()}
     exported.save_pretrained(folder, state_dict=weights, save_original_format=False)
     processor.save_pretrained(folder)
 
@@ -150,7 +150,7 @@ def _model(model: PreTrainedModel, image_token_id: int) -> PreTrainedModel:
     return exported.to(model.dtype)
 
 
-def _published(name: str) -> str:
+def published_name(name: str) -> str:
     """A weight's name in the published folders, which transformers and vLLM read in every release."""
     names = {
         "model.vision_tower.": "vision_tower.vision_model.",

@@ -26,6 +26,8 @@ class Family:
         The input that holds the units of all images one after the other; empty where each has an entry per image.
     layouts : str
         Key of the transformers adapter's `FAMILIES`, whose ``layouts`` say how the tokens lie on the image.
+    name : str
+        Of vLLM's class, where it is not the architecture's.
     mrope : bool
         Whether rotary positions have three axes.
     tower : str or None
@@ -37,6 +39,7 @@ class Family:
     unit_tokens: Callable[[Any], float]
     flat: str = ""
     layouts: str = ""
+    name: str = ""
     mrope: bool = False
     tower: str | None = None
 
@@ -49,6 +52,10 @@ def _patches(inputs: Inputs) -> list[int]:
     return inputs["image_grid_thw"].prod(-1).tolist()
 
 
+def _tiles(inputs: Inputs) -> list[int]:
+    return inputs["image_num_patches"].tolist()
+
+
 def _clip_tokens(config: Any) -> float:
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
@@ -57,11 +64,24 @@ def _merged_tokens(config: Any) -> float:
     return config.vision_config.spatial_merge_size**-2
 
 
+def _shuffled_tokens(config: Any) -> float:
+    return config.image_seq_length
+
+
 FAMILIES = {
     "LlavaForConditionalGeneration": Family("llava", _crops, _clip_tokens, layouts="llava", tower="pixtral"),
     "LlavaNextForConditionalGeneration": Family("llava_next", _crops, _clip_tokens, layouts="llava_next"),
+    "LlavaOnevisionForConditionalGeneration": Family(
+        "llava_onevision", _crops, _clip_tokens, layouts="llava_onevision"
+    ),
+    "InternVLForConditionalGeneration": Family(
+        "interns1", _tiles, _shuffled_tokens, "pixel_values", "internvl", name="InternS1ForConditionalGeneration"
+    ),
     "Qwen2_5_VLForConditionalGeneration": Family(
         "qwen2_5_vl", _patches, _merged_tokens, "pixel_values", "qwen2_5_vl", mrope=True
+    ),
+    "Qwen3VLForConditionalGeneration": Family(
+        "qwen3_vl", _patches, _merged_tokens, "pixel_values", "qwen3_vl", mrope=True
     ),
 }
 """By architecture, as ``config.json`` names it."""

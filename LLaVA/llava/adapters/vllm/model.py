@@ -37,10 +37,10 @@ class PrunedModel:
                 "LoRA on the vision tower or the connector counts unpruned tokens: switch it or BASELINE off"
             )
         config = config_of(vllm_config.model_config)
-        self._pruner_of_images = config.build_pruner()
-        if self._pruner_of_images.position_ids not in ("auto", self.positions):
+        self._image_pruner = config.build_pruner()
+        if self._image_pruner.position_ids not in ("auto", self.positions):
             raise ValueError(
-                f"position_ids={self._pruner_of_images.position_ids}: vLLM has {self.positions} positions here"
+                f"position_ids={self._image_pruner.position_ids}: vLLM has {self.positions} positions here"
             )
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         # The scheduler counts kept tokens, but the tower works on all: no more at once than were profiled.
@@ -84,7 +84,7 @@ class PrunedModel:
         for ratio in set(ratios):
             own = [number for number, other in enumerate(ratios) if other == ratio]
             with deferred_checks():  # nobody could mend what they find, and the host would wait for the device
-                left = reduce_images(self._pruner_of_images, [images[i] for i in own], [facts[i] for i in own], ratio)
+                left = reduce_images(self._image_pruner, [images[i] for i in own], [facts[i] for i in own], ratio)
             kept.update(zip(own, left, strict=True))
         return [
             _of_first_rank(torch.cat([kept[i].features, one[kept[i].indices, width:]], dim=1))
@@ -93,7 +93,7 @@ class PrunedModel:
 
     def _keys(self, inputs: Inputs, count: int) -> list[int | None]:
         """A digest of each image's pixels, where the method draws at random."""
-        if "image_keys" not in self._pruner_of_images.needs:
+        if "image_keys" not in self._image_pruner.needs:
             return [None] * count
         if self.family.flat:
             return [content_key(one) for one in inputs[self.family.flat].split(self.family.sizes(inputs))]
@@ -108,6 +108,7 @@ class PrunedMRopeModel(PrunedModel):
     """
 
     positions: ClassVar[str] = "original"
+    _to_place: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         settings = vllm_config.model_config.multimodal_config
@@ -140,16 +141,37 @@ class PrunedMRopeModel(PrunedModel):
         multimodal_embeddings: Sequence[torch.Tensor],
         mrope_positions: torch.Tensor,
         num_computed_tokens: int,
-    ) -> tuple[list[torch.Tensor], torch.Tensor, int]:
-        """Put this step's kept tokens in their places; see `mrope.place`.
+    ) -> tuple[Sequence[torch.Tensor], torch.Tensor, int]:
+        """Put a request's kept tokens of this step in their places; see `mrope.place`.
 
         vLLM's own function misplaces a second image where a step (chunked prefill, or a prefix from the cache) begins
         inside the first.
         """
-        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
-        is_image, starts = ids == self.config.image_token_id, ids == self.config.vision_start_token_id
-        bare, placed = mrope.place(mrope_positions, is_image, starts, multimodal_embeddings, num_computed_tokens)
-        return bare, placed, int(placed.max()) + 1 - len(ids)
+        if multimodal_embeddings:
+            multimodal_embeddings, offsets = mrope.split(multimodal_embeddings)
+            ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+            is_image, is_start = ids == self.config.image_token_id, ids == self.config.vision_start_token_id
+            offsets = offsets.to(mrope_positions.device)
+            mrope_positions = mrope.place(mrope_positions, is_image, is_start, offsets, num_computed_tokens)
+        return multimodal_embeddings, mrope_positions, int(mrope_positions.max()) + 1 - mrope_positions.shape[1]
+
+    # vLLM's runner for CPUs does not call the function above: there, and only there, the model does it on its own.
+
+    def embed_input_ids(
+        self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        width = self.visual.out_hidden_size + getattr(self, "multiscale_dim", 0)
+        if multimodal_embeddings and multimodal_embeddings[0].shape[1] > width:
+            multimodal_embeddings, offsets = mrope.split(multimodal_embeddings)
+            self._to_place = is_multimodal, offsets
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def forward(self, input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._to_place is not None:
+            (is_image, offsets), self._to_place = self._to_place, None
+            positions = positions.clone()
+            positions[:, : len(is_image)][:, is_image] += offsets
+        return super().forward(input_ids, positions, *args, **kwargs)
 
 
 def _of_first_rank(values: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ def __getattr__(architecture: str) -> type:
     if architecture not in FAMILIES:
         raise AttributeError(f"no pruned {architecture}")
     family = FAMILIES[architecture]
-    whole = getattr(importlib.import_module(f"vllm.model_executor.models.{family.module}"), architecture)
+    module = importlib.import_module(f"vllm.model_executor.models.{family.module}")
+    whole = getattr(module, family.name or architecture)
     pruned = _extended(PrunedMRopeModel if family.mrope else PrunedModel, whole)
     pruned.family = family
     factories = whole._processor_factory

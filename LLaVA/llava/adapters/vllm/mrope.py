@@ -2,7 +2,7 @@
 
 Text is numbered as if nothing was dropped: an image takes ``max(rows, columns)`` of the line whatever is kept of it. So
 a prefix that comes from the cache leaves no position to correct. Which tokens an image keeps is known only when it is
-encoded; each kept embedding carries its row and column in four further columns (`to_columns`), which `place` takes off.
+encoded; each kept embedding carries its row and column in four further columns (`to_columns`).
 """
 
 from __future__ import annotations
@@ -49,44 +49,39 @@ def prompt_positions(length: int, images: Sequence[tuple[int, int, int, int]]) -
     return (ends - steps).expand(3, -1).clone(), int(ends[-1]) - length
 
 
+def split(embeddings: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Embeddings (n_i, D + COLUMNS) without the further columns, and the (time, row, column) of each: int64 (3, n)."""
+    digits = torch.cat([one[:, -COLUMNS:] for one in embeddings]).long()
+    rows, columns = digits[:, 0] * _BASE + digits[:, 1], digits[:, 2] * _BASE + digits[:, 3]
+    return [one[:, :-COLUMNS] for one in embeddings], torch.stack([torch.zeros_like(rows), rows, columns])
+
+
 def place(
-    positions: torch.Tensor,
-    is_image: torch.Tensor,
-    starts: torch.Tensor,
-    embeddings: Sequence[torch.Tensor],
-    computed: int,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+    positions: torch.Tensor, is_image: torch.Tensor, is_start: torch.Tensor, offsets: torch.Tensor, computed: int
+) -> torch.Tensor:
     """Put the kept tokens of one step's images at their rows and columns.
 
     Parameters
     ----------
     positions : Tensor (3, length), int64
-        Of the prompt so far, as `prompt_positions` numbered it.
+        Of the whole prompt, as `prompt_positions` numbered it.
     is_image : Tensor (length,), bool
         Which tokens are placeholders of images.
-    starts : Tensor (length,), bool
-        The tokens in front of images.
-    embeddings : sequence of Tensor (n_i, D + COLUMNS)
-        Of the step's images or parts of them, in order.
+    is_start : Tensor (length,), bool
+        The token in front of each image.
+    offsets : Tensor (3, n), int64
+        As `split` returns them, of the step's images or parts of them, in order.
     computed : int
         Tokens of the prompt that earlier steps have computed.
 
     Returns
     -------
-    embeddings : list of Tensor (n_i, D)
-    positions : Tensor (3, length)
+    Tensor (3, length)
     """
-    bare = [one[:, :-COLUMNS] for one in embeddings]
-    if not bare:
-        return bare, positions
-    digits = torch.cat([one[:, -COLUMNS:] for one in embeddings]).to(positions.device).long()
-    offsets = torch.stack(
-        [torch.zeros_like(digits[:, 0]), digits[:, 0] * _BASE + digits[:, 1], digits[:, 2] * _BASE + digits[:, 3]]
-    )
     own = is_image.nonzero().flatten()
     own = own[own >= computed][: offsets.shape[1]]
-    fronts = starts.nonzero().flatten()
-    first = positions[:1, fronts[torch.searchsorted(fronts, own) - 1]] + 1
+    starts = is_start.nonzero().flatten()
+    first = positions[:, starts[torch.searchsorted(starts, own) - 1]] + 1
     placed = positions.clone()
     placed[:, own] = first + offsets
-    return bare, placed
+    return placed

@@ -41,10 +41,13 @@ class PrunedProcessor:
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any):
         super().__init__(info, *args, **kwargs)
-        model_config = info.ctx.model_config
-        if RATIO in (model_config.multimodal_config.mm_processor_kwargs or {}):
+        if RATIO in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
             raise ValueError(f"{RATIO} is for requests; the server's own ratio is SUBSET_RATIO")
-        self.pruning = config_of(model_config)
+
+    @functools.cached_property
+    def pruning(self) -> PruningConfig:
+        # Read when first used: vLLM makes another processor for each chat, only to count its images.
+        return config_of(self.info.ctx.model_config)
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         # The vision tower sees whole images: memory is profiled, and the encoder's budget set, with unpruned ones.
