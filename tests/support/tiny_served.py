@@ -143,7 +143,7 @@ def _llava_onevision(words: tf.PreTrainedTokenizerFast) -> tuple[Any, Callable, 
         image_token_index=words.convert_tokens_to_ids("<|image_pad|>"),
         video_token_index=words.convert_tokens_to_ids("<|video_pad|>"),
         image_grid_pinpoints=PINPOINTS,
-        vision_aspect_ratio="anyres_max_2",
+        vision_aspect_ratio="anyres_max_9",
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         tie_word_embeddings=False,
@@ -159,7 +159,7 @@ def _llava_onevision(words: tf.PreTrainedTokenizerFast) -> tuple[Any, Callable, 
             vision_feature_select_strategy="full",
             chat_template=template,
             video_token="<|video_pad|>",
-            vision_aspect_ratio="anyres_max_2",
+            vision_aspect_ratio="anyres_max_9",
         )
 
     return tf.LlavaOnevisionForConditionalGeneration(config), processor, "<|image_pad|>"

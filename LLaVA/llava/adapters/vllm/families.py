@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
-Inputs = Mapping[str, Any]
-"""The arguments of ``embed_multimodal``, by name: tensors of several images."""
+from llava.adapters.transformers.family import Entries, Inputs, anyres, grid_thw, square
+from llava.pruning.layout import FeatureMap, Layout
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class Family:
         Configuration of the model -> visual tokens that a unit makes, before any is dropped.
     flat : str
         The input that holds the units of all images one after the other; empty where each has an entry per image.
-    layouts : str
-        Key of the transformers adapter's `FAMILIES`, whose ``layouts`` say how the tokens lie on the image.
+    layouts : callable
+        (model, features of each image, inputs) -> for each image how its tokens lie on it, or None where it is not
+        known; as in the adapter for transformers.
     name : str
         Of vLLM's class, where it is not the architecture's.
     mrope : bool
@@ -37,8 +39,8 @@ class Family:
     module: str
     sizes: Callable[[Inputs], list[int]]
     unit_tokens: Callable[[Any], float]
+    layouts: Callable[[Any, Entries, Inputs], list[Layout | None]]
     flat: str = ""
-    layouts: str = ""
     name: str = ""
     mrope: bool = False
     tower: str | None = None
@@ -64,24 +66,27 @@ def _merged_tokens(config: Any) -> float:
     return config.vision_config.spatial_merge_size**-2
 
 
-def _shuffled_tokens(config: Any) -> float:
+def _tile_tokens(config: Any) -> float:
     return config.image_seq_length
 
 
+def _tiled(base: Any, entries: Entries, inputs: Inputs) -> list[Layout | None]:
+    side = isqrt(base.config.image_seq_length)
+    return [(FeatureMap(side, side),) * (len(entry) // side**2) for entry in entries]
+
+
 FAMILIES = {
-    "LlavaForConditionalGeneration": Family("llava", _crops, _clip_tokens, layouts="llava", tower="pixtral"),
-    "LlavaNextForConditionalGeneration": Family("llava_next", _crops, _clip_tokens, layouts="llava_next"),
-    "LlavaOnevisionForConditionalGeneration": Family(
-        "llava_onevision", _crops, _clip_tokens, layouts="llava_onevision"
-    ),
+    "LlavaForConditionalGeneration": Family("llava", _crops, _clip_tokens, square, tower="pixtral"),
+    "LlavaNextForConditionalGeneration": Family("llava_next", _crops, _clip_tokens, anyres),
+    "LlavaOnevisionForConditionalGeneration": Family("llava_onevision", _crops, _clip_tokens, anyres),
     "InternVLForConditionalGeneration": Family(
-        "interns1", _tiles, _shuffled_tokens, "pixel_values", "internvl", name="InternS1ForConditionalGeneration"
+        "interns1", _tiles, _tile_tokens, _tiled, "pixel_values", name="InternS1ForConditionalGeneration"
     ),
     "Qwen2_5_VLForConditionalGeneration": Family(
-        "qwen2_5_vl", _patches, _merged_tokens, "pixel_values", "qwen2_5_vl", mrope=True
+        "qwen2_5_vl", _patches, _merged_tokens, grid_thw, "pixel_values", mrope=True
     ),
     "Qwen3VLForConditionalGeneration": Family(
-        "qwen3_vl", _patches, _merged_tokens, "pixel_values", "qwen3_vl", mrope=True
+        "qwen3_vl", _patches, _merged_tokens, grid_thw, "pixel_values", mrope=True
     ),
 }
 """By architecture, as ``config.json`` names it."""

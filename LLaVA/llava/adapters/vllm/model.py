@@ -11,9 +11,9 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from llava.adapters.transformers.family import FAMILIES as LAYOUTS
+from llava.adapters.transformers.family import Inputs
 from llava.adapters.vllm import mrope
-from llava.adapters.vllm.families import Family, Inputs
+from llava.adapters.vllm.families import Family
 from llava.adapters.vllm.processor import config_of
 from llava.adapters.vllm.switch import RATIO
 from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
@@ -68,16 +68,21 @@ class PrunedModel:
             last = first + 1
             while last < count and (edges[last + 1] - edges[first]) * per_unit <= self._tokens_at_once:
                 last += 1
-            units = slice(edges[first], edges[last])
-            part = slice(first, last)
-            yield part, {name: own[units if name == self.family.flat else part] for name, own in inputs.items()}
+            part, units = slice(first, last), slice(edges[first], edges[last])
+            yield (
+                part,
+                {
+                    name: own if getattr(own, "ndim", 1) == 0 else own[units if name == self.family.flat else part]
+                    for name, own in inputs.items()
+                },
+            )
             first = last
 
     def _kept(self, embeddings: Sequence[torch.Tensor], inputs: Inputs, ratios: Sequence[float]) -> list[torch.Tensor]:
         """The kept rows (k_i, W) of each image's (N_i, W), of which the first columns are what the decoder reads."""
         width = self.config.get_text_config().hidden_size
         features = [one[:, :width] for one in embeddings]
-        layouts = LAYOUTS[self.family.layouts].layouts(self, features, inputs)
+        layouts = self.family.layouts(self, features, inputs)
         images = [ImageTokens(own, layout) for own, layout in zip(features, layouts, strict=True)]
         facts = [PromptFacts(key) for key in self._keys(inputs, len(images))]
         kept: dict[int, KeptTokens] = {}
@@ -160,8 +165,7 @@ class PrunedMRopeModel(PrunedModel):
     def embed_input_ids(
         self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
     ) -> torch.Tensor:
-        width = self.visual.out_hidden_size + getattr(self, "multiscale_dim", 0)
-        if multimodal_embeddings and multimodal_embeddings[0].shape[1] > width:
+        if multimodal_embeddings and multimodal_embeddings[0].shape[1] > self.visual.out_hidden_size:
             multimodal_embeddings, offsets = mrope.split(multimodal_embeddings)
             self._to_place = is_multimodal, offsets
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)

@@ -27,8 +27,9 @@ def config_of(model_config: Any) -> PruningConfig:
 class ImagesOnly:
     """Stands before the ``ProcessingInfo`` of a model whose videos would need positions of their own."""
 
-    def get_supported_mm_limits(self) -> dict[str, int | None]:
-        return {"image": None}
+    @functools.cached_property
+    def allowed_mm_limits(self) -> dict[str, int]:
+        return {**super().allowed_mm_limits, "video": 0}
 
     def validate_num_items(self, modality: str, num_items: int) -> None:
         if modality == "video" and num_items:
