@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from golden import golden_root
-from llava.fitting.ocvtp.loss import slot_weights, weighted_error
-from llava.fitting.ocvtp.objective import Draws, Reconstruction, seeded
+from llava.fitting.ocvtp.objective import (
+    DecoderConfig,
+    Draws,
+    RandomOrderDecoder,
+    Reconstruction,
+    seeded,
+    slot_weights,
+    weighted_error,
+)
+from llava.fitting.ocvtp.train import save_pruner as save
 from llava.pruning import PruningConfig, VisualTokens
 from llava.pruning.methods.ocvtp.checkpoint import PrunerFiles
-from llava.pruning.methods.ocvtp.config import DecoderConfig, SlotConfig
-from llava.pruning.methods.ocvtp.decoder import RandomOrderDecoder
-from llava.pruning.methods.ocvtp.network import SlotPruner, slot_noise
-from llava.pruning.methods.ocvtp.published import DECODER_NAMES, PRUNER_NAMES, load_published, renamed
+from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner, slot_noise
+from llava.pruning.methods.ocvtp.published import PRUNER_NAMES, load_published, renamed
 from tiny_ocvtp import save_pruner, tiny_config, tiny_pruner
 
 FILE = golden_root() / "pruning" / "ocvtp.json"
@@ -32,6 +39,17 @@ LOSSES = [
     # The published mean counts an empty slot, and the cap then cuts another weight.
     and not (case["alpha"] == "alpha_with_empty_slot" and case["cap_w"] == 1.2)
 ]
+DECODER_NAMES = {
+    "decode.mask_token": "mask_token",
+    "decode.posit_embed._pe": "positions",
+    "decode.project1.project.": "token_projection.0.",
+    "decode.project1.norm.": "token_projection.1.",
+    "decode.project2.project.": "slot_projection.0.",
+    "decode.project2.norm.": "slot_projection.1.",
+    "decode.norm0.": "norm.",
+    "decode.backbone.layers.": "layers.",
+}
+"""The published code's names of the decoder's weights, as they begin, and ours."""
 # A sum of a few hundred float32 products near 1, in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -163,7 +181,7 @@ def test_slots_share_every_token():
 def test_the_decoder_sees_the_shown_tokens_and_no_others():
     torch.manual_seed(0)
     config = tiny_config()
-    decoder = RandomOrderDecoder(config.width, config.slot_width, config.decoder)
+    decoder = RandomOrderDecoder(config.width, config.slot_width, DecoderConfig(**config.decoder))
     draws = Draws.sample(seeded("x"), 1, 4, config)
     features, slots = torch.randn(1, 16, 32), torch.randn(1, 4, 16)
     shown = torch.full((1, 1), 5)
@@ -190,7 +208,7 @@ def test_every_weight_is_trained():
 
 def test_a_saved_pruner_is_the_same_when_loaded(tmp_path):
     pruner = tiny_pruner(trained_on={"model": "x", "count": 3})
-    pruner.save_pretrained(tmp_path)
+    save(pruner, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     loaded = SlotPruner.from_pretrained(tmp_path)
     assert loaded.config == pruner.config and not loaded.training
@@ -199,7 +217,7 @@ def test_a_saved_pruner_is_the_same_when_loaded(tmp_path):
 
 
 def test_half_precision_weights_run_in_float32(tmp_path):
-    tiny_pruner().save_pretrained(tmp_path, torch.bfloat16)
+    save(tiny_pruner(), tmp_path, torch.bfloat16)
     assert {p.dtype for p in SlotPruner.from_pretrained(tmp_path).parameters()} == {torch.float32}
 
 
@@ -272,8 +290,11 @@ agg_trunc_bp: bi-level
 """
 
 
-@pytest.mark.parametrize("with_sizes", [False, True])
-@pytest.mark.parametrize(("tokens", "kept"), [(576, 64), (2880, 160)], ids=["1.5", "next"])
+@pytest.mark.parametrize(
+    ("tokens", "kept", "with_sizes"),
+    [(576, 64, False), (576, 64, True), (2880, 160, False)],
+    ids=["1.5", "sizes", "next"],
+)
 def test_a_published_pruner_for_clip_l_chooses_tokens(tmp_path, tokens, kept, with_sizes):
     draw = torch.Generator().manual_seed(5)
     weights = {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in CLIP_L.items()}
@@ -298,8 +319,10 @@ def test_a_published_pruner_for_clip_l_chooses_tokens(tmp_path, tokens, kept, wi
     assert found.shape == (1, kept) and found.unique().numel() == kept
 
 
-@pytest.mark.parametrize("wrapper", ["", "module.", "model.", "model._orig_mod."])
-@pytest.mark.parametrize("file_holds", ["weights", "state_dict", "model"])
+@pytest.mark.parametrize(
+    ("wrapper", "file_holds"),
+    [("", "weights"), ("module.", "state_dict"), ("model.", "model"), ("model._orig_mod.", "weights")],
+)
 def test_a_pruner_that_was_saved_inside_another_module_loads(tmp_path, wrapper, file_holds):
     pruner = tiny_pruner()
     weights = torch.load(published_weights_file(tmp_path, pruner))
@@ -367,7 +390,8 @@ def test_a_damaged_configuration_is_named(tmp_path, text, said):
 
 def test_weights_of_other_sizes_are_refused(tmp_path):
     folder = save_pruner(tmp_path)
-    dataclasses.replace(tiny_config(), slot_width=8).save(tmp_path)
+    save(SlotPruner(dataclasses.replace(tiny_config(), slot_width=8)), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "config.json", folder)
     with pytest.raises(
         ValueError, match=r"model.safetensors does not hold the weights of this pruner: .*size mismatch"
     ):
@@ -388,6 +412,6 @@ def test_a_pruner_that_is_trained_on_is_read_anew(tmp_path):
     changed = tiny_pruner()
     with torch.no_grad():
         changed.initial.mean.add_(1)
-    changed.save_pretrained(tmp_path, torch.bfloat16)
+    save(changed, tmp_path, torch.bfloat16)
     assert files.digest != before
     assert torch.equal(files.network("cpu").initial.mean, changed.initial.mean.bfloat16().float())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from llava.pruning.methods.ocvtp.config import DecoderConfig, SlotConfig
-from llava.pruning.methods.ocvtp.network import SlotPruner
+from llava.fitting.ocvtp import train
+from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
 
 WIDTH = 32
 """Of the features of `tiny_llava`'s vision tower."""
@@ -15,7 +15,7 @@ WIDTH = 32
 
 def tiny_config(width: int = WIDTH, layer: int | None = 0, tokens: int = 16, **overrides) -> SlotConfig:
     """A pruner of slot width 16 for pictures of 16 patches."""
-    decoder = DecoderConfig(tokens=tokens, width=width, heads=2, layers=2, feed_forward=24, context=2)
+    decoder = {"tokens": tokens, "width": width, "heads": 2, "layers": 2, "feed_forward": 24, "context": 2}
     settings = {"hidden": 24, "slot_width": 16, "feed_forward": 24, "slots": 4, "decoder": decoder, "layer": layer}
     return SlotConfig(width=width, **settings | overrides)
 
@@ -32,5 +32,5 @@ def tiny_pruner(**settings) -> SlotPruner:
 
 def save_pruner(folder: Path, **settings) -> str:
     """Write `tiny_pruner` into a folder."""
-    tiny_pruner(**settings).save_pretrained(folder)
+    train.save_pruner(tiny_pruner(**settings), folder)
     return str(folder)

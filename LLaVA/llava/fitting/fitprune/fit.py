@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from llava.eval.flops import DecoderShape, ModelShape, exact_flops, tokens_per_layer
+from llava.eval.flops import ModelShape
 from llava.files import atomic_write
-from llava.fitting.fitprune.samples import Samples
+from llava.fitting.data import MINI, find_questions
+from llava.fitting.fitprune.compare import Prefill
 from llava.fitting.fitprune.search import TOKENS, Cost, Walk, kept_by, least_share, search, settle, visual_flops
-from llava.fitting.fitprune.sources import MINI, open_source
-from llava.fitting.fitprune.statistics import Statistics, cache_root
+from llava.fitting.fitprune.statistics import Prompts, Statistics, cache_root
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
-from llava.pruning.methods.fitprune.recipe import FORMAT, SHIPPED_FOLDER, Recipe, describe, parse_recipe, read_recipe
+from llava.pruning.methods.fitprune.recipe import FORMAT, SHIPPED_FOLDER, Recipe, describe, parse_recipe
 from llava.runtime import is_main_process
 
 
@@ -57,44 +58,39 @@ class Budget:
         """Of the unpruned cost, what may be spent."""
         return self.subset_ratio if self.reduction_ratio is None else 1 - self.reduction_ratio
 
-    def cost(self, shape: DecoderShape) -> Cost:
-        """What is counted."""
-        return TOKENS if self.reduction_ratio is None else visual_flops(shape)
+    @property
+    def name(self) -> str:
+        """As a file's name has it: 60 for a reduction ratio of 0.6, kept40 for a subset ratio of 0.4."""
+        kept, ratio = ("", self.reduction_ratio) if self.subset_ratio is None else ("kept", self.subset_ratio)
+        return f"{kept}{100 * ratio:.8g}".replace(".", "_")
 
-    def check(self, cost: Cost, tokens: int, layers: int) -> None:
-        """Refuse, before anything runs, what no recipe can meet in a decoder of so many layers.
+    def cost(self, shape: ModelShape) -> Cost:
+        """What is counted."""
+        return TOKENS if self.reduction_ratio is None else visual_flops(shape.decoder)
+
+    def check(self, shape: ModelShape, tokens: int) -> None:
+        """Refuse, before anything runs, what no recipe can meet in a model with images of so many tokens.
 
         Raises
         ------
         ValueError
-            Says what is the most, or the least, there is.
+            States the most, or the least, that can be met.
         """
-        least = least_share(cost, tokens, layers)
+        layers = shape.decoder.layers
+        least = least_share(self.cost(shape), tokens, layers)
         if self.share >= least:
             return
-        why = "since the first layer's attention sees all visual tokens, and one of them must stay"
+        asked, limit = f"a reduction ratio of {self.reduction_ratio}", f"the most is {1 - least:.4g}"
         if self.reduction_ratio is None:
-            raise ValueError(
-                f"no recipe meets a subset ratio of {self.subset_ratio:g} in a decoder of {layers} layers: the least "
-                f"is {least:.4g}, {why}"
-            )
+            asked, limit = f"a subset ratio of {self.subset_ratio}", f"the least is {least:.4g}"
         raise ValueError(
-            f"no recipe meets a reduction ratio of {self.reduction_ratio:g} in a decoder of {layers} layers: the most "
-            f"is {1 - least:.4g}, {why}"
+            f"no recipe meets {asked} in a decoder of {layers} layers: {limit}, since the first layer's attention sees "
+            "every token and one token stays"
         )
-
-    def check_model(self, model) -> ModelShape:
-        """`check` with a model's sizes, which are returned."""
-        shape = ModelShape.of(model.config, model.get_vision_tower().config)
-        tokens = model.tokens_of_an_image() or shape.visual_tokens
-        self.check(self.cost(shape.decoder), tokens, shape.decoder.layers)
-        return shape
 
     def facts(self) -> dict[str, float]:
         """What was asked for, JSON-serialisable."""
-        if self.reduction_ratio is None:
-            return {"subset_ratio": self.subset_ratio}
-        return {"reduction_ratio": self.reduction_ratio}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
@@ -121,10 +117,8 @@ def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
     ValueError
         If no recipe meets the budget, or a sample cannot be used.
     """
-    model = statistics.model
-    shape = budget.check_model(model)
-    cost, layers = budget.cost(shape.decoder), shape.decoder.layers
-    fixed = model.tokens_of_an_image()
+    shape = _checked(statistics.model, budget)
+    cost, layers = budget.cost(shape), shape.decoder.layers
     statistics.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(statistics.folder / ".lock"):
         found = search(statistics.walk, cost, budget.share)
@@ -134,49 +128,47 @@ def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
         text = round(statistics.text_tokens())
     kept = kept_by(deleted, tokens)
     losses = divergence["visual"] + divergence["text"]
+    facts = statistics.facts
+    fixed = statistics.model.tokens_of_an_image()
     return {
         "format": FORMAT,
         "method": "FitPrune",
-        "model": {"name": name, "weights": statistics.facts["model"], "layers": layers, "visual_tokens": fixed},
-        "data": statistics.facts["data"],
+        "model": {"name": name, "weights": facts["model"], "layers": layers, "visual_tokens": fixed},
+        "data": facts["data"],
         "budget": budget.facts(),
         "versions": {
             **{package: version(package) for package in ("llava", "torch", "transformers")},
             "python": platform.python_version(),
-            "dtype": statistics.facts["dtype"],
-            "statistics": statistics.facts["version"],
+            "dtype": facts["dtype"],
+            "statistics": facts["version"],
         },
         "tokens": tokens,
         "deleted": list(deleted),
         "kept": kept,
         "mean_fraction": sum(kept[:-1]) / layers / tokens,
         "alpha": found.alpha,
-        "flops": predicted_flops(shape, deleted, tokens, text),
-        "divergence": {**divergence, "mean": sum(losses) / len(losses)},
+        "flops": predicted_flops(shape, kept, text),
+        "divergence": {
+            **{kind: [round(lost, 6) for lost in layers] for kind, layers in divergence.items()},
+            "mean": sum(losses) / len(losses),
+        },
     }
 
 
-def predicted_flops(shape: ModelShape, deleted: tuple[int, ...], tokens: int, text: int) -> dict[str, Any]:
-    """What a recipe costs, with one picture and ``text`` tokens of text.
+def predicted_flops(shape: ModelShape, kept: list[int], text: int) -> dict[str, Any]:
+    """What a recipe costs, with one image and ``text`` tokens of text.
 
     Returns
     -------
     dict
         "visual", the published budget: multiply-accumulates of the decoder over visual tokens alone; "prefill": FLOPs,
-        two a multiply-accumulate, of the whole prompt, vision tower included. Both "unpruned" and "pruned", with
+        two per multiply-accumulate, of the whole prompt, vision tower included. Both "unpruned" and "pruned", with
         "reduction_ratio", the share that is saved.
     """
-    kept = kept_by(deleted, tokens)
-    walk, cost = Walk.of(kept), visual_flops(shape.decoder)
-    crops = max(1, round(tokens / shape.tower.outputs))
-    full = tokens_per_layer(text, [tokens] * len(deleted))
-    entering, behind = tokens_per_layer(text, kept[:-1]), tokens_per_layer(text, kept[1:])
+    walk, cost, prefill = Walk.of(kept), visual_flops(shape.decoder), Prefill(shape, kept[0], text)
     costs = {
         "visual": (walk.unpruned(cost), walk.stopped_at(cost)[-1]),
-        "prefill": (
-            exact_flops(shape, full, crops=crops).total,
-            exact_flops(shape, entering, after=behind, crops=crops).total,
-        ),
+        "prefill": (prefill.unpruned(), prefill.flops(kept[:-1], kept[1:])),
     }
     predicted: dict[str, Any] = {
         name: {"unpruned": whole, "pruned": left, "reduction_ratio": 1 - left / whole}
@@ -186,31 +178,15 @@ def predicted_flops(shape: ModelShape, deleted: tuple[int, ...], tokens: int, te
     return predicted
 
 
-def write_recipe(facts: dict[str, Any], file: Path) -> None:
-    """Write a recipe's file, whole or not at all: a list of numbers in one line."""
-    atomic_write(file, as_text(facts) + "\n")
-
-
-def as_text(facts: dict[str, Any]) -> str:
-    """JSON with an indent, but lists in one line."""
-    lists: list[str] = []
-
-    def marked(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: marked(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            lists.append(json.dumps([round(item, 6) if isinstance(item, float) else item for item in value]))
-            return f"@{len(lists) - 1}@"
-        return value
-
-    text = json.dumps(marked(facts), indent=2)
-    for number, line in enumerate(lists):
-        text = text.replace(f'"@{number}@"', line)
-    return text
+def write_recipe(facts: dict[str, Any], file: Path) -> Recipe:
+    """Write a recipe's file, whole or not at all, each list of numbers in one line; returns the recipe."""
+    text = re.sub(r"\[\s([^]]*)\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(facts, indent=2))
+    atomic_write(file, text + "\n")
+    return parse_recipe(json.loads(text), str(file))
 
 
 def fit_for(model, reduction_ratio: float | None, subset_ratio: float | None, samples: int) -> Recipe:
-    """A recipe for a loaded model, fitted on the embedded data and kept in the cache folder; says on stderr which.
+    """A recipe for a loaded model, fitted on the embedded data and kept in the cache folder; prints which to stderr.
 
     A recipe that ships with the embedded model is taken where it is of this model, data and budget.
 
@@ -225,22 +201,25 @@ def fit_for(model, reduction_ratio: float | None, subset_ratio: float | None, sa
             "fitprune: a recipe is fitted with the model's prompt_tokenizer, and it has none: load it with "
             "load_pretrained_model, or give FITPRUNE_RECIPE"
         )
-    budget.check_model(model)
-    source = open_source(MINI, samples)
-    questions = Samples(source, model.prompt_tokenizer, model.config)
-    statistics = Statistics(model, model.get_vision_tower().image_processor, questions, cache_root())
+    _checked(model, budget)
+    prompts = Prompts(find_questions(MINI, samples), model.prompt_tokenizer, model.config)
+    statistics = Statistics(model, model.get_vision_tower().image_processor, prompts, cache_root())
     recipe = _shipped(statistics, budget)
     if recipe is None:
-        (name, value), *_ = budget.facts().items()
-        file = statistics.folder / f"{name}-{value:.8g}.json"
+        file = statistics.folder / f"{budget.name}.json"
         if not file.is_file() and is_main_process():
-            print(f"fitprune: fitting a recipe on {samples} pictures, once", file=sys.stderr)
+            print(f"fitprune: fitting a recipe on {samples} images, once", file=sys.stderr)
         # What was gathered is kept; the recipe is made of it anew, by the search as it is now.
-        write_recipe(fit(statistics, budget, _name(model)), file)
-        recipe = read_recipe(str(file))
+        recipe = write_recipe(fit(statistics, budget, _name(model)), file)
     if is_main_process():
         print(f"fitprune: {describe(recipe)}; {recipe.name}", file=sys.stderr)
     return recipe
+
+
+def _checked(model, budget: Budget) -> ModelShape:
+    shape = ModelShape.of(model.config, model.get_vision_tower().config)
+    budget.check(shape, model.tokens_of_an_image() or shape.visual_tokens)
+    return shape
 
 
 def _name(model) -> str:
@@ -253,7 +232,7 @@ def _name(model) -> str:
 def _shipped(statistics: Statistics, budget: Budget) -> Recipe | None:
     for file in sorted(SHIPPED_FOLDER.glob("*.json")):
         facts = json.loads(file.read_text(encoding="utf-8"))
-        same_model = facts["model"]["weights"] == statistics.facts["model"]
-        if same_model and facts["data"] == statistics.facts["data"] and facts["budget"] == budget.facts():
+        found = facts["model"]["weights"], facts["data"], facts["budget"]
+        if found == (statistics.facts["model"], statistics.facts["data"], budget.facts()):
             return parse_recipe(facts, f"{EMBEDDED_MODEL}/{file.stem}")
     return None

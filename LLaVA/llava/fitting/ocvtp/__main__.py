@@ -1,64 +1,51 @@
-"""Train OC-VTP's pruner for a model, and say what it costs."""
+"""Train OC-VTP's pruner for a model, and print what it costs."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from llava.command import above_zero, positive, whole
-from llava.runtime import print_everything
+from llava.command import Parser, above_zero, find_device, positive, whole
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; exits with 2 and one sentence when what was asked for cannot be."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        print(f"ocvtp: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ocvtp: interrupted", file=sys.stderr)
-        return 130
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 3 where the time of a training was up first."""
+    return _parser().run(lambda arguments: arguments.action(arguments), argv)
 
 
-def _extract(arguments: argparse.Namespace) -> int:
-    from llava.fitting.ocvtp.extract import extract
-    from llava.fitting.ocvtp.pictures import find_pictures
+def _extract(arguments: argparse.Namespace) -> None:
+    from llava.fitting.data import find_images
+    from llava.fitting.ocvtp.features import extract
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
 
-    pictures = find_pictures(arguments.images).first(arguments.count)
-    dtype = torch.float32 if arguments.device == "cpu" else torch.float16
-    name = get_model_name_from_path(arguments.model)
-    _, model, _, _ = load_pretrained_model(
-        arguments.model, None, name, device=arguments.device, dtype=dtype, multimodal=True
-    )
-    description = extract(
+    images = find_images(arguments.images).first(arguments.count)
+    device, name = find_device(arguments.device), get_model_name_from_path(arguments.model)
+    dtype = "float32" if device == "cpu" else "float16"
+    _, model, _, _ = load_pretrained_model(arguments.model, None, name, device=device, dtype=dtype, multimodal=True)
+    described = extract(
         model.get_vision_tower(),
         arguments.model,
-        pictures,
-        arguments.images,
+        images,
         arguments.output,
         layer=arguments.layer,
         shard=arguments.shard,
         batch=arguments.batch_size,
     )
     print(
-        f"{description.count} pictures, {description.tokens} tokens of width {description.width} each, layer "
-        f"{description.layer}: {arguments.output}"
+        f"{described.count} images, {described.tokens} tokens of width {described.width} each, layer "
+        f"{described.layer}: {arguments.output}"
     )
-    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from llava.fitting.ocvtp.objective import DecoderConfig
     from llava.fitting.ocvtp.train import Recipe, train
-    from llava.pruning.methods.ocvtp.config import DecoderConfig, SlotConfig
+    from llava.pruning.methods.ocvtp.network import SlotConfig
     from llava.train.loop import Run
 
     recipe = Recipe(
@@ -71,7 +58,7 @@ def _train(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     run = Run(
-        folder=arguments.output,
+        arguments.output,
         resume=arguments.resume,
         seconds=60 * arguments.minutes,
         precision=arguments.precision,
@@ -94,51 +81,49 @@ def _train(arguments: argparse.Namespace) -> int:
             feed_forward=4 * slot_width,
             layer=description.layer,
             slots=arguments.slots,
-            decoder=decoder,
+            decoder=asdict(decoder),
         )
 
     return 0 if train(arguments.features, sizes, recipe, run, arguments.dtype) else 3
 
 
-def _cost(arguments: argparse.Namespace) -> int:
+def _cost(arguments: argparse.Namespace) -> None:
     from llava.fitting.ocvtp.cost import cost
 
-    print(cost(arguments.model, arguments.checkpoint, arguments.kept, arguments.text, arguments.device, arguments.time))
-    return 0
+    print(cost(arguments.model, arguments.checkpoint, arguments.kept, arguments.text))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava.fitting.ocvtp", description=__doc__)
-    steps = parser.add_subparsers(required=True, metavar="extract, train or cost")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def _parser() -> Parser:
+    parser = Parser("llava.fitting.ocvtp", __doc__)
+    steps = parser.add_subparsers(required=True, metavar="extract, train or cost", parser_class=Parser)
 
-    step = steps.add_parser("extract", help="write features of a model's frozen vision tower")
-    step.set_defaults(run=_extract)
-    add = step.add_argument
-    add("--model", default="llava-mini", help="checkpoint folder or hub id (default: llava-mini)")
+    def step(action, name: str, text: str, **options: str) -> Parser:
+        one = steps.add_parser(name, help=text, description=text, prog=f"{parser.prog} {name}", **options)
+        one.set_defaults(action=action)
+        return one
+
+    extract = step(_extract, "extract", "write features of a model's frozen vision tower")
+    extract.add_model()
+    extract.add_device()
+    add = extract.add_argument
     add("--images", required=True, help="a folder, scenes:N (drawn ones), or a task or group of lmms-eval")
     add("--layer", type=int, help="of the vision tower, from 0 (default: 8 for CLIP-L, else at the same depth)")
-    add("--output", type=Path, default=Path("features"), help="folder (default: features); the same command goes on")
-    add("--count", type=positive, metavar="N", help="only the first N pictures")
-    add("--shard", type=positive, default=64, metavar="N", help="pictures a file (default: 64)")
-    add("--batch-size", type=positive, default=16, metavar="N", help="pictures at a time (default: 16)")
-    add("--device", default=device, help=f"default: {device}")
+    text = "folder (default: features); the same command continues where it was"
+    add("--output", type=Path, default=Path("features"), metavar="DIR", help=text)
+    add("--count", type=positive, metavar="N", help="only the first N images")
+    add("--shard", type=positive, default=64, metavar="N", help="images per file (default: 64)")
+    add("--batch-size", type=positive, default=16, metavar="N", help="images at a time (default: 16)")
 
-    step = steps.add_parser(
-        "train",
-        help="train a pruner on features",
-        epilog="Several processes: accelerate launch --num_processes N -m llava.fitting.ocvtp train ...",
-    )
-    step.set_defaults(run=_train)
-    add = step.add_argument
+    several = "Several processes: accelerate launch --num_processes N -m llava.fitting.ocvtp train ..."
+    add = step(_train, "train", "train a pruner on features", epilog=several).add_argument
     add("--features", type=Path, default=Path("features"), help="folder of extract (default: features)")
     add("--output", type=Path, default=Path("pruner"), help="the pruner's folder (default: pruner)")
-    add("--resume", action="store_true", help="go on from the last saved state")
+    add("--resume", action="store_true", help="continue from the last saved state")
     text = "slots of the validation; training draws S/4, S/2, S or 2S of them (default: 64)"
     add("--slots", type=positive, default=64, metavar="S", help=text)
     add("--epochs", type=positive, default=30, metavar="N", help="default: 30")
     add("--warmup", type=whole, default=4, metavar="N", help="epochs of rising learning rate (default: 4)")
-    add("--batch-size", type=positive, default=12, metavar="N", help="pictures a step, of all processes (default: 12)")
+    add("--batch-size", type=positive, default=12, metavar="N", help="images per step, of all processes (default: 12)")
     add("--learning-rate", type=above_zero, default=1e-3, metavar="R", help="default: 0.001")
     add("--patience", type=positive, default=5, metavar="N", help="epochs without a better loss (default: 5)")
     add("--seed", type=int, default=42, metavar="N", help="default: 42")
@@ -151,18 +136,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--decoder-heads", type=positive, default=4, metavar="N", help="default: 4")
     add("--decoder-feed-forward", type=positive, metavar="N", help="default: four times the features' width")
 
-    step = steps.add_parser("cost", help="a pruner's FLOPs and milliseconds beside the model's")
-    step.set_defaults(run=_cost)
-    add = step.add_argument
-    add("--model", default="1.5-7b", help="a shape of llava.eval.flops, or a checkpoint (default: 1.5-7b)")
+    cost = step(_cost, "cost", "print a pruner's FLOPs beside the model's")
+    cost.add_model("1.5-7b", also="a shape of llava flops, ")
+    add = cost.add_argument
     add("--checkpoint", help="a pruner (default: one of the published sizes for the model's vision tower)")
     add("--kept", type=positive, metavar="K", help="visual tokens kept (default: 0.098 of them)")
     add("--text", type=positive, default=60, metavar="N", help="text tokens (default: 60)")
-    add("--time", action="store_true", help="measure milliseconds, with random weights of the same shapes")
-    add("--device", default=device, help=f"where to measure (default: {device})")
     return parser
 
 
 if __name__ == "__main__":
-    print_everything()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""A folder of features: shards of safetensors, and what they are in ``features.json``."""
+"""Features of a frozen vision tower in a folder: shards of safetensors, and what they are in ``features.json``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from llava.files import atomic_write, write_json
+from llava.fitting.data import Source
 
-DESCRIPTION = "features.json"
-TENSOR = "features"
+DESCRIPTION, TENSOR = "features.json", "features"
+
+PUBLISHED_DEPTH = (8, 23)
+"""Of CLIP-L's layers that run, the published code reads the output of this one, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,13 @@ class Description:
     layer : int
         The tower's layer whose output they are, counted from 0.
     tokens, width : int
-        Of each picture: (tokens, width), without [CLS].
+        Of each image: (tokens, width), without [CLS].
     pictures : str
-        Where the pictures come from.
+        Where the images come from.
     count : int
         How many there are when all shards are.
     shard : int
-        Pictures a shard.
+        Images per shard.
     """
 
     model: str
@@ -44,104 +49,112 @@ class Description:
     count: int
     shard: int
 
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.count // self.shard)
+    @classmethod
+    def read(cls, folder: Path) -> Description:
+        """What a folder holds; an `OSError` if it holds no features, a `ValueError` if its description is damaged."""
+        file = folder / DESCRIPTION
+        if not file.is_file():
+            raise OSError(f"{folder} is no folder of features: it has no {DESCRIPTION} (llava ocvtp extract writes it)")
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} does not describe features: {error}") from error
 
-    def numbers(self, shard: int) -> range:
-        """The pictures in a shard."""
-        return range(shard * self.shard, min((shard + 1) * self.shard, self.count))
+    def shards(self, folder: Path) -> list[tuple[Path, range]]:
+        """Every shard's file, and the images in it."""
+        starts = range(0, self.count, self.shard)
+        return [
+            (folder / f"features-{number:05d}.safetensors", range(start, min(start + self.shard, self.count)))
+            for number, start in enumerate(starts)
+        ]
 
 
-def shard_file(folder: Path, shard: int) -> Path:
-    """Where a shard lies."""
-    return folder / f"features-{shard:05d}.safetensors"
+def default_layer(depth: int) -> int:
+    """The layer of a tower at the published one's relative depth."""
+    layer, layers = PUBLISHED_DEPTH
+    return round(layer * (depth - 1) / (layers - 1))
 
 
-def describe(folder: Path, description: Description) -> None:
-    """Write ``features.json``, or check that the folder is being filled with the same features.
+def extract(
+    tower,
+    model: str,
+    images: Source,
+    folder: Path,
+    *,
+    layer: int | None = None,
+    shard: int = 64,
+    batch: int = 16,
+    quiet: bool = False,
+) -> Description:
+    """Write the features of images, each squeezed to the tower's square as published; shards that are there stay.
+
+    Parameters
+    ----------
+    tower : CLIPVisionTower
+    model : str
+        Name of the checkpoint, for the description.
+    images : Source
+    folder : Path
+    layer : int, optional
+        Of the tower, from 0, or from the end of the layers that run; `default_layer` if left out.
+    shard, batch : int
+        Images per file, and images at a time.
+    quiet : bool
+        No progress bar.
 
     Raises
     ------
     ValueError
-        If the folder holds others.
-    """
-    file = folder / DESCRIPTION
-    if not file.exists():
-        write_json(file, asdict(description))
-        return
-    there = read_description(folder)
-    for name, value in asdict(description).items():
-        if getattr(there, name) != value:
-            raise ValueError(
-                f"{folder} holds features with {name} {getattr(there, name)}, not {value}: give another --output"
-            )
-
-
-def read_description(folder: Path) -> Description:
-    """What a folder holds.
-
-    Raises
-    ------
+        If the layer is not one that runs, or the folder holds other features.
     OSError
-        If it is no folder of features.
-    ValueError
-        If its description is damaged.
+        If an image cannot be read.
     """
-    file = folder / DESCRIPTION
-    if not file.is_file():
-        raise OSError(
-            f"{folder} is no folder of features: it has no {DESCRIPTION} (python -m llava.fitting.ocvtp extract)"
-        )
-    try:
-        return Description(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} does not describe features: {error}") from error
-
-
-def write_shard(folder: Path, shard: int, features: torch.Tensor, names: list[str]) -> None:
-    """Write a shard (pictures, tokens, width) in float16, whole or not at all."""
-    tensors, metadata = {TENSOR: features.to(torch.float16).contiguous()}, {"names": json.dumps(names)}
-    atomic_write(shard_file(folder, shard), lambda part: save_file(tensors, part, metadata=metadata))
-
-
-def has_shard(folder: Path, shard: int, names: list[str]) -> bool:
-    """Whether a shard is there.
-
-    Raises
-    ------
-    ValueError
-        If it holds other pictures.
-    """
-    file = shard_file(folder, shard)
-    if not file.exists():
-        return False
-    with _opened(file) as there:
-        if json.loads((there.metadata() or {}).get("names", "[]")) != names:
-            raise ValueError(f"{file} holds features of other pictures: give another --output")
-    return True
+    depth = tower.depth
+    layer = default_layer(depth) if layer is None else layer
+    if not -depth <= layer < depth:
+        raise ValueError(f"--layer {layer}: {depth} layers of this vision tower run, so 0 to {depth - 1} are allowed")
+    sizes = {"tokens": tower.num_patches, "width": tower.hidden_size, "count": len(images), "shard": shard}
+    described = Description(model=model, layer=layer % depth, pictures=images.name, **sizes)
+    if not (folder / DESCRIPTION).exists():
+        write_json(folder / DESCRIPTION, asdict(described))
+    there = asdict(Description.read(folder))
+    for name, value in asdict(described).items():
+        if there[name] != value:
+            raise ValueError(f"{folder} holds features with {name} {there[name]}, not {value}: give another --output")
+    with tqdm(total=len(images), desc="features", unit="image", disable=quiet or None) as bar:
+        for file, members in described.shards(folder):
+            names = json.dumps([images.names[number] for number in members])
+            if not file.exists():
+                parts = [
+                    tower.layer_output(_pixels(tower, images, members[i : i + batch]), described.layer).cpu()
+                    for i in range(0, len(members), batch)
+                ]
+                tensors = {TENSOR: torch.cat(parts).to(torch.float16).contiguous()}
+                atomic_write(file, lambda part, t=tensors, n=names: save_file(t, part, metadata={"names": n}))
+            elif _opened(file).metadata().get("names") != names:
+                raise ValueError(f"{file} holds features of other images: give another --output")
+            bar.update(len(members))
+    return described
 
 
 class Features(torch.utils.data.Dataset):
-    """A complete folder of features, read a picture at a time.
+    """A complete folder of features, read one image at a time.
 
     Raises
     ------
     OSError
-        If the folder is none of features, or a shard is unreadable.
+        If the folder holds no features, or a shard is unreadable.
     ValueError
         If shards are missing.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.description = folder, read_description(folder)
-        there = sum(shard_file(folder, shard).is_file() for shard in range(self.description.shards))
-        if there == 0:
-            raise ValueError(f"{folder} holds no features yet: run extract to its end")
-        if there < self.description.shards:
+        self.description = Description.read(folder)
+        self._shards = self.description.shards(folder)
+        there = sum(file.is_file() for file, _ in self._shards)
+        if there < len(self._shards):
             raise ValueError(
-                f"{folder} holds {there} of {self.description.shards} shards: run extract again, it goes on"
+                f"{folder} holds {there} of {len(self._shards)} shards: run extract again, it continues where it was"
             )
         self._open = {}
 
@@ -149,11 +162,17 @@ class Features(torch.utils.data.Dataset):
         return self.description.count
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        """The features of one picture: (tokens, width), float16."""
+        """The features of one image: (tokens, width), float16."""
         shard, place = divmod(number, self.description.shard)
         if shard not in self._open:
-            self._open[shard] = _opened(shard_file(self.folder, shard)).get_slice(TENSOR)
+            self._open[shard] = _opened(self._shards[shard][0]).get_slice(TENSOR)
         return self._open[shard][place]
+
+
+def _pixels(tower, images: Source, members: range) -> torch.Tensor:
+    side = tower.config.image_size
+    squares = [images.open(number)[0].resize((side, side), Image.Resampling.BICUBIC) for number in members]
+    return tower.image_processor.preprocess(squares, return_tensors="pt")["pixel_values"]
 
 
 def _opened(file: Path):

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from llava.files import atomic_write
+from llava.files import atomic_write, write_json
 from llava.fitting.ocvtp.features import Description, Features
 from llava.fitting.ocvtp.objective import Draws, Reconstruction, seeded
-from llava.pruning.methods.ocvtp.config import SlotConfig
+from llava.pruning.methods.ocvtp.network import CONFIG, MODEL_TYPE, WEIGHTS, SlotConfig, SlotPruner
 from llava.train.loop import Run, Trainer, read_log, seed_of
 
 WARMUP_RATE, FINAL_RATE = 1e-6, 1e-8
@@ -70,7 +71,7 @@ class Recipe:
             If there are more slots than tokens.
         """
         if self.slots > tokens:
-            raise ValueError(f"--slots {self.slots}: the features have {tokens} tokens a picture, and so many at most")
+            raise ValueError(f"--slots {self.slots}: the features have {tokens} tokens per image, and so many at most")
         return [n for n in (self.slots // 4, self.slots // 2, self.slots, 2 * self.slots) if 1 <= n <= tokens]
 
     def rate(self, epoch: int) -> float:
@@ -93,7 +94,7 @@ def split(count: int, recipe: Recipe) -> tuple[list[int], list[int]]:
     held_out = max(1, round(recipe.validation * count))
     if count - held_out < recipe.batch:
         raise ValueError(
-            f"{count} pictures are too few: {held_out} are held out, and a step takes --batch-size {recipe.batch}"
+            f"{count} images are too few: {held_out} are held out, and a step takes --batch-size {recipe.batch}"
         )
     return order[held_out:], order[:held_out]
 
@@ -129,7 +130,7 @@ def train(
     """
     features = Features(folder)
     described, config = features.description, sizes(features.description)
-    choices = recipe.slot_choices(config.decoder.tokens)
+    choices = recipe.slot_choices(config.decoder["tokens"])
     training, held_out = split(len(features), recipe)
     epoch_steps = len(training) // recipe.batch
     torch.manual_seed(seed_of(recipe.seed, "weights"))
@@ -200,13 +201,20 @@ def train(
             "recipe": dataclasses.asdict(recipe),
         }
         pruner.config = dataclasses.replace(config, trained_on=trained_on)
-        pruner.save_pretrained(run.folder, getattr(torch, dtype))
+        save_pruner(pruner, run.folder, getattr(torch, dtype))
 
     def stale(lines: list[dict[str, Any]]) -> bool:
         return bool(lines) and len(lines) - best(lines)["epoch"] >= recipe.patience
 
     rates = [recipe.rate(epoch) / recipe.learning_rate for epoch in range(recipe.epochs)]
     return stale(epochs) or trainer.fit(batches(), steps, lambda step: rates[step // epoch_steps], ends_epoch)
+
+
+def save_pruner(pruner: SlotPruner, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``config.json`` and ``model.safetensors``, with weights of a dtype; each whole or not at all."""
+    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in pruner.state_dict().items()}
+    write_json(folder / CONFIG, {"model_type": MODEL_TYPE, **dataclasses.asdict(pruner.config)})
+    atomic_write(folder / WEIGHTS, lambda part: save_file(weights, part))
 
 
 def best(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 
-import llava
-from llava.pruning.methods.ocvtp.config import SlotConfig
-from llava.pruning.methods.ocvtp.network import WEIGHTS, SlotPruner
+from llava.pruning.methods.ocvtp.network import CONFIG, WEIGHTS, SlotConfig, SlotPruner
 from llava.pruning.methods.ocvtp.published import PUBLISHED_LAYER, load_published
 
 EMBEDDED = "llava-mini"
@@ -46,7 +44,7 @@ class PrunerFiles:
         """
         path = Path(checkpoint)
         if checkpoint == EMBEDDED and not path.is_dir():
-            path = Path(llava.__file__).parent / "mini" / "ocvtp"
+            path = Path(__file__).parents[3] / "mini" / "ocvtp"
         if not path.exists():
             raise OSError(f"There is no pruner {checkpoint}")
         if config is not None and path.is_dir():
@@ -60,7 +58,7 @@ class PrunerFiles:
     @property
     def _parts(self) -> list[Path]:
         if self.path.is_dir():
-            return [self.path / "config.json", self.path / WEIGHTS]
+            return [self.path / CONFIG, self.path / WEIGHTS]
         return [self.path] if self.sizes is None else [self.path, self.sizes]
 
     @property

@@ -1,18 +1,96 @@
-"""The pruner network: features in, slots and what each of them attends to out."""
+"""The pruner network: features in, slots and what each of them attends to out; and its folder on the disk."""
 
 from __future__ import annotations
 
-import os
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from llava.pruning.methods.ocvtp.config import SlotConfig
+MODEL_TYPE, CONFIG, WEIGHTS = "ocvtp", "config.json", "model.safetensors"
 
-WEIGHTS = "model.safetensors"
+
+@dataclass(frozen=True)
+class SlotConfig:
+    """A pruner network; the defaults are the published sizes for CLIP-L.
+
+    Attributes
+    ----------
+    width : int
+        Of the vision encoder's features.
+    hidden : int
+        Of the projection in front of the slots.
+    slot_width : int
+    feed_forward : int
+        Of the slots' feed-forward block.
+    iterations : int
+        Of slot attention.
+    dropout : float
+        In the slots' feed-forward block, in training.
+    bi_level : bool
+        Whether gradients reach the initial slots straight through all iterations but the last.
+    layer : int or None
+        Vision-encoder layer whose output is read, 0-based or from the end of the layers that run; None if not known.
+    slots : int
+        Number that the network was validated with; it runs with any.
+    decoder : dict or None
+        Sizes of the decoder that it was trained with (`llava.fitting.ocvtp.objective.DecoderConfig`).
+    trained_on : dict
+        Where the features came from, and how long the network was trained.
+
+    Raises
+    ------
+    ValueError
+        For a size below 1.
+    """
+
+    width: int = 1024
+    hidden: int = 2048
+    slot_width: int = 512
+    feed_forward: int = 2048
+    iterations: int = 3
+    dropout: float = 0.01
+    bi_level: bool = True
+    layer: int | None = 8
+    slots: int = 64
+    decoder: dict[str, int] | None = None
+    trained_on: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("width", "hidden", "slot_width", "feed_forward", "iterations", "slots"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} of a pruner must be a whole number >= 1, not {value!r}")
+
+    @classmethod
+    def load(cls, folder: Path) -> SlotConfig:
+        """Read a folder's ``config.json``.
+
+        Raises
+        ------
+        OSError
+            If there is none.
+        ValueError
+            If it describes something else.
+        """
+        file = folder / CONFIG
+        if not file.is_file():
+            raise OSError(f"{folder} is no OC-VTP pruner: it has no {CONFIG}")
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
+            raise ValueError(f"{file} does not describe an OC-VTP pruner (model_type {MODEL_TYPE!r})")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"{file} does not describe an OC-VTP pruner: {error}") from error
 
 
 class InitialSlots(nn.Module):
@@ -138,26 +216,9 @@ class SlotPruner(nn.Module):
         slots = self.initial(noise).expand(len(features), -1, -1)
         return self.attention(self.project(features), slots, visible)
 
-    def save_pretrained(self, folder: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
-        """Write ``config.json`` and ``model.safetensors``, each whole or not at all.
-
-        Parameters
-        ----------
-        folder : path
-        dtype : torch.dtype
-            Of the weights in the file.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in self.state_dict().items()}
-        part = folder / f"{WEIGHTS}.part"
-        save_file(weights, part)
-        self.config.save(folder)
-        part.replace(folder / WEIGHTS)
-
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> SlotPruner:
-        """The float32 network in a folder that `save_pretrained` wrote, in eval mode.
+    def from_pretrained(cls, folder: str | Path) -> SlotPruner:
+        """The float32 network in a folder of training, in eval mode.
 
         Raises
         ------
@@ -166,13 +227,12 @@ class SlotPruner(nn.Module):
         ValueError
             If the weights are not those of the configuration.
         """
-        folder = Path(folder)
-        config = SlotConfig.load(folder)
-        file = folder / WEIGHTS
-        if not file.is_file():
-            raise OSError(f"{folder} is no OC-VTP pruner: it has no {WEIGHTS}")
+        file = Path(folder) / WEIGHTS
+        config = SlotConfig.load(file.parent)
         try:
             weights = load_file(file)
+        except FileNotFoundError:
+            raise OSError(f"{folder} is no OC-VTP pruner: it has no {WEIGHTS}") from None
         except SafetensorError as error:
             raise OSError(f"Cannot read {file}: {error}") from error
         return cls.from_weights(config, weights, str(file))

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from llava.pruning.methods.ocvtp.config import SlotConfig
-from llava.pruning.methods.ocvtp.network import SlotPruner
+from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
 
 PUBLISHED_LAYER = 8
 """Vision-encoder layer that published pruners read unless told otherwise."""
@@ -27,18 +26,6 @@ PRUNER_NAMES = {
     "aggregat.gru.": "attention.gru.",
     "aggregat.ffn.mlp.": "attention.feed_forward.",
 }
-DECODER_NAMES = {
-    "decode.mask_token": "mask_token",
-    "decode.posit_embed._pe": "positions",
-    "decode.project1.project.": "token_projection.0.",
-    "decode.project1.norm.": "token_projection.1.",
-    "decode.project2.project.": "slot_projection.0.",
-    "decode.project2.norm.": "slot_projection.1.",
-    "decode.norm0.": "norm.",
-    "decode.backbone.layers.": "layers.",
-}
-
-
 SIZE_NAMES = {
     "enc_in_dim": "width",
     "agg_ffn_dim": "feed_forward",
