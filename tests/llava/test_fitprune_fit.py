@@ -656,7 +656,7 @@ class TestCommandLine:
 
 
 REMAKE = (
-    "python -m llava.fitting.fitprune fit --samples 64 --reduction-ratio 0.2 0.4 0.6 0.8 0.9 "
+    "llava fitprune fit --samples 64 --reduction-ratio 0.2 0.4 0.6 0.8 0.9 "
     "--output LLaVA/llava/mini/recipes"
 )
 

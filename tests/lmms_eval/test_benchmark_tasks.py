@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava.eval.benchmark_tasks import load_tasks
-from llava.fitting.ocvtp.pictures import find_pictures
+from llava.fitting.data import find_images
 
 
 def test_an_embedded_task_gives_its_documents():
@@ -14,9 +14,9 @@ def test_an_embedded_task_gives_its_documents():
 
 
 def test_a_picture_of_many_questions_is_taken_once():
-    found, (task,) = find_pictures("mini_pope"), load_tasks("mini_pope").values()
+    found, (task,) = find_images("mini_pope"), load_tasks("mini_pope").values()
     assert 1 < len(found) < len(task.eval_docs)
-    assert len({found.open(number).tobytes() for number in range(len(found))}) == len(found)
+    assert len({found.open(number)[0].tobytes() for number in range(len(found))}) == len(found)
     assert all(name.startswith("mini_pope ") for name in found.names)
 
 
