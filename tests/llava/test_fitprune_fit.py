@@ -655,10 +655,7 @@ class TestCommandLine:
         assert "unset BASELINE" in capsys.readouterr().err
 
 
-REMAKE = (
-    "llava fitprune fit --samples 64 --reduction-ratio 0.2 0.4 0.6 0.8 0.9 "
-    "--output LLaVA/llava/mini/recipes"
-)
+REMAKE = "llava fitprune fit --samples 64 --reduction-ratio 0.2 0.4 0.6 0.8 0.9 --output LLaVA/llava/mini/recipes"
 
 
 @pytest.fixture(scope="module")
