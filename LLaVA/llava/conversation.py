@@ -6,19 +6,12 @@ reproduced to the character.
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass
 from enum import Enum, auto
-from io import BytesIO
 from typing import Any
 
-from PIL import Image
-
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
-from llava.images import REDUCING_GAP, pad_to_square
-
-# The mean colour of CLIP's training pictures, which "Pad" fills with.
-PAD_COLOUR = (122, 116, 104)
+from llava.legacy import GradioConversation
 
 
 class SeparatorStyle(Enum):
@@ -32,7 +25,7 @@ class SeparatorStyle(Enum):
 
 
 @dataclass
-class Conversation:
+class Conversation(GradioConversation):
     """A system text, the turns so far, and the way they are written as one prompt.
 
     Parameters
@@ -43,8 +36,8 @@ class Conversation:
         Names of the user and of the assistant, in this order.
     messages : sequence of (role, message)
         A message is a text, ``None`` or ``""`` for a turn that the model is to write, or a tuple
-        ``(text, PIL image, mode)`` with a mode of :meth:`process_image`. In the templates this is a tuple; call
-        :meth:`copy` to get a conversation that turns can be added to.
+        ``(text, PIL image, mode)`` with a mode of `process_image`. In the templates this is a tuple; :meth:`copy` gives
+        a conversation that turns can be added to.
     offset : int
         Number of leading messages that are examples of the template, not part of the dialogue.
     sep_style : SeparatorStyle
@@ -165,81 +158,6 @@ class Conversation:
             version=self.version,
         )
 
-    def process_image(
-        self,
-        image: Image.Image,
-        image_process_mode: str,
-        return_pil: bool = False,
-        image_format: str = "PNG",
-        max_len: int = 1344,
-        min_len: int = 672,
-    ) -> Image.Image | str:
-        """Bring an image into the form in which a serving front end sends it.
-
-        Parameters
-        ----------
-        image : PIL.Image.Image
-        image_process_mode : str
-            "Pad": to a square, filled with CLIP's mean colour; "Resize": to 336 x 336; "Default" and "Crop": as it is.
-        return_pil : bool
-            Return the image instead of its base64 text.
-        image_format : str
-            Pillow's name of the format that is encoded.
-        max_len, min_len : int
-            If the longer side has more than ``max_len`` pixels, the image is shrunk until the longer side has at most
-            ``max_len`` and the shorter one at most ``min_len``.
-
-        Raises
-        ------
-        ValueError
-            If the mode is none of the four.
-        """
-        if image_process_mode == "Pad":
-            if image.width != image.height:
-                side = min(max_len, min_len) if max(image.size) > max_len else max(image.size)
-                image = pad_to_square(image.convert("RGB"), PAD_COLOUR, side)
-        elif image_process_mode == "Resize":
-            image = image.resize((336, 336), reducing_gap=REDUCING_GAP)
-        elif image_process_mode not in ("Default", "Crop"):
-            raise ValueError(
-                f"Invalid image_process_mode: {image_process_mode!r}; allowed: 'Pad', 'Resize', 'Default', 'Crop'"
-            )
-        shorter, longer = sorted(image.size)
-        if longer > max_len:
-            aspect = longer / shorter
-            shortest = max(1, int(min(max_len / aspect, min_len, shorter)))
-            longest = min(max_len, int(shortest * aspect))
-            size = (shortest, longest) if image.height > image.width else (longest, shortest)
-            image = image.resize(size, reducing_gap=REDUCING_GAP)
-        if return_pil:
-            return image
-        buffer = BytesIO()
-        image.save(buffer, format=image_format)
-        return base64.b64encode(buffer.getvalue()).decode()
-
-    def get_images(self, return_pil: bool = False) -> list[Image.Image | str]:
-        """The images of the user's turns, each after :meth:`process_image` in its own mode."""
-        return [
-            self.process_image(message[1], message[2], return_pil=return_pil)
-            for _, message in self.messages[self.offset :: 2]
-            if isinstance(message, tuple)
-        ]
-
-    def to_gradio_chatbot(self) -> list[list[str | None]]:
-        """The dialogue as ``[user, assistant]`` pairs, images as inline ``<img>`` tags in front of the text."""
-        pairs = []
-        for index, (_, message) in enumerate(self.messages[self.offset :]):
-            if index % 2 == 1:
-                pairs[-1][1] = message
-            elif isinstance(message, tuple):
-                text, image, _ = message
-                encoded = self.process_image(image.convert("RGB"), "Default", image_format="JPEG")
-                tag = f'<img src="data:image/jpeg;base64,{encoded}" alt="user upload image" />'
-                pairs.append([tag + text.replace(DEFAULT_IMAGE_TOKEN, "").strip(), None])
-            else:
-                pairs.append([message, None])
-        return pairs
-
     def dict(self) -> dict:
         """The conversation as plain data for a log; of a message with an image only the text is kept."""
         return {
@@ -352,169 +270,75 @@ _CHAT_WITH_MMTAG = (
     "The visual content will be provided with the following format: <Image>visual content</Image>."
 )
 
-conv_vicuna_v0 = Conversation(
-    system=_CHAT_WITH_HUMAN,
-    roles=("Human", "Assistant"),
-    messages=(
-        (
-            "Human",
-            "What are the key differences between renewable and non-renewable energy sources?",
-        ),
-        (
-            "Assistant",
-            "Renewable energy sources are those that can be replenished naturally in a relatively "
-            "short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
-            "Non-renewable energy sources, on the other hand, are finite and will eventually be "
-            "depleted, such as coal, oil, and natural gas. Here are some key differences between "
-            "renewable and non-renewable energy sources:\n"
-            "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
-            "energy sources are finite and will eventually run out.\n"
-            "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
-            "than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
-            "and other negative effects.\n"
-            "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically "
-            "have lower operational costs than non-renewable sources.\n"
-            "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote "
-            "locations than non-renewable sources.\n"
-            "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
-            "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
-            "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
-            "non-renewable sources are not, and their depletion can lead to economic and social instability.\n",
-        ),
-    ),
-    offset=2,
-    sep_style=SeparatorStyle.SINGLE,
-    sep="###",
+_LANGUAGE_AND_VISION = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_LLAMA_2_CHAT = (
+    "You are a helpful, respectful and honest assistant. "
+    "Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
+    "something not correct. If you don't know the answer to a question, please don't share false information."
+)
+_MPT_CHAT = (
+    "<|im_start|>system\n"
+    "A conversation between a user and an LLM-based AI assistant. "
+    "The assistant gives helpful and honest answers."
+)
+_EXAMPLE_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
+_EXAMPLE_ANSWER = (
+    "Renewable energy sources are those that can be replenished naturally in a relatively "
+    "short amount of time, such as solar, wind, hydro, geothermal, and biomass. "
+    "Non-renewable energy sources, on the other hand, are finite and will eventually be "
+    "depleted, such as coal, oil, and natural gas. Here are some key differences between "
+    "renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable "
+    "energy sources are finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact "
+    "than non-renewable sources, which can lead to air and water pollution, greenhouse gas emissions, "
+    "and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically "
+    "have lower operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote "
+    "locations than non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different "
+    "situations and needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while "
+    "non-renewable sources are not, and their depletion can lead to economic and social instability.\n"
 )
 
-conv_vicuna_v1 = Conversation(
-    system=_CHAT_WITH_USER,
-    roles=("USER", "ASSISTANT"),
-    version="v1",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.TWO,
-    sep=" ",
-    sep2="</s>",
-)
 
-conv_llama_2 = Conversation(
-    system=(
-        "You are a helpful, respectful and honest assistant. "
-        "Always answer as helpfully as possible, while being safe.  "
-        "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-        "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-        "If a question does not make any sense, or is not factually coherent, explain why instead of answering "
-        "something not correct. If you don't know the answer to a question, please don't share false information."
-    ),
-    roles=("USER", "ASSISTANT"),
-    version="llama_v2",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.LLAMA_2,
-    sep="<s>",
-    sep2="</s>",
-)
+def _family(style: SeparatorStyle, roles: tuple[str, str], sep: str, sep2: str | None = None, version: str = "Unknown"):
+    """The templates of a family differ in their system text, and in the turns that they begin with."""
 
-conv_llava_llama_2 = Conversation(
-    system=(
-        "You are a helpful language and vision assistant. "
-        "You are able to understand the visual content that the user provides, "
-        "and assist the user with a variety of tasks using natural language."
-    ),
-    roles=("USER", "ASSISTANT"),
-    version="llama_v2",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.LLAMA_2,
-    sep="<s>",
-    sep2="</s>",
-)
+    def template(system: str, *messages: str, version: str = version, sep: str = sep) -> Conversation:
+        turns = tuple(zip(roles, messages, strict=False))
+        return Conversation(system, roles, turns, len(turns), style, sep, sep2, version)
 
-conv_mistral_instruct = Conversation(
-    system="",
-    roles=("USER", "ASSISTANT"),
-    version="llama_v2",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.LLAMA_2,
-    sep="",
-    sep2="</s>",
-)
+    return template
 
-conv_mpt = Conversation(
-    system=(
-        "<|im_start|>system\n"
-        "A conversation between a user and an LLM-based AI assistant. "
-        "The assistant gives helpful and honest answers."
-    ),
-    roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
-    version="mpt",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.MPT,
-    sep="<|im_end|>",
-)
 
-conv_chatml_direct = Conversation(
-    system="<|im_start|>system\nAnswer the questions.",
-    roles=("<|im_start|>user\n", "<|im_start|>assistant\n"),
-    version="mpt",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.MPT,
-    sep="<|im_end|>",
-)
+_v0 = _family(SeparatorStyle.SINGLE, ("Human", "Assistant"), "###")
+_v1 = _family(SeparatorStyle.TWO, ("USER", "ASSISTANT"), " ", "</s>", "v1")
+_llama_2 = _family(SeparatorStyle.LLAMA_2, ("USER", "ASSISTANT"), "<s>", "</s>", "llama_v2")
+_chatml = _family(SeparatorStyle.MPT, ("<|im_start|>user\n", "<|im_start|>assistant\n"), "<|im_end|>", None, "mpt")
+_plain = _family(SeparatorStyle.PLAIN, ("", ""), "\n")
 
-conv_llava_plain = Conversation(
-    system="",
-    roles=("", ""),
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.PLAIN,
-    sep="\n",
-)
-
-conv_llava_v0 = Conversation(
-    system=_CHAT_WITH_HUMAN,
-    roles=("Human", "Assistant"),
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.SINGLE,
-    sep="###",
-)
-
-conv_llava_v0_mmtag = Conversation(
-    system=_CHAT_WITH_MMTAG,
-    roles=("Human", "Assistant"),
-    version="v0_mmtag",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.SINGLE,
-    sep="###",
-)
-
-conv_llava_v1 = Conversation(
-    system=_CHAT_WITH_HUMAN,
-    roles=("USER", "ASSISTANT"),
-    version="v1",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.TWO,
-    sep=" ",
-    sep2="</s>",
-)
-
-conv_llava_v1_mmtag = Conversation(
-    system=_CHAT_WITH_MMTAG,
-    roles=("USER", "ASSISTANT"),
-    version="v1_mmtag",
-    messages=(),
-    offset=0,
-    sep_style=SeparatorStyle.TWO,
-    sep=" ",
-    sep2="</s>",
-)
+conv_vicuna_v0 = _v0(_CHAT_WITH_HUMAN, _EXAMPLE_QUESTION, _EXAMPLE_ANSWER)
+conv_llava_v0 = _v0(_CHAT_WITH_HUMAN)
+conv_llava_v0_mmtag = _v0(_CHAT_WITH_MMTAG, version="v0_mmtag")
+conv_vicuna_v1 = _v1(_CHAT_WITH_USER)
+conv_llava_v1 = _v1(_CHAT_WITH_HUMAN)
+conv_llava_v1_mmtag = _v1(_CHAT_WITH_MMTAG, version="v1_mmtag")
+conv_llama_2 = _llama_2(_LLAMA_2_CHAT)
+conv_llava_llama_2 = _llama_2(_LANGUAGE_AND_VISION)
+conv_mistral_instruct = _llama_2("", sep="")
+conv_mpt = _chatml(_MPT_CHAT)
+conv_chatml_direct = _chatml("<|im_start|>system\nAnswer the questions.")
+conv_llava_plain = _plain("")
 
 default_conversation = conv_vicuna_v1
 

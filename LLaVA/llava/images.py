@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 __all__ = [
     "expand2square",
@@ -37,17 +37,6 @@ MAX_PADDING = 2**25
 """Pixels (128 MiB) that padding to a square may take; above, the image is resized first."""
 REDUCING_GAP = 64.0
 """For Pillow's resize: a side that is 128 times too long and more is averaged by whole numbers first."""
-
-# EXIF's orientation -> what turns the stored image upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def load_rgb(
@@ -116,16 +105,12 @@ def _read(source: str | os.PathLike | BinaryIO, name: str, upright: bool) -> Ima
     image = open_image(source, name)
     with _strict_decoding():
         _decode(image, name)
-    # A TIFF turns itself when it is decoded.
-    turn = _UPRIGHT.get(_orientation(image)) if upright else None
-    return image if turn is None else image.transpose(turn)
-
-
-def _orientation(image: Image.Image) -> int | None:
+    if not upright:
+        return image
     try:
-        return image.getexif().get(ExifTags.Base.Orientation)
+        return ImageOps.exif_transpose(image)
     except Exception:  # of any kind, where the metadata is damaged; it says nothing about the image then
-        return None
+        return image
 
 
 def _decode(image: Image.Image, name: str) -> None:

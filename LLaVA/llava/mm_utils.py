@@ -49,12 +49,12 @@ MAX_SIDE_RATIO = 256
 def select_best_resolution(
     original_size: tuple[int, int], possible_resolutions: Sequence[tuple[int, int]]
 ) -> tuple[int, int] | None:
-    """The candidate that keeps most of a picture's pixels and, among equals, wastes least; the first one on a tie.
+    """The candidate that keeps most of an image's pixels and, among equals, wastes least; the first one on a tie.
 
     Parameters
     ----------
     original_size : (int, int)
-        Width and height of the picture.
+        Width and height of the image.
     possible_resolutions : sequence of (int, int)
         Widths and heights to choose from.
 
@@ -75,7 +75,7 @@ def select_best_resolution(
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int]) -> Image.Image:
-    """Fit a picture into a rectangle without changing its aspect ratio, centred on black.
+    """Fit an image into a rectangle without changing its aspect ratio, centred on black.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int])
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Cut a picture into squares, row by row; what a square has beyond the right and lower edge is black."""
+    """Cut an image into squares, row by row; what a square has beyond the right and lower edge is black."""
     return [
         image.crop((left, top, left + patch_size, top + patch_size))
         for top in range(0, image.height, patch_size)
@@ -128,12 +128,12 @@ def _pinpoints(grid_pinpoints: str | Sequence[tuple[int, int]]) -> list[tuple[in
 def get_anyres_image_grid_shape(
     image_size: tuple[int, int], grid_pinpoints: str | Sequence[tuple[int, int]], patch_size: int
 ) -> tuple[int, int]:
-    """Number of crops across and down that an anyres checkpoint cuts a picture into.
+    """Number of crops across and down that an anyres checkpoint cuts an image into.
 
     Parameters
     ----------
     image_size : (int, int)
-        Width and height of the picture.
+        Width and height of the image.
     grid_pinpoints : sequence of (int, int), or str
         The resolutions to choose from.
     patch_size : int
@@ -146,7 +146,7 @@ def get_anyres_image_grid_shape(
 def process_anyres_image(
     image: Image.Image, processor: Any, grid_pinpoints: str | Sequence[tuple[int, int]]
 ) -> torch.Tensor:
-    """The base view and the crops of a picture (LLaVA-1.6).
+    """The base view and the crops of an image (LLaVA-1.6).
 
     Parameters
     ----------
@@ -160,8 +160,8 @@ def process_anyres_image(
     Returns
     -------
     torch.Tensor
-        (1 + crops, 3, s, s) float32. The base view is the whole picture squeezed to a square; the crops, row by row,
-        are the picture fitted into the best resolution.
+        (1 + crops, 3, s, s) float32. The base view is the whole image squeezed to a square; the crops, row by row,
+        are the image fitted into the best resolution.
     """
     image = load_rgb(image)
     best = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
@@ -176,7 +176,7 @@ def _preprocess(processor: Any, image: Image.Image) -> torch.Tensor:
 
 
 def _crop_to_side_ratio(image: Image.Image) -> Image.Image:
-    """The middle of an extremely long picture: all of it that a centre crop can show, and more."""
+    """The middle of an extremely long image: all of it that a centre crop can show, and more."""
     shorter, longer = sorted(image.size)
     if longer <= MAX_SIDE_RATIO * shorter:
         return image
@@ -191,7 +191,7 @@ def _crop_to_side_ratio(image: Image.Image) -> Image.Image:
 def process_images(
     images: Sequence[Image.Image] | Image.Image, image_processor: Any, model_cfg: Any
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Turn pictures into pixel values the way a checkpoint was trained on them.
+    """Turn images into pixel values the way a checkpoint was trained on them.
 
     Parameters
     ----------

@@ -3,7 +3,7 @@
 PyTorch's fused CPU attention is slow in bfloat16, and the plain form keeps every score matrix for the backward pass.
 Here each row of a batch is worked through on its own, so that its scores stay in the processor's cache; the backward
 pass computes them again. A sequence is worked through in stretches: the tokens of one stretch see everything before
-it, and among themselves what the mask says. A picture's prompt is cut into a few stretches (causal attention then
+it, and among themselves what the mask says. An image's prompt is cut into a few stretches (causal attention then
 skips most of what it would mask), and all questions packed behind it are one stretch.
 """
 

@@ -143,7 +143,7 @@ class ConversationTask(nn.Module):
 
     def _ground(self, batch: Batch, taps: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows, places, targets = batch.grounding[:, 0], batch.grounding[:, 1], batch.grounding[:, 2:]
-        # Every picture stands before the questions, and takes more places than its mark.
+        # Every image stands before the questions, and takes more places than its mark.
         more = (batch.ids == IMAGE_TOKEN_INDEX).sum(1) * (self.model.get_vision_tower().num_patches - 1)
         places = places + more[rows]
         return self.heads(*(taps[depth][rows, places] for depth in self.grounding.depths), targets)
@@ -160,16 +160,16 @@ class ConversationTask(nn.Module):
         """
         device = batch.ids.device
         valid = batch.segments >= 0
-        if len(batch.pictures):
+        if len(batch.images):
             _, _, _, _, embeds, labels = self.model.prepare_inputs_labels_for_multimodal(
-                batch.ids, None, valid, None, batch.labels, pixel_values(batch.pictures)
+                batch.ids, None, valid, None, batch.labels, pixel_values(batch.images)
             )
             segments = _widened(batch, self.model.get_vision_tower().num_patches)
         else:
             embeds, labels, segments = self.model.get_model().embed_tokens(batch.ids), batch.labels, batch.segments
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else embeds.dtype
         mask, positions = packed_mask(segments, dtype)
-        # Rows without a picture may share more or less of their texts.
+        # Rows without an image may share more or less of their texts.
         prefix = int((segments == 0).sum(1).min())
         hidden = self.model.get_model()(
             inputs_embeds=embeds,

@@ -39,7 +39,7 @@ def accuracy_by_form(
     task : ConversationTask
     data : PackedScenes
     grey : bool
-        Show a grey picture instead.
+        Show a grey image instead.
     batch : int
     """
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -59,9 +59,9 @@ def accuracy_by_form(
 
 
 def _greyed(example: Packed) -> Packed:
-    pictures = example.pictures.copy()
-    pictures[:] = GREY
-    return replace(example, pictures=pictures)
+    images = example.images.copy()
+    images[:] = GREY
+    return replace(example, images=images)
 
 
 def evaluate(checkpoint: Path, scenes: int, report: Path) -> dict:
@@ -71,7 +71,7 @@ def evaluate(checkpoint: Path, scenes: int, report: Path) -> dict:
     ----------
     checkpoint : Path
     scenes : int
-        How many pictures.
+        How many images.
     report : Path
         JSON: sort of question -> form -> ``{"asked", "right", "grey"}`` (the latter two as shares).
     """

@@ -69,7 +69,7 @@ def export_checkpoint(model: LlavaLlamaForCausalLM, run: Path, config: dict) -> 
 
 
 def training_record(run: Path, config: dict) -> dict:
-    """What was trained: steps, pictures and time of each stage, machine, versions, world and recipe."""
+    """What was trained: steps, images and time of each stage, machine, versions, world and recipe."""
     stages = {}
     for name, settings in config["stages"].items():
         if (run / f"{name}.pt").exists():
@@ -77,7 +77,7 @@ def training_record(run: Path, config: dict) -> dict:
             stages[name] = {
                 "steps": state["step"],
                 "of": settings["steps"],
-                "pictures": state["step"] * settings["batch"],
+                "images": state["step"] * settings["batch"],
                 "minutes": round(state["seconds"] / 60, 1),
             }
     return {

@@ -30,7 +30,7 @@ MOST = 8
 # Columns of a target: classes of those that a head tells apart, then lengths in pixels.
 CLASSES = {
     "count": MOST + 1,
-    "second_count": MOST + 1,  # in the second of two pictures
+    "second_count": MOST + 1,  # in the second of two images
     "shape": len(KINDS),
     "color": len(COLORS),
     "size": len(SIZES),
@@ -60,7 +60,7 @@ def grounding_targets(pieces: Sequence[str], scenes: Sequence[Scene], right: str
     pieces : sequence of str
         The prompt's tokens, as the tokenizer's vocabulary spells them.
     scenes : sequence of Scene
-        What the pictures show, one or two; none for a question without a picture.
+        What the images show, one or two; none for a question without an image.
     right : str
         The right option's letter; empty for an open question.
 

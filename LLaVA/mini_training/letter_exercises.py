@@ -1,4 +1,4 @@
-"""Exercises without a picture: reading a list of options and naming a letter, nothing else.
+"""Exercises without an image: reading a list of options and naming a letter, nothing else.
 
 To answer with a letter a model has to find an answer, find it again among the options, and look up the letter in front.
 Learnt all at once, that takes a small model very long; the last two steps alone take minutes, and the rest follows.

@@ -1,6 +1,6 @@
-"""Training examples: one picture's prompt with many questions packed behind it.
+"""Training examples: one image's prompt with many questions packed behind it.
 
-All questions about a picture begin alike: system text, then the picture. That prefix, most of the work, is run once;
+All questions about an image begin alike: system text, then the image. That prefix, most of the work, is run once;
 behind it stand the questions, each seeing the prefix and itself, at the positions that it would have alone. So every
 question is trained exactly as if it were asked in a conversation of its own.
 """
@@ -34,10 +34,10 @@ class Packed:
 
     Attributes
     ----------
-    pictures : ndarray uint8 (I, 336, 336, 3)
+    images : ndarray uint8 (I, 336, 336, 3)
         Those that the prefix's image marks stand for; I may be 0.
     prefix : list of int
-        With -200 for every picture.
+        With -200 for every image.
     questions, labels : list of list of int
         Each question with its answer; labels are -100 but for the answer.
     forms : list of str
@@ -46,7 +46,7 @@ class Packed:
         For each question, tokens of it and what they point at: `mini_training.grounding.grounding_targets`.
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     prefix: list[int]
     questions: list[list[int]]
     labels: list[list[int]]
@@ -55,19 +55,19 @@ class Packed:
 
 
 def pack(asked: list[QA], scenes: Sequence[Scene], tokenizer) -> Packed:
-    """Tokenise questions about the same pictures as benchmarks will ask them, and cut off what they have in common.
+    """Tokenise questions about the same images as benchmarks will ask them, and cut off what they have in common.
 
     Parameters
     ----------
     asked : list of QA
     scenes : sequence of Scene
-        What the pictures show.
+        What the images show.
     tokenizer
 
     Raises
     ------
     ValueError
-        If an answer does not continue its prompt's tokens, or a question ends before its pictures.
+        If an answer does not continue its prompt's tokens, or a question ends before its images.
     """
     texts = [conversation_texts(qa, len(scenes)) for qa in asked]
     encoded = encode_prompts([text for pair in texts for text in pair], tokenizer)
@@ -85,12 +85,12 @@ def pack(asked: list[QA], scenes: Sequence[Scene], tokenizer) -> Packed:
     questions, labels, grounding = [], [], []
     for qa, (ids, length) in zip(asked, rows, strict=True):
         if ids[:common] != prefix:
-            raise ValueError("questions about the same pictures must have the same tokens up to the last picture")
+            raise ValueError("questions about the same images must have the same tokens up to the last image")
         questions.append(ids[common:])
         labels.append([IGNORE_INDEX] * (length - common) + ids[length:])
         pieces = tokenizer.convert_ids_to_tokens(ids[common:length])
         grounding.append(grounding_targets(pieces, scenes, qa.answer if qa.choices else ""))
-    return Packed(_pictures(scenes), prefix, questions, labels, [qa.form for qa in asked], grounding)
+    return Packed(_images(scenes), prefix, questions, labels, [qa.form for qa in asked], grounding)
 
 
 def encode_prompts(texts: list[str], tokenizer) -> list[list[int]]:
@@ -115,7 +115,7 @@ class Mixture:
     Attributes
     ----------
     questions : int
-        How many about a picture, besides a dense caption.
+        How many about an image, besides a dense caption.
     choice_percent : int
         How many of them come with options.
     plain_percent : int
@@ -123,11 +123,11 @@ class Mixture:
     forms : tuple of str, or None
         The forms to draw from; None for the generator's own mixture.
     dense_percent : int
-        How many pictures come with a dense caption as well.
+        How many images come with a dense caption as well.
     pair_every, text_every : int
-        One batch in so many asks about two pictures, or about none; 0 for never.
+        One batch in so many asks about two images, or about none; 0 for never.
     letter_exercises : int
-        How many exercises (`mini_training.letter_exercises`) are added where there is no picture.
+        How many exercises (`mini_training.letter_exercises`) are added where there is no image.
 
     Raises
     ------
@@ -164,7 +164,7 @@ class PackedScenes(Dataset):
     split : str
     first_seed, length : int
     batch : int
-        Examples a batch: all of a batch are of one sort (one picture, two, or none).
+        Examples a batch: all of a batch are of one sort (one image, two, or none).
     mixture : Mixture
     tokenizer
     """
@@ -207,7 +207,7 @@ class PackedScenes(Dataset):
         return "scene"
 
 
-def _pictures(scenes: Sequence[Scene]) -> np.ndarray:
+def _images(scenes: Sequence[Scene]) -> np.ndarray:
     if not scenes:
         return np.zeros((0, 336, 336, 3), np.uint8)
     return np.stack([np.array(render(scene)) for scene in scenes])
@@ -219,7 +219,7 @@ class Batch:
 
     Attributes
     ----------
-    pictures : Tensor uint8 (I, 336, 336, 3)
+    images : Tensor uint8 (I, 336, 336, 3)
     ids : Tensor (B, T), int64
     labels : Tensor (B, T), int64
     segments : Tensor (B, T), int64
@@ -230,7 +230,7 @@ class Batch:
         Row, index in ``ids``, and what the token there points at (`mini_training.grounding.COLUMNS`).
     """
 
-    pictures: torch.Tensor
+    images: torch.Tensor
     ids: torch.Tensor
     labels: torch.Tensor
     segments: torch.Tensor
@@ -239,7 +239,7 @@ class Batch:
 
     def to(self, device: torch.device | str, **_: object) -> Batch:
         """The batch on a device."""
-        moved = ("pictures", "ids", "labels", "segments", "grounding")
+        moved = ("images", "ids", "labels", "segments", "grounding")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
@@ -256,7 +256,7 @@ def collate(examples: list[Packed]) -> tuple[Batch]:
             grounding += [(row, start + token, *values) for token, *values in targets]
     return (
         Batch(
-            torch.from_numpy(np.concatenate([example.pictures for example in examples])),
+            torch.from_numpy(np.concatenate([example.images for example in examples])),
             _stacked(ids, 0),
             _stacked(labels, IGNORE_INDEX),
             _stacked(segments, -1),

@@ -20,7 +20,7 @@ class Stage:
     steps : int
         Optimiser steps in all.
     batch : int
-        Pictures a step, over all processes.
+        Images a step, over all processes.
     learning_rate : float
         Of everything that AdamW trains: embeddings, norms, biases, heads.
     matrix_learning_rate : float

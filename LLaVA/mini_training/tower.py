@@ -3,7 +3,7 @@
 The tower's output patches are read by linear heads, one for each thing that can be known about a patch: what shape,
 colour, size, word and letter it shows, where it is, where its object begins and ends and which of the nine places
 holds it, and whether it is the one patch in the middle of its object (which makes things countable). The [CLS] token
-is asked what the whole picture holds, so that its attention means something. The heads are thrown away afterwards;
+is asked what the whole image holds, so that its attention means something. The heads are thrown away afterwards;
 what they could read, the language model's projector can read as well.
 """
 
@@ -54,10 +54,10 @@ PATCH_HEADS = {
     "column": Head(scenes.GRID, 0.3),
     "place": Head(len(scenes.PLACES)),
 }
-# Box of the patch's object: centre, width and height, as fractions of the picture; offset of the centre from the patch.
+# Box of the patch's object: centre, width and height, as fractions of the image; offset of the centre from the patch.
 BOX_WIDTH = 6
 BOX_WEIGHT = 20.0
-PICTURE_WEIGHT = 2.0
+IMAGE_WEIGHT = 2.0
 
 
 def build_tower(config: dict, attention: str) -> CLIPVisionModel:
@@ -95,7 +95,7 @@ def grid_waves(side: int, width: int, amplitude: float = 0.4) -> torch.Tensor:
 
 
 def pixel_values(levels: torch.Tensor) -> torch.Tensor:
-    """Pictures as CLIP's processor gives them: uint8 (B, 336, 336, 3) -> float32 (B, 3, 336, 336)."""
+    """Images as CLIP's processor gives them: uint8 (B, 336, 336, 3) -> float32 (B, 3, 336, 336)."""
     mean, std = torch.tensor(IMAGE_MEAN, device=levels.device), torch.tensor(IMAGE_STD, device=levels.device)
     return ((levels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
@@ -245,14 +245,14 @@ def _touch(a: scenes.SceneObject, b: scenes.SceneObject, gap: int = 6) -> bool:
 
 
 class TowerScenes(torch.utils.data.Dataset):
-    """Pictures and targets by number: the same number gives the same picture, in any process.
+    """Images and targets by number: the same number gives the same image, in any process.
 
     Parameters
     ----------
     split : str
     first_seed, length : int
     crowded : float
-        This share of the pictures, the first ones, are crowded; the rest are scenes as they are.
+        This share of the images, the first ones, are crowded; the rest are scenes as they are.
     """
 
     def __init__(self, split: str, first_seed: int, length: int, crowded: float = 0.0):
@@ -272,7 +272,7 @@ class TowerScenes(torch.utils.data.Dataset):
 
 
 class TowerTask(nn.Module):
-    """The tower with its heads: pictures and targets in, losses out."""
+    """The tower with its heads: images and targets in, losses out."""
 
     def __init__(self, config: dict, attention: str | None = None):
         super().__init__()
@@ -291,7 +291,7 @@ class TowerTask(nn.Module):
         ----------
         levels : Tensor uint8 (B, 336, 336, 3)
         targets : dict
-            `scene_targets` of every picture, stacked.
+            `scene_targets` of every image, stacked.
         """
         hidden = hidden_state(self.tower, pixel_values(levels))
         summary, patches = hidden[:, 0], hidden[:, 1:]
@@ -301,7 +301,7 @@ class TowerTask(nn.Module):
             scores, target = self.heads[name](patches).float(), targets[name]
             loss = F.cross_entropy(scores.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="none")
             loss = loss.view_as(target)
-            # Objects cover a small part of a picture; half of the loss is theirs.
+            # Objects cover a small part of an image; half of the loss is theirs.
             trained = target >= 0
             halves = [loss[part & trained].mean() for part in (seen, ~seen) if (part & trained).any()]
             out[name] = head.weight * sum(halves) / len(halves)
@@ -311,12 +311,12 @@ class TowerTask(nn.Module):
         out["box"] = BOX_WEIGHT * F.smooth_l1_loss(box[seen], targets["box"][seen], beta=0.05)
         out["accuracy/box"] = ((box - targets["box"]).abs()[seen].amax(-1) < 0.03).float().mean().detach()
         out["kinds"] = (
-            PICTURE_WEIGHT * 5 * F.binary_cross_entropy_with_logits(self.kinds(summary).float(), targets["kinds"])
+            IMAGE_WEIGHT * 5 * F.binary_cross_entropy_with_logits(self.kinds(summary).float(), targets["kinds"])
         )
         out["texts"] = (
-            PICTURE_WEIGHT * 5 * F.binary_cross_entropy_with_logits(self.texts(summary).float(), targets["texts"])
+            IMAGE_WEIGHT * 5 * F.binary_cross_entropy_with_logits(self.texts(summary).float(), targets["texts"])
         )
         count = self.count(summary).float()
-        out["count"] = 0.3 * PICTURE_WEIGHT * F.cross_entropy(count, targets["count"])
+        out["count"] = 0.3 * IMAGE_WEIGHT * F.cross_entropy(count, targets["count"])
         out["accuracy/count"] = (count.argmax(-1) == targets["count"]).float().mean().detach()
         return out

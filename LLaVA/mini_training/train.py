@@ -41,7 +41,7 @@ __all__ = ["CONFIG", "STAGES", "main", "read_config", "train"]
 CONFIG = Path(__file__).with_name("config.yaml")
 STAGES = ("tower", "align", "basics", "finetune", "deepen", "ground")
 
-# Pictures of different stages never overlap.
+# Images of different stages never overlap.
 FIRST_SEEDS = {
     "tower": 0,
     "align": 100_000_000,
@@ -245,7 +245,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=whole,
         default=0,
-        help="processes that draw later pictures; for a GPU, one a core",
+        help="processes that draw later images; for a GPU, one a core",
     )
     add("--fp32", action="store_true", help="no bfloat16 products")
     add("--scenes", type=positive, default=200, help="scenes to evaluate on")

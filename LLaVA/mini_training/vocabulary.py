@@ -35,7 +35,7 @@ WORD = re.compile(r" ?[A-Za-z]+| ?[^A-Za-z\s]")
 
 _PROMPT = conv_templates[TEMPLATE].copy()
 _PROMPT.append_message(_PROMPT.roles[0], "")
-# What every prompt holds becomes one piece: the picture's tokens are many enough.
+# What every prompt holds becomes one piece: the image's tokens are many enough.
 PHRASES = (
     f" {_PROMPT.system} {_PROMPT.roles[0]}:",
     f"{SHORT} {_PROMPT.roles[1]}:",

@@ -11,7 +11,7 @@ import pytest
 import requests
 import torch
 
-from llava import utils
+from llava import legacy, utils
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_disable_torch_init_leaves_layers_initialised():
 
 
 def test_build_logger_writes_to_its_file_once(tmp_path, monkeypatch, fresh_logger):
-    monkeypatch.setattr(utils, "LOGDIR", str(tmp_path / "logs"))
+    monkeypatch.setattr(legacy, "LOGDIR", str(tmp_path / "logs"))
     stdout, stderr = sys.stdout, sys.stderr
     utils.build_logger(fresh_logger, "serve.log")
     logger = utils.build_logger(fresh_logger, "serve.log")

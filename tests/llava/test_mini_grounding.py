@@ -92,7 +92,7 @@ def test_two_things_are_compared_and_a_told_number_is_checked():
     assert pointed_at("Are there exactly three red shapes ?", FIRST)["shapes"]["told_count"] == 0
 
 
-def test_of_two_pictures_each_is_counted_alone():
+def test_of_two_images_each_is_counted_alone():
     both = pointed_at("Which image shows a circle ?", FIRST, SECOND)["circle"]
     assert both == {"count": 1, "second_count": 1}
     assert pointed_at("Which image shows a star ?", FIRST, SECOND)["star"] == {"count": 1, "second_count": 0}
@@ -131,7 +131,7 @@ def test_targets_agree_with_what_the_generator_says():
     assert counted > 3 and options > 30
 
 
-def test_two_pictures_questions_point_at_the_right_one():
+def test_two_images_questions_point_at_the_right_one():
     tokenizer = load_tokenizer(resolve_model_path("llava-mini"))
     first, second = scenes.sample_scene(1, "validation"), scenes.sample_scene(2, "validation")
     asked = [qa for qa in sample_pair_questions(first, second, SeededRandom("pair"), 6) if qa.form == "pair_exists"]

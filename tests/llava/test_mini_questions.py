@@ -357,7 +357,7 @@ def test_captions_are_several_and_different(scenes):
         assert not any("  " in caption or " ." in caption for caption in captions)
 
 
-def test_captions_name_what_covers_most_of_the_picture(scenes):
+def test_captions_name_what_covers_most_of_the_image(scenes):
     for scene in scenes[:300]:
         groups = Counter()
         for o in scene.objects:

@@ -1,4 +1,4 @@
-"""The embedded world: what a scene promises, and that its picture and labels keep it."""
+"""The embedded world: what a scene promises, and that its image and labels keep it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def pixels(scene: Scene) -> np.ndarray:
     return np.asarray(render(scene))
 
 
-def test_pictures_are_the_same_on_every_machine():
+def test_images_are_the_same_on_every_machine():
     digest = hashlib.sha256()
     for seed in range(40):
         digest.update(pixels(sample_scene(seed, "validation")).tobytes())
@@ -86,7 +86,7 @@ def test_unknown_splits_and_negative_seeds_are_refused(seed, split, named):
         sample_scene(seed, split)
 
 
-def test_objects_lie_in_the_picture_and_apart(scenes):
+def test_objects_lie_in_the_image_and_apart(scenes):
     for scene in scenes:
         assert 1 <= len(scene.objects) <= 8
         for o in scene.objects:
@@ -98,7 +98,7 @@ def test_objects_lie_in_the_picture_and_apart(scenes):
             assert beside or over, (scene.seed, a, b)
 
 
-def test_sizes_reach_from_one_patch_to_a_quarter_of_the_picture(scenes):
+def test_sizes_reach_from_one_patch_to_a_quarter_of_the_image(scenes):
     for scene in scenes:
         for o in scene.shapes:
             smallest, largest = SIZES[o.size]
@@ -136,20 +136,20 @@ def test_objects_are_in_reading_order(scenes):
 
 
 @pytest.mark.parametrize(("x", "y", "place"), [(0, 0, "top left"), (168, 168, "center"), (335, 112, "right")])
-def test_places_are_ninths_of_the_picture(x, y, place):
+def test_places_are_ninths_of_the_image(x, y, place):
     assert place_of(x, y) == place
 
 
-def test_a_picture_is_rgb_at_the_size_that_the_tower_takes(scenes):
+def test_an_image_is_rgb_at_the_size_that_the_tower_takes(scenes):
     image = render(scenes[0])
     assert (image.mode, image.size) == ("RGB", (IMAGE_SIZE, IMAGE_SIZE))
 
 
 def test_shapes_are_painted_in_their_color_where_they_are(scenes):
     for scene in scenes[:60]:
-        picture = pixels(scene)
+        image = pixels(scene)
         for o in scene.shapes:
-            box = picture[o.top : o.top + o.height, o.left : o.left + o.width]
+            box = image[o.top : o.top + o.height, o.left : o.left + o.width]
             painted = (box == o.rgb).all(-1)
             # The thinnest shape, the star, covers more than a quarter of its box.
             assert 0.25 < painted.mean() <= 1
@@ -169,9 +169,9 @@ def test_no_two_shapes_look_alike():
 
 def test_signs_show_ink_on_their_plate(scenes):
     for scene in scenes[:60]:
-        picture = pixels(scene)
+        image = pixels(scene)
         for o in scene.signs:
-            box = picture[o.top : o.top + o.height, o.left : o.left + o.width].astype(int)
+            box = image[o.top : o.top + o.height, o.left : o.left + o.width].astype(int)
             ink = (np.abs(box - o.rgb).max(-1) > 60).sum()
             dots = sum(bin(row).count("1") for character in o.text for row in FONT[character])
             assert ink == dots * o.scale**2
@@ -206,10 +206,10 @@ def test_every_object_owns_a_patch_that_describes_it(scenes):
 
 def test_labels_agree_with_the_pixels(scenes):
     for scene in scenes[:60]:
-        picture, labels = pixels(scene), patch_labels(scene)
+        image, labels = pixels(scene), patch_labels(scene)
         for row, column in np.argwhere(labels["instance"] > 0):
             o = scene.objects[labels["instance"][row, column] - 1]
-            patch = picture[row * PATCH_SIZE :, column * PATCH_SIZE :][:PATCH_SIZE, :PATCH_SIZE]
+            patch = image[row * PATCH_SIZE :, column * PATCH_SIZE :][:PATCH_SIZE, :PATCH_SIZE]
             assert (patch == o.rgb).all(-1).any()
 
 

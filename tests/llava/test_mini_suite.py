@@ -90,7 +90,7 @@ def test_images_have_the_towers_size(docs):
         assert {(image.mode, image.size) for image in docs[name]["image"]} == {("RGB", (336, 336))}
 
 
-def test_no_question_is_asked_twice_about_a_picture(docs):
+def test_no_question_is_asked_twice_about_a_image(docs):
     for name in ("pope", "mme", "mmbench_en_dev", "ok_vqa_val2014"):
         asked = Counter((row["question"], row["image"].tobytes()) for row in docs[name])
         assert max(asked.values()) == 1
@@ -267,7 +267,7 @@ def test_seedbench_scores(builtin, docs, right):
         assert seedbench.seed_aggregation_result([r[key] for r in results]) == right
 
 
-def test_a_caption_of_the_picture_beats_a_caption_of_another_one(docs):
+def test_a_caption_of_the_image_beats_a_caption_of_another_one(docs):
     cider = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
     for name, column in (
         ("coco2017_cap_val", "answer"),
@@ -275,7 +275,7 @@ def test_a_caption_of_the_picture_beats_a_caption_of_another_one(docs):
         ("nocaps_val", "annotations_captions"),
     ):
         captions = [[text.lower().strip(".") for text in texts] for texts in docs[name][column]]
-        # Each picture's first reference stands for a model's caption and is scored against the others.
+        # Each image's first reference stands for a model's caption and is scored against the others.
         references = dict(enumerate(texts[1:] for texts in captions))
         own, _ = cider.compute_score(references, {i: [texts[0]] for i, texts in enumerate(captions)})
         next_one = {i: [captions[i - 1][0]] for i in references}

@@ -127,7 +127,7 @@ def test_a_packed_question_is_answered_as_if_it_were_asked_alone(loaded, tokeniz
     with torch.inference_mode():
         logits, labels, segments, _ = ConversationTask(model).answer_logits(batch)
 
-    images = process_images([Image.fromarray(example.pictures[0])], image_processor, model.config)
+    images = process_images([Image.fromarray(example.images[0])], image_processor, model.config)
     for number, (question, wanted) in enumerate(zip(example.questions, example.labels, strict=True), start=1):
         ids = torch.tensor([example.prefix + question])
         with torch.inference_mode():
@@ -153,8 +153,8 @@ def test_examples_come_by_number_and_batches_are_of_one_sort(tokenizer):
     data = PackedScenes("train", 0, 12, 2, Mixture(questions=4, pair_every=3, text_every=3), tokenizer)
 
     first, again = data[3], data[3]
-    assert first.questions == again.questions and np.array_equal(first.pictures, again.pictures)
-    assert [len(data[number].pictures) for number in range(6)] == [1, 1, 2, 2, 0, 0]
+    assert first.questions == again.questions and np.array_equal(first.images, again.images)
+    assert [len(data[number].images) for number in range(6)] == [1, 1, 2, 2, 0, 0]
 
 
 def test_pixels_are_those_of_the_image_processor(loaded):
@@ -280,11 +280,11 @@ def test_a_gpu_would_compute_the_same_loss(run, tokenizer):
 def test_batches_are_moved_whole(tokenizer):
     batch = collate([PackedScenes("validation", 0, 4, 2, Mixture(questions=3), tokenizer)[0]])
     (moved,) = send_to_device(batch, "meta")
-    assert {moved.pictures.device.type, moved.ids.device.type, moved.labels.device.type} == {"meta"}
+    assert {moved.images.device.type, moved.ids.device.type, moved.labels.device.type} == {"meta"}
     assert moved.forms == batch[0].forms
 
 
-def test_helpers_that_draw_pictures_change_nothing(run, tmp_path):
+def test_helpers_that_draw_images_change_nothing(run, tmp_path):
     config = tmp_path / "run"
     shutil.copytree(run, config)
     (config / "deepen.pt").unlink()

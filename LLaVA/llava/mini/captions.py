@@ -1,6 +1,6 @@
 """Captions of scenes: one-sentence references for the caption benchmarks, and a dense one that names everything.
 
-The grammar is small enough for a small model, and its sentences differ as different people's captions of one picture
+The grammar is small enough for a small model, and its sentences differ as different people's captions of one image
 do: in what they name and in what they say about it.
 """
 
@@ -97,7 +97,7 @@ def _sentence(text: str) -> str:
 def caption_references(scene: Scene) -> list[str]:
     """Different one-sentence captions of a scene, eight to ten of them, the plainest first.
 
-    Each names the one to three things that cover most of the picture; they differ in what they name and in what
+    Each names the one to three things that cover most of the image; they differ in what they name and in what
     they say about it: relation, place, size, number or background.
     """
     units = _units(scene)

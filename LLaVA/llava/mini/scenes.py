@@ -1,11 +1,11 @@
-"""The embedded world: small, exactly known pictures, drawn from a seed.
+"""The embedded world: small, exactly known images, drawn from a seed.
 
 A scene is a description (`Scene`): a textured background, some clutter, and one to eight objects that do not overlap.
 An object is a coloured shape, or a sign: a coloured plate with a printed word or digit. `sample_scene` draws a
 description from a seed, and `render` makes its image.
 
 Everything is the same on every machine and with every version of Python, NumPy and Pillow: descriptions come from
-`SeededRandom`, whose stream Python promises to keep, and pictures are rasterised here in integers, so that no
+`SeededRandom`, whose stream Python promises to keep, and images are rasterised here in integers, so that no
 library's rules for edges, fonts or anti-aliasing can move a pixel.
 """
 
@@ -83,7 +83,7 @@ class SceneObject:
     size : str
         A key of `SIZES`. Signs are ``small`` when their letters are at most 21 pixels high, else ``medium``.
     left, top, width, height : int
-        Bounding box in pixels; it lies inside the picture.
+        Bounding box in pixels; it lies inside the image.
     rgb : tuple of int
         The exact fill, a slight variation of the named colour.
     text : str
@@ -134,7 +134,7 @@ class Stroke:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows.
+    """Everything an image shows.
 
     Attributes
     ----------
@@ -149,7 +149,7 @@ class Scene:
     slant : tuple of int
         Brightness that is gained from left to right and from top to bottom, in levels.
     objects : tuple of SceneObject
-        One to eight, in reading order (by thirds of the picture from the top, then from the left).
+        One to eight, in reading order (by thirds of the image from the top, then from the left).
     clutter : tuple of Stroke
         Drawn below the objects.
     """
@@ -175,7 +175,7 @@ class Scene:
 
 
 def place_of(x: int, y: int) -> str:
-    """Name of the ninth of the picture that the pixel ``(x, y)`` lies in (one of `PLACES`)."""
+    """Name of the ninth of the image that the pixel ``(x, y)`` lies in (one of `PLACES`)."""
     return PLACES[3 * (y * 3 // IMAGE_SIZE) + x * 3 // IMAGE_SIZE]
 
 
@@ -296,7 +296,7 @@ def _sample_stroke(rng: SeededRandom) -> Stroke:
 
 
 def render(scene: Scene) -> Image.Image:
-    """The scene's picture, 336 x 336 RGB; the same pixels on every machine (about 2 ms)."""
+    """The scene's image, 336 x 336 RGB; the same pixels on every machine (about 2 ms)."""
     shade = _shade(scene)  # (336, 336)
     canvas = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     for channel, level in enumerate(BACKGROUNDS[scene.background]):

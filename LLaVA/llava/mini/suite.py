@@ -194,7 +194,7 @@ def _write_tables(folder: Path, tables: list[Table]) -> None:
         lines += [f"- config_name: {table.config}", "  data_files:"]
         lines += [f"  - split: {table.split}", f"    path: {table.config}/{table.split}.parquet"]
     text = (
-        f"Part of the mini suite {VERSION}: drawn pictures and made-up questions in the columns of the real data set "
+        f"Part of the mini suite {VERSION}: drawn images and made-up questions in the columns of the real data set "
         "of this name. It is not that data set, and scores on it are not comparable."
     )
     (folder / "README.md").write_text("\n".join([*lines, "---", "", text, ""]))

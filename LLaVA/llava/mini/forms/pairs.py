@@ -1,4 +1,4 @@
-"""Forms about two pictures."""
+"""Forms about two images."""
 
 from __future__ import annotations
 

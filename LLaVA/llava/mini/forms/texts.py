@@ -1,4 +1,4 @@
-"""Forms that need no picture."""
+"""Forms that need no image."""
 
 from __future__ import annotations
 
