@@ -17,10 +17,10 @@ from golden import golden_root
 from golden_features import draw_features
 from llava.conversation import conv_templates
 from llava.model.llava_arch import greedy_select
-from llava.model.multimodal_encoder.clip_text import ClipText, question_text, text_similarity
+from llava.model.multimodal_encoder.clip_text import ClipText, question_text
 from llava.pruning import VisualTokens
 from llava.pruning.methods.cdpruner import CDPruner, conditional_kernel, min_max
-from llava.pruning.methods.divprune import cosine_similarity
+from llava.pruning.similarity import cosine_similarity, text_similarity
 from tiny_llava import save_tower
 
 FILE = golden_root() / "pruning" / "attention_methods.json"

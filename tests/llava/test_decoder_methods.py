@@ -18,7 +18,7 @@ from llava.pruning.methods.sparsevlm import (
     SparseVLM,
     density_peaks,
     merge_clusters,
-    published_stages,
+    published_schedule,
     recycled_counts,
     select_raters,
     split_budget,
@@ -131,7 +131,7 @@ def test_where_no_word_stands_out_all_are_raters(text):
 @pytest.mark.parametrize("name", list(RANKED[True]))
 def test_the_named_schedules_have_the_published_numbers_of_tokens(name, recycle):
     pruner = SparseVLM(schedule=name, recycle=recycle)
-    stages = pruner.stages(None, None, 32)
+    stages = pruner.schedule_for(None, None, 32)
     assert [layer for layer, _ in stages] == [3, 7, 16]
     present = 576
     for (_, fraction), ranked in zip(stages, RANKED[recycle][name], strict=True):
@@ -146,7 +146,7 @@ def test_the_named_schedules_have_the_published_numbers_of_tokens(name, recycle)
 
 def test_the_schedule_called_192_as_counted_by_hand():
     """276 dropped: 83 recycled into 9. 109 of 309: 33 into 4. 94 of 204: 29 into 3."""
-    kept = kept_per_layer(SparseVLM(schedule="192").stages(None, None, 32), 576, 32)
+    kept = kept_per_layer(SparseVLM(schedule="192").schedule_for(None, None, 32), 576, 32)
     assert kept == [576] * 3 + [309] * 4 + [204] * 9 + [113] * 16
 
 
@@ -263,7 +263,7 @@ def test_attention_that_is_missing_or_nan_is_refused(pruner):
 def test_the_ratio_is_the_mean_over_the_layers(pruner, ratio):
     pruner.check_budget(ratio, None)
     for num_layers in (8, 32, 40):
-        stages = pruner.stages(ratio, None, num_layers)
+        stages = pruner.schedule_for(ratio, None, num_layers)
         tolerance = 0.5 / num_layers if isinstance(pruner, VTW) else 1e-12
         assert mean_fraction(stages, num_layers) == pytest.approx(ratio, abs=tolerance)
         assert stages[0][0] >= pruner.first_layer
@@ -272,7 +272,7 @@ def test_the_ratio_is_the_mean_over_the_layers(pruner, ratio):
 @pytest.mark.parametrize("schedule", ["scaled", "published"])
 def test_pyramiddrop_in_32_layers_is_the_published_schedule_at_its_mean(schedule):
     ratio = mean_fraction(PUBLISHED, 32) if schedule == "scaled" else None
-    assert PyramidDrop(schedule=schedule).stages(ratio, None, 32) == PUBLISHED
+    assert PyramidDrop(schedule=schedule).schedule_for(ratio, None, 32) == PUBLISHED
     assert mean_fraction(PUBLISHED, 32) == 15 / 32
 
 
@@ -285,8 +285,8 @@ def test_pyramiddrop_rounds_the_published_budget_down(n, left):
 
 def test_sparsevlm_scales_the_schedule_called_192():
     for recycle in (True, False):
-        stages = published_stages("192", recycle)
-        assert SparseVLM(recycle=recycle).stages(mean_fraction(stages, 32), None, 32) == stages
+        stages = published_schedule("192", recycle)
+        assert SparseVLM(recycle=recycle).schedule_for(mean_fraction(stages, 32), None, 32) == stages
 
 
 @pytest.mark.parametrize(
@@ -314,15 +314,15 @@ def test_an_unknown_schedule_is_refused_with_those_there_are(cls):
 
 
 def test_vtw_withdraws_at_the_layer_or_at_the_ratio_of_the_layers():
-    assert VTW().stages(None, 15, 32) == ((15, 0.0),)
-    assert VTW().stages(0.5, None, 32) == ((16, 0.0),)
-    assert VTW().stages(0.001, None, 32) == ((1, 0.0),)
-    assert kept_per_layer(VTW().stages(0.5, None, 4), 9, 4) == [9, 9, 0, 0]
+    assert VTW().schedule_for(None, 15, 32) == ((15, 0.0),)
+    assert VTW().schedule_for(0.5, None, 32) == ((16, 0.0),)
+    assert VTW().schedule_for(0.001, None, 32) == ((1, 0.0),)
+    assert kept_per_layer(VTW().schedule_for(0.5, None, 4), 9, 4) == [9, 9, 0, 0]
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.99])
 def test_vtw_withdraws_nothing_at_a_ratio_of_all_layers(ratio):
-    ((layer, fraction),) = VTW().stages(ratio, None, 8)
+    ((layer, fraction),) = VTW().schedule_for(ratio, None, 8)
     assert layer < 8 and fraction == 1
 
 

@@ -12,17 +12,17 @@ import torch
 
 from golden import golden_root
 from llava.pruning import VisualTokens
-from llava.pruning.layout import FeatureMap, crop_numbers
-from llava.pruning.methods.divprune import cosine_similarity
 from llava.pruning.methods.hiprune import HiPrune, anchors_buffers_registers, neighbours
 from llava.pruning.methods.visionzip import VisionZip, attention_order, contextual_tokens
 from llava.pruning.methods.vispruner import VisPruner, remove_duplicates
+from llava.pruning.similarity import cosine_similarity
+from llava.pruning.tokens import TokenGrid, crop_numbers
 
 FILE = golden_root() / "pruning" / "attention_methods.json"
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
 METHODS = [VisionZip, VisPruner, HiPrune]
 TENSORS = ("features", "encoder_features", "encoder_keys", "cls_attention", "received_attention")
-NEWLINES = (FeatureMap(4, 4), FeatureMap(3, 5, newline="row"))
+NEWLINES = (TokenGrid(4, 4), TokenGrid(3, 5, newline="row"))
 """34 tokens, of which 31 are patches."""
 
 
@@ -198,7 +198,7 @@ def test_visionzip_without_contextual_tokens_is_a_selection():
 
 def test_visionzip_merges_no_newline_into_a_patch():
     """A newline has no key, so that its cosine with every target is the same."""
-    layout = (FeatureMap(6, 6, newline="row"),)
+    layout = (TokenGrid(6, 6, newline="row"),)
     tokens = scene(k=8, layout=layout)
     newline = layout[0].is_newline()
     shouting = tokens.features.clone()
@@ -299,7 +299,7 @@ def test_hiprune_reads_neighbours_from_the_layout():
 
 
 def test_hiprune_counts_the_newlines_of_a_map_before_the_next_one():
-    table = neighbours((FeatureMap(2, 3, newline="end"), FeatureMap(1, 2)), 9)
+    table = neighbours((TokenGrid(2, 3, newline="end"), TokenGrid(1, 2)), 9)
     assert table[6].tolist() == [6] * 4
     assert set(table[5].tolist()) == {5, 4, 2}
     assert set(table[7].tolist()) == {7, 8}
@@ -390,8 +390,8 @@ def test_newlines_go_on_only_when_every_patch_does(method, known):
 @pytest.mark.parametrize("method", METHODS)
 def test_images_of_a_batch_may_have_their_newlines_at_other_places(method):
     """34 tokens each, of which 32 and 31 are patches."""
-    wide = (FeatureMap(4, 4), FeatureMap(2, 8, newline="row"))
-    tall = (FeatureMap(4, 4), FeatureMap(3, 5, newline="row"))
+    wide = (TokenGrid(4, 4), TokenGrid(2, 8, newline="row"))
+    tall = (TokenGrid(4, 4), TokenGrid(3, 5, newline="row"))
     images = [scene(batch=1, k=20, layout=layout, seed=seed) for seed, layout in enumerate((wide, tall))]
     images = [dataclasses.replace(image, layout=None) for image in images]
     both = VisualTokens(k=20, **{name: torch.cat([getattr(image, name) for image in images]) for name in TENSORS})
@@ -404,7 +404,7 @@ def test_images_of_a_batch_may_have_their_newlines_at_other_places(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_crop_chooses_as_if_it_were_alone(method):
-    layout = (FeatureMap(4, 4), FeatureMap(4, 4), FeatureMap(4, 4))
+    layout = (TokenGrid(4, 4), TokenGrid(4, 4), TokenGrid(4, 4))
     crops = crop_numbers(layout).expand(2, -1)
     tokens = dataclasses.replace(scene(k=12, layout=layout), crops=crops)
     kept = method(per_crop=True).reduce(tokens)

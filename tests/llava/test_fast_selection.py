@@ -18,7 +18,8 @@ from llava.model import llava_arch
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
 from llava.pruning.kernels import fast_version, gram, host
 from llava.pruning.methods import divprune
-from llava.pruning.methods.divprune import cosine_similarity, max_min_select
+from llava.pruning.methods.divprune import max_min_select
+from llava.pruning.similarity import cosine_similarity
 from no_waiting import no_waiting
 from selections import assert_is_greedy
 

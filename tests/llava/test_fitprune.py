@@ -412,10 +412,10 @@ class TestInTheDecoder:
                 ids = torch.cat([row, torch.tensor([answer])], dim=1)
                 labels = torch.cat([torch.full_like(row, IGNORE_INDEX), ids[:, -3:]], dim=1)
                 model(input_ids=ids, labels=labels, images=images)
-                kept.append(model.get_model().kept_prefix.positions[0].tolist())
+                kept.append(model.latest_prefill.left.source[0].tolist())
             model(input_ids=row, images=images)
         assert kept[0] == kept[1]
-        assert kept[0][:-3] == model.get_model().kept_prefix.positions[0].tolist()
+        assert kept[0][:-3] == model.latest_prefill.left.source[0].tolist()
 
     def test_the_loss_is_that_of_the_kept_row(self, model, recipe):
         """Labels follow their tokens although tokens leave in the last layer, too."""
@@ -458,7 +458,7 @@ class TestTheSwitch:
     def test_a_recipe_is_read_from_the_environment(self, recipe):
         config = PruningConfig.from_env({"BASELINE": "FITPRUNE", "FITPRUNE_RECIPE": recipe})
         assert config.ratio is None and config.layer is None
-        assert config.stages(LAYERS) == read_recipe(recipe).stages
+        assert config.schedule(LAYERS) == read_recipe(recipe).stages
 
     @pytest.mark.parametrize(
         ("environ", "said"),
@@ -507,15 +507,15 @@ class TestTheSwitch:
     @pytest.mark.parametrize("ratio", [0.4, 0.7, 1.0])
     def test_a_recipe_can_be_scaled_to_a_mean(self, recipe, ratio):
         config = PruningConfig("fitprune", ratio, options={"recipe": recipe, "scale": True})
-        stages = config.stages(LAYERS)
+        stages = config.schedule(LAYERS)
         present = [min((f for layer, f in stages if layer <= depth), default=1.0) for depth in range(LAYERS)]
         assert sum(present) / LAYERS == pytest.approx(ratio, abs=1e-9)
 
     def test_a_mean_that_the_first_layer_alone_exceeds_is_refused(self):
         config = PruningConfig("fitprune", 0.1)
-        assert config.stages(32) == ()
+        assert config.schedule(32) == ()
         with pytest.raises(ValueError, match=r"SUBSET_RATIO=0\.1 is out of reach in a decoder of 8 layers"):
-            config.stages(8)
+            config.schedule(8)
 
     def test_flops_are_counted_with_a_recipe_and_only_with_one(self, capsys):
         flops_command(["--method", "fitprune", "--option", "recipe=llava-1.5-7b/60", "--text", "0"])
@@ -534,13 +534,13 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_a_merging_method_cannot_drop_behind_the_attention(model):
-    from llava.model.language_model.visual_drop import LayerDrop
+    from llava.model.active_pruner import ActivePruner
 
     class Merging(FitPrune):
         merges = True
 
     with pytest.raises(ValueError, match="Merging merges tokens"):
-        LayerDrop(Merging(), ((1, 0.5),))
+        ActivePruner(Merging(), ((1, 0.5),))
 
 
 def test_published_reductions_are_those_of_the_budget():

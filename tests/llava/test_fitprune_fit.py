@@ -390,16 +390,16 @@ class TestRecipe:
 
     def test_how_the_budgets_go_together_is_told_when_it_is_used(self, tower, model, recipe):
         pruner = PruningConfig("fitprune", options={"recipe": recipe.name}).build_pruner()
-        (told,) = pruner.remarks(model)
+        (told,) = pruner.advice(model)
         assert told == f"{recipe.name}: {describe(recipe)}"
         assert "reduction ratio 0.5" in told and f"SUBSET_RATIO {recipe.mean_fraction:.4g}" in told
         other = other_weights(tower)
-        assert "was fitted to other weights" in pruner.remarks(other)[1]
-        (published,) = PruningConfig("fitprune", options={"recipe": "llava-1.5-7b/60"}).build_pruner().remarks(model)
+        assert "was fitted to other weights" in pruner.advice(other)[1]
+        (published,) = PruningConfig("fitprune", options={"recipe": "llava-1.5-7b/60"}).build_pruner().advice(model)
         assert published.startswith("llava-1.5-7b/60: SUBSET_RATIO 0.4")
 
     def test_the_model_is_left_unpruned(self, model, recipe):
-        assert model.pruning is None and model.get_model().layer_drop is None
+        assert model.pruning is None and not model.active_pruner.schedule
 
 
 class TestFirstUse:

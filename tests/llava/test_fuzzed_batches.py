@@ -115,8 +115,9 @@ def steps(model, asked) -> torch.Tensor:
     """The same through `forward`, token by token."""
     first, mask, logits = model(**asked, use_cache=True), asked["attention_mask"], []
     last = torch.full((len(first.logits),), first.logits.shape[1] - 1)
-    if model.visual_mask is not None and model.get_model().layer_drop is None:  # which leaves rows padded on the left
-        last -= model.visual_mask.flip(1).int().argmax(dim=1)
+    prefill = model.latest_prefill
+    if prefill.mask is not None and prefill.left is None:  # drops inside the decoder leave rows padded on the left
+        last -= prefill.mask.flip(1).int().argmax(dim=1)
     logits.append(first.logits[range(len(last)), last])
     while len(logits) < 3:
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=True)

@@ -14,10 +14,10 @@ from llava.eval import tokens
 from llava.eval.token_page import token_page
 from llava.eval.views import views_of
 from llava.mm_utils import process_images
-from llava.model.visual_sequence import layout_of, merge_crops
+from llava.model.image_tokens import merge_crops, token_grid
 from llava.pruning import available_methods, kept_count, pruning
-from llava.pruning.layout import crop_numbers
 from llava.pruning.registry import method_class
+from llava.pruning.tokens import crop_numbers
 from tiny_llava import build, prompt
 from tiny_methods import OPTIONS as TINY_OPTIONS
 from tiny_methods import RATIOS
@@ -43,7 +43,7 @@ def options(tmp_path_factory):
     return TINY_OPTIONS | {"ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}}
 
 
-def test_the_layout_of_every_size_is_that_of_its_tokens():
+def test_the_token_grid_every_size_is_that_of_its_tokens():
     newline = torch.full((1,), -1.0)
     shapes = set()
     for size in THIN + drawn_sizes(200):
@@ -52,7 +52,7 @@ def test_the_layout_of_every_size_is_that_of_its_tokens():
         # Every patch is the number of its crop.
         numbers = torch.arange(crops).view(-1, 1, 1).expand(-1, 16, 1)
         merged = merge_crops(numbers.float(), size, grid, newline).flatten()
-        layout = layout_of(crops, 16, size, grid, spatial=True, newline=True)
+        layout = token_grid(crops, 16, size, grid, spatial=True, newline=True)
         shapes.add(layout)
         assert torch.equal(torch.cat([part.is_newline() for part in layout]), merged == -1), size
         found = crop_numbers(layout)

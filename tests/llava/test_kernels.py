@@ -23,11 +23,12 @@ from live_bytes import LiveBytes
 from llava.model import llava_arch
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
 from llava.pruning import kernels, select
-from llava.pruning.base import VisualTokens
 from llava.pruning.kernels import greedy, max_min, symmetric
 from llava.pruning.methods import divprune
-from llava.pruning.methods.divprune import cosine_similarity, max_min_select
+from llava.pruning.methods.divprune import max_min_select
 from llava.pruning.registry import method_class
+from llava.pruning.similarity import cosine_similarity
+from llava.pruning.tokens import VisualTokens
 from no_waiting import no_waiting
 from pretended_gpu import GPU, pretended_gpu
 from selections import assert_is_greedy

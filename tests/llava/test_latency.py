@@ -118,7 +118,7 @@ class TestPrefill:
         assert unpruned["ttft_ratio"] == 1 and unpruned["selection_share"] == 0
         for row in rows[1:]:
             assert 0 < row["selection_share"] < 1 and row["ms"]["decoding"]["median"] > 0
-        assert tiny.pruning is None and "_encode_and_observe" not in vars(tiny)
+        assert tiny.pruning is None and "image_tokens" not in vars(tiny)
 
     def test_one_token_is_one_forward(self, tiny, monkeypatch):
         monkeypatch.setattr(tiny, "generate", None)

@@ -13,7 +13,6 @@ import torch
 
 from golden import golden_root
 from llava.pruning import VisualTokens
-from llava.pruning.layout import FeatureMap, crop_numbers
 from llava.pruning.methods.downsample import Downsample, cut, pooled_layout, pooled_map, strips_of_cells
 from llava.pruning.methods.prumerge import (
     PruMerge,
@@ -24,11 +23,12 @@ from llava.pruning.methods.prumerge import (
     merge_into,
     outlier_count,
 )
+from llava.pruning.tokens import TokenGrid, crop_numbers
 
 FILE = golden_root() / "pruning" / "attention_methods.json"
 GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
 METHODS = [PruMerge, PruMergePlus, Downsample]
-ANYRES = (FeatureMap(4, 4), FeatureMap(6, 7, newline="row", crop_side=4))
+ANYRES = (TokenGrid(4, 4), TokenGrid(6, 7, newline="row", crop_side=4))
 
 
 def golden_cases(*variants):
@@ -308,8 +308,8 @@ class TestAdaptiveBudget:
             method(adaptive=True).check_budget(0.1, None)
         with pytest.raises(ValueError, match="must be 0 or left out, not 2"):
             method(adaptive=True).check_budget(None, 2)
-        assert method(adaptive=True).stages(None, None, 32) == ((0, 1.0),)
-        assert method().stages(0.1, 2, 32) == ((2, 0.1),)
+        assert method(adaptive=True).schedule_for(None, None, 32) == ((0, 1.0),)
+        assert method().schedule_for(0.1, 2, 32) == ((2, 0.1),)
 
 
 class TestDownsample:
@@ -324,7 +324,7 @@ class TestDownsample:
     @pytest.mark.parametrize("newline", ["none", "row", "end"])
     @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 9), (9, 1), (2, 2), (5, 8), (8, 5), (7, 7), (3, 10)])
     def test_the_cells_partition_a_map_for_every_budget(self, rows, columns, newline):
-        part = FeatureMap(rows, columns, newline)
+        part = TokenGrid(rows, columns, newline)
         patch = ~part.is_newline()
         for share in range(1, len(part) + 1):
             owner, places = pooled_map(part, share)
@@ -361,12 +361,12 @@ class TestDownsample:
         torch.testing.assert_close(kept.features[:, 4], patches[:, :2, :1].mean(dim=(1, 2)))
 
     def test_the_whole_budget_is_the_picture_itself(self):
-        layout = (FeatureMap(3, 4, "row"), FeatureMap(2, 5, "end"))
+        layout = (TokenGrid(3, 4, "row"), TokenGrid(2, 5, "end"))
         owner, places = pooled_layout(layout, 26)
         assert owner.tolist() == places.tolist() == list(range(26))
 
     def test_a_map_without_a_share_is_left_out(self):
-        tokens = scene(n=37, k=1, layout=(FeatureMap(1, 1), FeatureMap(6, 6)))
+        tokens = scene(n=37, k=1, layout=(TokenGrid(1, 1), TokenGrid(6, 6)))
         torch.testing.assert_close(Downsample().reduce(tokens).features[:, 0], tokens.features[:, 1:].mean(dim=1))
 
     def test_tokens_without_a_layout_are_a_square_or_a_row(self):

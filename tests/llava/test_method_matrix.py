@@ -11,8 +11,9 @@ from llava.constants import IGNORE_INDEX
 from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import Pruner, PruningConfig, VisualTokens, available_methods, kept_count, kernels, pruning
 from llava.pruning.base import INSIDE
-from llava.pruning.layout import FeatureMap, apportion, crop_numbers
 from llava.pruning.registry import method_class
+from llava.pruning.schedule import apportion
+from llava.pruning.tokens import TokenGrid, crop_numbers
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS as TINY_OPTIONS
 from tiny_methods import RATIOS
@@ -151,10 +152,10 @@ def test_per_crop_gives_every_crop_its_share(anyres, method):
         with switched(anyres, method, layer, per_crop=True):
             anyres(input_ids=ids, images=images, image_sizes=[size])
             if layer == 0:
-                index = anyres.visual_index[0]
+                index = anyres.latest_prefill.image_id[0]
                 assert int((index == 0).sum()) == kept_count(len(crops), 0.3)
             else:
-                origin = anyres.get_model().kept_prefix.positions[0]
+                origin = anyres.latest_prefill.left.source[0]
                 kept = origin[(origin >= 4) & (origin < 4 + len(crops))] - 4
                 found = crops[kept].bincount(minlength=5).tolist()
                 assert found == apportion(kept_count(len(crops), 0.3), crops.bincount().tolist())
@@ -177,7 +178,7 @@ def test_per_crop_counts_are_the_apportioned_ones(anyres):
 
 
 def test_a_map_that_padding_was_cut_off_knows_its_crops():
-    part = FeatureMap(rows=6, columns=3, newline="row", crop_side=4, top=1, left=2)
+    part = TokenGrid(rows=6, columns=3, newline="row", crop_side=4, top=1, left=2)
     # columns 2, 3 | 4 of a grid of crops four wide, rows 1 to 3 | 4 to 6
     expected = [[0, 0, 1, 1]] * 3 + [[2, 2, 3, 3]] * 3
     assert part.crops().view(6, 4).tolist() == expected
@@ -311,8 +312,8 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
     }
 
 
-SQUARE = (FeatureMap(6, 6),)
-CROPS = (FeatureMap(4, 4), FeatureMap(8, 7, "row", 4, 0, 0))
+SQUARE = (TokenGrid(6, 6),)
+CROPS = (TokenGrid(4, 4), TokenGrid(8, 7, "row", 4, 0, 0))
 
 
 @pytest.mark.parametrize("layout", [SQUARE, CROPS], ids=["square", "crops"])
@@ -359,7 +360,7 @@ def test_exactly_k_distinct_tokens_go_on(method, dtype, kind, k, layout):
 def test_autocast_around_a_selection_changes_nothing(method, options, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "_ON_CPU", {})  # the plain versions: NumPy knows nothing of autocast
     pruner = method_class(method)(**OPTIONS.get(method, {}) | options)
-    tokens = VisualTokens(**observed("normal", dtype, 1, (FeatureMap(12, 12),)), k=70)
+    tokens = VisualTokens(**observed("normal", dtype, 1, (TokenGrid(12, 12),)), k=70)
     kept = pruner.reduce(tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         again = pruner.reduce(tokens)
@@ -387,5 +388,5 @@ def test_what_the_model_does_not_give_is_named(method):
 @pytest.mark.parametrize("method", sorted(ALL))
 def test_the_listing_tells_what_a_method_is(method):
     info = ALL[method]
-    assert info.source and info.stage in ("before the decoder", INSIDE)
-    assert (info.stage == INSIDE) == (method in ("fastv", *SEVERAL))
+    assert info.source and info.where in ("before the decoder", INSIDE)
+    assert (info.where == INSIDE) == (method in ("fastv", *SEVERAL))

@@ -307,7 +307,7 @@ def test_a_published_pruner_for_clip_l_chooses_tokens(tmp_path, tokens, kept, wi
         environ["OCL_CONFIG"] = str(tmp_path / "sizes.yml")
     pruner = PruningConfig.from_env(environ).build_pruner()
     assert pruner.feature_layer == 8
-    pruner.check_encoder(1024)
+    pruner.check_model(None, 1024)
     found = pruner.indices(
         VisualTokens(
             torch.zeros(1, tokens, 4),

@@ -11,9 +11,9 @@ import torch
 
 from golden import golden_root
 from llava.pruning import PruningConfig, VisualTokens, pruning
-from llava.pruning.layout import FeatureMap
 from llava.pruning.methods.ocvtp.pruner import OCVTP, claims, fill
 from llava.pruning.methods.ocvtp.variables import translated
+from llava.pruning.tokens import TokenGrid
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_ocvtp import save_pruner
 
@@ -199,7 +199,7 @@ def test_half_precision_features_are_read_in_float32(checkpoint):
 
 
 def test_a_map_of_newlines_at_a_row_end_keeps_its_patches(checkpoint):
-    layout = (FeatureMap(2, 3, newline="row"),)
+    layout = (TokenGrid(2, 3, newline="row"),)
     features = torch.randn(1, 8, 32)
     features[0, [3, 7]] = 0
     tokens = VisualTokens(

@@ -9,13 +9,14 @@ from contextlib import ExitStack
 import pytest
 import torch
 
+from llava.model.active_pruner import ActivePruner
 from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig, apply_switch, prune, pruning, unprune
 from llava.pruning.methods.uniform import Uniform
 from tiny_llava import pixels, prompt
 
 N = 16
-BY_HAND = (Uniform(), ((0, 0.25),))
+BY_HAND = ActivePruner(Uniform(), ((0, 0.25),))
 
 
 def kept(model) -> int:
@@ -27,7 +28,7 @@ def kept(model) -> int:
 @pytest.fixture(autouse=True)
 def unpruned(model):
     yield
-    assert model.pruner_in_use == (None, (), None)
+    assert model.active_pruner == ActivePruner()
 
 
 def test_the_context_manager_restores_what_was_before(model):
@@ -41,17 +42,17 @@ def test_the_context_manager_restores_what_was_before(model):
 
 
 def test_a_block_restores_a_pruner_that_was_set_by_hand(model):
-    model.use_pruner(*BY_HAND)
+    model.active_pruner = BY_HAND
     assert model.pruning is None and kept(model) == 4
     with pruning(model, "first_k", ratio=0.5):
         assert kept(model) == 8
-    assert model.pruner_in_use == (*BY_HAND, None) and kept(model) == 4
-    model.use_pruner(None, ())
+    assert model.active_pruner == BY_HAND and kept(model) == 4
+    model.active_pruner = ActivePruner()
 
 
 def test_a_pruner_set_by_hand_is_not_taken_for_the_configuration_before_it(model):
     model.set_pruning(PruningConfig("first_k", 0.5))
-    model.use_pruner(*BY_HAND)
+    model.active_pruner = BY_HAND
     assert model.pruning is None
     model.set_pruning(None)
 
@@ -60,10 +61,10 @@ def test_a_cache_of_images_knows_a_pruner_that_was_set_by_hand(model):
     model.visual_cache = VisualCache(2**20)
     try:
         assert kept(model) == N
-        model.use_pruner(*BY_HAND)
+        model.active_pruner = BY_HAND
         assert kept(model) == 4 and model.visual_cache.hits == 1
     finally:
-        model.use_pruner(None, ())
+        model.active_pruner = ActivePruner()
         model.visual_cache = None
 
 

@@ -243,7 +243,7 @@ def test_every_method_says_what_it_is():
     methods = available_methods()
     assert {"otprune", "random", "uniform", "first_k", "last_k"} <= set(methods)
     assert methods["otprune"].options == {"gamma": None, "compat": False}
-    assert all(info.stage and info.source for info in methods.values())
+    assert all(info.where and info.source for info in methods.values())
 
 
 def test_a_method_can_be_registered_and_a_taken_name_cannot(monkeypatch):

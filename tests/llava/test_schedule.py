@@ -13,7 +13,7 @@ from llava.pruning.schedule import at_relative_depth, kept_per_layer, mean_fract
 RATIOS = [0.01, 0.03, 0.05, 0.098, 0.127, *(i / 20 for i in range(3, 20)), 0.99]
 SCHEDULES = [
     pytest.param(pyramiddrop.PUBLISHED, 0, id="pyramiddrop"),
-    pytest.param(sparsevlm.published_stages("192", True), 1, id="sparsevlm"),
+    pytest.param(sparsevlm.published_schedule("192", True), 1, id="sparsevlm"),
     pytest.param(((2, 0.5),), 0, id="one-drop"),
 ]
 
@@ -50,7 +50,7 @@ def test_a_drop_before_the_decoder_and_a_withdrawal_are_schedules_too():
 def test_the_published_layers_lie_at_the_same_relative_depth_in_another_decoder():
     assert layers_of(at_relative_depth(pyramiddrop.PUBLISHED, 32)) == [8, 16, 24]
     assert layers_of(at_relative_depth(pyramiddrop.PUBLISHED, 40)) == [10, 20, 30]
-    assert layers_of(at_relative_depth(sparsevlm.published_stages("64", True), 40, first_layer=1)) == [4, 9, 20]
+    assert layers_of(at_relative_depth(sparsevlm.published_schedule("64", True), 40, first_layer=1)) == [4, 9, 20]
     assert layers_of(at_relative_depth(((6, 0.5), (12, 0.25)), 32, published_layers=24)) == [8, 16]
 
 
@@ -124,7 +124,7 @@ def test_a_ratio_of_one_keeps_everything(published, first_layer):
 
 
 def test_a_ratio_below_what_the_first_layers_cost_is_refused_with_the_smallest_that_is_not():
-    published = sparsevlm.published_stages("192", True)
+    published = sparsevlm.published_schedule("192", True)
     with pytest.raises(ValueError, match=r"SUBSET_RATIO=0\.098 .* 8 layers.* layer 1 .*above 1/8 = 0\.125"):
         scaled(published, 0.098, 8, first_layer=1)
     with pytest.raises(ValueError, match=r"above 1/8"):

@@ -74,7 +74,7 @@ def test_the_options_of_a_token_map_come_from_the_environment(monkeypatch, tmp_p
 def test_the_pruner_that_ships_fits_the_model_that_ships():
     files = PrunerFiles.find(EMBEDDED)
     tower = json.loads((Path(llava.__file__).parent / "mini/checkpoint/vision_tower/config.json").read_text())
-    OCVTP().check_encoder(tower["hidden_size"])
+    OCVTP().check_model(None, tower["hidden_size"])
     # The last of the tower's layers does not run.
     assert 0 <= files.config.layer < tower["num_hidden_layers"] - 1
     assert files.config.trained_on["model"] == EMBEDDED and files.config.trained_on["pictures"].startswith("scenes:")

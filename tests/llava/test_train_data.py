@@ -17,7 +17,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.splice import assign_images
+from llava.model.prompt import assign_images
 from llava.model.tokenizer import load_tokenizer
 from llava.train import train
 from llava.train.data import (

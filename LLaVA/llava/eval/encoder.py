@@ -16,9 +16,10 @@ from llava.images import load_rgb
 from llava.mm_utils import get_model_name_from_path, process_images
 from llava.model.llava_arch import ot_select
 from llava.model.visual_cache import VisualCache
-from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import PruningConfig, kept_count, pruning
-from llava.pruning.base import ENCODER_NEEDS, KeptTokens, content_key
+from llava.pruning.reduce import reduce_images
+from llava.pruning.signals import ENCODER_SIGNALS
+from llava.pruning.tokens import ImageTokens, KeptTokens
 
 ENCODED_BYTES = 2**26
 """Of encoded images that are remembered: those of one image, and some more."""
@@ -64,8 +65,7 @@ class Encoder:
     def reduce(self, image: Image.Image, config: PruningConfig) -> tuple[ImageTokens, KeptTokens]:
         """All visual tokens, and those that go on; a `ValueError` for a method that needs more than the image."""
         tokens = self.encode(image, config)
-        facts = PromptFacts(key=content_key(self.pixels(image)))
-        return tokens, reduce_images(config.build_pruner(), [tokens], [facts], config.ratio)[0]
+        return tokens, reduce_images(config.build_pruner(), [tokens], config.ratio)[0]
 
     @torch.no_grad()
     def kept_order(self, image: Image.Image, config: PruningConfig) -> list[int]:
@@ -86,7 +86,7 @@ def image_configs(row: Row) -> list[PruningConfig]:
         if settings is None or settings["ratio"] is None or settings["layer"] != 0:
             return []
         config = PruningConfig(settings["method"], settings["ratio"], options=settings["options"])
-        if not config.build_pruner().needs <= ENCODER_NEEDS | {"image_keys"}:
+        if not config.build_pruner().needs <= ENCODER_SIGNALS | {"image_keys"}:
             return []
         found.append(config)
     return found

@@ -13,10 +13,9 @@ from PIL import Image
 
 from llava.eval.encoder import Encoder
 from llava.eval.views import View
-from llava.model.visual_sequence import PromptFacts, as_visual_tokens
 from llava.pruning import PruningConfig, kept_count
-from llava.pruning.base import content_key
 from llava.pruning.methods.ocvtp.pruner import claims
+from llava.pruning.tokens import VisualTokens
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,8 +51,7 @@ def slot_map(encoder: Encoder, image: Image.Image, config: PruningConfig) -> Slo
     found = encoder.encode(image, config)
     n = len(found.features)
     k = kept_count(n, config.ratio) if pruner.target is None else min(pruner.target, n)
-    facts = PromptFacts(key=content_key(encoder.pixels(image)))
-    tokens = as_visual_tokens(found.features[None], k, [found], [facts])
+    tokens = VisualTokens.of([found], k)
     attention = pruner.slot_attention(tokens, 0, k)
     slot = torch.where(torch.isinf(attention[0]), NONE, attention.argmax(dim=0))
     kept = torch.zeros(n, dtype=torch.bool)

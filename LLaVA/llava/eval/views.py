@@ -10,7 +10,7 @@ from PIL import Image
 
 from llava.images import REDUCING_GAP, pad_to_square
 from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.visual_sequence import unpad_image
+from llava.model.image_tokens import unpad_image
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def load_pretrained_model(
     if getattr(config, "mm_vision_tower", None) is None:
         raise ValueError(f"{checkpoint.name} is no LLaVA: its config.json names no vision tower (mm_vision_tower)")
     if pruning is not None:
-        pruning.blame(lambda pruning: pruning.stages(config.num_hidden_layers))
+        pruning.blame(lambda pruning: pruning.schedule(config.num_hidden_layers))
 
     layout = checkpoint.layout(with_base=base is not None)
     weights = base or checkpoint
@@ -340,8 +340,8 @@ def announce_pruning(model: PreTrainedModel) -> None:
     """Say in one line on stderr what the model prunes, if it does, and what its method has to remark."""
     if model.pruning is not None and is_main_process():
         print(f"llava: {model.pruning.describe()}", file=sys.stderr)
-        for remark in model.pruning.build_pruner().remarks(model):
-            print(f"{model.pruning.method}: {remark}", file=sys.stderr)
+        for line in model.pruning.build_pruner().advice(model):
+            print(f"{model.pruning.method}: {line}", file=sys.stderr)
 
 
 def _load_plain(checkpoint: Checkpoint, base: Checkpoint | None, kwargs: dict[str, Any]):

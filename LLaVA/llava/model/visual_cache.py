@@ -8,7 +8,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,10 +17,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llava.pruning.base import content_key
+from llava.pruning.signals import content_key
 
-FEATURES = ("features", None)
-"""What the tower is there for; the other outputs are `Output`s that pruners ask for."""
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _logger = logging.getLogger(__name__)
 
@@ -53,29 +50,6 @@ def _weighted_sums(image: torch.Tensor) -> torch.Tensor:
 def _weights(n: int, device: torch.device) -> torch.Tensor:
     drawn = torch.empty(2, n, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(n))
     return (2 * drawn + 1).to(device, non_blocking=True)
-
-
-@dataclass(frozen=True)
-class Span:
-    """What stands in an image's place in a prompt.
-
-    Attributes
-    ----------
-    features : Tensor (k, D)
-    indices : Tensor (k,), int64
-        Where each stood among the image's tokens.
-    total : int
-        How many tokens the image has.
-    """
-
-    features: torch.Tensor
-    indices: torch.Tensor
-    total: int
-
-    @classmethod
-    def whole(cls, features: torch.Tensor) -> Span:
-        """An image (N, D) of which nothing was dropped."""
-        return cls(features, torch.arange(len(features), device=features.device), len(features))
 
 
 class VisualCache:

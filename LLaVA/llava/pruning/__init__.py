@@ -1,10 +1,12 @@
-"""Visual token pruning: the switch, the contract of a method, and the doorway to all of them."""
+"""Visual token pruning: select tokens from any features, prune a model, write a method; needs torch alone."""
 
-from llava.pruning.base import KeptTokens, Pruner, VisualTokens, kept_count
+from llava.pruning.api import apply_switch, prune, pruning, select, unprune
+from llava.pruning.base import Pruner
 from llava.pruning.checks import deferred_checks
 from llava.pruning.config import PruningConfig
-from llava.pruning.doorway import apply_switch, prune, pruning, select, unprune
 from llava.pruning.registry import available_methods, register
+from llava.pruning.schedule import kept_count
+from llava.pruning.tokens import KeptTokens, VisualTokens
 
 __all__ = [
     "KeptTokens",

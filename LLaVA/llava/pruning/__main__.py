@@ -1,4 +1,4 @@
-"""``python -m llava.pruning``: the methods that are installed, with stage, needs, options, source and licence."""
+"""``python -m llava.pruning``: the installed methods, where each works, its needs, options, source and licence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _print_methods() -> None:
             f"{name.upper()}_{option.upper()}={_default(value)}" for option, value in info.options.items()
         )
         print(f"{name}\n    {info.source}")
-        print(f"    stage: {info.stage}; needs: {', '.join(sorted(info.needs)) or 'the visual tokens only'}")
+        print(f"    where: {info.where}; needs: {', '.join(sorted(info.needs)) or 'the visual tokens only'}")
         print(f"    options: {options or 'none of its own'}")
         if info.licence:
             print(f"    published code: {info.licence}")

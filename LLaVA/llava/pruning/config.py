@@ -18,6 +18,7 @@ from llava.pruning.base import Pruner
 from llava.pruning.methods.ocvtp.variables import SWITCH as OCL_SWITCH
 from llava.pruning.methods.ocvtp.variables import as_typed, translated
 from llava.pruning.registry import method_class, method_names, resolve_name
+from llava.pruning.schedule import Schedule
 
 OFF = "orig"
 RATIO, LAYER = "SUBSET_RATIO", "LAYER_INDEX"
@@ -189,8 +190,8 @@ class PruningConfig:
         options = {**self.options, **{name: getattr(resolved, name) for name in names}}
         return dataclasses.replace(self, options=options)
 
-    def stages(self, num_hidden_layers: int) -> tuple[tuple[int, float], ...]:
-        """Where tokens are dropped and what fraction is there from then on: see `Pruner.stages`.
+    def schedule(self, num_hidden_layers: int) -> Schedule:
+        """Where tokens are dropped and what fraction is there from then on: see `Pruner.schedule_for`.
 
         Raises
         ------
@@ -202,7 +203,7 @@ class PruningConfig:
                 f"LAYER_INDEX={self.layer} is outside the decoder: it has {num_hidden_layers} layers, "
                 f"so 0 to {num_hidden_layers - 1} are allowed"
             )
-        return self.build_pruner().stages(self.ratio, self.layer, num_hidden_layers)
+        return self.build_pruner().schedule_for(self.ratio, self.layer, num_hidden_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that determines the selection, the method's defaults spelled out; JSON-serialisable."""

@@ -52,7 +52,7 @@ class MethodInfo:
 
     Attributes
     ----------
-    stage : str
+    where : str
         Where it works.
     needs : frozenset of str
         What it asks of the model beyond the visual tokens.
@@ -64,7 +64,7 @@ class MethodInfo:
         A note on the licence of the published code; empty where there is none to note.
     """
 
-    stage: str
+    where: str
     needs: frozenset[str]
     options: dict[str, Any]
     source: str
@@ -133,7 +133,7 @@ def method_class(name: str) -> type[Pruner]:
 
 
 def available_methods() -> dict[str, MethodInfo]:
-    """Every registered method: name -> stage, needs, options with their defaults, source."""
+    """Every registered method: name -> where, needs, options with their defaults, source."""
     return {name: _info(method_class(name)) for name in method_names()}
 
 
@@ -148,7 +148,7 @@ def _info(cls: type[Pruner]) -> MethodInfo:
     defaults = {
         field.name: getattr(pruner, field.name) for field in dataclasses.fields(cls) if field.name not in common
     }
-    return MethodInfo(cls.stage, pruner.needs, defaults, cls.source, cls.licence)
+    return MethodInfo(cls.where, pruner.needs, defaults, cls.source, cls.licence)
 
 
 def _targets() -> dict[str, str]:

@@ -1,13 +1,11 @@
-"""Schedules of methods that drop at several decoder layers, and what a budget means for them."""
+"""Budgets: how many tokens a kept ratio leaves, and schedules of drops at several decoder layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from llava.pruning.base import kept_count
-
-Stages = tuple[tuple[int, float], ...]
+Schedule = tuple[tuple[int, float], ...]
 """(layer, fraction): from the input of that decoder layer on, that fraction of an image's visual tokens is there."""
 
 PUBLISHED_LAYERS = 32
@@ -19,30 +17,60 @@ STEEPEST = 3.0
 _STEPS = 100
 
 
-def fractions_per_layer(stages: Stages, num_layers: int) -> list[float]:
-    """Fraction of the visual tokens that every decoder layer sees: 1 in front of the first drop."""
+def kept_count(n: int, ratio: float) -> int:
+    """Number of visual tokens that a kept ratio leaves of ``n``.
+
+    ``max(1, int(round(ratio * n)))`` with Python's round (half to even), at most ``n``; 0 for a ratio of 0.
+    """
+    return min(n, max(1, round(ratio * n))) if ratio > 0 else 0
+
+
+def apportion(k: int, sizes: list[int]) -> list[int]:
+    """Split a budget in proportion to sizes, in whole numbers that add up to ``k`` (largest remainders first).
+
+    Parameters
+    ----------
+    k : int
+        0 <= k <= sum(sizes).
+    sizes : list of int
+
+    Returns
+    -------
+    list of int
+        No share is larger than its size.
+    """
+    total = sum(sizes)
+    shares = [k * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(k * sizes[i] % total), i))
+    for i in by_remainder[: k - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def fractions_per_layer(stages: Schedule, num_layers: int) -> list[float]:
+    """Fraction of the visual tokens that every decoder layer sees: 1 before the first drop."""
     fractions = [1.0] * num_layers
     for layer, fraction in stages:
         fractions[layer:] = [fraction] * (num_layers - layer)
     return fractions
 
 
-def mean_fraction(stages: Stages, num_layers: int) -> float:
+def mean_fraction(stages: Schedule, num_layers: int) -> float:
     """Mean over the decoder's layers of the fraction of visual tokens present: what SUBSET_RATIO means."""
     return math.fsum(fractions_per_layer(stages, num_layers)) / num_layers
 
 
 def kept_per_layer(
-    stages: Stages, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
+    stages: Schedule, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
 ) -> list[int]:
     """Visual tokens that every decoder layer sees of an image that has ``n``; see `Pruner.budget`."""
     return [budget(n, fraction) for fraction in fractions_per_layer(stages, num_layers)]
 
 
 def kept_after_attention(
-    stages: Stages, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
+    stages: Schedule, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
 ) -> list[int]:
-    """Visual tokens in every layer's output projection and feed-forward block, for drops behind the attention.
+    """Visual tokens in every layer's output projection and feed-forward block, for drops after the attention.
 
     What a layer's input lacks has left in the layer before; a stage at ``num_layers`` is a drop in the last layer.
     """
@@ -50,12 +78,12 @@ def kept_after_attention(
 
 
 def at_relative_depth(
-    published: Stages,
+    published: Schedule,
     num_layers: int,
     first_layer: int = 0,
     published_layers: int = PUBLISHED_LAYERS,
     forward: float = 1.0,
-) -> Stages:
+) -> Schedule:
     """A published schedule in a decoder of another depth.
 
     Parameters
@@ -73,7 +101,7 @@ def at_relative_depth(
     Returns
     -------
     tuple of (layer, fraction)
-        Layers are rounded and strictly ascending; drops that would come behind the last layer are left out.
+        Layers are rounded and strictly ascending; drops that would come after the last layer are left out.
     """
     stages, lowest = [], first_layer
     for layer, fraction in published:
@@ -85,12 +113,12 @@ def at_relative_depth(
 
 
 def scaled(
-    published: Stages,
+    published: Schedule,
     ratio: float,
     num_layers: int,
     first_layer: int = 0,
     published_layers: int = PUBLISHED_LAYERS,
-) -> Stages:
+) -> Schedule:
     """The published schedule, scaled to a budget.
 
     Layers stay at their relative depth and every fraction f becomes f ** a, with the a for which the mean over the
@@ -118,7 +146,7 @@ def scaled(
     Raises
     ------
     ValueError
-        If the layers in front of the earliest possible drop alone exceed the budget.
+        If the layers before the earliest possible drop alone exceed the budget.
     """
     if ratio * num_layers <= first_layer:
         raise ValueError(
@@ -133,7 +161,7 @@ def scaled(
     return _to_the_power(stages, _exponent(stages, ratio, num_layers))
 
 
-def _exponent(stages: Stages, ratio: float, num_layers: int) -> float:
+def _exponent(stages: Schedule, ratio: float, num_layers: int) -> float:
     """The a for which the mean of fraction ** a over the layers is ``ratio``."""
 
     def mean(exponent: float) -> float:
@@ -153,39 +181,5 @@ def _exponent(stages: Stages, ratio: float, num_layers: int) -> float:
     return upper
 
 
-def _to_the_power(stages: Stages, exponent: float) -> Stages:
+def _to_the_power(stages: Schedule, exponent: float) -> Schedule:
     return tuple((layer, fraction**exponent) for layer, fraction in stages)
-
-
-def check_scheduled_budget(variable: str, schedule: str, ratio: float | None, layer: int | None) -> None:
-    """Refuse what does not go with a schedule: a layer at all, or a ratio where the schedule fixes the budget.
-
-    Parameters
-    ----------
-    variable : str
-        The environment variable of the method's option ``schedule``.
-    schedule : str
-        "scaled", or the name of a published one.
-    ratio, layer
-        SUBSET_RATIO and LAYER_INDEX as given; None when left out.
-
-    Raises
-    ------
-    ValueError
-        Names the variables.
-    """
-    if layer is not None:
-        raise ValueError(
-            f"LAYER_INDEX={layer} must be left out: the method drops at several layers, which {variable} and "
-            "SUBSET_RATIO determine"
-        )
-    if schedule == "scaled" and ratio is None:
-        raise ValueError(
-            f"SUBSET_RATIO is needed with {variable}=scaled: the mean over the decoder's layers of the fraction of "
-            "visual tokens present, 0 < r <= 1"
-        )
-    if schedule != "scaled" and ratio is not None:
-        raise ValueError(
-            f"SUBSET_RATIO={ratio:g} must be left out with {variable}={schedule}, which is a budget of its own "
-            f"({variable}=scaled takes one)"
-        )

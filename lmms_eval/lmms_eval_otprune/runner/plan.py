@@ -251,7 +251,7 @@ def _check_depth(model: str, pruning: PruningConfig) -> None:
     if "num_hidden_layers" not in config:
         return
     try:
-        pruning.stages(config["num_hidden_layers"])
+        pruning.schedule(config["num_hidden_layers"])
     except ValueError as error:
         raise ValueError(f"{model} with {_pruning_folder(pruning)}: {error}") from None
 

@@ -17,7 +17,7 @@ from llava.conversation import choose_conv_mode, conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, available_methods, pruning
-from llava.pruning.base import ENCODER_NEEDS
+from llava.pruning.signals import ENCODER_SIGNALS
 from llava.serve.export_hf import main
 
 ROOT = golden_root() / "llava"
@@ -31,7 +31,7 @@ QUESTION = "What is  shown in the image?"
 BEFORE = [
     name
     for name, info in available_methods().items()
-    if info.stage.startswith("before") and info.needs <= {"image_keys"} | ENCODER_NEEDS and name != "ocvtp"
+    if info.where.startswith("before") and info.needs <= {"image_keys"} | ENCODER_SIGNALS and name != "ocvtp"
 ]
 METHODS = [PruningConfig(name, 0.3, options={"object_layer": 1} if name == "hiprune" else {}) for name in BEFORE] + [
     PruningConfig("otprune", 0.3, layer=1),

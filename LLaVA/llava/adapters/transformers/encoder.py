@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from llava.adapters.transformers.attention import Call, Watch
-from llava.pruning.base import ENCODER_NEEDS, Pruner
+from llava.pruning.base import Pruner
+from llava.pruning.signals import ENCODER_SIGNALS
 
 CLS_NEEDS = frozenset({"cls_attention", "final_cls_attention"})
 Signals = dict[str, list[torch.Tensor]]
@@ -33,7 +34,7 @@ class EncoderView:
     """
 
     def __init__(self, model: nn.Module, pruner: Pruner):
-        self.needs, self.pruner, kind = pruner.needs & ENCODER_NEEDS, pruner, type(pruner).__name__
+        self.needs, self.pruner, kind = pruner.needs & ENCODER_SIGNALS, pruner, type(pruner).__name__
         self.tower = model.get_encoder("image")
         self.attention = {
             name: module

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from llava.pruning.layout import FeatureMap, Layout
+from llava.pruning.tokens import Layout, TokenGrid
 
 Inputs = Mapping[str, Any]
 """The arguments of ``get_image_features``, by name."""
@@ -47,7 +47,7 @@ def square(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | N
     """Every entry is a square map."""
     sides = [round(len(entry) ** 0.5) for entry in entries]
     return [
-        (FeatureMap(side, side),) if side**2 == len(entry) else None for side, entry in zip(sides, entries, strict=True)
+        (TokenGrid(side, side),) if side**2 == len(entry) else None for side, entry in zip(sides, entries, strict=True)
     ]
 
 
@@ -55,7 +55,7 @@ def grid_thw(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout |
     """Qwen and GLM: patches (frames, rows, columns) are stated, and merged in squares."""
     merge = base.config.vision_config.spatial_merge_size
     return [
-        (FeatureMap(rows // merge, columns // merge),) * frames
+        (TokenGrid(rows // merge, columns // merge),) * frames
         for frames, rows, columns in inputs["image_grid_thw"].tolist()
     ]
 
@@ -63,13 +63,13 @@ def grid_thw(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout |
 def square_tiles(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Idefics3: an entry holds all tiles of a prompt, each a square map."""
     side = round(base.image_seq_len**0.5)
-    return [(FeatureMap(side, side),) * (len(entry) // base.image_seq_len) for entry in entries]
+    return [(TokenGrid(side, side),) * (len(entry) // base.image_seq_len) for entry in entries]
 
 
 def stated_size(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Pixtral's tower: a map of the image's own size."""
     cell = base.config.vision_config.patch_size * getattr(base.config, "spatial_merge_size", 1)
-    return [(FeatureMap(height // cell, width // cell),) for height, width in inputs["image_sizes"].tolist()]
+    return [(TokenGrid(height // cell, width // cell),) for height, width in inputs["image_sizes"].tolist()]
 
 
 def square_or_stated_size(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
@@ -85,13 +85,13 @@ def anyres(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | N
     for entry, size in zip(entries, inputs["image_sizes"].tolist(), strict=True):
         rest = len(entry) - side**2
         if rest in (0, 1):
-            layouts.append((FeatureMap(side, side, "end" if rest else "none"),))
+            layouts.append((TokenGrid(side, side, "end" if rest else "none"),))
         else:
-            layouts.append((FeatureMap(side, side), _crops(base, size, side, rest)))
+            layouts.append((TokenGrid(side, side), _crops(base, size, side, rest)))
     return layouts
 
 
-def _crops(base: nn.Module, size: Sequence[int], side: int, tokens: int) -> FeatureMap:
+def _crops(base: nn.Module, size: Sequence[int], side: int, tokens: int) -> TokenGrid:
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     rows, columns = get_anyres_image_grid_shape(
@@ -99,11 +99,11 @@ def _crops(base: nn.Module, size: Sequence[int], side: int, tokens: int) -> Feat
     )
     height, width = unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size).shape[1:]
     if height * (width + 1) == tokens:
-        return FeatureMap(height, width, "row", side, (rows * side - height) // 2, (columns * side - width) // 2)
+        return TokenGrid(height, width, "row", side, (rows * side - height) // 2, (columns * side - width) // 2)
     # OneVision shrinks large maps, whose crops are then no whole numbers of tokens.
     most = int(base.config.vision_aspect_ratio.removeprefix("anyres_max_"))
     shrink = (height * width / (most * side**2)) ** 0.5
-    return FeatureMap(int(height // shrink), int(width // shrink), "row")
+    return TokenGrid(int(height // shrink), int(width // shrink), "row")
 
 
 def patches(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:

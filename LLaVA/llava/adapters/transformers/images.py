@@ -12,9 +12,8 @@ from torch import nn
 
 from llava.adapters.transformers.encoder import Signals
 from llava.adapters.transformers.family import Family, Inputs
-from llava.model.visual_sequence import ImageTokens
-from llava.pruning.base import content_key
-from llava.pruning.layout import FeatureMap, Layout
+from llava.pruning.signals import content_key
+from llava.pruning.tokens import ImageTokens, Layout, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,11 @@ class PromptImage:
     columns : Tensor (N,), int64, on the host
         Where its placeholders stand.
     tokens : ImageTokens
-    key : int or None
-        Digest of its pixels.
     """
 
     row: int
     columns: torch.Tensor
     tokens: ImageTokens
-    key: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Encoding:
     ----------
     entries : sequence of Tensor (N_i, D)
         The encoder's ``pooler_output``. ``generate`` repeats entries for beams: they are told by their identity.
-    layouts : sequence of tuple of FeatureMap or None
+    layouts : sequence of tuple of TokenGrid or None
         Of each entry.
     keys : sequence of int, or None
         Digest of each entry's pixels.
@@ -113,23 +109,23 @@ class Encoding:
                 ImageTokens(
                     features[begin:end],
                     layout_of(begin, end),
-                    {name: values[begin:end] for name, values in signals.items()},
+                    {name: values[begin:end] for name, values in signals.items()} | self._key(begin, end, order, edges),
                 ),
-                self._key(begin, end, order, edges),
             )
             for begin, end in pairwise(borders.nonzero().flatten().tolist())
         ]
 
-    def _key(self, begin: int, end: int, order: Sequence[int], edges: Sequence[int]) -> int | None:
-        """A digest of the tokens from ``begin`` to ``end``: which parts of which entries they are."""
+    def _key(self, begin: int, end: int, order: Sequence[int], edges: Sequence[int]) -> dict[str, int]:
+        """The signal ``image_keys`` of the tokens from ``begin`` to ``end``: which parts of which entries they are."""
         if self.keys is None:
-            return None
+            return {}
         parts = [
             (self.keys[order[entry]], max(low, begin) - low)
             for entry, (low, high) in enumerate(pairwise(edges))
             if max(low, begin) < min(high, end)
         ]
-        return parts[0][0] if len(parts) == 1 and parts[0][1] == 0 else hash(tuple(parts)) & (2**63 - 1)
+        whole = len(parts) == 1 and parts[0][1] == 0
+        return {"image_keys": parts[0][0] if whole else hash(tuple(parts)) & (2**63 - 1)}
 
 
 def _by_field(signals: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
@@ -145,7 +141,7 @@ def _by_field(signals: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Te
 
 def _layout_by_span(layouts: Sequence[Layout | None], lengths: Sequence[int]) -> Callable[[int, int], Layout | None]:
     """Feature maps of the tokens from one place to another, which may be several entries or a part of one."""
-    starts: dict[int, FeatureMap | None] = {}
+    starts: dict[int, TokenGrid | None] = {}
     place = 0
     for layout, length in zip(layouts, lengths, strict=True):
         known = layout is not None and sum(map(len, layout)) == length

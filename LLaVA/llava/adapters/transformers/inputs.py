@@ -3,103 +3,72 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers.masking_utils import create_causal_mask
 
 from llava.adapters.transformers.images import PromptImage
-from llava.constants import IGNORE_INDEX
-from llava.pruning.base import KeptTokens
+from llava.pruning.rows import CACHE_NAMES, KeptColumns
+from llava.pruning.tokens import KeptTokens
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 PATCH_LEVEL = ("last_hidden_state", "hidden_states", "attentions")
 Output = TypeVar("Output")
 
 
-@dataclass(frozen=True)
-class KeptColumns:
-    """Which columns of a batch of prompts are left.
+def kept_columns(valid: torch.Tensor, images: Sequence[PromptImage], kept: Sequence[KeptTokens]) -> KeptColumns:
+    """The columns of ``valid`` (B, T) without the dropped tokens.
 
-    Attributes
-    ----------
-    source : Tensor (B, T'), int64
-        The column that each kept place comes from.
-    present : Tensor (B, T'), bool
-        False where a place only pads its row. What it holds there is a dropped token, and must become text.
-    length : int
-        T, the columns of the whole prompts.
+    Rows are padded on the right where all of theirs end in padding or not at all and one does, else on the left. What
+    only pads holds a dropped token, and must become text.
     """
+    device, valid = valid.device, valid.cpu()
+    keep, source = valid.clone(), torch.arange(valid.shape[1]).repeat(len(valid), 1)
+    for image, left in zip(images, kept, strict=True):
+        indices = left.indices.cpu()
+        keep[image.row, image.columns] = False
+        slots = image.columns[indices.sort().values]
+        keep[image.row, slots] = True
+        source[image.row, slots] = image.columns[indices]
+    pad_right = bool(valid[:, 0].all()) and not bool(valid[:, -1].all())
+    return KeptColumns.closing_gaps(keep, pad_right).of_tokens_at(source).to(device)
 
-    source: torch.Tensor
-    present: torch.Tensor
-    length: int
 
-    @classmethod
-    def of(cls, valid: torch.Tensor, images: Sequence[PromptImage], kept: Sequence[KeptTokens]) -> KeptColumns:
-        """Close the gaps in ``valid`` (B, T): rows are padded on the right where all of theirs end in padding or not
-        at all and one does, else on the left."""
-        device, valid = valid.device, valid.cpu()
-        keep, source = valid.clone(), torch.arange(valid.shape[1]).repeat(len(valid), 1)
-        for image, left in zip(images, kept, strict=True):
-            indices = left.indices.cpu()
-            keep[image.row, image.columns] = False
-            slots = image.columns[indices.sort().values]
-            keep[image.row, slots] = True
-            source[image.row, slots] = image.columns[indices]
-        longest = int(keep.sum(dim=1).max())
-        if bool(valid[:, 0].all()) and not bool(valid[:, -1].all()):
-            order = (~keep).int().argsort(dim=1, stable=True)[:, :longest]
-        else:
-            order = keep.int().argsort(dim=1, stable=True)[:, -longest:]
-        return cls(source.gather(1, order).to(device), keep.gather(1, order).to(device), valid.shape[1])
+def kept_types(columns: KeptColumns, types: torch.Tensor, length: int) -> torch.Tensor:
+    """Token types (B, T') of prompts of ``length`` columns; 0, text, where a place only pads."""
+    # Assisted decoding does not count its candidates in them.
+    return columns.take(torch.nn.functional.pad(types, (0, length - types.shape[1])), 0)
 
-    def to(self, device: torch.device) -> KeptColumns:
-        """The same on another device."""
-        return KeptColumns(self.source.to(device), self.present.to(device), self.length)
 
-    def take(self, values: torch.Tensor, fill: int) -> torch.Tensor:
-        """What stands at the kept columns of ``values`` (B, T): (B, T'); ``fill`` where a place only pads."""
-        # Assisted decoding does not count its candidates in the token types.
-        values = torch.nn.functional.pad(values, (0, self.length - values.shape[1]))
-        return values.gather(1, self.source).masked_fill(~self.present, fill)
+def kept_positions(columns: KeptColumns, positions: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (B, T) or (3 or 4, B, T) of what is kept, gaps and all; 0 at padding.
 
-    def labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (B, T) -> (B, T'): what follows padding is not predicted from it."""
-        follows_padding = ~torch.nn.functional.pad(self.present[:, :-1], (1, 0), value=True)
-        return self.take(labels, IGNORE_INDEX).masked_fill(follows_padding, IGNORE_INDEX)
+    Of four rows the first only tells packed sequences apart, and must have no gaps.
+    """
+    if positions.ndim == 2:
+        return columns.take(positions.expand(len(columns.source), -1), 0)
+    kept = torch.stack([kept_positions(columns, axis) for axis in positions])
+    if len(positions) == 4:
+        kept[0] = columns.positions()
+    return kept
 
-    def positions(self, positions: torch.Tensor) -> torch.Tensor:
-        """Rotary positions (B, T) or (3 or 4, B, T) of what is kept, gaps and all; 0 at padding.
 
-        Of four rows the first only tells packed sequences apart, and must have no gaps.
-        """
-        source = self.source.expand(*positions.shape[:-2], -1, -1)
-        kept = positions.expand(*positions.shape[:-2], len(self.source), -1).gather(-1, source)
-        kept = kept.masked_fill(~self.present, 0)
-        if positions.ndim == 3 and len(positions) == 4:
-            kept[0] = self.counted()
-        return kept
+def kept_rotary(columns: KeptColumns, values: torch.Tensor) -> torch.Tensor:
+    """Cosines or sines (..., B or 1, T, D) of what is kept: (..., B, T', D), anything at padding."""
+    if values.ndim > 3:
+        return torch.stack([kept_rotary(columns, axis) for axis in values])
+    return columns.to(values.device).take(values.expand(len(columns.source), -1, -1))
 
-    def features(self, values: torch.Tensor) -> torch.Tensor:
-        """What stands at the kept columns of ``values`` (..., B or 1, T, D): (..., B, T', D), anything at padding."""
-        source = self.source.to(values.device)[..., None]
-        leading, (length, width) = values.shape[:-3], values.shape[-2:]
-        values = values.expand(*leading, len(source), length, width)
-        return values.gather(-2, source.expand(*leading, *source.shape[:2], width))
 
-    def counted(self) -> torch.Tensor:
-        """Positions (B, T') without gaps, from 0."""
-        return (self.present.long().cumsum(1) - 1).clamp_min(0)
-
-    def spread(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T', V) where the caller counts them: (B, T, V), zeros at what was dropped."""
-        full = logits.new_zeros(len(logits), self.length + 1, logits.shape[-1])
-        # Places that only pad a row write into a column of their own.
-        columns = self.source.masked_fill(~self.present, self.length)
-        return full.scatter(1, columns[..., None].expand_as(logits), logits)[:, : self.length]
+def spread(logits: torch.Tensor, columns: KeptColumns, length: int) -> torch.Tensor:
+    """Logits (B, T', V) where the caller counts ``length`` columns: (B, T, V), zeros at what was dropped."""
+    full = logits.new_zeros(len(logits), length + 1, logits.shape[-1])
+    # Places that only pad a row write into a column of their own.
+    source = columns.source.masked_fill(~columns.present, length)
+    return full.scatter(1, source[..., None].expand_as(logits), logits)[:, :length]
 
 
 @dataclass(frozen=True)
@@ -131,11 +100,16 @@ class KeptPrompt:
 
     @classmethod
     def of(
-        cls, columns: KeptColumns, images: Sequence[PromptImage], positions: torch.Tensor, shift: torch.Tensor | None
+        cls,
+        columns: KeptColumns,
+        images: Sequence[PromptImage],
+        positions: torch.Tensor,
+        shift: torch.Tensor | None,
+        length: int,
     ) -> KeptPrompt:
-        """Of prompts whose kept columns have the rotary ``positions`` (..., B, T')."""
+        """Of prompts of ``length`` columns, of which the kept ones have the rotary ``positions`` (..., B, T')."""
         end = 1 + max(int(image.columns[-1]) for image in images)
-        tail = columns.length - end
+        tail = length - end
         upto = columns.source.shape[1] - tail
         present = columns.present[:, :upto]
         last = positions[..., -1:] + 1 - tail
@@ -152,7 +126,7 @@ class KeptPrompt:
         return torch.cat([prompt, given[:, self.length :]], dim=1)
 
     def positions(self, cached: int, new: int) -> torch.Tensor:
-        """Rotary positions (..., B, new) of columns behind ``cached`` ones."""
+        """Rotary positions (..., B, new) of columns after ``cached`` ones."""
         return self.next_position + (cached - self.source.shape[1]) + torch.arange(new, device=self.source.device)
 
 
@@ -189,13 +163,5 @@ def _rows(level: torch.Tensor | Sequence[torch.Tensor], indices: torch.Tensor) -
     return rows[None] if isinstance(level, torch.Tensor) else [rows]
 
 
-CACHES = ("cache", "past_key_values")
-"""Names of the KV cache; transformers 5.24 renamed it."""
-CACHE = next(name for name in CACHES if name in inspect.signature(create_causal_mask).parameters)
-"""The one that functions of transformers which make masks take."""
-
-
-def cache_of(holder: Mapping[str, Any]) -> Any | None:
-    """The KV cache among arguments or in an output."""
-    found = (holder.get(name) for name in CACHES)
-    return next((cache for cache in found if cache is not None), None)
+CACHE = next(name for name in CACHE_NAMES if name in inspect.signature(create_causal_mask).parameters)
+"""What functions of transformers which make masks call the KV cache."""

@@ -17,22 +17,24 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, c
 
 from llava.adapters.transformers.attention import Call, Watch
 from llava.adapters.transformers.images import PromptImage
-from llava.adapters.transformers.inputs import CACHE, CACHES, KeptColumns, cache_of
-from llava.model.language_model.visual_drop import (
+from llava.adapters.transformers.inputs import CACHE, kept_positions, kept_rotary, kept_types
+from llava.pruning.base import Pruner
+from llava.pruning.rows import (
+    CACHE_NAMES,
     TEXT,
-    Sequences,
+    KeptColumns,
+    Rows,
+    cache_of,
     choose_raters,
-    drop_visual_tokens,
+    drop_image_tokens,
     refuse_images_without_text,
 )
-from llava.model.visual_sequence import PromptFacts
-from llava.pruning.base import Pruner
+from llava.pruning.signals import DECODER_SIGNALS
 
 AHEAD = frozenset({"next_attention"})
 """Attention of the layer at whose input tokens are dropped: it is run up to there once more."""
-BEFORE = frozenset({"last_attention", "rater_attention", "visual_attention", "text_attention"})
+BEFORE = DECODER_SIGNALS - AHEAD
 """Attention of the layer before."""
-DECODER_NEEDS = AHEAD | BEFORE
 MOST_LOGITS = 1 << 24
 """Attention logits that are held at a time: 64 MiB in float32."""
 WITHOUT_KEYS = ("linear_attention", "conv")
@@ -70,7 +72,7 @@ class InsideDecoder:
         A vision-language model of transformers.
     pruner : Pruner
     schedule : sequence of (layer, fraction)
-        See `Pruner.stages`.
+        See `Pruner.schedule_for`.
 
     Raises
     ------
@@ -85,11 +87,11 @@ class InsideDecoder:
         self.schedule = {layer: fraction for layer, fraction in schedule if layer < len(self.layers)}
         self.kinds = getattr(self.decoder.config, "layer_types", None) or [None] * len(self.layers)
         kind = type(pruner).__name__
-        if getattr(model, "_tp_size", None) not in (None, 1) and pruner.needs & DECODER_NEEDS:
+        if getattr(model, "_tp_size", None) not in (None, 1) and pruner.needs & DECODER_SIGNALS:
             raise ValueError(f"{kind} ranks by all attention heads, which tensor parallel processes share")
         if pruner.position_ids == "compact":
             raise ValueError("positions cannot be renumbered inside the decoder of a model of transformers (compact)")
-        for layer in self.schedule if pruner.needs & DECODER_NEEDS else ():
+        for layer in self.schedule if pruner.needs & DECODER_SIGNALS else ():
             looked_at = layer if pruner.needs & AHEAD else layer - 1
             if not hasattr(self.layers[looked_at], "self_attn"):
                 raise ValueError(f"{kind} ranks by the attention of decoder layer {looked_at}, which has none")
@@ -99,7 +101,7 @@ class InsideDecoder:
 
     def forget(self) -> None:
         """What an earlier call has left, if it failed."""
-        self._rows: Sequences | None = None
+        self._rows: Rows | None = None
         self._raters: torch.Tensor | None = None
         self._left: dict[int, KeptColumns] | None = None
         self._seen: dict[str, torch.Tensor] = {}
@@ -135,7 +137,6 @@ class InsideDecoder:
         self,
         valid: torch.Tensor,
         images: Sequence[PromptImage],
-        metadata: Sequence[PromptFacts],
         prompt: torch.Tensor,
         types: Mapping[str, torch.Tensor],
     ) -> None:
@@ -145,8 +146,8 @@ class InsideDecoder:
         ----------
         valid : Tensor (B, T), bool
             False at padding.
-        images, metadata
-            Of the prompts, in the order of their placeholders.
+        images : sequence of PromptImage
+            In the order of their placeholders.
         prompt : Tensor (B, T), bool
             False at padding and at what is to be predicted.
         types : mapping of str to Tensor (B, T)
@@ -154,15 +155,12 @@ class InsideDecoder:
         """
         if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
             raise NotImplementedError("gradient checkpointing runs layers twice, which drops inside the decoder refuse")
-        image_of, ordinal = torch.full(valid.shape, TEXT), torch.full(valid.shape, TEXT)
+        image_id = torch.full(valid.shape, TEXT)
         for number, image in enumerate(images):
-            image_of[image.row, image.columns] = number
-            ordinal[image.row, image.columns] = torch.arange(len(image.columns))
-        origin = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+            image_id[image.row, image.columns] = number
         nothing = valid.new_zeros(*valid.shape, 0, dtype=torch.float32)
-        index, ordinal = image_of.to(valid.device), ordinal.to(valid.device)
-        self._rows = Sequences(nothing, valid, index, ordinal, origin, prompt, place=origin)
-        self._facts = [(image.tokens, known) for image, known in zip(images, metadata, strict=True)]
+        self._rows = Rows.start(nothing, valid, image_id.to(valid.device), prompt)
+        self._images = [image.tokens for image in images]
         self._types, self._left, self._length = types, {}, valid.shape[1]
 
     def resume(self, kept: KeptInside, following: torch.Tensor | None) -> None:
@@ -212,9 +210,9 @@ class InsideDecoder:
         if depth in self._ahead:
             self._look_ahead(depth, layer, args, self._fitting(depth, hidden, kwargs) | {"hidden_states": hidden})
         fraction = self.schedule[depth]
-        self._rows = drop_visual_tokens(self._rows, self._facts, self.pruner, fraction, self._seen)
+        self._rows = drop_image_tokens(self._rows, self._images, self.pruner, fraction, self._seen)
         self._seen = {}
-        self._left[depth] = KeptColumns(self._rows.origin, self._rows.valid, self._length)
+        self._left[depth] = KeptColumns(self._rows.column, self._rows.valid)
         return self._rows.hidden
 
     def _fitting(self, depth: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -225,9 +223,11 @@ class InsideDecoder:
         columns, fitting = self._left[dropped_at].to(hidden.device), dict(kwargs)
         if self._rows is not None:
             if kwargs.get("position_embeddings") is not None:
-                fitting["position_embeddings"] = tuple(map(columns.features, kwargs["position_embeddings"]))
+                fitting["position_embeddings"] = tuple(
+                    kept_rotary(columns, part) for part in kwargs["position_embeddings"]
+                )
             if kwargs.get("position_ids") is not None:
-                fitting["position_ids"] = columns.positions(kwargs["position_ids"])
+                fitting["position_ids"] = kept_positions(columns, kwargs["position_ids"])
         key = dropped_at, self.kinds[depth]
         if key not in self._masks:
             make = self._step_mask if self._rows is None else self._prefill_mask
@@ -244,7 +244,7 @@ class InsideDecoder:
             position_ids=None,
             is_first_iteration=True,
             **{CACHE: None},
-            **{name: columns.take(values, 0) for name, values in self._types.items()},
+            **{name: kept_types(columns, values, self._length) for name, values in self._types.items()},
         )
         return masks[self.kinds[depth]] if isinstance(masks, dict) else masks
 
@@ -294,7 +294,7 @@ class InsideDecoder:
         watch = self._ahead[depth]
         watch.look = look
         try:
-            layer.forward(*args, **{name: value for name, value in kwargs.items() if name not in CACHES})
+            layer.forward(*args, **{name: value for name, value in kwargs.items() if name not in CACHE_NAMES})
         except _Seen:
             pass
         finally:
@@ -307,9 +307,9 @@ class _Seen(Exception):
 
 @torch.no_grad()
 def attention_signals(
-    needs: frozenset[str], call: Call, rows: Sequences, raters: torch.Tensor | None
+    needs: frozenset[str], call: Call, rows: Rows, raters: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """What a method asks of a decoder layer's attention: name -> (B, T, ...), see `VisualTokens`.
+    """What a method asks of a decoder layer's attention: name -> (B, T, ...), see `Signals`.
 
     Parameters
     ----------
@@ -326,7 +326,7 @@ def attention_signals(
         last = rows.prompt.shape[1] - 1 - rows.prompt.flip(1).int().argmax(dim=1)  # (B,)
         seen[name] = call.weights(last[:, None], rows.valid)[:, :, 0].transpose(1, 2)
     if "rater_attention" in needs:
-        present = raters.to(rows.origin.device).gather(1, rows.origin) & rows.valid
+        present = raters.to(rows.column.device).gather(1, rows.column) & rows.valid
         seen["rater_attention"] = torch.stack(
             [
                 call.row(row).weights(own.nonzero().T, rows.valid[row : row + 1])[0].mean(dim=(0, 1))
@@ -343,11 +343,11 @@ def attention_signals(
     return {name: seen[name] for name in needs}
 
 
-def _received(call: Call, rows: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+def _received(call: Call, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """What visual tokens receive from their image's tokens (mean) and from the prompt's text (sum), in each query's
     strongest head: (B, T) each, float32; queries are taken in chunks."""
     batch, heads, length, _ = call.query.shape
-    image, asking = rows.index, rows.prompt & (rows.index == TEXT)
+    image, asking = rows.image_id, rows.text
     visual = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
     text, judges = torch.zeros_like(visual), torch.zeros_like(visual)
     every = torch.arange(length, device=image.device)

@@ -15,13 +15,24 @@ from torch import nn
 from llava.adapters.transformers.encoder import EncoderView, Signals
 from llava.adapters.transformers.family import FAMILIES, Family, why_not
 from llava.adapters.transformers.images import Encoding, PromptImage
-from llava.adapters.transformers.inputs import TOKEN_TYPES, KeptColumns, KeptPrompt, cache_of, kept_features
-from llava.adapters.transformers.inside import DECODER_NEEDS, InsideDecoder, KeptInside
+from llava.adapters.transformers.inputs import (
+    TOKEN_TYPES,
+    KeptPrompt,
+    kept_columns,
+    kept_features,
+    kept_positions,
+    kept_types,
+    spread,
+)
+from llava.adapters.transformers.inside import InsideDecoder, KeptInside
 from llava.constants import IGNORE_INDEX
-from llava.model.visual_sequence import PromptFacts, reduce_images
-from llava.pruning.base import ENCODER_NEEDS, INSIDE, KeptTokens
+from llava.pruning.base import INSIDE
 from llava.pruning.config import PruningConfig
+from llava.pruning.reduce import reduce_images
+from llava.pruning.rows import KeptColumns, cache_of
 from llava.pruning.schedule import kept_per_layer
+from llava.pruning.signals import DECODER_SIGNALS, ENCODER_SIGNALS
+from llava.pruning.tokens import KeptTokens
 
 ATTRIBUTE = "_visual_token_pruning"
 ANOTHER_TURN = (
@@ -82,33 +93,34 @@ class Session:
         text = model.config.get_text_config()
         self.model, self.config = model, config.for_width(text.hidden_size)
         self.pruner = self.config.build_pruner()
-        self.stages = self.config.stages(text.num_hidden_layers)
+        self.schedule = self.config.schedule(text.num_hidden_layers)
         self.visual_token_counts: list[tuple[int, int]] = []
         self.seen: Counter[str] = Counter()
         self.error: Exception | None = None
         self.encoder: EncoderView | None = None
         self._handles: list[Any] = []
         self._columns: KeptColumns | None = None
+        self._length = 0
         self._prompt: KeptPrompt | None = None
         self.inside: InsideDecoder | None = None
         self._refuse_what_cannot_work()
 
     def _refuse_what_cannot_work(self) -> None:
         kind, method = self.model.config.model_type, self.config.method
-        if self.pruner.fits:
+        if not self.schedule:
             raise ValueError(f"{method} is fitted to a model of this package only: give {kind} a recipe")
-        drops_inside = self.pruner.stage == INSIDE or self.stages[0][0] > 0
-        missing = self.pruner.needs - {"image_keys", "question"} - ENCODER_NEEDS
-        missing = sorted(missing - DECODER_NEEDS if drops_inside else missing)
+        drops_inside = self.pruner.where == INSIDE or self.schedule[0][0] > 0
+        missing = self.pruner.needs - {"image_keys", "question"} - ENCODER_SIGNALS
+        missing = sorted(missing - DECODER_SIGNALS if drops_inside else missing)
         if missing:
             raise ValueError(f"{method} needs {', '.join(missing)}, which is not available for {kind}")
-        if self.pruner.needs & ENCODER_NEEDS:
+        if self.pruner.needs & ENCODER_SIGNALS:
             if self.family.to_tokens is None:
                 raise ValueError(f"{method} looks at the vision encoder, which is not available for {kind}")
             self.encoder = EncoderView(self.model, self.pruner)
-            self.pruner.check_encoder(self.encoder.width)
+            self.pruner.check_model(None, self.encoder.width)
         if drops_inside:
-            self.inside = InsideDecoder(self.model, self.pruner, self.stages)
+            self.inside = InsideDecoder(self.model, self.pruner, self.schedule)
         if self._multimodal_rope and self.pruner.position_ids == "compact":
             raise ValueError(f"{kind} has rotary positions of several axes, which cannot be renumbered (compact)")
 
@@ -194,7 +206,7 @@ class Session:
         return self._prefill(inputs)
 
     def _step(self, inputs: dict[str, Any], prompt: KeptPrompt, cached: int) -> dict[str, Any]:
-        """A decoding step behind a pruned prompt."""
+        """A decoding step after a pruned prompt."""
         given, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         _refuse_prepared_mask(given)
         text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -214,7 +226,7 @@ class Session:
         }
 
     def _step_inside(self, inputs: dict[str, Any], prompt: KeptInside, cached: int) -> dict[str, Any]:
-        """A decoding step behind prompts that lost tokens inside the decoder: the layers see to what is left."""
+        """A decoding step after prompts that lost tokens inside the decoder: the layers see to what is left."""
         given = inputs.get("attention_mask")
         _refuse_prepared_mask(given)
         text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -243,10 +255,13 @@ class Session:
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         marks = ((ids == self.model.config.image_token_id) & valid).cpu()
         images = output.encoding.images(output, marks, self.family)
-        facts = self._facts(images, ids, valid, inputs.get("labels"))
+        self._length = ids.shape[1]
+        if "question" in self.pruner.needs:
+            for image in images:
+                image.tokens.signals["question"] = self._question(image, images, ids, valid, inputs.get("labels"))
         if self.inside is not None:
-            return self._start_inside(inputs, images, facts, valid, positions)
-        kept = self._kept(images, facts)
+            return self._start_inside(inputs, images, valid, positions)
+        kept = self._kept(images)
         return self._without_dropped(inputs, output, images, kept, valid, positions)
 
     def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -265,7 +280,6 @@ class Session:
         self,
         inputs: dict[str, Any],
         images: list[PromptImage],
-        facts: list[PromptFacts],
         valid: torch.Tensor,
         positions: torch.Tensor,
     ) -> dict[str, Any]:
@@ -278,28 +292,19 @@ class Session:
             # The first answer and all that follows it must not choose what is kept.
             prompt = valid & ((labels != IGNORE_INDEX).cumsum(dim=1) == 0)
         totals = [len(image.tokens.features) for image in images]
-        self._count([(n, kept_per_layer(self.stages, n, depth, self.pruner.budget)[-1]) for n in totals])
+        self._count([(n, kept_per_layer(self.schedule, n, depth, self.pruner.budget)[-1]) for n in totals])
         types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
-        self.inside.start(valid, images, facts, prompt, types)
+        self.inside.start(valid, images, prompt, types)
         self._labels, self._inside_prompt = labels, (valid.shape[1], positions[..., -1:] + 1)
         return inputs | _as_it_came(inputs) | {"attention_mask": valid.long(), "position_ids": positions}
-
-    def _facts(
-        self, images: list[PromptImage], ids: torch.Tensor, valid: torch.Tensor, labels: torch.Tensor | None
-    ) -> list[PromptFacts]:
-        asks = "question" in self.pruner.needs
-        return [
-            PromptFacts(image.key, self._question(image, images, ids, valid, labels) if asks else None)
-            for image in images
-        ]
 
     def _count(self, counts: list[tuple[int, int]]) -> None:
         self.visual_token_counts = counts
         total, left = (sum(one) for one in zip(*counts, strict=True))
         self.seen.update(images=len(counts), total=total, kept=left)
 
-    def _kept(self, images: list[PromptImage], facts: list[PromptFacts]) -> list[KeptTokens]:
-        kept = reduce_images(self.pruner, [image.tokens for image in images], facts, self.stages[0][1])
+    def _kept(self, images: list[PromptImage]) -> list[KeptTokens]:
+        kept = reduce_images(self.pruner, [image.tokens for image in images], self.schedule[0][1])
         self._count([(len(image.tokens.features), len(left.indices)) for image, left in zip(images, kept, strict=True)])
         return kept
 
@@ -332,13 +337,13 @@ class Session:
         whole = all(total == left for total, left in self.visual_token_counts)
         if whole and not self.pruner.varies:  # `reduce` hands such images on as they came
             return inputs | _as_it_came(inputs)
-        columns = KeptColumns.of(valid, images, kept)
-        original = columns.positions(positions)
+        columns = kept_columns(valid, images, kept)
+        original = kept_positions(columns, positions)
         shift = None
         if self._compact:
-            new = columns.counted() + self.family.first_position
+            new = columns.positions() + self.family.first_position
             original, shift = new, original[..., -1:] - new[..., -1:]
-        self._columns, self._prompt = columns, KeptPrompt.of(columns, images, original, shift)
+        self._columns, self._prompt = columns, KeptPrompt.of(columns, images, original, shift, self._length)
         # Without a mask, gaps in the positions would be read as borders between packed sequences.
         masked = inputs.get("attention_mask") is not None or not self._compact or self._prompt.padded
         rewritten = {
@@ -350,8 +355,12 @@ class Session:
                 "image": kept_features(output, images, kept, output.listed),
             },
         }
-        types = {name: columns.take(inputs[name], 0) for name in TOKEN_TYPES if inputs.get(name) is not None}
-        labels = {} if inputs.get("labels") is None else {"labels": columns.labels(inputs["labels"])}
+        types = {
+            name: kept_types(columns, inputs[name], self._length)
+            for name in TOKEN_TYPES
+            if inputs.get(name) is not None
+        }
+        labels = {} if inputs.get("labels") is None else {"labels": columns.labels(inputs["labels"], IGNORE_INDEX)}
         return inputs | rewritten | types | labels
 
     def _pad_id(self) -> int:
@@ -377,12 +386,12 @@ class Session:
             setattr(cache, ATTRIBUTE, prompt)
         logits = output.get("logits")
         if logits is not None and logits.shape[1] == columns.source.shape[1]:
-            output.logits = columns.spread(logits)
+            output.logits = spread(logits, columns, self._length)
         return output
 
     def _loss(self, logits: torch.Tensor, columns: KeptColumns | None, labels: torch.Tensor) -> torch.Tensor:
         """Of prompts that lost ``columns`` inside the decoder, as the model would count it."""
-        labels = labels if columns is None else columns.labels(labels)
+        labels = labels if columns is None else columns.labels(labels, IGNORE_INDEX)
         vocabulary = self.model.config.get_text_config().vocab_size
         return self.model.loss_function(logits=logits, labels=labels[:, -logits.shape[1] :], vocab_size=vocabulary)
 

@@ -8,7 +8,7 @@ from math import isqrt
 from typing import Any
 
 from llava.adapters.transformers.family import Entries, Inputs, anyres, grid_thw, square
-from llava.pruning.layout import FeatureMap, Layout
+from llava.pruning.tokens import Layout, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _tile_tokens(config: Any) -> float:
 
 def _tiled(base: Any, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     side = isqrt(base.config.image_seq_length)
-    return [(FeatureMap(side, side),) * (len(entry) // side**2) for entry in entries]
+    return [(TokenGrid(side, side),) * (len(entry) // side**2) for entry in entries]
 
 
 FAMILIES = {

@@ -16,9 +16,10 @@ from llava.adapters.vllm import mrope
 from llava.adapters.vllm.families import Family
 from llava.adapters.vllm.processor import config_of
 from llava.adapters.vllm.switch import RATIO
-from llava.model.visual_sequence import ImageTokens, PromptFacts, reduce_images
 from llava.pruning import KeptTokens, deferred_checks, kept_count
-from llava.pruning.base import content_key
+from llava.pruning.reduce import reduce_images
+from llava.pruning.signals import content_key
+from llava.pruning.tokens import ImageTokens
 
 logger = init_logger("vllm.otprune")  # vLLM shows only what is logged below its own name
 
@@ -83,26 +84,27 @@ class PrunedModel:
         width = self.config.get_text_config().hidden_size
         features = [one[:, :width] for one in embeddings]
         layouts = self.family.layouts(self, features, inputs)
-        images = [ImageTokens(own, layout) for own, layout in zip(features, layouts, strict=True)]
-        facts = [PromptFacts(key) for key in self._keys(inputs, len(images))]
+        signals = self._signals(inputs, len(features))
+        images = [ImageTokens(*own) for own in zip(features, layouts, signals, strict=True)]
         kept: dict[int, KeptTokens] = {}
         for ratio in set(ratios):
             own = [number for number, other in enumerate(ratios) if other == ratio]
             with deferred_checks():  # nobody could mend what they find, and the host would wait for the device
-                left = reduce_images(self._image_pruner, [images[i] for i in own], [facts[i] for i in own], ratio)
+                left = reduce_images(self._image_pruner, [images[i] for i in own], ratio)
             kept.update(zip(own, left, strict=True))
         return [
             _of_first_rank(torch.cat([kept[i].features, one[kept[i].indices, width:]], dim=1))
             for i, one in enumerate(embeddings)
         ]
 
-    def _keys(self, inputs: Inputs, count: int) -> list[int | None]:
+    def _signals(self, inputs: Inputs, count: int) -> list[dict[str, int]]:
         """A digest of each image's pixels, where the method draws at random."""
         if "image_keys" not in self._image_pruner.needs:
-            return [None] * count
+            return [{}] * count
+        pixels = inputs["pixel_values"]
         if self.family.flat:
-            return [content_key(one) for one in inputs[self.family.flat].split(self.family.sizes(inputs))]
-        return [content_key(one) for one in inputs["pixel_values"]]
+            pixels = inputs[self.family.flat].split(self.family.sizes(inputs))
+        return [{"image_keys": content_key(one)} for one in pixels]
 
 
 class PrunedMRopeModel(PrunedModel):

@@ -28,12 +28,14 @@ def visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[l
     pruner = config.build_pruner()
     if pruner.varies:
         raise ValueError(f"how many tokens {config.method} keeps with these options depends on the image")
-    if pruner.fits:
+    schedule = config.schedule(layers)
+    if not schedule:
         raise ValueError(f"how many tokens {config.method} keeps in each layer is fitted to a model: give a recipe")
-    pruner.check_tokens(visual)
-    stages = config.stages(layers)
-    entering = kept_per_layer(stages, visual, layers, pruner.budget)
-    return entering, kept_after_attention(stages, visual, layers, pruner.budget) if pruner.after_attention else entering
+    pruner.check_model(visual, None)
+    entering = kept_per_layer(schedule, visual, layers, pruner.budget)
+    return entering, kept_after_attention(
+        schedule, visual, layers, pruner.budget
+    ) if pruner.after_attention else entering
 
 
 def tokens_per_layer(text: int, visual_per_layer: Sequence[int]) -> list[int]:

@@ -152,6 +152,6 @@ def parts_of(model: torch.nn.Module, watch: Stopwatch) -> Iterator[None]:
 
         return call
 
-    encode, reduce = timed(VISION, model._encode_and_observe), timed(SELECTION, Pruner.reduce)
-    with patch.object(model, "_encode_and_observe", encode), patch.object(Pruner, "reduce", reduce):
+    encode, reduce = timed(VISION, model.image_tokens), timed(SELECTION, Pruner.reduce)
+    with patch.object(model, "image_tokens", encode), patch.object(Pruner, "reduce", reduce):
         yield

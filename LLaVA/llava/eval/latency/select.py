@@ -10,7 +10,8 @@ import torch
 
 from llava.eval.latency.clock import TOTAL, peak_memory, ratio, summarise, take_turns
 from llava.eval.latency.methods import PUBLISHED, read_methods
-from llava.pruning.base import VisualTokens, content_key
+from llava.pruning.signals import content_key
+from llava.pruning.tokens import VisualTokens
 
 METHODS = ["otprune", "divprune", "dpp"]
 

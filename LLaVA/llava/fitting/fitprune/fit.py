@@ -21,6 +21,7 @@ from llava.fitting.fitprune.search import TOKENS, Cost, Walk, kept_by, least_sha
 from llava.fitting.fitprune.statistics import Prompts, Statistics, cache_root
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
+from llava.model.image_tokens import tokens_of_an_image
 from llava.pruning.methods.fitprune.recipe import FORMAT, SHIPPED_FOLDER, Recipe, describe, parse_recipe
 from llava.runtime import is_main_process
 
@@ -129,7 +130,7 @@ def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
     kept = kept_by(deleted, tokens)
     losses = divergence["visual"] + divergence["text"]
     facts = statistics.facts
-    fixed = statistics.model.tokens_of_an_image()
+    fixed = tokens_of_an_image(statistics.model)
     return {
         "format": FORMAT,
         "method": "FitPrune",
@@ -218,7 +219,7 @@ def fit_for(model, reduction_ratio: float | None, subset_ratio: float | None, sa
 
 def _checked(model, budget: Budget) -> ModelShape:
     shape = ModelShape.of(model.config, model.get_vision_tower().config)
-    budget.check(shape, model.tokens_of_an_image() or shape.visual_tokens)
+    budget.check(shape, tokens_of_an_image(model) or shape.visual_tokens)
     return shape
 
 

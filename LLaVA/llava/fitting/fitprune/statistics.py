@@ -24,9 +24,12 @@ from llava.files import atomic_write, cache_folder, write_json
 from llava.fitting.data import Source, digest_of
 from llava.fitting.fitprune.search import Walk, kept_by
 from llava.mm_utils import get_model_name_from_path, images_to, process_images, tokenizer_image_token
-from llava.pruning.base import INSIDE, KeptTokens, Pruner, VisualTokens, gather_tokens, kept_count
+from llava.model.active_pruner import ActivePruner
+from llava.pruning.base import INSIDE, Pruner
 from llava.pruning.methods.fitprune.pruner import deletable, importance
 from llava.pruning.methods.fitprune.recipe import model_fingerprint
+from llava.pruning.schedule import kept_count
+from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
 
 VERSION = 2
 """Of what the rows mean: a new one makes them anew."""
@@ -248,7 +251,7 @@ class Statistics:
 class Observer(Pruner):
     """Shows each layer's attention of one image to a function, which decides what stays."""
 
-    stage: ClassVar[str] = INSIDE
+    where: ClassVar[str] = INSIDE
     needs: ClassVar[frozenset[str]] = frozenset({"visual_attention", "text_attention"})
     after_attention: ClassVar[bool] = True
     varies: ClassVar[bool] = True
@@ -286,7 +289,7 @@ def send(model, image_processor, prompt: Prompt, look: Look) -> None:
 
     pixels = process_images([prompt.image], image_processor, model.config)
     schedule = tuple((layer, 1.0) for layer in range(1, model.config.num_hidden_layers + 1))
-    model.use_pruner(Observer(look=next_layer), schedule)
+    model.active_pruner = ActivePruner(Observer(look=next_layer), schedule)
     try:
         model(
             input_ids=prompt.input_ids[None].to(model.device),
@@ -298,7 +301,7 @@ def send(model, image_processor, prompt: Prompt, look: Look) -> None:
     except ValueError as error:
         raise ValueError(f"image {prompt.name}: {error}") from None
     finally:
-        model.use_pruner(None, ())
+        model.active_pruner = ActivePruner()
 
 
 def cache_root() -> Path:

@@ -10,10 +10,10 @@ from transformers import GenerationConfig
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.language_model.kv_cache import CACHE, Filling, cache_among
-from llava.model.language_model.visual_drop import LayerDrop
-from llava.model.llava_arch import LlavaMetaForCausalLM, left_padding_order
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.offload import execution_device
-from llava.pruning.base import Pruner
+from llava.model.prefill import Prefill
+from llava.pruning.rows import KeptColumns
 
 
 class LlavaGenerationMixin(LlavaMetaForCausalLM):
@@ -51,8 +51,7 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache_position=None,
-        visual_index: torch.LongTensor | None = None,
-        visual_facts: tuple = (),
+        prefill: Prefill | None = None,
         cache=None,
         **kwargs,
     ):
@@ -75,8 +74,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             How many of the last positions get logits; 0 means all.
         cache_position
             Accepted for older callers and ignored.
-        visual_index, visual_facts
-            See `DroppingDecoder.forward`; `generate` hands them on when a decoder layer drops tokens.
+        prefill
+            Of ``inputs_embeds``; see `DroppingDecoder.forward`.
         **kwargs
             What the language model's forward takes.
 
@@ -88,22 +87,18 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         wanted = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         kwargs |= {name: value for name, value in wanted.items() if value is not None}
         if inputs_embeds is None:
-            self.visual_mask = None  # of an earlier call
-            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = (
-                self.prepare_inputs_labels_for_multimodal(
-                    input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
-                )
+            prepared = self.prepare_inputs_labels_for_multimodal(
+                input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes
             )
+            input_ids, position_ids, attention_mask, past_key_values, inputs_embeds, labels = prepared
             # A decoding step has no images of its own, though generate goes on handing over the prompt's.
-            spliced = inputs_embeds is not None
-            if spliced and attention_mask is None:
-                attention_mask = self.visual_mask
-            visual_index, visual_facts = (self.visual_index, self.visual_facts) if spliced else (None, ())
-            if not spliced and input_ids is not None and input_ids.shape[1] > 1:
+            prefill = getattr(prepared, "prefill", None)
+            if prefill is not None and attention_mask is None:
+                attention_mask = prefill.mask
+            if inputs_embeds is None and input_ids is not None and input_ids.shape[1] > 1:
                 self._refuse_marks(input_ids, images)
-        drops_inside = self.get_model().layer_drop is not None and visual_index is not None
-        if drops_inside:
-            kwargs |= {"visual_index": visual_index, "visual_facts": visual_facts}
+        if prefill is not None and prefill.active.inside_decoder:
+            kwargs["prefill"] = prefill
             if labels is not None:
                 # The first answer and all that follows it must not choose what is kept.
                 kwargs["prompt_mask"] = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
@@ -119,11 +114,8 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             **kwargs,
         )
         if labels is not None:
-            prefix = None if inputs_embeds is None else self.get_model().kept_prefix
-            if prefix is not None:
-                after_padding = ~nn.functional.pad(prefix.mask[:, :-1], (1, 0), value=True)
-                labels = labels.to(prefix.mask.device).gather(1, prefix.positions)
-                labels = labels.masked_fill(after_padding, IGNORE_INDEX)
+            if prefill is not None and prefill.left is not None:
+                labels = prefill.left.labels(labels.to(prefill.left.source.device), IGNORE_INDEX)
             if isinstance(logits_to_keep, int):
                 labels = labels[:, -logits_to_keep:]
             loss = self.loss_function(outputs.logits, labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -185,21 +177,22 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
             for name in ("temperature", "top_p", "top_k"):
                 kwargs.pop(name, None)
 
-        ids, position_ids, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+        prepared = self.prepare_inputs_labels_for_multimodal(
             inputs, position_ids, mask, cache, None, images, image_sizes
         )
+        ids, position_ids, mask, _, embeds, _ = prepared
+        prefill = getattr(prepared, "prefill", None)
         if embeds is None:
             self._refuse_marks(ids, images)
             embeds = self.get_model().embed_tokens(ids)
-        elif self.get_model().layer_drop is not None:
-            kwargs |= {"visual_index": self.visual_index, "visual_facts": self.visual_facts, "disable_compile": True}
-        order = left_padding_order(mask)
-        if order is not None:
-            embeds, mask = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
-            if "visual_index" in kwargs:
-                kwargs["visual_index"] = kwargs["visual_index"].gather(1, order)
-            if position_ids is not None:
-                position_ids = position_ids.gather(1, order)
+        padded = _left_padded(mask)
+        if padded is not None:
+            embeds, mask = padded.take(embeds), padded.take(mask)
+            position_ids = None if position_ids is None else padded.take(position_ids)
+        if prefill is not None and prefill.active.inside_decoder:
+            if padded is not None:
+                prefill.reorder(padded)
+            kwargs |= {"prefill": prefill, "disable_compile": True}
         before = Filling.of(cache, mask.device)
         if before.length:
             # transformers takes a prompt as a whole and cuts off what the cache holds.
@@ -247,10 +240,13 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         """The decoder stack, which carries vision tower and projector."""
         return self.model
 
-    def use_pruner(self, pruner: Pruner | None, stages: tuple[tuple[int, float], ...], config=None) -> None:
-        super().use_pruner(pruner, stages, config)
-        inside = bool(stages) and not self.prunes_before_decoder
-        self.get_model().layer_drop = LayerDrop(pruner, stages) if inside else None
+
+def _left_padded(mask: torch.Tensor) -> KeptColumns | None:
+    """Every column of a batch (B, T), each row's content moved to its right end, where generation continues.
+
+    None where nothing has to move.
+    """
+    return None if bool(mask[:, -1].all()) else KeptColumns.sorted(mask.bool())
 
 
 def _counting_new_tokens(config: GenerationConfig | None) -> GenerationConfig | None:

@@ -11,14 +11,13 @@ import torch
 from transformers import LlamaModel
 from transformers.cache_utils import Cache
 
-NAMES = ("cache", "past_key_values")
-"""transformers 5.24 renamed ``past_key_values`` to ``cache``."""
+from llava.pruning.rows import CACHE_NAMES
 
 
 def _name_in(parameters: Mapping[str, Any]) -> str:
-    name = next((name for name in NAMES if name in parameters), None)
+    name = next((name for name in CACHE_NAMES if name in parameters), None)
     if name is None:
-        raise ImportError(f"this transformers calls the KV cache neither {' nor '.join(NAMES)}: use an older one")
+        raise ImportError(f"this transformers calls the KV cache neither {' nor '.join(CACHE_NAMES)}: use an older one")
     return name
 
 
@@ -41,7 +40,7 @@ def cache_among(past_key_values: Cache | None, others: dict[str, Any]) -> Cache 
         raise ValueError("give the KV cache as `cache` or as `past_key_values`, not as both")
     unknown = [name for name, value in others.items() if isinstance(value, Cache)]
     if unknown:
-        raise TypeError(f"`{unknown[0]}` is a KV cache under an unknown name: allowed are {' and '.join(NAMES)}")
+        raise TypeError(f"`{unknown[0]}` is a KV cache under an unknown name: allowed are {' and '.join(CACHE_NAMES)}")
     return past_key_values if cache is None else cache
 
 

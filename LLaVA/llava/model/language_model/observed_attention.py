@@ -7,7 +7,8 @@ from torch import distributed
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.pruning.base import gather_tokens, products
+from llava.pruning.similarity import products
+from llava.pruning.tokens import gather_tokens
 
 MOST_LOGITS = 1 << 24
 """Attention logits that are held at a time: 64 MiB in float32."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+if TYPE_CHECKING:
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 
 def build_vision_tower(
@@ -33,6 +34,9 @@ def build_vision_tower(
     ValueError
         If the name is none of these, or the configuration asks for features at several scales (``s2``).
     """
+    # transformers is imported with the tower, and not where tokens are only selected.
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
     if getattr(vision_tower_cfg, "s2", False):
         raise ValueError("s2 is not supported: a vision tower at several scales, which no published checkpoint has")
     name = getattr(vision_tower_cfg, "mm_vision_tower", None) or getattr(vision_tower_cfg, "vision_tower", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from llava.model.checkpoint import first_line, refuse_lfs_notes
+from llava.model.multimodal_encoder.clip_text import ClipText
 from llava.model.multimodal_encoder.observations import EncoderObserver, Output
 from llava.model.offload import execution_device
 
@@ -140,6 +142,11 @@ class CLIPVisionTower(nn.Module):
         if observer is not None:
             observer.finish(layers[min(depth, len(layers) - 1)], hidden)
         return hidden
+
+    @cached_property
+    def clip_text(self) -> ClipText:
+        """The text tower of the same CLIP, for methods that compare images with a question."""
+        return ClipText(self.vision_tower_name, self.hub)
 
     @property
     def depth(self) -> int:

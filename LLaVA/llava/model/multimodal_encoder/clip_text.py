@@ -8,34 +8,15 @@ from typing import Any
 
 import torch
 
+from llava.pruning.similarity import text_similarity
+
 _BEGINS_USER = re.compile(r"\b(?:USER|Human):|\[INST\]|<\|im_start\|>user\b")
 _BEGINS_ASSISTANT = re.compile(r"\b(?:ASSISTANT|Assistant):|\[/INST\]|<\|im_start\|>assistant\b|assistant\n\Z")
 _SEPARATOR = re.compile(r"###|</s>|<\|im_end\|>")
 
 
-def text_similarity(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """Cosine between every patch and a text, averaged over the text's pieces.
-
-    Parameters
-    ----------
-    image_embeds : Tensor (..., N, C), floating
-        Patches in a space that they share with the text.
-    text_embeds : Tensor (M, C), floating
-        Pieces of the text: segments, or tokens.
-
-    Returns
-    -------
-    Tensor (..., N), float32
-        0 for a text without pieces.
-    """
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        patches = torch.nn.functional.normalize(image_embeds.float(), dim=-1)
-        pieces = torch.nn.functional.normalize(text_embeds.float(), dim=-1)
-        return patches @ (pieces.sum(dim=0) / max(1, len(pieces)))
-
-
 def question_text(prompt: str) -> str:
-    """The user's last words in the text behind an image.
+    """The user's last words in the text after an image.
 
     Parameters
     ----------

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from llava.pruning.base import ENCODER_NEEDS, Pruner, products
+from llava.pruning.base import Pruner
+from llava.pruning.signals import ENCODER_SIGNALS
+from llava.pruning.similarity import products
 
 
 def _split(projected: torch.Tensor, heads: int) -> torch.Tensor:
@@ -70,8 +72,11 @@ def wide_head(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 Output = tuple[str, int | None]
-"""A need of a pruner (`llava.pruning.base.ENCODER_NEEDS`), and the layer that it is taken from where that is a choice:
+"""A need of a pruner (one of `ENCODER_SIGNALS`), and the layer that it is taken from where that is a choice:
 0-based, or from the end of the layers that run."""
+
+FEATURES: Output = ("features", None)
+"""What the tower is there for, beside what pruners ask of it."""
 
 
 def encoder_outputs(pruner: Pruner | None) -> dict[str, tuple[Output, ...]]:
@@ -79,7 +84,7 @@ def encoder_outputs(pruner: Pruner | None) -> dict[str, tuple[Output, ...]]:
     if pruner is None:
         return {}
     found: dict[str, tuple[Output, ...]] = {}
-    for need in sorted(pruner.needs & ENCODER_NEEDS):
+    for need in sorted(pruner.needs & ENCODER_SIGNALS):
         layers: tuple[int | None, ...] = (None,)
         if need == "received_attention":
             layers = tuple(pruner.encoder_layers)

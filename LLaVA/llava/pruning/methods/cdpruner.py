@@ -7,10 +7,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llava.model.llava_arch import greedy_select
-from llava.model.multimodal_encoder.clip_text import text_similarity
-from llava.pruning.base import Pruner, VisualTokens
-from llava.pruning.methods.divprune import cosine_similarity
+from llava.pruning.base import Pruner
+from llava.pruning.similarity import cosine_kernel, greedy_map, text_similarity
+from llava.pruning.tokens import VisualTokens
 
 
 def min_max(scores: torch.Tensor, among: torch.Tensor | None = None) -> torch.Tensor:
@@ -48,9 +47,6 @@ def conditional_kernel(similarity: torch.Tensor, relevance: torch.Tensor) -> tor
 class CDPruner(Pruner):
     """Greedy maximisation of the determinant of a similarity kernel that is conditioned on the question.
 
-    The kernel has rank at most D: beyond it, and among duplicates, gains are rounding errors, and the rest of the
-    budget is filled by them.
-
     Attributes
     ----------
     relevance : str
@@ -76,13 +72,10 @@ class CDPruner(Pruner):
         return frozenset({"text_similarity" if self.relevance == "clip" else "question"})
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
-        similarity = cosine_similarity(tokens.features)
-        diagonal = similarity.diagonal(dim1=-2, dim2=-1)
-        # A token's cosine with itself is 1, not 1 and a rounding error that would decide between equal relevances.
-        diagonal.copy_((diagonal > 0.5).to(similarity.dtype))
         # Crops of one image share a scale, as published: a crop that shows nothing of the question stays irrelevant.
         among = None if tokens.whole is None else self._relevance(tokens.whole)
-        return greedy_select(conditional_kernel(similarity, min_max(self._relevance(tokens), among)), tokens.k)
+        relevance = min_max(self._relevance(tokens), among)
+        return greedy_map(conditional_kernel(cosine_kernel(tokens.features), relevance), tokens.k)
 
     def _relevance(self, tokens: VisualTokens) -> torch.Tensor:
         if self.relevance == "clip":

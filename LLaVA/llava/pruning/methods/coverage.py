@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens
+from llava.pruning.base import Pruner
 from llava.pruning.kernels import fused, gram
+from llava.pruning.tokens import VisualTokens
 
 
 def squared_distances(features: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens, products
+from llava.pruning.base import Pruner
+from llava.pruning.similarity import products
+from llava.pruning.tokens import VisualTokens
 
 
 def least_like_pivots(similarity: torch.Tensor, pivots: torch.Tensor, k: int) -> torch.Tensor:

@@ -8,18 +8,10 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens
+from llava.pruning.base import Pruner
 from llava.pruning.kernels import fused
-
-
-def cosine_similarity(features: torch.Tensor) -> torch.Tensor:
-    """Cosine of every pair of tokens: (B, N, D) -> (B, N, N), float32; 0 beside a token of zeros."""
-    similarity = fused("cosine_similarity", features)
-    if similarity is not None:
-        return similarity
-    with torch.autocast(features.device.type, enabled=False):
-        unit = torch.nn.functional.normalize(features.float(), dim=-1)
-        return unit @ unit.mT
+from llava.pruning.similarity import cosine_similarity
+from llava.pruning.tokens import VisualTokens
 
 
 def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:

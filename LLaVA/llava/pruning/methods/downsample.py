@@ -9,8 +9,10 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import KeptTokens, Pruner, VisualTokens, wide
-from llava.pruning.layout import FeatureMap, Layout, apportion
+from llava.pruning.base import Pruner
+from llava.pruning.schedule import apportion
+from llava.pruning.similarity import wide
+from llava.pruning.tokens import KeptTokens, Layout, TokenGrid, VisualTokens
 
 
 def cut(length: int, parts: int) -> torch.Tensor:
@@ -32,7 +34,7 @@ def strips_of_cells(rows: int, columns: int, share: int, newline: str) -> tuple[
     share : int
         Cells and newlines together, 1 <= share <= tokens of the map.
     newline : str
-        As in `FeatureMap`. "row": every strip ends with a newline, the last one without where the share does not come
+        As in `TokenGrid`. "row": every strip ends with a newline, the last one without where the share does not come
         out otherwise. "end": one newline, where the share is more than 1.
 
     Returns
@@ -57,7 +59,7 @@ def strips_of_cells(rows: int, columns: int, share: int, newline: str) -> tuple[
     return best
 
 
-def pooled_map(part: FeatureMap, share: int) -> tuple[torch.Tensor, torch.Tensor]:
+def pooled_map(part: TokenGrid, share: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Partition a map into ``share`` cells and newlines, in raster order.
 
     Returns
@@ -68,7 +70,7 @@ def pooled_map(part: FeatureMap, share: int) -> tuple[torch.Tensor, torch.Tensor
         The patch nearest to each cell's centre; of a strip's newlines the one in the row of its centres.
     """
     if not part.columns:  # newlines alone: one column of them
-        part = FeatureMap(part.rows, 1)
+        part = TokenGrid(part.rows, 1)
     cells, newlines = strips_of_cells(part.rows, part.columns, share, part.newline)
     strip_of_row = cut(part.rows, len(cells))
     ends = part.newline == "row"
@@ -135,7 +137,7 @@ def cell_means(features: torch.Tensor, owner: torch.Tensor, k: int) -> torch.Ten
 def square_or_row(n: int) -> Layout:
     """The layout of ``n`` patches of which no more is known: a square where n is one, else a single row."""
     side = math.isqrt(n)
-    return (FeatureMap(side, side) if side * side == n else FeatureMap(1, n),)
+    return (TokenGrid(side, side) if side * side == n else TokenGrid(1, n),)
 
 
 @dataclass(frozen=True, kw_only=True)

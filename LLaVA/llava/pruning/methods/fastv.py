@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import INSIDE, Pruner, VisualTokens
+from llava.pruning.base import INSIDE, Pruner
+from llava.pruning.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +19,7 @@ class FastV(Pruner):
     ranks its own tokens, and the last token is the last one that is not padding.
     """
 
-    stage: ClassVar[str] = INSIDE
+    where: ClassVar[str] = INSIDE
     needs: ClassVar[frozenset[str]] = frozenset({"last_attention"})
     source: ClassVar[str] = "FastV (ECCV 2024), K = 2"
     first_layer: ClassVar[int] = 1

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens
-from llava.pruning.layout import Layout
+from llava.pruning.base import Pruner
+from llava.pruning.tokens import Layout, VisualTokens
 
 
 def grid_neighbours(places: torch.Tensor, compat: bool = False) -> torch.Tensor:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import VisualTokens
 from llava.pruning.methods.groups import select_by_quota
 from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.tokens import VisualTokens
 
 
 def strip_table(n: int, strips: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

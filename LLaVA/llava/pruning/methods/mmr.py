@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llava.pruning.base import VisualTokens
-from llava.pruning.methods.divprune import cosine_similarity
 from llava.pruning.methods.importance import AttentionRanked, unit_interval
+from llava.pruning.similarity import cosine_similarity
+from llava.pruning.tokens import VisualTokens
 
 
 def marginal_relevance_select(

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import KeptTokens, Pruner, VisualTokens, gather_tokens, wide
+from llava.pruning.base import Pruner
+from llava.pruning.similarity import wide
+from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
 
 NEIGHBOURS = 32
 
@@ -154,9 +156,9 @@ class PruMerge(Pruner):
                 f"the layer (LAYER_INDEX) must be 0 or left out, not {layer}"
             )
 
-    def stages(self, ratio: float | None, layer: int | None, num_layers: int) -> tuple[tuple[int, float], ...]:
+    def schedule_for(self, ratio: float | None, layer: int | None, num_layers: int) -> tuple[tuple[int, float], ...]:
         """As for every method; the fraction of an adaptive run is the bound that is known beforehand, 1."""
-        return super().stages(1.0 if self.adaptive else ratio, layer, num_layers)
+        return super().schedule_for(1.0 if self.adaptive else ratio, layer, num_layers)
 
     def merge(self, tokens: VisualTokens) -> KeptTokens:
         features, keys, attention = tokens.features, tokens.final_keys, tokens.final_cls_attention

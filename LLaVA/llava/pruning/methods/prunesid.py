@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llava.pruning.base import VisualTokens
-from llava.pruning.methods.divprune import cosine_similarity
 from llava.pruning.methods.groups import select_by_quota
 from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.similarity import cosine_similarity
+from llava.pruning.tokens import VisualTokens
 
 ITERATIONS = 4
 """Of the subspace iteration that finds the components."""

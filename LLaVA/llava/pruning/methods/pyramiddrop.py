@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llava.pruning.base import INSIDE, Pruner, VisualTokens
-from llava.pruning.schedule import Stages, at_relative_depth, check_scheduled_budget, scaled
+from llava.pruning.schedule import Schedule
+from llava.pruning.scheduled import ScheduledPruner
+from llava.pruning.tokens import VisualTokens
 
-PUBLISHED: Stages = ((8, 0.5), (16, 0.25), (24, 0.125))
+PUBLISHED: Schedule = ((8, 0.5), (16, 0.25), (24, 0.125))
 """The paper's stages: lambda = 0.5 at a quarter, half and three quarters of 32 layers; 0.46875 on average."""
 
 
@@ -30,7 +31,7 @@ def rank(attention: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(Pruner):
+class PyramidDrop(ScheduledPruner):
     """At the input of several layers, the visual tokens that the last prompt token attends to most in that layer.
 
     The layer's own query and key projections are applied to its input for this one query, so the ranking needs nothing
@@ -44,24 +45,14 @@ class PyramidDrop(Pruner):
         `llava.pruning.schedule.scaled`.
     """
 
-    stage: ClassVar[str] = INSIDE
     needs: ClassVar[frozenset[str]] = frozenset({"next_attention"})
     source: ClassVar[str] = "PyramidDrop (CVPR 2025, arXiv 2410.17247)"
-    default_layer: ClassVar[int | None] = None
+    schedules: ClassVar[tuple[str, ...]] = ("published",)
 
     schedule: Literal["scaled", "published"] = "scaled"
 
-    def __post_init__(self):
-        if self.schedule not in ("scaled", "published"):
-            raise ValueError(f"schedule must be scaled or published, not {self.schedule!r}")
-
-    def check_budget(self, ratio: float | None, layer: int | None) -> None:
-        check_scheduled_budget("PYRAMIDDROP_SCHEDULE", self.schedule, ratio, layer)
-
-    def stages(self, ratio: float | None, layer: int | None, num_layers: int) -> Stages:
-        if self.schedule == "published":
-            return at_relative_depth(PUBLISHED, num_layers, self.first_layer)
-        return scaled(PUBLISHED, ratio, num_layers, self.first_layer)
+    def published(self, name: str) -> Schedule:
+        return PUBLISHED
 
     def budget(self, n: int, fraction: float) -> int:
         return max(1, int(n * fraction)) if self.schedule == "published" else super().budget(n, fraction)

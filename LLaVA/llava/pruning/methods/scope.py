@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import VisualTokens
 from llava.pruning.methods.coverage import facility_select
-from llava.pruning.methods.divprune import cosine_similarity
 from llava.pruning.methods.importance import AttentionRanked
+from llava.pruning.similarity import cosine_similarity
+from llava.pruning.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

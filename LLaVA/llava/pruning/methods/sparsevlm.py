@@ -7,8 +7,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llava.pruning.base import INSIDE, KeptTokens, Pruner, VisualTokens, gather_tokens, wide
-from llava.pruning.schedule import Stages, at_relative_depth, check_scheduled_budget, scaled
+from llava.pruning.schedule import Schedule
+from llava.pruning.scheduled import ScheduledPruner
+from llava.pruning.similarity import wide
+from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
 
 PUBLISHED_TOKENS = 576
 LAYERS = (3, 7, 16)
@@ -126,7 +128,7 @@ def merge_clusters(x: torch.Tensor, assignment: torch.Tensor, clusters: int) -> 
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(Pruner):
+class SparseVLM(ScheduledPruner):
     """At the input of three layers, the visual tokens that the raters attended to most in the layer before.
 
     Raters are the text tokens behind the image that `select_raters` finds once, on the decoder's input. Of the tokens
@@ -147,29 +149,20 @@ class SparseVLM(Pruner):
         version 2.
     """
 
-    stage: ClassVar[str] = INSIDE
     needs: ClassVar[frozenset[str]] = frozenset({"rater_attention"})
     source: ClassVar[str] = "SparseVLM (ICML 2025, arXiv 2410.04417)"
     licence: ClassVar[str] = "Apache-2.0"
     first_layer: ClassVar[int] = 1
-    default_layer: ClassVar[int | None] = None
+    schedules: ClassVar[tuple[str, ...]] = tuple(RANKED[True])
 
     schedule: Literal["scaled", "192", "128", "96", "64"] = "scaled"
     recycle: bool = True
 
-    def __post_init__(self):
-        if self.schedule not in ("scaled", *RANKED[True]):
-            raise ValueError(f"schedule must be scaled, {', '.join(RANKED[True])}, not {self.schedule!r}")
-
-    def check_budget(self, ratio: float | None, layer: int | None) -> None:
-        check_scheduled_budget("SPARSEVLM_SCHEDULE", self.schedule, ratio, layer)
-
-    def stages(self, ratio: float | None, layer: int | None, num_layers: int) -> Stages:
-        if self.schedule == "scaled":
-            return scaled(published_stages("192", self.recycle), ratio, num_layers, self.first_layer)
-        return at_relative_depth(published_stages(self.schedule, self.recycle), num_layers, self.first_layer)
+    def published(self, name: str) -> Schedule:
+        return published_schedule(name, self.recycle)
 
     def raters(self, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """The text tokens that judge; see `Signals`."""
         return select_raters(visual, text)
 
     @property
@@ -198,10 +191,10 @@ class SparseVLM(Pruner):
         return tokens.rater_attention.argsort(dim=-1, descending=True, stable=True)
 
 
-def published_stages(name: str, recycle: bool) -> Stages:
+def published_schedule(name: str, recycle: bool) -> Schedule:
     """A published schedule as fractions of what was there at first, merged tokens included where there are any."""
-    present, stages = PUBLISHED_TOKENS, []
+    present, schedule = PUBLISHED_TOKENS, []
     for layer, kept in zip(LAYERS, RANKED[recycle][name], strict=True):
         present = kept + (recycled_counts(present - kept)[1] if recycle else 0)
-        stages.append((layer, present / PUBLISHED_TOKENS))
-    return tuple(stages)
+        schedule.append((layer, present / PUBLISHED_TOKENS))
+    return tuple(schedule)

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens
+from llava.pruning.base import Pruner
+from llava.pruning.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import KeptTokens, Pruner, VisualTokens, gather_tokens, wide
+from llava.pruning.base import Pruner
+from llava.pruning.similarity import wide
+from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
 
 
 def attention_order(cls_attention: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens
-from llava.pruning.methods.divprune import cosine_similarity
+from llava.pruning.base import Pruner
 from llava.pruning.methods.visionzip import attention_order, patch_counts
+from llava.pruning.similarity import cosine_similarity
+from llava.pruning.tokens import VisualTokens
 
 REMOVED_PER_ROUND = 8
 

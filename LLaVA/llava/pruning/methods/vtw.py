@@ -7,8 +7,9 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import INSIDE, Pruner, VisualTokens
-from llava.pruning.schedule import Stages
+from llava.pruning.base import INSIDE, Pruner
+from llava.pruning.schedule import Schedule
+from llava.pruning.tokens import VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class VTW(Pruner):
     K = L withdraws nothing. The paper's K is 15 of 32 layers, found on a few examples by comparing outputs.
     """
 
-    stage: ClassVar[str] = INSIDE
+    where: ClassVar[str] = INSIDE
     source: ClassVar[str] = "VTW, visual tokens withdrawal (AAAI 2025, arXiv 2405.05803)"
     first_layer: ClassVar[int] = 1
     default_layer: ClassVar[int | None] = None
@@ -37,7 +38,7 @@ class VTW(Pruner):
                 "leave is the budget"
             )
 
-    def stages(self, ratio: float | None, layer: int | None, num_layers: int) -> Stages:
+    def schedule_for(self, ratio: float | None, layer: int | None, num_layers: int) -> Schedule:
         if layer is None:
             layer = max(self.first_layer, round(ratio * num_layers))
             if layer >= num_layers:

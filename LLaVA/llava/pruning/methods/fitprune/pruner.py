@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from llava.pruning.base import INSIDE, Pruner, VisualTokens
+from llava.pruning.base import INSIDE, Pruner
 from llava.pruning.methods.fitprune.recipe import Recipe, describe, read_recipe, recipe_digest, scalable
-from llava.pruning.schedule import Stages, scaled
+from llava.pruning.schedule import Schedule, scaled
+from llava.pruning.tokens import VisualTokens
 
 FITTER = ("llava.fitting.fitprune.fit", "fit_for")
 """Module and function that fit a recipe, imported only when one is fitted: they stand above the model."""
@@ -95,7 +96,7 @@ class FitPrune(Pruner):
         Pictures with a question that a recipe is fitted on.
     """
 
-    stage: ClassVar[str] = INSIDE
+    where: ClassVar[str] = INSIDE
     needs: ClassVar[frozenset[str]] = frozenset({"visual_attention", "text_attention"})
     source: ClassVar[str] = "FitPrune (AAAI 2025, arXiv 2409.10197)"
     first_layer: ClassVar[int] = 1
@@ -112,10 +113,6 @@ class FitPrune(Pruner):
             raise ValueError(f"FITPRUNE_REDUCTION_RATIO must be a number with 0 <= r < 1, not {self.reduction_ratio!r}")
         if self.samples < 1:
             raise ValueError(f"FITPRUNE_SAMPLES must be at least 1, not {self.samples!r}")
-
-    @property
-    def fits(self) -> bool:
-        return self.recipe is None
 
     def check_budget(self, ratio: float | None, layer: int | None) -> None:
         if layer is not None:
@@ -139,7 +136,7 @@ class FitPrune(Pruner):
         if self.recipe is not None:
             self._recipe()
 
-    def stages(self, ratio: float | None, layer: int | None, num_layers: int) -> Stages:
+    def schedule_for(self, ratio: float | None, layer: int | None, num_layers: int) -> Schedule:
         if self.recipe is None:
             if ratio is not None and ratio * num_layers <= 1:
                 raise ValueError(
@@ -153,25 +150,23 @@ class FitPrune(Pruner):
             return recipe.stages
         return scaled(scalable(recipe), ratio, num_layers, self.first_layer, published_layers=num_layers)
 
-    def fit(self, model: Any, ratio: float | None) -> Stages:
+    def fit(self, model: Any, ratio: float | None) -> Schedule:
         module, function = FITTER
         recipe: Recipe = getattr(import_module(module), function)(model, self.reduction_ratio, ratio, self.samples)
         return recipe.stages
 
-    def check_tokens(self, n: int | None) -> None:
+    def check_model(self, image_tokens: int | None, encoder_width: int | None) -> None:
         if self.recipe is not None:
-            self._recipe().check_tokens(n)
+            self._recipe().check_tokens(image_tokens)
 
-    def remarks(self, model: Any) -> list[str]:
+    def advice(self, model: Any) -> list[str]:
         if self.recipe is None or self.scale:
             return []
         recipe = self._recipe()
-        remarks = [f"{self.recipe}: {describe(recipe)}"]
+        lines = [f"{self.recipe}: {describe(recipe)}"]
         if recipe.of_other_weights(model):
-            remarks.append(
-                f"{self.recipe} was fitted to other weights than these; python -m llava.fitting.fitprune fit"
-            )
-        return remarks
+            lines.append(f"{self.recipe} was fitted to other weights than these; python -m llava.fitting.fitprune fit")
+        return lines
 
     def digests(self) -> dict[str, str]:
         return {} if self.recipe is None else {"recipe": recipe_digest(self._recipe())}

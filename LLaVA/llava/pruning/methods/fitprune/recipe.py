@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llava.pruning.schedule import Stages, mean_fraction
+from llava.pruning.schedule import Schedule, mean_fraction
 
 FORMAT = 1
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
@@ -77,7 +77,7 @@ class Recipe:
         return sum(self.kept[:-1]) / self.layers / self.tokens
 
     @cached_property
-    def stages(self) -> Stages:
+    def stages(self) -> Schedule:
         """As `Pruner.stages` has them with ``after_attention``; one that drops nothing where the recipe does not."""
         stages = tuple(
             (layer + 1, self.kept[layer + 1] / self.tokens) for layer, gone in enumerate(self.deleted) if gone
@@ -203,7 +203,7 @@ def recipe_digest(recipe: Recipe) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-def scalable(recipe: Recipe) -> Stages:
+def scalable(recipe: Recipe) -> Schedule:
     """The stages that scaling can change: those in front of the last layer's attention.
 
     Raises

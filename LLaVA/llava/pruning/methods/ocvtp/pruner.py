@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from llava.pruning.base import Pruner, VisualTokens
+from llava.pruning.base import Pruner
 from llava.pruning.methods.ocvtp.checkpoint import EMBEDDED, PrunerFiles
 from llava.pruning.methods.ocvtp.network import slot_noise
+from llava.pruning.tokens import VisualTokens
 
 
 def claims(slot_attention: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -162,12 +163,12 @@ class OCVTP(Pruner):
         """Whether the kept ratio does not say how many tokens are kept."""
         return self.target is not None or self.pad == "none"
 
-    def check_encoder(self, width: int) -> None:
+    def check_model(self, image_tokens: int | None, encoder_width: int | None) -> None:
         trained = self._files.config.width
-        if width != trained:
+        if encoder_width not in (None, trained):
             raise ValueError(
                 f"OC-VTP's pruner {self.checkpoint} reads features of width {trained}, but this vision tower's have "
-                f"{width}: name one that was trained on it (OCVTP_CHECKPOINT)"
+                f"{encoder_width}: name one that was trained on it (OCVTP_CHECKPOINT)"
             )
 
     def check_budget(self, ratio: float | None, layer: int | None) -> None:
@@ -184,9 +185,9 @@ class OCVTP(Pruner):
                 f"the layer (LAYER_INDEX) must be 0 or left out, not {layer}"
             )
 
-    def stages(self, ratio: float | None, layer: int | None, num_layers: int) -> tuple[tuple[int, float], ...]:
+    def schedule_for(self, ratio: float | None, layer: int | None, num_layers: int) -> tuple[tuple[int, float], ...]:
         """As for every method; the fraction of a target is the bound that is known beforehand, 1."""
-        return super().stages(ratio if self.target is None else 1.0, layer, num_layers)
+        return super().schedule_for(ratio if self.target is None else 1.0, layer, num_layers)
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         n = tokens.features.shape[1]

@@ -14,8 +14,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from llava.pruning.base import VisualTokens, content_key, kept_count
 from llava.pruning.config import PruningConfig
+from llava.pruning.schedule import kept_count
+from llava.pruning.signals import content_key
+from llava.pruning.tokens import VisualTokens
 
 
 def select(
@@ -119,7 +121,7 @@ def pruning(
                 f"another thread or task is in a pruning block with this model: a model prunes with one method at a "
                 f"time, so {config.method} has to wait, or use a copy of the model"
             )
-        block = _Block(model.pruner_in_use if _is_ours(model) else _active(model))
+        block = _Block(model.active_pruner if _is_ours(model) else _active(model))
         report = _set(model, config)
         blocks.append(block)
     _own.set((*_own.get(), block))
@@ -133,7 +135,7 @@ def pruning(
             if place < len(blocks):  # the blocks of a generator may end in any order
                 blocks[place].before = block.before
             elif _is_ours(model):
-                model.use_pruner(*block.before)
+                model.active_pruner = block.before
             else:
                 _set(model, block.before)
 

@@ -1,0 +1,135 @@
+"""What prunes one model: the configuration, its method, and where that drops how much."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from llava.model.image_tokens import tokens_of_an_image
+from llava.model.multimodal_encoder.observations import EncoderObserver, encoder_outputs
+from llava.pruning.base import INSIDE, Pruner
+from llava.pruning.config import PruningConfig
+from llava.pruning.reduce import reduce_images
+from llava.pruning.schedule import Schedule, kept_after_attention, kept_per_layer
+from llava.pruning.tokens import ImageTokens, KeptTokens
+
+
+@dataclass(frozen=True)
+class ActivePruner:
+    """A method on a model; without one, nothing is pruned.
+
+    Attributes
+    ----------
+    pruner : Pruner or None
+    schedule : tuple of (layer, fraction)
+        See `Pruner.schedule_for`; empty where the method has yet to be fitted to the model.
+    config : PruningConfig or None
+        None for a method that was put there by hand.
+
+    Raises
+    ------
+    ValueError
+        For a method that merges tokens after the attention, whose output it does not see.
+    """
+
+    pruner: Pruner | None = None
+    schedule: Schedule = ()
+    config: PruningConfig | None = None
+
+    def __post_init__(self):
+        if self.pruner is not None and self.pruner.after_attention and self.pruner.merges:
+            raise ValueError(f"{type(self.pruner).__name__} merges tokens: it cannot drop after a layer's attention")
+
+    @property
+    def before_decoder(self) -> bool:
+        """Whether tokens are dropped before the splice."""
+        return bool(self.schedule) and self.schedule[0][0] == 0 and self.pruner.where != INSIDE
+
+    @property
+    def inside_decoder(self) -> bool:
+        """Whether the decoder drops them."""
+        return bool(self.schedule) and not self.before_decoder
+
+    @property
+    def leaves_gaps(self) -> bool:
+        """Whether positions before the decoder are the original ones, with gaps where tokens were dropped."""
+        return self.before_decoder and self.pruner.position_ids == "original"
+
+    @property
+    def compact(self) -> bool:
+        """Whether what is kept inside the decoder gets new rotary positions without gaps."""
+        return self.pruner.position_ids == "compact"
+
+    def before_the_decoder(self, images: Sequence[ImageTokens]) -> list[KeptTokens]:
+        """What enters the decoder of each image."""
+        if self.before_decoder:
+            return reduce_images(self.pruner, images, self.schedule[0][1])
+        return [KeptTokens.all_of(image.features) for image in images]
+
+    def needs(self, signal: str) -> bool:
+        """Whether the method looks at a signal."""
+        return self.pruner is not None and signal in self.pruner.needs
+
+    def drops_after_attention(self, layer: int, totals: Sequence[int]) -> bool:
+        """Whether tokens leave after this layer's attention, of images that had ``totals`` of them."""
+        fractions = dict(self.schedule)
+        if not self.pruner.after_attention or layer + 1 not in fractions:
+            return False
+        present = min((fraction for begin, fraction in self.schedule if begin <= layer), default=1.0)
+        left, budget = fractions[layer + 1], self.pruner.budget
+        return self.pruner.varies or any(budget(n, left) < budget(n, present) for n in totals)
+
+    def tokens_per_layer(self, total: int, kept: int, layers: int) -> tuple[int, ...]:
+        """What each decoder layer sees of an image with ``total`` tokens, ``kept`` of which enter the decoder."""
+        if not self.inside_decoder:
+            return (kept,) * layers
+        return tuple(kept_per_layer(self.schedule, total, layers, self.pruner.budget))
+
+    def tokens_after_attention(self, total: int, kept: int, layers: int) -> tuple[int, ...]:
+        """The same in each layer's output projection and feed-forward block."""
+        if self.pruner is None or not self.pruner.after_attention:
+            return self.tokens_per_layer(total, kept, layers)
+        return tuple(kept_after_attention(self.schedule, total, layers, self.pruner.budget))
+
+
+def accepted(model: Any, config: PruningConfig) -> ActivePruner:
+    """A configuration as it prunes a model of this package.
+
+    Raises
+    ------
+    ValueError
+        If its layer is not one of the model's, its budget cannot be met by a decoder of this depth, its options belong
+        to another model, or it cannot read the vision tower. Begins with what was set and it would not be raised
+        without.
+    """
+    config, tower = config.for_width(model.config.hidden_size), model.get_vision_tower()
+
+    def attempt(config: PruningConfig) -> ActivePruner:
+        pruner = config.build_pruner()
+        schedule = config.schedule(model.config.num_hidden_layers)
+        pruner.check_model(tokens_of_an_image(model), None if tower is None else tower.hidden_size)
+        if tower is not None:
+            EncoderObserver(chain.from_iterable(encoder_outputs(pruner).values()), tower.depth)  # refuses other layers
+        return ActivePruner(pruner, schedule)
+
+    return dataclasses.replace(config.blame(attempt), config=config)
+
+
+def fitted(model: Any, active: ActivePruner) -> ActivePruner:
+    """The same with a schedule that the method has learnt from the model, where it has to; `Pruner.fit`.
+
+    Raises
+    ------
+    ValueError
+        If it cannot.
+    """
+    if active.config is None or active.schedule:
+        return active
+    model.active_pruner = ActivePruner()
+    try:
+        return dataclasses.replace(active, schedule=active.pruner.fit(model, active.config.ratio))
+    finally:
+        model.active_pruner = active

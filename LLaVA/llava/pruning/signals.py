@@ -1,0 +1,142 @@
+"""What a selection method may look at besides the visual tokens: one table.
+
+A method names what it reads in `Pruner.needs`; the model computes that, and nothing else. To add a signal, add a field
+to `Signals` and compute it where its column says: the vision encoder's in
+``llava.model.multimodal_encoder.observations`` and ``llava.adapters.transformers.encoder``, the decoder's in
+``llava.model.language_model.observed_attention``, the prompt's where the images are encoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple
+
+import torch
+
+Source = Literal["encoder", "decoder", "prompt", "text encoder"]
+
+
+def _row(computed_by: Source, shape: str, meaning: str) -> dict[str, str]:
+    return {"computed_by": computed_by, "shape": shape, "meaning": meaning}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """Everything that a method may ask for, for B images of N tokens; None unless it does.
+
+    In tensors axis 0 is the image and axis 1 the token; image-newline tokens have zeros in what the encoder computes.
+    """
+
+    image_keys: tuple[int, ...] | None = field(
+        default=None,
+        metadata=_row("prompt", "B integers", "digest of the image's content, for methods that draw at random"),
+    )
+    question: tuple[torch.Tensor, ...] | None = field(
+        default=None, metadata=_row("prompt", "B tensors (T, D)", "embedded text of the prompt after its first image")
+    )
+    text_similarity: torch.Tensor | None = field(
+        default=None,
+        metadata=_row(
+            "text encoder", "(B, N) float32", "cosine between a patch and the question in CLIP's common space"
+        ),
+    )
+    encoder_features: torch.Tensor | None = field(
+        default=None, metadata=_row("encoder", "(B, N, C)", "features of the vision encoder, before the projector")
+    )
+    layer_features: torch.Tensor | None = field(
+        default=None,
+        metadata=_row("encoder", "(B, N, C)", "output of the encoder layer that is the method's feature_layer"),
+    )
+    encoder_keys: torch.Tensor | None = field(
+        default=None,
+        metadata=_row(
+            "encoder", "(B, N, c)", "keys, averaged over the heads, of the encoder layer whose output is read"
+        ),
+    )
+    cls_attention: torch.Tensor | None = field(
+        default=None, metadata=_row("encoder", "(B, N, H) float32", "attention of [CLS] in that layer, per head")
+    )
+    received_attention: torch.Tensor | None = field(
+        default=None,
+        metadata=_row(
+            "encoder",
+            "(B, N, E) float32",
+            "attention averaged over heads and over all queries, in each of the method's encoder_layers",
+        ),
+    )
+    final_keys: torch.Tensor | None = field(
+        default=None, metadata=_row("encoder", "(B, N, C)", "keys of the encoder's last layer, all heads side by side")
+    )
+    final_cls_attention: torch.Tensor | None = field(
+        default=None,
+        metadata=_row(
+            "encoder", "(B, N) float32", "attention of [CLS] in the encoder's last layer, taken as one wide head"
+        ),
+    )
+    last_attention: torch.Tensor | None = field(
+        default=None,
+        metadata=_row(
+            "decoder",
+            "(B, N, H) float32",
+            "attention of the last prompt token, per head, in the decoder layer before the drop",
+        ),
+    )
+    next_attention: torch.Tensor | None = field(
+        default=None,
+        metadata=_row("decoder", "(B, N, H) float32", "the same in the decoder layer at whose input the drop happens"),
+    )
+    rater_attention: torch.Tensor | None = field(
+        default=None,
+        metadata=_row(
+            "decoder",
+            "(B, N) float32",
+            "attention, in the decoder layer before the drop, averaged over heads and over the text tokens that the "
+            "method's raters(visual (n, D), text (T, D)) -> bool (T,) chose at the decoder's input",
+        ),
+    )
+    visual_attention: torch.Tensor | None = field(
+        default=None,
+        metadata=_row(
+            "decoder",
+            "(B, N) float32",
+            "for a drop after a layer's attention: what a token receives there, in the head where it is most, averaged "
+            "over the visual tokens of its image that are present",
+        ),
+    )
+    text_attention: torch.Tensor | None = field(
+        default=None,
+        metadata=_row("decoder", "(B, N) float32", "the same, summed over the text of the prompt after the image"),
+    )
+
+
+class Signal(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    computed_by: Source
+    shape: str
+    meaning: str
+
+    @property
+    def per_token(self) -> bool:
+        """Whether there is a value for each visual token, in one tensor; else a tuple with one for each image."""
+        return self.shape.startswith("(B, N")
+
+
+SIGNALS = {one.name: Signal(one.name, **one.metadata) for one in fields(Signals)}
+
+
+def computed_by(*sources: Source) -> frozenset[str]:
+    """The names of the signals that one of these computes."""
+    return frozenset(signal.name for signal in SIGNALS.values() if signal.computed_by in sources)
+
+
+ENCODER_SIGNALS = computed_by("encoder")
+DECODER_SIGNALS = computed_by("decoder")
+
+
+def content_key(tensor: torch.Tensor) -> int:
+    """A 63-bit digest of a tensor's values (read as float32), the same in every process and on every machine."""
+    values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
+    return int.from_bytes(hashlib.sha256(values.numpy().tobytes()).digest()[:8], "little") >> 1
