@@ -13,10 +13,10 @@ import torch
 from accelerate import dispatch_model
 
 from llava.eval.latency.__main__ import main
-from llava.model.language_model.kv_cache import NAMES
 from llava.model.visual_cache import VisualCache, content_digests
 from llava.pruning import available_methods, deferred_checks, pruning
 from llava.pruning.registry import method_class
+from llava.pruning.rows import CACHE_NAMES
 from pretended_gpu import GPU, GPUS, NAME, pretended_cuda, pretended_gpu
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
@@ -132,7 +132,7 @@ class TestTwoGpus:
                 "model.vision_tower",
                 "model.mm_projector",
             ]
-            dispatch_model(model, dict.fromkeys(first, 0) | dict.fromkeys(rest, 1), skip_keys=list(NAMES))
+            dispatch_model(model, dict.fromkeys(first, 0) | dict.fromkeys(rest, 1), skip_keys=list(CACHE_NAMES))
             assert {parameter.device for parameter in model.parameters()} == set(GPUS)
             assert answers(on_gpu(several_rows())) == expected
 

@@ -59,7 +59,7 @@ def test_leave_the_model_s_own_pruning_as_it_was(encoder, picture):
 def test_methods_that_differ_in_an_encoder_layer_see_their_own(encoder, picture):
     """HiPrune asks for attention of one name whatever its layers are."""
     configs = [PruningConfig("hiprune", 0.25, options={"object_layer": layer}) for layer in (1, 2)]
-    first, second = (encoder.encode(picture, config).notes["received_attention"] for config in configs)
+    first, second = (encoder.encode(picture, config).signals["received_attention"] for config in configs)
     assert not first[:, 0].equal(second[:, 0])
     assert first[:, 1].equal(second[:, 1])  # the deepest layer's is the same
 

@@ -444,7 +444,10 @@ class TestInTheDecoder:
         assert counter.get_total_flops() == pytest.approx(expected.total, rel=1e-3)
 
     def test_an_image_without_text_behind_it_is_refused(self, model, recipe):
-        with pruning(model, "fitprune", recipe=recipe), pytest.raises(ValueError, match=r"text behind them.*has none"):
+        with (
+            pruning(model, "fitprune", recipe=recipe),
+            pytest.raises(ValueError, match=r"text after them.*no text follows"),
+        ):
             model(input_ids=prompt(5, 0)[None], images=pixels(1))
 
     def test_nan_is_refused(self, tower, recipe):

@@ -113,7 +113,7 @@ def test_the_network_reads_the_output_of_its_layer(model, tmp_path, layer):
     config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path, layer=layer)})
     tower, images = model.get_vision_tower(), pixels(2)
     with torch.no_grad():
-        found = torch.stack([image.notes["layer_features"] for image in seen(model, config, images)])
+        found = torch.stack([image.signals["layer_features"] for image in seen(model, config, images)])
         torch.testing.assert_close(found, tower.layer_output(images, layer % 2))
         assert torch.equal(tower.layer_output(images, 1), tower(images)) and tower.depth == 2
 
@@ -139,7 +139,7 @@ def test_the_network_decides(model, tmp_path):
     for seed in (0, 1):
         config = PruningConfig("ocvtp", 0.4, options=options | {"seed": seed})
         image = seen(model, config, images)[0]
-        tokens = VisualTokens(image.features[None], 6, layer_features=image.notes["layer_features"][None])
+        tokens = VisualTokens(image.features[None], 6, layer_features=image.signals["layer_features"][None])
         found.append(config.build_pruner().indices(tokens)[0].tolist())
         assert 1 <= len(found[-1]) <= 6
     assert found[0] != found[1]
@@ -152,7 +152,7 @@ def test_newlines_have_no_slot_and_go_last(anyres, checkpoint):
         image = seen(anyres, config, images, sizes)[0]
         newline = torch.cat([part.is_newline() for part in image.layout])
         pruner = config.build_pruner()
-        notes = {name: value[None] for name, value in image.notes.items()}
+        notes = {name: value[None] for name, value in image.signals.items()}
         for k in (5, 40, len(newline) - 3):
             tokens = VisualTokens(image.features[None], k, layout=image.layout, **notes)
             attention = pruner.slot_attention(tokens, 0, k)
@@ -185,7 +185,7 @@ def test_cls_among_the_visual_tokens_is_no_patch(tower, checkpoint):
     config = PruningConfig("ocvtp", 0.3, options={"checkpoint": checkpoint})
     with torch.no_grad():
         image = seen(model, config, pixels(1))[0]
-    notes = {name: value[None] for name, value in image.notes.items()}
+    notes = {name: value[None] for name, value in image.signals.items()}
     kept = config.build_pruner().indices(VisualTokens(image.features[None], 16, **notes))[0]
     assert kept.tolist() == list(range(1, 17))
 

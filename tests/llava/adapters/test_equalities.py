@@ -15,8 +15,8 @@ import torch
 
 import tiny_vlms
 from llava.adapters.transformers import FAMILIES, set_pruning
-from llava.adapters.transformers.inputs import cache_of
 from llava.pruning import PruningConfig, kept_count
+from llava.pruning.rows import cache_of
 from tiny_vlms import SPECIAL, TINY, Picture, TinyModel, tiny
 
 ROWS = [
