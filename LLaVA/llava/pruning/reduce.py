@@ -28,7 +28,7 @@ def reduce_images(pruner: Pruner, images: Sequence[ImageTokens], fraction: float
     kept: dict[int, KeptTokens] = {}
     for members in groups.values():
         batch = VisualTokens.of([images[i] for i in members], pruner.budget(len(images[members[0]]), fraction))
-        left = reduce(pruner, batch)
+        left = pruner.reduce(batch)
         for number, features, indices in zip(members, left.features, left.indices, strict=True):
             kept[number] = KeptTokens(features, indices)
     return [kept[number] for number in range(len(images))]
