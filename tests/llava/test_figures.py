@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from llava.eval import figures
+from llava.eval import figures, table
 from llava.eval.plots.distances import MEAN, Distance, draw_distance, draw_relative_distance
 from llava.eval.plots.drawing import spearman
 from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
@@ -30,8 +30,12 @@ def rows_of(folder, jobs):
     return build_table(load_runs([write_run(folder, {"unpruned": job(FULL), **jobs})])).rows
 
 
+def lines_of(path):
+    return list(csv.DictReader(path.open()))
+
+
 def lines(drawn, folder):
-    return list(csv.DictReader(drawn.save(folder).with_suffix(".csv").open()))
+    return lines_of(drawn.save(folder).with_suffix(".csv"))
 
 
 @pytest.fixture
@@ -96,6 +100,17 @@ class TestRatios:
         scores = {(line["ratio"], line["benchmark"]): float(line["score"]) for line in found}
         assert scores["0.2", "GQA"] == 70
         assert scores["0.05", "Mean"] < scores["0.2", "Mean"] < 100
+
+    def test_are_the_same_from_a_csv_table(self, tmp_path):
+        jobs = {"unpruned": job(FULL)}
+        for ratio in (0.05, 0.2):
+            jobs[f"otprune-{ratio}"] = answered(0.5 + ratio, method="otprune", kept=576 * ratio, ratio=ratio)
+        run = write_run(tmp_path / "run", jobs)
+        assert table.main([str(run), "--format", "csv", "--output", str(tmp_path / "table.csv")]) == 0
+        for given, name in ((run, "a"), (tmp_path / "table.csv", "b")):
+            assert figures.main(["ratios", str(given), "--output", str(tmp_path / name)]) == 0
+        one, other = (lines_of(tmp_path / name / "ratios.csv") for name in "ab")
+        assert one == other and one[0]["low"]
 
     def test_of_one_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="at two ratios or more"):

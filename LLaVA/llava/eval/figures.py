@@ -17,6 +17,7 @@ from llava.command import Parser, find_device, positive
 from llava.eval.plots import distances
 from llava.eval.plots.drawing import Drawn
 from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
+from llava.eval.results.formats import read_table
 from llava.eval.results.rows import Row
 from llava.eval.results.runs import unfinished
 from llava.eval.table import Table, add_arguments, build_table, load_runs
@@ -31,15 +32,17 @@ NAMES = (*FROM_DISTANCES, *FROM_SCORES, "synthetic")
 
 
 def complete_table(folders: Sequence[Path | str], **options: Any) -> Table:
-    """`build_table` of runs that are whole: a figure would show the others only in part.
+    """`build_table` of runs that are whole, and of CSV tables: a figure would show other runs only in part.
 
     Raises
     ------
     ValueError
         Names the first thing that is missing: a configuration's task, its samples, or a benchmark that another has.
     """
-    rows = load_runs(folders)
-    for sentence in unfinished(folders):
+    tables = [path for path in map(Path, folders) if path.suffix == ".csv"]
+    runs = [path for path in map(Path, folders) if path not in tables]
+    rows = [row for path in tables for row in read_table(path)] + load_runs(runs)
+    for sentence in unfinished(runs):
         raise ValueError(f"the run is not complete: {sentence}")
     table = build_table(rows, **options)
     first, *others = [row for row in table.rows if not row.published]

@@ -194,7 +194,7 @@ def _show(found: argparse.Namespace) -> None:
 
 def add_arguments(parser: Parser) -> None:
     """What the table, the figures and the report have in common."""
-    about = f"result folder of a run, or of one of its models (default: {DEFAULT_RUN})"
+    about = f"result folder of a run, or of one of its models; of figures also a CSV table (default: {DEFAULT_RUN})"
     parser.add_argument("runs", nargs="*", default=[DEFAULT_RUN], metavar="RUN", help=about)
     parser.add_argument("--fold-seeds", action="store_true", help="one row of all seeds of a method")
     parser.add_argument(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from llava.benchmarks import BENCHMARKS, Benchmark, shown_columns
+from llava.eval.results.evidence import Evidence
 from llava.eval.results.rows import MEAN, Row, best_of_columns
 from llava.files import csv_text
 
@@ -27,6 +30,7 @@ BUDGET = (
     "flops_ratio_exact",
 )
 """Columns of the CSV table and keys of the JSON table; tokens per layer stand in one cell, separated by spaces."""
+WORDS_OF_CSV = ("model", "method", "source", "kept_tokens_per_layer", "notes")
 _DAGGER, _DOUBLE_DAGGER = "\N{DAGGER}", "\N{DOUBLE DAGGER}"
 _LATEX = {character: rf"\{character}" for character in "%_&#"} | {
     MISSING: "--",
@@ -138,6 +142,31 @@ def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
         line |= {f"{key}_seed_std": (row.seed_spread or {}).get(key) for key in keys}
         lines.append(line | {"notes": "; ".join(row.notes)})
     return csv_text(list(lines[0]), [line.values() for line in lines])
+
+
+def read_table(path: Path) -> list[Row]:
+    """The rows of a CSV table, with scores and intervals, for figures that need no more; a `ValueError` for others."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [_read_row(line) for line in csv.DictReader(file)]
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}") from None
+
+
+def _read_row(line: Mapping[str, str]) -> Row:
+    numbers = {name: float(line[name]) for name in line if name not in WORDS_OF_CSV and line[name]}
+    keys = [column.key for column in BENCHMARKS if column.key in numbers]
+    spans = {key: (numbers[f"{key}_low"], numbers[f"{key}_high"]) for key in (*keys, MEAN) if f"{key}_low" in numbers}
+    return Row(
+        model=line["model"],
+        method=line["method"],
+        ratio=numbers.get("ratio"),
+        layer=int(numbers["layer"]) if "layer" in numbers else None,
+        scores={key: numbers[key] for key in keys},
+        source=line["source"],
+        notes=tuple(filter(None, line["notes"].split("; "))),
+        evidence=Evidence(spans, {}, {}),
+    )
 
 
 def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
