@@ -72,6 +72,12 @@ WRONG = {
     "figures time --output /dev/null": "/dev/null is no folder",
     "report no-such-folder --no-model": "no-such-folder is no result folder",
     "report --image no-such.png": "no-such.png does not exist",
+    "fitprune fit --samples 0": "--samples: must be a whole number >= 1, not 0",
+    "fitprune fit": "say what may be spent: --reduction-ratio or --subset-ratio",
+    "fitprune equal llava-mini/60 --method nope": "unknown method 'nope'",
+    "fitprune equal no-such-recipe": "no-such-recipe",
+    "ocvtp extract --images no-such-folder": "no-such-folder",
+    "ocvtp train --epochs 0": "--epochs: must be a whole number >= 1, not 0",
     "export llava-mini": "required: folder",
     "export llava-mini . --conv-mode v9": "is not empty",
 }
@@ -101,7 +107,7 @@ def test_what_is_wrong_is_answered_with_one_sentence(run, line):
     assert WRONG[line] in said.err
 
 
-@pytest.mark.parametrize("command", [name for name in llava.COMMANDS if name not in ("fitprune", "ocvtp", "train")])
+@pytest.mark.parametrize("command", [name for name in llava.COMMANDS if name != "train"])
 def test_shared_options_are_spelt_alike(run, command):
     status, said = run(f"{command} --help")
     assert status == 0 and f"usage: llava {command}" in said.out
