@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig
 
 from golden import golden_root
 from llava.eval import flops
-from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, exact_flops, literature_flops
+from llava.eval.flops import SHAPES, DecoderShape, ModelShape, exact_flops, literature_flops
 from llava.eval.flops.__main__ import main
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.model.visual_cache import VisualCache
@@ -115,9 +115,8 @@ TEXT, N = 13, 16
 MARGIN = 1e-3
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("layer", [None, 0, 1, 3])
+@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("mistral", "eager")])
+@pytest.mark.parametrize("layer", [None, 0, 3])
 def test_the_exact_count_is_that_of_torch(tower, family, attention, layer):
     """Unpruned (None), pruned before the decoder and at a layer; four query heads on two key heads."""
     model = build(tower, family)
@@ -176,11 +175,6 @@ def test_a_text_only_prompt_has_no_crops(model):
     assert exact_flops(shape_of(model), [9] * 4, crops=0, logits=9).total == pytest.approx(measured, rel=MARGIN)
 
 
-def test_generation_reads_the_logits_of_one_position(model):
-    measured = counted(model, input_ids=IDS, images=pixels(1), logits_to_keep=1)
-    assert exact_flops(shape_of(model), [TEXT + N] * 4).total == pytest.approx(measured, rel=MARGIN)
-
-
 @pytest.mark.parametrize("layer", [None, 0, 2])
 def test_generating_a_token_costs_a_prefill_with_one_position_s_logits(model, layer):
     """Vision tower up to its layer, decoder, logits of one position; a second token one position of each layer."""
@@ -229,11 +223,6 @@ def test_the_named_shapes_are_those_of_the_published_configurations(name):
     config = LlavaConfig(**SIZES[size], **LLAVA, **(ANYRES if generation == "1.6" else {}))
     assert ModelShape.of(config, LARGE_TOWER) == SHAPES[name]
     assert SHAPES[name].visual_tokens == (2880 if generation == "1.6" else 576)
-
-
-def test_the_published_tower_runs_23_of_its_24_layers():
-    assert TowerShape.of(LARGE_TOWER).layers == 23
-    assert TowerShape.of(LARGE_TOWER, select_layer=24).layers == 24
 
 
 def test_grouped_heads_share_keys_and_values():
@@ -291,18 +280,6 @@ def test_the_table_names_layers_mean_and_conventions(capsys):
     assert "literature, TMACs" in shown and "exact, TFLOPs" in shown
 
 
-@pytest.mark.parametrize("convention", ["literature", "exact"])
-def test_one_convention_can_be_asked_for(convention, tmp_path):
-    report = written(tmp_path, "--convention", convention)
-    assert {"literature", "exact"} & set(report) == {convention}
-
-
-def test_without_a_method_there_is_the_unpruned_model_only(tmp_path):
-    report = written(tmp_path, "--visual", "100", "--text", "20")
-    assert report["pruning"] is None and report["tokens_per_layer"] == {"unpruned": [120] * 32}
-    assert report["literature"] == {"decoder": {"unpruned": literature_flops(SHAPES["1.5-7b"].decoder, [120] * 32)}}
-
-
 def test_a_method_that_drops_at_several_layers_is_counted_layer_by_layer(tmp_path):
     """PyramidDrop's published schedule halves the tokens at a quarter, a half and three quarters of the depth."""
     report = written(tmp_path, "--text", "0", "--method", "pyramiddrop", "--option", "schedule=published")
@@ -315,22 +292,11 @@ def test_options_reach_the_method(tmp_path):
     assert report["pruning"]["options"] | {"gamma": 0.5, "compat": True} == report["pruning"]["options"]
 
 
-def test_the_shell_has_no_say(tmp_path, monkeypatch):
-    monkeypatch.setenv("BASELINE", "uniform")
-    monkeypatch.setenv("SUBSET_RATIO", "0.5")
-    assert written(tmp_path)["pruning"] is None
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_checkpoint_folder_is_read_for_its_configuration(tower, tmp_path, family):
     model = build(tower, family)
     model.config.save_pretrained(tmp_path)
     assert flops.load_shape(str(tmp_path)) == shape_of(model)
-
-
-def test_the_embedded_model_has_a_shape():
-    shape = flops.load_shape("llava-mini")
-    assert shape.visual_tokens == 576 and shape.crops == 1
 
 
 def test_a_folder_without_images_in_its_configuration_is_refused(tmp_path):

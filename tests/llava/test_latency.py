@@ -15,8 +15,7 @@ from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import load, prompts
-from llava.eval.latency.report import mebibytes
-from llava.pruning import PruningConfig, available_methods, kept_count
+from llava.pruning import PruningConfig, kept_count
 
 CPU = torch.device("cpu")
 
@@ -41,10 +40,6 @@ class TestClock:
             "total": {"median": 50.5, "worst": 100.0},
             "vision": {"median": 0.0, "worst": 7.0},
         }
-
-    def test_a_ratio_is_that_of_the_rounds(self):
-        reference = [{"total": t} for t in (1.0, 10.0, 100.0)]
-        assert clock.ratio(reference, [{"total": t} for t in (2.0, 30.0, 100.0)]) == 2.0
 
     def test_a_part_that_runs_twice_is_added_up(self, monkeypatch):
         moments = iter([0.0, 1.0, 5.0, 7.0])
@@ -95,9 +90,8 @@ class TestModels:
         assert torch.equal(asked["input_ids"][1], asked["input_ids"][2])
         assert int((asked["input_ids"][0] > 0).sum()) == 60
 
-    # CLIP's text tower, a fitted recipe and a trained pruner are what random weights do not come with.
-    @pytest.mark.parametrize("name", sorted(available_methods().keys() - {"cdpruner", "fitprune", "ocvtp"}))
-    def test_every_method_can_be_measured_on_it(self, tiny, name):
+    @pytest.mark.parametrize("name", ["otprune", "visionzip", "fastv", "sparsevlm"])
+    def test_methods_of_every_kind_can_be_measured_on_it(self, tiny, name):
         tiny.set_pruning(read_methods([name], 0.5)[name])
         try:
             tiny.generate(**prompts(tiny, [0], [0]), max_new_tokens=2, pad_token_id=0)
@@ -119,11 +113,6 @@ class TestPrefill:
         for row in rows[1:]:
             assert 0 < row["selection_share"] < 1 and row["ms"]["decoding"]["median"] > 0
         assert tiny.pruning is None and "image_tokens" not in vars(tiny)
-
-    def test_one_token_is_one_forward(self, tiny, monkeypatch):
-        monkeypatch.setattr(tiny, "generate", None)
-        for row in prefill.measure(tiny, read_methods(["otprune"], 0.25), batch=1, new_tokens=1, repetitions=2):
-            assert 0 < row["ms"]["ttft"]["median"] <= row["ms"]["total"]["median"] <= row["ms"]["total"]["worst"]
 
     def test_switching_the_method_is_not_measured(self, tiny, monkeypatch):
         seconds = itertools.count()  # every look at the clock takes one
@@ -224,12 +213,6 @@ class TestSuite:
         assert switches[8] == {"BASELINE": "FASTV", "SUBSET_RATIO": "0.2", "LAYER_INDEX": "3"}
         assert PruningConfig.from_env(switches[4]).build_pruner().compat
 
-    @pytest.mark.parametrize("wrong", [{"methods": ["nope"]}, {"ratio": 2}])
-    def test_what_cannot_be_is_refused_before_the_first_run(self, runs, tmp_path, wrong):
-        with pytest.raises(ValueError, match=r"nope|0 < r <= 1"):
-            self.measure(tmp_path, **wrong)
-        assert not runs
-
     def test_a_run_that_fails_says_why(self, runs, tmp_path, monkeypatch):
         failed = SimpleNamespace(returncode=3, stdout="so far so good\nno such task\n")
         monkeypatch.setattr(suite.subprocess, "run", lambda *_, **__: failed)
@@ -264,7 +247,3 @@ class TestCommandLine:
         assert "is a finished measurement" in capsys.readouterr().err
         assert (tmp_path / "select.json").read_bytes() == before
         assert main([*command, "--force"]) == 0
-
-
-def test_memory_that_nobody_measured_says_so():
-    assert (mebibytes(None), mebibytes(3 * 2**19)) == ("not measured", "1.5")

@@ -27,12 +27,6 @@ def anyres(merge: str) -> SimpleNamespace:
     return SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=GRID, mm_patch_merge_type=merge)
 
 
-def test_a_padded_image_is_one_view_of_the_square():
-    views = views_of(Image.new("RGB", (100, 50)), SimpleNamespace(image_aspect_ratio="pad"), TOWER)
-    assert [view.picture.size for view in views] == [(100, 100)]
-    np.testing.assert_array_equal(views[0].patches, np.arange(576).reshape(24, 24))
-
-
 def test_anyres_patches_skip_the_newlines():
     """640 x 427 fits the 672 x 672 grid: 48 columns of patches and a newline, 32 rows once the bars are cut off."""
     base, crops = views_of(Image.new("RGB", (640, 427)), anyres("spatial_unpad"), TOWER)

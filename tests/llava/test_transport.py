@@ -12,8 +12,6 @@ from llava.eval.transport import (
     gaussian_distance,
     guarantee,
     log_det,
-    objective,
-    optimum,
     squared_distances,
     wasserstein,
 )
@@ -28,10 +26,6 @@ class TestWasserstein:
     @pytest.fixture(autouse=True)
     def _with_pot(self):
         pytest.importorskip("ot")
-
-    def test_of_a_shift_is_its_length(self):
-        points = tokens(20, 3)
-        assert wasserstein(points, points + torch.tensor([3.0, 0.0, 4.0])) == pytest.approx(5.0)
 
     def test_of_a_set_and_itself_in_another_order_is_zero(self):
         points = tokens(30, 5)
@@ -52,10 +46,6 @@ class TestWasserstein:
         expected = (one.sort(0).values - other.sort(0).values).square().mean().sqrt()
         assert wasserstein(one, other) == pytest.approx(float(expected))
 
-    def test_takes_half_precision(self):
-        full = tokens(16, 8).bfloat16()
-        assert wasserstein(full, full[:4]) == pytest.approx(wasserstein(full.double(), full[:4].double()))
-
     def test_is_the_same_in_chunks(self, monkeypatch):
         full = tokens(100, 6)
         whole = squared_distances(full, full[:7])
@@ -65,10 +55,6 @@ class TestWasserstein:
 
 
 class TestGaussianDistance:
-    def test_of_a_shift_is_its_length(self):
-        points = tokens(20, 3)
-        assert gaussian_distance(points, points + 2) == pytest.approx(2 * math.sqrt(3))
-
     def test_of_a_scaling_is_the_difference_of_the_deviations(self):
         """N(0, S) and N(0, 9 S): the roots differ by 2 S^1/2, whose squared norm is 4 tr S."""
         points = tokens(40, 5)
@@ -100,21 +86,15 @@ class TestObjective:
     def test_of_a_diagonal_kernel_is_the_sum_of_logarithms(self):
         assert log_det(torch.diag(torch.tensor([1.0, 2.0, 4.0])), [1, 2]) == pytest.approx(math.log(8))
 
-    def test_of_features_is_that_of_their_kernel(self):
-        features = tokens(20, 6).float()
-        assert objective(features, [3, 1, 7], gamma=0.5) == pytest.approx(log_det(ot_kernel(features, 0.5), [3, 1, 7]))
-
 
 class TestGuarantee:
     def test_bounds_every_subset_and_holds_what_submodularity_promises(self):
         kernel = ot_kernel(tokens(12, 6), gamma=1.0)
         sure = guarantee(kernel, 4)
-        best, chosen = optimum(kernel, 4)
+        best = max(log_det(kernel, subset) for subset in combinations(range(12), 4))
         assert sure.value == pytest.approx(log_det(kernel, greedy_select(kernel, 4)), rel=1e-5)
         assert sure.value <= best + 1e-6 <= sure.bound + 2e-6
         assert sure.share >= 1 - 1 / math.e
-        assert best == pytest.approx(max(log_det(kernel, subset) for subset in combinations(range(12), 4)))
-        assert log_det(kernel, chosen) == pytest.approx(best)
 
     def test_is_certain_where_tokens_have_nothing_in_common(self):
         sure = guarantee(torch.diag(torch.tensor([5.0, 2.0, 4.0, 3.0])), 2)
@@ -135,8 +115,3 @@ class TestGuarantee:
 def test_what_has_no_distance_is_refused(distance, full, kept, said):
     with pytest.raises(ValueError, match=said):
         distance(full, kept)
-
-
-def test_too_many_subsets_are_refused():
-    with pytest.raises(ValueError, match="are too many to try"):
-        optimum(torch.eye(100), 20)

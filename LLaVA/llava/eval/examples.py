@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -26,22 +26,12 @@ RULE = (
 )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of question.
-
-    Attributes
-    ----------
-    name : str
-    columns : tuple of str
-        Benchmarks to look in, by column key, the best first.
-    asks : str
-        What the question must match, a regular expression.
-    """
+class Kind(NamedTuple):
+    """A kind of question: the benchmarks to look in, the best first, and what the question must match."""
 
     name: str
     columns: tuple[str, ...]
-    asks: str
+    pattern: str
 
 
 KINDS = (
@@ -55,16 +45,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Example:
-    """A question with its image, and what each row answered.
-
-    Attributes
-    ----------
-    kind, benchmark, question, truth : str
-    image : PIL.Image
-        RGB.
-    answers : tuple of Answer
-        One a row, in the order of the rows.
-    """
+    """A question with its image (RGB), and what each row answered, in the order of the rows."""
 
     kind: str
     benchmark: str
@@ -75,19 +56,9 @@ class Example:
 
 
 def find_examples(rows: Sequence[Row]) -> tuple[list[Example], list[str]]:
-    """One example of each kind, where the rows' logs and the benchmark's data have one.
+    """One example of each kind, of different images, where the logs of one model's rows and the data have one.
 
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of one model; several seeds of a row are represented by the first.
-
-    Returns
-    -------
-    examples : list of Example
-        Of different images.
-    missing : list of str
-        Why a kind has none.
+    Several seeds of a row are represented by the first. The sentences say why a kind has none.
     """
     examples: list[Example] = []
     missing = []
@@ -116,7 +87,7 @@ def _examples(
         logs = [_by_document(row, task) for row in rows]
         for document in sorted(set.intersection(*map(set, logs))):
             samples = [log[document] for log in logs]
-            if re.search(kind.asks, _question(samples[0]["input"]), re.IGNORECASE):
+            if re.search(kind.pattern, _question(samples[0]["input"]), re.IGNORECASE):
                 found.append((_rank(rows, samples), key, task, document, samples))
     for _, key, task, document, samples in sorted(filter(lambda one: one[0] is not None, found), key=itemgetter(0)):
         prompt = samples[0]["input"]

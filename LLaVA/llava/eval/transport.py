@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
 
 import numpy as np
 import torch
@@ -17,21 +15,11 @@ import torch
 from llava.model.llava_arch import gamma_for_width, greedy_select, ot_kernel
 
 CHUNK = 512
-EXHAUSTIVE = 300_000
-"""Subsets that `optimum` is ready to try."""
 
 
 @dataclass(frozen=True)
 class Guarantee:
-    """How good a greedy selection is known to be.
-
-    Attributes
-    ----------
-    value : float
-        log det K_C of the greedy selection.
-    bound : float
-        No subset of the same size has a larger one.
-    """
+    """How good a greedy selection is known to be: its log det K_C, and what no subset of the same size exceeds."""
 
     value: float
     bound: float
@@ -43,17 +31,7 @@ class Guarantee:
 
 
 def wasserstein(full: torch.Tensor, kept: torch.Tensor) -> float:
-    """Exact 2-Wasserstein distance between two token sets.
-
-    Parameters
-    ----------
-    full : Tensor (N, D), floating, on any device
-    kept : Tensor (k, D), floating, on any device
-
-    Returns
-    -------
-    float
-        In the unit of the features.
+    """Exact 2-Wasserstein distance between token sets (N, D) and (k, D), in the unit of the features.
 
     Raises
     ------
@@ -73,10 +51,7 @@ def wasserstein(full: torch.Tensor, kept: torch.Tensor) -> float:
 def transport_cost(cost: np.ndarray) -> float:
     """The least mean cost of moving N uniformly weighted points onto k, given the costs (N, k), float64.
 
-    Raises
-    ------
-    ImportError, RuntimeError
-        As `wasserstein`.
+    Raises `ImportError` and `RuntimeError` as `wasserstein` does.
     """
     try:
         import ot
@@ -94,20 +69,8 @@ def transport_cost(cost: np.ndarray) -> float:
 def gaussian_distance(full: torch.Tensor, kept: torch.Tensor) -> float:
     """2-Wasserstein distance between the Gaussians of the same means and covariances (Bures); at most the exact one.
 
-    Parameters
-    ----------
-    full : Tensor (N, D), floating, on any device
-    kept : Tensor (k, D), floating, on any device
-
-    Raises
-    ------
-    ValueError
-        For empty sets, other widths, or values that are not finite.
-
-    Notes
-    -----
-    With centred sets A / sqrt(N) and B / sqrt(k) the cross term tr((S_A^1/2 S_B S_A^1/2)^1/2) is the nuclear norm of
-    A B^T: an N x k matrix in place of two D x D roots.
+    Takes and raises what `wasserstein` does. With centred sets A / sqrt(N) and B / sqrt(k) the cross term
+    tr((S_A^1/2 S_B S_A^1/2)^1/2) is the nuclear norm of A B^T: an N x k matrix in place of two D x D roots.
 
     Source: Dowson and Landau, Journal of Multivariate Analysis 12, 1982.
     """
@@ -138,15 +101,9 @@ def squared_distances(full: torch.Tensor, kept: torch.Tensor) -> np.ndarray:
 
 
 def objective(features: torch.Tensor, indices: Sequence[int] | torch.Tensor, gamma: float | None = None) -> float:
-    """OTPrune's objective of a selection, log det K_C with ``K = I + gamma S S^T``.
+    """OTPrune's objective of a selection, log det K_C with ``K = I + gamma S S^T``, of features (N, D).
 
-    Parameters
-    ----------
-    features : Tensor (N, D), floating
-    indices : sequence of int
-        Distinct places of the kept tokens.
-    gamma : float, optional
-        That of `gamma_for_width` unless given.
+    ``gamma`` is that of `gamma_for_width` unless given.
     """
     kernel = objective_kernel(features) if gamma is None else ot_kernel(features, gamma)
     return log_det(kernel, indices)
@@ -169,16 +126,7 @@ def guarantee(kernel: torch.Tensor, k: int) -> Guarantee:
     The bound is the smallest of: after every greedy step, what is reached plus the k largest gains that are left
     (log det is submodular, and monotone as K >= I); and the sum of the logarithms of K's k largest eigenvalues.
 
-    Parameters
-    ----------
-    kernel : Tensor (N, N)
-        Symmetric, eigenvalues at least 1 (`ot_kernel`).
-    k : int
-
-    Raises
-    ------
-    ValueError
-        If k is out of range.
+    The kernel (N, N) is symmetric, with eigenvalues at least 1 (`ot_kernel`).
 
     Source: Nemhauser, Wolsey and Fisher, Mathematical Programming 14, 1978; Minoux, 1978, for the bound after a step.
     """
@@ -196,31 +144,6 @@ def guarantee(kernel: torch.Tensor, k: int) -> Guarantee:
         gains[chosen] = 1
     bounds.append(value + float(gains.clamp_min(1).topk(k).values.log().sum()))
     return Guarantee(value, min(bounds))
-
-
-def optimum(kernel: torch.Tensor, k: int) -> tuple[float, tuple[int, ...]]:
-    """The largest log det K_C over all subsets of size k, and the first subset that has it.
-
-    Raises
-    ------
-    ValueError
-        If there are more than `EXHAUSTIVE` subsets, or k is out of range.
-    """
-    n = len(kernel)
-    if not 1 <= k <= n:
-        raise ValueError(f"k must be between 1 and N = {n}, not {k}")
-    if comb(n, k) > EXHAUSTIVE:
-        raise ValueError(f"{comb(n, k)} subsets of {k} of {n} tokens are too many to try: at most {EXHAUSTIVE}")
-    subsets = torch.tensor(list(combinations(range(n), k)))
-    matrix = kernel.cpu().double()
-    values = torch.cat(
-        [
-            torch.linalg.slogdet(matrix[part[:, :, None], part[:, None, :]]).logabsdet
-            for part in subsets.split(max(1, 2_000_000 // k**2))
-        ]
-    )
-    best = int(values.argmax())
-    return float(values[best]), tuple(subsets[best].tolist())
 
 
 def _rows(points: torch.Tensor, start: int, stop: int) -> torch.Tensor:
