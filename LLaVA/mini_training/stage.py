@@ -25,6 +25,8 @@ class Stage:
         Of everything that AdamW trains: embeddings, norms, biases, heads.
     matrix_learning_rate : float
         Of the layers' weight matrices, which Muon trains (in AdamW's scale).
+    first_seed : int
+        Of the stage's images; no two stages share one.
     warmup, decay : float
         Fractions of the steps: a linear rise at the beginning, a linear fall to zero at the end.
     weight_decay : float
@@ -42,15 +44,16 @@ class Stage:
     batch: int
     learning_rate: float
     matrix_learning_rate: float
+    first_seed: int = 0
     warmup: float = 0.02
     decay: float = 0.3
     weight_decay: float = 0.01
     clip: float = 1.0
 
     def __post_init__(self):
-        for name in ("steps", "batch"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, not {getattr(self, name)!r}")
+        for name, least in (("steps", 1), ("batch", 1), ("first_seed", 0)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number >= {least}, not {getattr(self, name)!r}")
         for name in ("learning_rate", "matrix_learning_rate", "warmup", "decay", "weight_decay", "clip"):
             value, most = getattr(self, name), 1 if name in ("warmup", "decay") else math.inf
             if not isinstance(value, (int, float)) or not 0 <= value <= most:

@@ -36,52 +36,14 @@ from mini_training.stage import Stage, learning_rate_factor, make_optimizers
 from mini_training.tower import TowerScenes, TowerTask
 from mini_training.vocabulary import build_tokenizer
 
-__all__ = ["CONFIG", "STAGES", "main", "read_config", "train"]
-
 CONFIG = Path(__file__).with_name("config.yaml")
 STAGES = ("tower", "align", "basics", "finetune", "deepen", "ground")
 
-# Images of different stages never overlap.
-FIRST_SEEDS = {
-    "tower": 0,
-    "align": 100_000_000,
-    "basics": 150_000_000,
-    "finetune": 200_000_000,
-    "deepen": 300_000_000,
-    "ground": 400_000_000,
-}
-
 LAYERS = "model.model.layers."
-
-# Sizes and steps that try the whole recipe out in seconds.
-SMOKE = {
-    "tokenizer": {"pieces": 800, "scenes": 20},
-    "tower": {"width": 24, "heads": 2, "layers": 1, "intermediate": 32},
-    "decoder": {"width": 32, "heads": 2, "intermediate": 48},
-    "stages": {
-        "tower": {"steps": 4, "batch": 2},
-        "align": {"steps": 3, "batch": 2, "layers": 2},
-        "basics": {"steps": 2, "batch": 2, "layers": 2, "mixture": {"questions": 3, "text_every": 2}},
-        "finetune": {
-            "steps": 4,
-            "batch": 2,
-            "layers": 2,
-            "mixture": {"questions": 3, "pair_every": 3, "text_every": 4},
-        },
-        "deepen": {"steps": 2, "batch": 2, "layers": 4, "mixture": {"questions": 3, "pair_every": 2}},
-        "ground": {
-            "steps": 2,
-            "batch": 2,
-            "layers": 4,
-            "grounding": {"phrases": 2, "comparisons": 3, "options": 3},
-            "mixture": {"questions": 3, "pair_every": 2},
-        },
-    },
-}
 
 
 def read_config(file: Path, smoke: bool = False) -> dict:
-    """The recipe in a YAML file; with `smoke`, shrunk to seconds.
+    """The recipe in a YAML file; with `smoke`, with the sizes and steps that its section ``smoke`` has instead.
 
     Raises
     ------
@@ -96,7 +58,8 @@ def read_config(file: Path, smoke: bool = False) -> dict:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict) or not {"seed", "tokenizer", "tower", "decoder", "stages"} <= config.keys():
         raise ValueError(f"{file} holds no recipe: it needs seed, tokenizer, tower, decoder and stages")
-    config = _merged(config, SMOKE) if smoke else config
+    small = config.pop("smoke", {})
+    config = _merged(config, small) if smoke else config
     for name in STAGES:
         try:
             parse_stage(name, config)
@@ -138,7 +101,7 @@ def train(name: str, config: dict, run: Run, workers: int = 0) -> bool:
         for unused in (task.tower.encoder.layers[-1], task.tower.post_layernorm):
             unused.requires_grad_(False)
         matrices = [p for p in task.tower.encoder.layers[:-1].parameters() if p.ndim == 2]
-        data, collator = TowerScenes("train", FIRST_SEEDS[name], length, config["tower"]["crowded"]), default_collate
+        data, collator = TowerScenes("train", stage.first_seed, length, config["tower"]["crowded"]), default_collate
     else:
         tokenizer = load_tokenizer(run.folder / "checkpoint")
         task = conversation_task(name, config, len(tokenizer), run.folder, device)
@@ -146,7 +109,7 @@ def train(name: str, config: dict, run: Run, workers: int = 0) -> bool:
             before = run.folder / f"{_before(name)}.pt"
             grow(task, torch.load(before, map_location="cpu", weights_only=True)["model"])
         matrices, collator = task.matrices(), collate
-        data = PackedScenes("train", FIRST_SEEDS[name], length, stage.batch, mixture, tokenizer)
+        data = PackedScenes("train", stage.first_seed, length, stage.batch, mixture, tokenizer)
     trainer = Trainer(task, make_optimizers(task, matrices, stage), run, clip=stage.clip)
     batches = trainer.batches(data, range(length), stage.batch, stage.steps, collator, workers)
     return trainer.fit(batches, stage.steps, lambda step: learning_rate_factor(step, stage))
@@ -241,12 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=math.inf, help="save and stop after this long")
     add("--threads", type=positive, default=os.cpu_count(), help="threads per process")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    add(
-        "--workers",
-        type=whole,
-        default=0,
-        help="processes that draw later images; for a GPU, one a core",
-    )
+    add("--workers", type=whole, default=0, help="processes that draw later images; for a GPU, one per core")
     add("--fp32", action="store_true", help="no bfloat16 products")
     add("--scenes", type=positive, default=200, help="scenes to evaluate on")
     add("--smoke", action="store_true", help="tiny sizes, few steps: try everything out in seconds")

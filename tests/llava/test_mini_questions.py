@@ -204,7 +204,7 @@ def test_no_category_is_the_likelier_one():
 def test_yes_and_no_are_equally_frequent():
     answers = defaultdict(Counter)
     yes_no_forms = [form for form in FORMS if form.startswith("is_")] + ["exists", "both", "same_color", "relation"]
-    for seed in range(6000):
+    for seed in range(3000):
         scene, rng = sample_scene(seed, "validation"), SeededRandom("balance", seed)
         for form in yes_no_forms:
             fact = FORMS[form](scene, rng)
@@ -219,7 +219,7 @@ def test_yes_and_no_are_equally_frequent():
 
 def test_a_told_number_says_nothing_about_whether_it_is_true():
     answers = defaultdict(Counter)
-    for seed in range(20000):
+    for seed in range(8000):
         fact = FORMS["is_count"](sample_scene(seed, "validation"), SeededRandom("told", seed))
         if fact is not None:
             told = next(word for word in fact.question.split() if word in COUNT_WORDS)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -324,8 +324,9 @@ def test_a_wrong_recipe_is_refused_before_the_first_stage(tmp_path, capsys, befo
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_of_earlier_versions_hands_over():
-    shown = subprocess.run(
-        [sys.executable, "-m", "llava.mini.train", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    assert shown.startswith("usage: python -m mini_training")
+def test_the_command_of_earlier_versions_hands_over(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("llava.mini.train", run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage: python -m mini_training")
