@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from numbers import Integral
 from threading import Lock
 from typing import Any
@@ -65,10 +66,12 @@ def select(
         ratio = 0.098 if k is None else 1.0
     config = PruningConfig(method=method, ratio=ratio, options=options)
     batch = features if features.ndim == 3 else features.unsqueeze(0)
-    budget = kept_count(batch.shape[1], config.ratio) if k is None else int(k)
+    budget = kept_count(batch.shape[1], ratio) if k is None else int(k)
     pruner = config.build_pruner()
-    keys = tuple(content_key(row) for row in batch) if "image_keys" in pruner.needs else None
-    indices = pruner.indices(VisualTokens(batch, budget, image_keys=keys))
+    tokens = VisualTokens(batch, budget)
+    if "image_keys" in pruner.needs:
+        tokens = replace(tokens, image_keys=tuple(content_key(row) for row in batch))
+    indices = pruner.indices(tokens)
     return indices if features.ndim == 3 else indices[0]
 
 

@@ -31,7 +31,7 @@ class Pruner:
     where : str
         Where the method works: `BEFORE` the decoder, or `INSIDE` it.
     needs : frozenset of str
-        `Signals` that the method reads beside the features and the layout. A property where it depends on the options.
+        `Signals` that the method reads beside the features and the layout.
     source : str
         Paper or definition.
     licence : str
@@ -50,18 +50,32 @@ class Pruner:
     """
 
     where: ClassVar[str] = BEFORE
-    needs: ClassVar[frozenset[str]] = frozenset()
     source: ClassVar[str] = ""
     licence: ClassVar[str] = ""
     first_layer: ClassVar[int] = 0
     default_layer: ClassVar[int | None] = 0
-    encoder_layers: ClassVar[tuple[int, ...]] = ()
-    feature_layer: ClassVar[int | None] = None
-    varies: ClassVar[bool] = False
     after_attention: ClassVar[bool] = False
 
     position_ids: Literal["auto", "original", "compact"] = "auto"
     per_crop: bool = False
+
+    # Attributes of the class in most methods; in some, they depend on the options.
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def encoder_layers(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def feature_layer(self) -> int | None:
+        return None
+
+    @property
+    def varies(self) -> bool:
+        return False
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         """Choose ``tokens.k`` of the N tokens of every image.
@@ -139,7 +153,9 @@ class Pruner:
         ValueError
             If this decoder cannot meet the budget.
         """
-        return ((self.default_layer if layer is None else layer, ratio),)
+        layer = self.default_layer if layer is None else layer
+        assert layer is not None and ratio is not None  # check_budget's
+        return ((layer, ratio),)
 
     def budget(self, n: int, fraction: float) -> int:
         """How many of an image's ``n`` tokens are left where ``fraction`` of them is to be there."""

@@ -36,13 +36,14 @@ class deferred_checks:
 
     def __init__(self):
         self.conditions: list[Condition] = []
-        self._token: Token | None = None
+        self._token: Token[deferred_checks | None] | None = None
 
     def __enter__(self) -> deferred_checks:
         self._token = _deferred.set(self)
         return self
 
     def __exit__(self, *error) -> None:
+        assert self._token is not None
         _deferred.reset(self._token)
 
     def verify(self) -> None:

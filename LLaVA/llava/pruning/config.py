@@ -139,7 +139,7 @@ class PruningConfig:
         )
 
     @classmethod
-    def from_text(cls, text: str, ratio: float, environ: Mapping[str, str] = os.environ) -> PruningConfig:
+    def from_text(cls, text: str, ratio: float | None, environ: Mapping[str, str] = os.environ) -> PruningConfig:
         """Read a method as command lines name it: ``otprune``, ``fastv:layer=3``, ``otprune:gamma=0.05:ratio=0.2``.
 
         Parameters

@@ -49,14 +49,13 @@ def reduce(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
     if tokens.k >= tokens.features.shape[1] and not pruner.varies:
         return KeptTokens.all_of(tokens.features)
     if pruner.per_crop and tokens.crops is not None:
-        kept = [_reduce_per_crop(pruner, tokens, image) for image in range(len(tokens.features))]
+        kept = [_reduce_per_crop(pruner, tokens, image, crops) for image, crops in enumerate(tokens.crops)]
         return KeptTokens(torch.cat([one.features for one in kept]), torch.cat([one.indices for one in kept]))
     return _merge_checked(pruner, tokens)
 
 
-def _reduce_per_crop(pruner: Pruner, tokens: VisualTokens, image: int) -> KeptTokens:
-    """One image, each of whose crops gets its share of the budget."""
-    crops = tokens.crops[image]
+def _reduce_per_crop(pruner: Pruner, tokens: VisualTokens, image: int, crops: torch.Tensor) -> KeptTokens:
+    """One image, each of whose ``crops`` (N,) gets its share of the budget."""
     numbers = crops.unique().tolist()
     places = [(crops == number).nonzero().flatten() for number in numbers]
     grids = None if tokens.layout is None else [crop for part in tokens.layout for crop in part.split()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -214,13 +214,21 @@ def drop_image_tokens(
         source[row, slots] = places.gather(1, kept.indices)
         if pruner.merges:
             merged[row, slots] = kept.features
-    slots = KeptColumns.closing_gaps(keep)
-    left = rows.take(slots.of_tokens_at(source))
+    columns = KeptColumns.closing_gaps(keep)
+    left = rows.take(columns.of_tokens_at(source))
     # Merged tokens are in their slots already.
-    return replace(left, hidden=slots.take(merged)) if pruner.merges else left
+    return replace(left, hidden=columns.take(merged)) if pruner.merges else left
 
 
-def choose_raters(rows: Rows, pruner: Pruner) -> torch.Tensor:
+class Rater(Protocol):
+    """A method that ranks by what some text tokens attend to; see the signal ``rater_attention``."""
+
+    def raters(self, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """Which of the text (T, D) after an image (n, D) are raters: bool (T,)."""
+        ...
+
+
+def choose_raters(rows: Rows, pruner: Rater) -> torch.Tensor:
     """The text tokens after each row's first image that the method takes as raters.
 
     Returns

@@ -56,5 +56,6 @@ class ScheduledPruner(Pruner):
 
     def schedule_for(self, ratio: float | None, layer: int | None, num_layers: int) -> Schedule:
         if self.schedule == "scaled":
+            assert ratio is not None  # check_budget's
             return scaled(self.published(self.schedules[0]), ratio, num_layers, self.first_layer)
         return at_relative_depth(self.published(self.schedule), num_layers, self.first_layer)

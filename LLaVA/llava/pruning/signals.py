@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 Source = Literal["encoder", "decoder", "prompt", "text encoder"]
+
+# Signals have the types that a method finds which needs them: `reduce` refuses to call it without.
+_ABSENT: Any = None
 
 
 def _row(computed_by: Source, shape: str, meaning: str) -> dict[str, str]:
@@ -28,66 +31,68 @@ class Signals:
     In tensors axis 0 is the image and axis 1 the token; image-newline tokens have zeros in what the encoder computes.
     """
 
-    image_keys: tuple[int, ...] | None = field(
-        default=None,
+    image_keys: tuple[int, ...] = field(
+        default=_ABSENT,
         metadata=_row("prompt", "B integers", "digest of the image's content, for methods that draw at random"),
     )
-    question: tuple[torch.Tensor, ...] | None = field(
-        default=None, metadata=_row("prompt", "B tensors (T, D)", "embedded text of the prompt after its first image")
+    question: tuple[torch.Tensor, ...] = field(
+        default=_ABSENT,
+        metadata=_row("prompt", "B tensors (T, D)", "embedded text of the prompt after its first image"),
     )
-    text_similarity: torch.Tensor | None = field(
-        default=None,
+    text_similarity: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row(
             "text encoder", "(B, N) float32", "cosine between a patch and the question in CLIP's common space"
         ),
     )
-    encoder_features: torch.Tensor | None = field(
-        default=None, metadata=_row("encoder", "(B, N, C)", "features of the vision encoder, before the projector")
+    encoder_features: torch.Tensor = field(
+        default=_ABSENT, metadata=_row("encoder", "(B, N, C)", "features of the vision encoder, before the projector")
     )
-    layer_features: torch.Tensor | None = field(
-        default=None,
+    layer_features: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row("encoder", "(B, N, C)", "output of the encoder layer that is the method's feature_layer"),
     )
-    encoder_keys: torch.Tensor | None = field(
-        default=None,
+    encoder_keys: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row(
             "encoder", "(B, N, c)", "keys, averaged over the heads, of the encoder layer whose output is read"
         ),
     )
-    cls_attention: torch.Tensor | None = field(
-        default=None, metadata=_row("encoder", "(B, N, H) float32", "attention of [CLS] in that layer, per head")
+    cls_attention: torch.Tensor = field(
+        default=_ABSENT, metadata=_row("encoder", "(B, N, H) float32", "attention of [CLS] in that layer, per head")
     )
-    received_attention: torch.Tensor | None = field(
-        default=None,
+    received_attention: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row(
             "encoder",
             "(B, N, E) float32",
             "attention averaged over heads and over all queries, in each of the method's encoder_layers",
         ),
     )
-    final_keys: torch.Tensor | None = field(
-        default=None, metadata=_row("encoder", "(B, N, C)", "keys of the encoder's last layer, all heads side by side")
+    final_keys: torch.Tensor = field(
+        default=_ABSENT,
+        metadata=_row("encoder", "(B, N, C)", "keys of the encoder's last layer, all heads side by side"),
     )
-    final_cls_attention: torch.Tensor | None = field(
-        default=None,
+    final_cls_attention: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row(
             "encoder", "(B, N) float32", "attention of [CLS] in the encoder's last layer, taken as one wide head"
         ),
     )
-    last_attention: torch.Tensor | None = field(
-        default=None,
+    last_attention: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row(
             "decoder",
             "(B, N, H) float32",
             "attention of the last prompt token, per head, in the decoder layer before the drop",
         ),
     )
-    next_attention: torch.Tensor | None = field(
-        default=None,
+    next_attention: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row("decoder", "(B, N, H) float32", "the same in the decoder layer at whose input the drop happens"),
     )
-    rater_attention: torch.Tensor | None = field(
-        default=None,
+    rater_attention: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row(
             "decoder",
             "(B, N) float32",
@@ -95,8 +100,8 @@ class Signals:
             "method's raters(visual (n, D), text (T, D)) -> bool (T,) chose at the decoder's input",
         ),
     )
-    visual_attention: torch.Tensor | None = field(
-        default=None,
+    visual_attention: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row(
             "decoder",
             "(B, N) float32",
@@ -104,8 +109,8 @@ class Signals:
             "over the visual tokens of its image that are present",
         ),
     )
-    text_attention: torch.Tensor | None = field(
-        default=None,
+    text_attention: torch.Tensor = field(
+        default=_ABSENT,
         metadata=_row("decoder", "(B, N) float32", "the same, summed over the text of the prompt after the image"),
     )
 

@@ -144,7 +144,7 @@ class VisualTokens(Signals):
         k: int,
         features: torch.Tensor | None = None,
         left: torch.Tensor | None = None,
-        **seen: torch.Tensor,
+        **seen: Any,
     ) -> VisualTokens:
         """A batch of images with the same number of tokens.
 
@@ -164,6 +164,8 @@ class VisualTokens(Signals):
             features = torch.stack([image.features for image in images])
         layouts = [image.layout for image in images]
 
+        known = [layout for layout in layouts if layout is not None]
+
         def per_token(values: Sequence[torch.Tensor]) -> torch.Tensor:
             every = torch.stack(list(values)).to(features.device, non_blocking=True)
             return every if left is None else every[torch.arange(len(left), device=left.device)[:, None], left]
@@ -178,14 +180,14 @@ class VisualTokens(Signals):
             features,
             k,
             layout=layouts[0] if left is None and len(set(layouts)) == 1 else None,
-            crops=None if None in layouts else per_token([crop_numbers(layout) for layout in layouts]),
+            crops=per_token([crop_numbers(layout) for layout in known]) if len(known) == len(layouts) else None,
             **{name: batch(name) for name in images[0].signals},
             **seen,
         )
 
     def at(self, image: int, places: torch.Tensor, k: int, layout: Layout | None = None) -> VisualTokens:
         """The tokens at ``places`` (n,) of one image alone, with a budget and a layout of their own."""
-        parts = {}
+        parts: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 parts[name] = value[image : image + 1, places]

@@ -68,7 +68,8 @@ def facility_select(
     """Greedy facility location: (B, N, N), float32 -> (B, k), int64, in the order of selection."""
     ones, zeros = torch.ones(similarity.shape[:2]), torch.zeros(similarity.shape[:2])
     images = zip(similarity, ones if weight is None else weight, zeros if served is None else served, strict=True)
-    return _stack(facility_order(*(part.detach().float().numpy() for part in image), k) for image in images)
+    arrays = ([part.detach().float().numpy() for part in image] for image in images)
+    return _stack(facility_order(similar, weights, nearest, k) for similar, weights, nearest in arrays)
 
 
 def greedy_order(gain: np.ndarray, rows: Callable[[torch.Tensor], torch.Tensor], k: int) -> list[int]:

@@ -34,9 +34,9 @@ def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
 
     Source: DivPrune, CVPR 2025.
     """
-    order = fused("max_min_select", distance, k)
-    if order is not None:
-        return order
+    fast = fused("max_min_select", distance, k)
+    if fast is not None:
+        return fast
     batch, n, _ = distance.shape
     rows = torch.arange(batch, device=distance.device)
     others = distance.clone()

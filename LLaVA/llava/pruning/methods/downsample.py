@@ -56,6 +56,7 @@ def strips_of_cells(rows: int, columns: int, share: int, newline: str) -> tuple[
                 best, best_distortion = (cells, newlines), distortion
         if best is not None:
             break
+    assert best is not None  # one strip always spends the share
     return best
 
 

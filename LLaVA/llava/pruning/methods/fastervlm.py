@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
 from llava.pruning.tokens import VisualTokens
 
 
@@ -17,6 +17,8 @@ class FasterVLM(AttentionRanked):
 
     source: ClassVar[str] = "FasterVLM, arXiv 2412.01818v1 (2024)"
     licence: ClassVar[str] = "Apache-2.0"
+
+    importance: Importance = "auto"
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         return most_important(self.attention(tokens))[:, : tokens.k]

@@ -137,7 +137,7 @@ class HiPrune(Pruner):
             )
 
     @property
-    def encoder_layers(self) -> tuple[int, int]:
+    def encoder_layers(self) -> tuple[int, ...]:
         """The object layer and the deepest one that runs."""
         return (self.object_layer - 1, -1)
 

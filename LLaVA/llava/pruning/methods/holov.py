@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from llava.pruning.methods.groups import select_by_quota
-from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
 from llava.pruning.tokens import VisualTokens
 
 
@@ -71,6 +71,7 @@ class HoloV(AttentionRanked):
 
     source: ClassVar[str] = "HoloV, arXiv 2510.02912 (NeurIPS 2025)"
 
+    importance: Importance = "auto"
     strips: int = 16
     diversity: float = 0.09
 

@@ -10,6 +10,8 @@ import torch
 from llava.pruning.base import Pruner
 from llava.pruning.tokens import VisualTokens
 
+Importance = Literal["auto", "cls", "received"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRanked(Pruner):
@@ -20,12 +22,12 @@ class AttentionRanked(Pruner):
     importance : str
         "cls": the attention that [CLS] pays a patch, averaged over the heads. "received": what all queries pay it,
         averaged over queries and heads, for encoders without [CLS]. "auto": the first where there is a [CLS]. A method
-        may add others, which need nothing of the encoder.
+        states which it takes (`Importance`), and may add others, which need nothing of the encoder.
     """
 
     encoder_layers: ClassVar[tuple[int, ...]] = (-1,)
 
-    importance: Literal["auto", "cls", "received"] = "auto"
+    importance: str = "auto"
 
     @property
     def needs(self) -> frozenset[str]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from llava.pruning.methods.coverage import facility_select
-from llava.pruning.methods.importance import AttentionRanked
+from llava.pruning.methods.importance import AttentionRanked, Importance
 from llava.pruning.similarity import cosine_similarity
 from llava.pruning.tokens import VisualTokens
 
@@ -30,6 +30,7 @@ class SCOPE(AttentionRanked):
     source: ClassVar[str] = "SCOPE, arXiv 2510.24214 (NeurIPS 2025)"
     licence: ClassVar[str] = "published code without one"
 
+    importance: Importance = "auto"
     alpha: float = 1.0
 
     def __post_init__(self):

@@ -40,6 +40,7 @@ class VTW(Pruner):
 
     def schedule_for(self, ratio: float | None, layer: int | None, num_layers: int) -> Schedule:
         if layer is None:
+            assert ratio is not None  # check_budget's
             layer = max(self.first_layer, round(ratio * num_layers))
             if layer >= num_layers:
                 return ((num_layers - 1, 1.0),)

@@ -148,6 +148,7 @@ class FitPrune(Pruner):
         recipe.check_layers(num_layers)
         if not self.scale:
             return recipe.stages
+        assert ratio is not None  # check_budget's
         return scaled(scalable(recipe), ratio, num_layers, self.first_layer, published_layers=num_layers)
 
     def fit(self, model: Any, ratio: float | None) -> Schedule:
@@ -172,6 +173,7 @@ class FitPrune(Pruner):
         return {} if self.recipe is None else {"recipe": recipe_digest(self._recipe())}
 
     def _recipe(self) -> Recipe:
+        assert self.recipe is not None
         try:
             return read_recipe(self.recipe)
         except ValueError as error:

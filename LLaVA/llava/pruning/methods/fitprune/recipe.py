@@ -179,7 +179,7 @@ def parse_recipe(facts: Any, name: str) -> Recipe:
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
         raise ValueError(f"{name} is no recipe: it must be a JSON object with format {FORMAT}, not {found!r}")
-    model = facts.get("model")
+    model: Any = facts.get("model")
     for part, keys in ((facts, ("deleted", "tokens")), (model, ("layers", "visual_tokens"))):
         missing = [key for key in keys if not isinstance(part, dict) or key not in part]
         if missing:

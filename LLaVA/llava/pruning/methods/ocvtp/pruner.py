@@ -154,7 +154,7 @@ class OCVTP(Pruner):
         return (-1,) if "received_attention" in self.needs else ()
 
     @property
-    def feature_layer(self) -> int:
+    def feature_layer(self) -> int | None:
         """The encoder layer that the network reads."""
         return self._files.config.layer if self.encoder_layer is None else self.encoder_layer
 
