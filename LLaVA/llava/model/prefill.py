@@ -27,6 +27,8 @@ class Prefill:
         False at padding; None where there is none.
     images : sequence of ImageTokens
         By their number; empty unless the decoder drops tokens.
+    kept : sequence of Tensor (k,), int64
+        Which tokens of each image entered the decoder.
     tokens_per_layer : sequence of tuple of int
         What each decoder layer sees of each image, in the order of the prompts.
     tokens_after_attention : sequence of tuple of int
@@ -42,6 +44,7 @@ class Prefill:
     image_id: torch.Tensor
     mask: torch.Tensor | None
     images: Sequence[ImageTokens]
+    kept: Sequence[torch.Tensor]
     tokens_per_layer: Sequence[tuple[int, ...]]
     tokens_after_attention: Sequence[tuple[int, ...]]
     token_counts: Sequence[tuple[int, int]]
@@ -65,10 +68,21 @@ class Prefill:
             prompts.image_id.to(device, non_blocking=True),
             None if bool(prompts.mask.all()) else prompts.mask.to(device, non_blocking=True),
             images if active.inside_decoder else (),
+            [left.indices for left in kept],
             per_layer,
             [active.tokens_after_attention(*count) for count in counts],
             [(total, seen[-1]) for (total, _, _), seen in zip(counts, per_layer, strict=True)],
         )
+
+    def tokens_left(self, image: int) -> torch.Tensor:
+        """Which tokens of an image were there after the last drop: int64 (k,)."""
+        if self.left is None:
+            return self.kept[image]
+        places = self.image_id == image  # (B, T)
+        row = int(places.any(dim=1).nonzero()[0])
+        columns = self.left.source[row][self.left.present[row]]
+        columns = columns[places[row, columns]]
+        return columns - places[row].int().argmax()
 
     def reorder(self, columns: KeptColumns) -> None:
         """Follow a batch whose columns, all of which are kept, were moved."""

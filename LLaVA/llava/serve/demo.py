@@ -12,8 +12,8 @@ import io
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from llava.images import load_rgb
 from llava.mm_utils import AnswerEnd, get_model_name_from_path, images_to, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.visual_cache import VisualCache
-from llava.pruning import Pruner, PruningConfig, available_methods, pruning
+from llava.pruning import PruningConfig, available_methods, pruning
 
 MAX_NEW_TOKENS = 128
 SCENES = (
@@ -144,7 +144,7 @@ class Model:
         ids, end = self._prompt(question)
         pixels = images_to(process_images([image], self.processor, model.config), model.device, model.dtype)
         first = _FirstToken()
-        with self._lock, torch.inference_mode(), _surviving() as survivors:
+        with self._lock, torch.inference_mode():
             model.visual_cache = self._cache if cached else None
             try:
                 with nullcontext() if config is None else pruning(model, config):
@@ -161,8 +161,12 @@ class Model:
                     )
             finally:
                 model.visual_cache = None
-            [(total, left)] = model.visual_token_counts
-            [present], [after] = model.visual_tokens_per_layer, model.visual_tokens_after_attention
+            prefill = model.latest_prefill
+        [(total, _)], [present], [after] = (
+            prefill.token_counts,
+            prefill.tokens_per_layer,
+            prefill.tokens_after_attention,
+        )
         text = ids.shape[1] - 1
         flops = exact_flops(
             self.shape,
@@ -174,7 +178,7 @@ class Model:
             text=end.cut(self.tokenizer.decode(output[0], skip_special_tokens=True)).strip(),
             total=total,
             kept=sum(present) / len(present),
-            indices=survivors(total) if left else [],
+            indices=prefill.tokens_left(0).tolist(),
             # The first call of `put` holds the prompt.
             seconds=first.moments[1] - begin,
             flops=flops.total,
@@ -197,30 +201,6 @@ class Model:
         if len(ids) > room:
             raise ValueError(f"the question is too long: {len(ids)} tokens with the prompt, and {room} fit")
         return ids.unsqueeze(0), AnswerEnd.of(conv, self.tokenizer)
-
-
-@contextmanager
-def _surviving() -> Iterator[Callable[[int], list[int]]]:
-    """Follow one image's tokens through every drop inside the block; gives a function of their number."""
-    chosen: list[torch.Tensor] = []
-    reduce = Pruner.reduce
-
-    def recorded(pruner: Pruner, tokens: Any) -> Any:
-        kept = reduce(pruner, tokens)
-        chosen.append(kept.indices[0])
-        return kept
-
-    def survivors(total: int) -> list[int]:
-        alive = torch.arange(total)
-        for indices in chosen:
-            alive = alive[indices.cpu()]
-        return alive.tolist()
-
-    Pruner.reduce = recorded
-    try:
-        yield survivors
-    finally:
-        Pruner.reduce = reduce
 
 
 def build_page(model: Model) -> Any:
