@@ -37,4 +37,9 @@ cd -- "$root"
 (cd LLaVA && "$python" -m mypy)
 # One thread a process: the tests start processes of their own, and tiny models gain nothing from more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$python" -m pytest tests "$@"
+"$python" -m pytest tests "$@"
+if [ ! -x "${VLLM_VENV:-$root/.venv-vllm}/bin/python" ]; then
+    printf 'Left out: the tests that need vLLM. bash tests/serve/run.sh sets it up and runs them.\n'
+elif [ $# = 0 ]; then
+    exec bash tests/serve/run.sh
+fi

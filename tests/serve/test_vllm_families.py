@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from images_to_serve import CONVERSATIONS
 from served import RATIO, Reference, Served
 from tiny_served import FAMILIES, checkpoint
 
 METHODS = ["otprune", "divprune", "downsample", "uniform"]
-
-
-def noise(seed: int, width: int, height: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-
-
-IMAGES = [noise(0, 112, 112), noise(1, 168, 64), noise(2, 64, 140), noise(3, 120, 88)]
-CONVERSATIONS = [
-    ([IMAGES[0]], "What is it?"),
-    ([IMAGES[1]], "How many shapes are there, and of which colours?"),
-    ([IMAGES[2], IMAGES[3]], "Which of them is larger, and why do you think so?"),
-    ([], "Why?"),
-]
+TOKENS_AT_ONCE = 96
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def both(request, tmp_path_factory):
-    """An engine that is small enough for prompts to be cut into chunks, and transformers' model."""
+    """An engine whose steps are so small that prompts and batches of images are cut, and transformers' model."""
     folder = checkpoint(request.param, tmp_path_factory.mktemp("tiny") / request.param)
-    served = Served(folder, max_num_batched_tokens=160)
+    served = Served(folder, max_num_batched_tokens=TOKENS_AT_ONCE)
     yield served, Reference(folder)
     served.close()
 
@@ -39,9 +25,56 @@ def both(request, tmp_path_factory):
     ("method", "ratio"), [("otprune", 1.0), *((method, ratio) for method in METHODS for ratio in (None, 0.5))]
 )
 def test_answers_are_those_of_transformers(both, method, ratio):
+    """The images are the same each time: tokens of another method or ratio from a cache would be noticed, too."""
     served, reference = both
     served.use(method)
     expected = reference.ask(CONVERSATIONS, method, RATIO if ratio is None else ratio)
     found = served.ask(CONVERSATIONS, ratio)
     assert [one.prompt for one in found] == [one.prompt for one in expected]
     assert all(one.agrees(other) for one, other in zip(found, expected, strict=True)), (found, expected)
+    assert sum(one.prompt for one in found) > TOKENS_AT_ONCE
+
+
+def test_a_prefix_from_the_cache_answers_alike(both):
+    served, reference = both
+    served.use("otprune")
+    expected = reference.ask(CONVERSATIONS, "otprune")
+    served.ask(CONVERSATIONS)
+    found = served.ask(CONVERSATIONS)
+    assert all(one.cached >= 32 for one in found if one.prompt > 64)
+    assert all(one.agrees(other) for one, other in zip(found, expected, strict=True)), (found, expected)
+
+
+def test_positions_that_the_runner_puts_in_are_those_that_the_model_puts_in(both):
+    """vLLM's runner for GPUs lets `recompute_mrope_positions` place the kept tokens; here it is made to do so."""
+    served, reference = both
+    if not served.runner.uses_mrope:
+        pytest.skip("positions of one axis")
+    served.use("divprune")
+    served.llm.reset_prefix_cache()
+    served.runner.is_multimodal_pruning_enabled = True
+    try:
+        for _ in range(2):  # the second time, steps begin inside images
+            found = served.ask(CONVERSATIONS, 0.4)
+            expected = reference.ask(CONVERSATIONS, "divprune", 0.4)
+            assert all(one.agrees(other) for one, other in zip(found, expected, strict=True)), (found, expected)
+    finally:
+        served.runner.is_multimodal_pruning_enabled = False
+
+
+def test_random_draws_the_same_again_though_not_what_transformers_draws(both):
+    """It draws by a digest of the pixels, and the engine's differ in the last bit."""
+    served, reference = both
+    served.use("random")
+    expected, found = reference.ask(CONVERSATIONS, "random"), served.ask(CONVERSATIONS)
+    served.llm.reset_prefix_cache()
+    again = served.ask(CONVERSATIONS[::-1])[::-1]
+    assert [one.prompt for one in found] == [one.prompt for one in expected]
+    assert [one.tokens for one in found] == [one.tokens for one in again]
+
+
+def test_a_wrong_ratio_is_refused_and_the_engine_goes_on(both):
+    served, _ = both
+    with pytest.raises(ValueError, match="visual_token_ratio must be a number"):
+        served.ask(CONVERSATIONS, 2.0)
+    assert served.ask(CONVERSATIONS)

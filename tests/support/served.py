@@ -111,7 +111,9 @@ class Reference:
         self.model.generation_config.eos_token_id = None
 
     @torch.inference_mode()
-    def ask(self, conversations: Sequence[Conversation], method: str, ratio: float = RATIO) -> list[Answer]:
+    def ask(
+        self, conversations: Sequence[Conversation], method: str, ratio: float = RATIO, **options: Any
+    ) -> list[Answer]:
         from llava.pruning import pruning
 
         answers = []
@@ -123,7 +125,7 @@ class Reference:
             inputs = self.processor(
                 text=[text], images=list(images) or None, add_special_tokens=False, return_tensors="pt"
             )
-            with pruning(self.model, method, ratio) as report:
+            with pruning(self.model, method, ratio, **options) as report:
                 found = self.model.generate(
                     **inputs,
                     max_new_tokens=NEW,

@@ -47,7 +47,8 @@ class PrunedModel:
         # The scheduler counts kept tokens, but the tower works on all: no more at once than were profiled.
         self._tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
         most = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).get_max_image_tokens()
-        logger.info("%s: of the largest image %d of %d", config.describe(), kept_count(most, config.ratio), most)
+        line = "%s: of the largest image %d of %d"
+        logger.info_once(line, config.describe(), kept_count(most, config.ratio), most, scope="global")
 
     def embed_multimodal(self, **inputs: Any) -> Sequence[torch.Tensor]:
         """Encode images, and let the pruner choose."""

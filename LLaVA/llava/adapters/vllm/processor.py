@@ -41,9 +41,9 @@ class PrunedProcessor:
     """Stands before a processor of vLLM among the bases of a class."""
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any):
-        super().__init__(info, *args, **kwargs)
         if RATIO in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
             raise ValueError(f"{RATIO} is for requests; the server's own ratio is SUBSET_RATIO")
+        super().__init__(info, *args, **kwargs)
 
     @functools.cached_property
     def pruning(self) -> PruningConfig:
