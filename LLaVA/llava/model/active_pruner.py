@@ -12,9 +12,7 @@ from llava.model.image_tokens import tokens_of_an_image
 from llava.model.multimodal_encoder.observations import EncoderObserver, encoder_outputs
 from llava.pruning.base import INSIDE, Pruner
 from llava.pruning.config import PruningConfig
-from llava.pruning.reduce import reduce_images
 from llava.pruning.schedule import Schedule, kept_after_attention, kept_per_layer
-from llava.pruning.tokens import ImageTokens, KeptTokens
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,6 @@ class ActivePruner:
     def compact(self) -> bool:
         """Whether what is kept inside the decoder gets new rotary positions without gaps."""
         return self.pruner.position_ids == "compact"
-
-    def before_the_decoder(self, images: Sequence[ImageTokens]) -> list[KeptTokens]:
-        """What enters the decoder of each image."""
-        if self.before_decoder:
-            return reduce_images(self.pruner, images, self.schedule[0][1])
-        return [KeptTokens.all_of(image.features) for image in images]
 
     def needs(self, signal: str) -> bool:
         """Whether the method looks at a signal."""

@@ -85,7 +85,8 @@ def tokens_in_prompts(
         # An index would be brought to the GPU first.
         images = torch.stack(chosen) if isinstance(images, torch.Tensor) else chosen
         image_sizes = None if image_sizes is None else [image_sizes[number] for number in numbers]
-    tokens, active = model.image_tokens(images, image_sizes), model.active_pruner
+    active = model.active_pruner
+    tokens = image_tokens(model, images, image_sizes, active.pruner)
     if active.needs("question") or active.needs("text_similarity"):
         asked = [question_after_image(*row) for row, own in zip(rows, images_of_rows, strict=True) for _ in own]
         for image, question in zip(tokens, asked, strict=True):

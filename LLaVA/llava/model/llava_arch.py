@@ -16,10 +16,11 @@ from llava.model.image_tokens import unpad_image as unpad_image
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prefill import Prefill, PreparedInputs, latest
-from llava.model.prompt import build_prompts, embed, find_marks, original_positions
+from llava.model.prompt import build_prompts, embed, find_marks, rotary_positions
 from llava.pruning.base import Pruner
 from llava.pruning.config import PruningConfig
 from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM, fused, gram
+from llava.pruning.reduce import reduce_images
 from llava.pruning.tokens import ImageTokens, VisualTokens
 
 GAMMA = 0.01
@@ -136,24 +137,7 @@ def ot_select(features: torch.Tensor, k: int, gamma: float = GAMMA) -> torch.Ten
     about k of the N: ``K_j = e_j + gamma S S_j``. Tokens whose gains differ by no more than float32's rounding may come
     in another order than from the kernel.
 
-    Parameters
-    ----------
-    features : Tensor (N, D) or (B, N, D), floating
-        Visual tokens.
-    k : int
-        How many to take, 1 <= k <= N.
-    gamma : float
-        Weight of the similarity term.
-
-    Returns
-    -------
-    Tensor (k,) or (B, k), int64
-        Indices in greedy order; ties go to the lowest index.
-
-    Raises
-    ------
-    ValueError
-        If k is out of range.
+    Features (N, D) or (B, N, D) -> (k,) or (B, k), int64, in greedy order; a `ValueError` if k is out of range.
     """
     _check_budget(k, features.shape[-2])
     if features.ndim == 2:
@@ -334,26 +318,20 @@ class LlavaMetaForCausalLM:
 
         rows, images_of_rows = find_marks(input_ids, attention_mask, labels, len(images))
         tokens = tokens_in_prompts(self, images, image_sizes, rows, images_of_rows)
-        kept = active.before_the_decoder(tokens)
+        pruner, fraction = (active.pruner, active.schedule[0][1]) if active.before_decoder else (None, 1.0)
+        kept = reduce_images(pruner, tokens, fraction)
         prompts = build_prompts(rows, tokens, kept, config)
         embeds = embed(prompts, kept, lambda ids: embed_tokens(ids.to(device, non_blocking=True)))
 
         # Copies to a GPU wait for what it does, unless they are told not to.
         mask = prompts.mask.to(device, non_blocking=True)
-        positions = None
-        if active.leaves_gaps:
-            positions = original_positions(prompts, kept, device)
-        elif position_ids is not None:
-            positions = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
-        if positions is not None and past_key_values is not None:
-            from llava.model.language_model.kv_cache import Filling
-
-            positions += Filling.of(past_key_values, device).following
+        asked = position_ids is not None
+        positions = rotary_positions(prompts, kept, mask, asked, active.leaves_gaps, past_key_values)
         # Without a mask, gaps in the positions would be read as borders between packed sequences.
         unasked = mask if active.leaves_gaps else None
         attention_mask = unasked if attention_mask is None else mask.to(attention_mask.dtype)
         labels = None if labels is None else prompts.labels.to(device, non_blocking=True)
-        self.latest_prefill = Prefill.of(active, tokens, kept, prompts, device, config.num_hidden_layers)
+        self.latest_prefill = Prefill.of(active, tokens, kept, prompts, mask, config.num_hidden_layers)
         values = (None, positions, attention_mask, past_key_values, embeds, labels)
         return PreparedInputs(values, self.latest_prefill)
 

@@ -57,16 +57,16 @@ class Prefill:
         images: Sequence[ImageTokens],
         kept: Sequence[KeptTokens],
         prompts: Prompts,
-        device: torch.device,
+        mask: torch.Tensor,
         layers: int,
     ) -> Prefill:
-        """Of prompts with images, of which the ``kept`` tokens enter a decoder of so many layers on a device."""
+        """Of prompts with images, of which the ``kept`` tokens enter a decoder of so many layers; the mask is there."""
         counts = [(len(image), len(left.features), layers) for image, left in zip(images, kept, strict=True)]
         per_layer = [active.tokens_per_layer(*count) for count in counts]
         return cls(
             active,
-            prompts.image_id.to(device, non_blocking=True),
-            None if bool(prompts.mask.all()) else prompts.mask.to(device, non_blocking=True),
+            prompts.image_id.to(mask.device, non_blocking=True),
+            None if bool(prompts.mask.all()) else mask,
             images if active.inside_decoder else (),
             [left.indices for left in kept],
             per_layer,

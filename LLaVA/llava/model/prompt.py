@@ -195,13 +195,35 @@ def embed(
     return embeds
 
 
-def original_positions(prompts: Prompts, kept: Sequence[KeptTokens], device: torch.device) -> torch.Tensor:
-    """Where each position (B, T) would stand if nothing had been dropped; 0 at padding."""
-    positions = prompts.positions.to(device, non_blocking=True)
-    places, counts = _visual_places(prompts, kept)
-    if len(places):
-        offsets = torch.cat([image.indices[:n].to(device) for image, n in zip(kept, counts, strict=True)])
-        positions.view(-1)[places.to(device, non_blocking=True)] += offsets
+def rotary_positions(
+    prompts: Prompts, kept: Sequence[KeptTokens], mask: torch.Tensor, asked: bool, gaps: bool, cache: Any
+) -> torch.Tensor | None:
+    """Rotary positions (B, T) after what a cache holds, 0 at padding; None where they need not be stated.
+
+    Parameters
+    ----------
+    mask : Tensor (B, T), bool
+        Of the prompts, on the device that positions are wanted on.
+    asked : bool
+        Whether the caller states positions, so that new ones are wanted.
+    gaps : bool
+        Whether everything stands where it would if nothing had been dropped.
+    cache : Cache or None
+    """
+    if gaps:
+        positions = prompts.positions.to(mask.device, non_blocking=True)
+        places, counts = _visual_places(prompts, kept)
+        if len(places):
+            offsets = torch.cat([image.indices[:n].to(mask.device) for image, n in zip(kept, counts, strict=True)])
+            positions.view(-1)[places.to(mask.device, non_blocking=True)] += offsets
+    elif asked:
+        positions = (mask.cumsum(1) - 1).masked_fill(~mask, 0)
+    else:
+        return None
+    if cache is not None:
+        from llava.model.language_model.kv_cache import Filling
+
+        positions += Filling.of(cache, mask.device).following
     return positions
 
 

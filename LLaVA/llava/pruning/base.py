@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from llava.pruning.reduce import reduce
+from llava.pruning.reduce import chosen, reduce
 from llava.pruning.schedule import Schedule, kept_count
-from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
+from llava.pruning.tokens import KeptTokens, VisualTokens
 
 BEFORE, INSIDE = "before the decoder", "inside the decoder"
 
@@ -97,11 +97,7 @@ class Pruner:
         under pruning needs. A method that merges overrides this and returns (B, k, D) features with distinct indices,
         in the order in which they go on; one that ``varies`` may return any number of tokens for B = 1.
         """
-        with torch.no_grad():
-            chosen = self.select(tokens)
-        if self.keeps_raster_order:
-            chosen = chosen.sort(dim=-1).values
-        return KeptTokens(gather_tokens(tokens.features, chosen), chosen)
+        return chosen(self, tokens)
 
     @property
     def merges(self) -> bool:

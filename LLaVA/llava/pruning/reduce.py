@@ -17,18 +17,20 @@ if TYPE_CHECKING:
     from llava.pruning.base import Pruner
 
 
-def reduce_images(pruner: Pruner, images: Sequence[ImageTokens], fraction: float) -> list[KeptTokens]:
-    """Drop visual tokens of each image: features (N_i, D) -> (k_i, D), and where they stood.
+def reduce_images(pruner: Pruner | None, images: Sequence[ImageTokens], fraction: float) -> list[KeptTokens]:
+    """Drop visual tokens of each image: features (N_i, D) -> (k_i, D), and where they stood; none without a method.
 
     Images with the same number of tokens and the same layout are reduced in one batch; each image's choice is its own.
     """
+    if pruner is None:
+        return [KeptTokens.all_of(image.features) for image in images]
     groups: dict[object, list[int]] = {}
     for number, image in enumerate(images):
         groups.setdefault(number if pruner.varies else (len(image), image.layout), []).append(number)
     kept: dict[int, KeptTokens] = {}
     for members in groups.values():
         batch = VisualTokens.of([images[i] for i in members], pruner.budget(len(images[members[0]]), fraction))
-        left = pruner.reduce(batch)
+        left = reduce(pruner, batch)
         for number, features, indices in zip(members, left.features, left.indices, strict=True):
             kept[number] = KeptTokens(features, indices)
     return [kept[number] for number in range(len(images))]
@@ -52,6 +54,15 @@ def reduce(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
         kept = [_reduce_per_crop(pruner, tokens, image, crops) for image, crops in enumerate(tokens.crops)]
         return KeptTokens(torch.cat([one.features for one in kept]), torch.cat([one.indices for one in kept]))
     return _merge_checked(pruner, tokens)
+
+
+def chosen(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
+    """What a method selects of every image; gradients flow through the tokens, and not through the choice."""
+    with torch.no_grad():
+        indices = pruner.select(tokens)
+    if pruner.keeps_raster_order:
+        indices = indices.sort(dim=-1).values
+    return KeptTokens(gather_tokens(tokens.features, indices), indices)
 
 
 def _reduce_per_crop(pruner: Pruner, tokens: VisualTokens, image: int, crops: torch.Tensor) -> KeptTokens:
@@ -81,7 +92,7 @@ def _reduce_per_crop(pruner: Pruner, tokens: VisualTokens, image: int, crops: to
 def _merge_checked(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
     batch, n, width = tokens.features.shape
     with torch.autocast(tokens.features.device.type, enabled=False):
-        kept = pruner.merge(tokens)
+        kept = pruner.merge(tokens) if pruner.merges else chosen(pruner, tokens)
     k = kept.indices.shape[-1] if pruner.varies else tokens.k
     name = type(pruner).__name__
     if kept.indices.shape != (batch, k) or kept.indices.dtype != torch.int64:

@@ -13,9 +13,11 @@ from transformers import StoppingCriteria
 from llava.eval.latency.clock import TOTAL, Stopwatch, peak_memory, ratio, summarise, take_turns
 from llava.eval.latency.methods import UNPRUNED
 from llava.eval.latency.models import prompts
+from llava.model.image_tokens import encode
 from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import PruningConfig
 from llava.pruning.base import Pruner
+from llava.pruning.reduce import reduce
 
 VISION, SELECTION, PREFILL, TTFT, DECODING = "vision", "selection", "prefill", "ttft", "decoding"
 
@@ -104,7 +106,7 @@ def kv_bytes(cache) -> int:
 
 def _forward(model, asked: Mapping[str, Any]) -> Callable[[Stopwatch], None]:
     def run(watch: Stopwatch) -> None:
-        with watch.part(TTFT), parts_of(model, watch):
+        with watch.part(TTFT), parts_of(watch):
             model(**asked, use_cache=True, logits_to_keep=1)
 
     return run
@@ -114,7 +116,7 @@ def _generate(model, asked: Mapping[str, Any], new_tokens: int) -> Callable[[Sto
     def run(watch: Stopwatch) -> None:
         first = _FirstToken(watch)
         begin = watch.now()
-        with parts_of(model, watch):
+        with parts_of(watch):
             model.generate(
                 **asked,
                 do_sample=False,
@@ -142,7 +144,7 @@ class _FirstToken(StoppingCriteria):
 
 
 @contextmanager
-def parts_of(model: torch.nn.Module, watch: Stopwatch) -> Iterator[None]:
+def parts_of(watch: Stopwatch) -> Iterator[None]:
     """Count, inside the block, what the vision tower with its projector and what the selection take."""
 
     def timed(part: str, function: Callable) -> Callable:
@@ -152,6 +154,9 @@ def parts_of(model: torch.nn.Module, watch: Stopwatch) -> Iterator[None]:
 
         return call
 
-    encode, reduce = timed(VISION, model.image_tokens), timed(SELECTION, Pruner.reduce)
-    with patch.object(model, "image_tokens", encode), patch.object(Pruner, "reduce", reduce):
+    with (
+        patch("llava.model.image_tokens.encode", timed(VISION, encode)),
+        patch("llava.pruning.reduce.reduce", timed(SELECTION, reduce)),  # before the decoder
+        patch.object(Pruner, "reduce", timed(SELECTION, Pruner.reduce)),  # inside
+    ):
         yield
