@@ -1,12 +1,12 @@
-"""The letters that signs are printed in."""
+"""The letters that signs and pages are printed in."""
 
 from __future__ import annotations
 
-__all__ = ["FONT", "GLYPH_HEIGHT", "GLYPH_WIDTH"]
+import numpy as np
 
 GLYPH_WIDTH, GLYPH_HEIGHT = 5, 7
 
-# 5 x 7 dots a character, one row a number, the leftmost dot in bit 4.
+# 5 x 7 dots a character, one number per row, the leftmost dot in bit 4.
 FONT = {
     "a": (14, 17, 17, 31, 17, 17, 17),
     "b": (30, 17, 17, 30, 17, 17, 30),
@@ -45,3 +45,17 @@ FONT = {
     "8": (14, 17, 17, 14, 17, 17, 14),
     "9": (14, 17, 17, 15, 1, 2, 12),
 }
+# On pages only.
+MARKS = {".": (0, 0, 0, 0, 0, 12, 12), " ": (0, 0, 0, 0, 0, 0, 0)}
+
+
+def dots(character: str, scale: int) -> np.ndarray:
+    """A character's ink: 0 or 1, int64 ``(7 * scale, 5 * scale)``."""
+    rows = np.array((FONT | MARKS)[character])
+    bits = (rows[:, None] >> np.arange(GLYPH_WIDTH - 1, -1, -1)) & 1  # (7, 5)
+    return bits.repeat(scale, 0).repeat(scale, 1)
+
+
+def text_width(text: str, scale: int) -> int:
+    """Pixels from the first letter's left to the last one's right side; a dot lies between two letters."""
+    return ((GLYPH_WIDTH + 1) * len(text) - 1) * scale

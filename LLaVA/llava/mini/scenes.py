@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from llava.benchmarks import BENCHMARKS
-from llava.mini.font import FONT, GLYPH_HEIGHT, GLYPH_WIDTH
+from llava.mini.font import GLYPH_HEIGHT, GLYPH_WIDTH, dots, text_width
 from llava.mini.seeded_random import SeededRandom
 
 IMAGE_SIZE = 336
@@ -258,7 +258,7 @@ def _sample_shape(rng: SeededRandom, shape: str, color: str, size: str) -> Scene
 def _sample_sign(rng: SeededRandom, text: str) -> SceneObject:
     scale = rng.weighted({2: 12, 3: 22, 4: 44, 5: 22})
     margin = scale + 2
-    width = (GLYPH_WIDTH + 1) * scale * len(text) - scale + 2 * margin
+    width = text_width(text, scale) + 2 * margin
     color = rng.choice(tuple(COLORS))
     size = "small" if scale <= 3 else "medium"
     height = GLYPH_HEIGHT * scale + 2 * margin
@@ -395,9 +395,7 @@ def text_mask(text: str, scale: int, width: int, height: int) -> np.ndarray:
     mask = np.zeros((height, width), np.int8)
     margin = scale + 2
     for i, character in enumerate(text):
-        rows = np.array(FONT[character])
-        dots = (rows[:, None] >> np.arange(GLYPH_WIDTH - 1, -1, -1)) & 1  # (7, 5)
         left = margin + i * (GLYPH_WIDTH + 1) * scale
-        glyph = _enlarged(dots, scale) * (1 + CHARACTERS.index(character))
+        glyph = dots(character, scale) * (1 + CHARACTERS.index(character))
         mask[margin : margin + GLYPH_HEIGHT * scale, left : left + GLYPH_WIDTH * scale] = glyph
     return mask
