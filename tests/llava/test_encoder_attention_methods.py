@@ -13,7 +13,8 @@ import torch
 from golden import golden_root
 from llava.pruning import VisualTokens
 from llava.pruning.methods.hiprune import HiPrune, anchors_buffers_registers, neighbours
-from llava.pruning.methods.visionzip import VisionZip, attention_order, contextual_tokens
+from llava.pruning.methods.importance import most_important
+from llava.pruning.methods.visionzip import VisionZip, contextual_tokens
 from llava.pruning.methods.vispruner import VisPruner, remove_duplicates
 from llava.pruning.similarity import cosine_similarity
 from llava.pruning.tokens import TokenGrid, crop_numbers
@@ -109,7 +110,7 @@ def row(tokens: VisualTokens, index: int) -> VisualTokens:
 @pytest.mark.parametrize("case", golden_cases("visionzip"))
 def test_visionzip_merges_the_published_tokens_with_cls_among_them(case):
     hidden, metric, cls = visionzip_inputs(case)
-    order = attention_order(cls[:, 1:]) + 1
+    order = most_important(cls[:, 1:].mean(dim=-1)) + 1
     dominant = torch.cat([torch.zeros_like(order[:, :1]), order[:, : case["dominant_info"]]], dim=1)
     assert torch.equal(dominant, torch.from_numpy(stored(case, "all_indices")).long())
     rest = order[:, case["dominant_info"] :].sort(dim=1).values

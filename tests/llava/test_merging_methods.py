@@ -14,10 +14,10 @@ import torch
 from golden import golden_root
 from llava.pruning import VisualTokens
 from llava.pruning.methods.downsample import Downsample, cut, pooled_layout, pooled_map, strips_of_cells
+from llava.pruning.methods.importance import most_important
 from llava.pruning.methods.prumerge import (
     PruMerge,
     PruMergePlus,
-    attention_order,
     evenly_spaced,
     grid_step,
     merge_into,
@@ -119,7 +119,7 @@ class TestPublishedTokens:
         """It spaces the grid over all tokens; for each that is taken twice, the lowest one of the dropped is lost."""
         features, keys, attention = golden_inputs(case)
         published = stored(case, "idx").long()
-        ranked = attention_order(attention)[:, :72]
+        ranked = most_important(attention)[:, :72]
         assert torch.cat([ranked, torch.arange(4, 575, 8)[None]], dim=1).tolist() == published.tolist()
         dropped = sorted(set(range(576)) - set(published[0].tolist()))
         twice = 144 - len(published.unique())

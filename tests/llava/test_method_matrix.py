@@ -272,6 +272,9 @@ class TestPositions:
             PruningConfig.from_env({"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.1", "OTPRUNE_POSITION_IDS": "left"})
 
 
+OF_LAYERS = ("received_attention", "layer_cls_attention", "cls_affinity", "value_norms")
+
+
 def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
     """Everything that a method may ask for, for ``sum(len)`` tokens of a layout."""
     n = sum(len(part) for part in layout)
@@ -282,7 +285,7 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
         "encoder_keys": torch.randn(batch, n, 8, generator=draw),
         "final_keys": torch.randn(batch, n, 20, generator=draw),
         "cls_attention": torch.rand(batch, n, 4, generator=draw),
-        "received_attention": torch.rand(batch, n, 2, generator=draw),
+        **{name: torch.rand(batch, n, 2, generator=draw) for name in OF_LAYERS},
         "final_cls_attention": torch.rand(batch, n, generator=draw),
         "text_similarity": torch.rand(batch, n, generator=draw),
         "last_attention": torch.rand(batch, n, 4, generator=draw),
@@ -299,7 +302,7 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
             value[:] = 0
     newlines = torch.cat([part.is_newline() for part in layout])
     encoded = ("encoder_features", "layer_features", "encoder_keys", "final_keys")
-    for name in (*encoded, "cls_attention", "received_attention"):
+    for name in (*encoded, "cls_attention", *OF_LAYERS):
         values[name][:, newlines] = 0
     for name in ("features", *encoded):
         values[name] = values[name].to(dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,12 @@ from llava.pruning.methods import prunesid
 from llava.pruning.methods.coverage import Coverage, facility_select
 from llava.pruning.methods.dart import DART
 from llava.pruning.methods.fastervlm import FasterVLM
+from llava.pruning.methods.flowcut import FlowCut
 from llava.pruning.methods.holov import HoloV
 from llava.pruning.methods.mmr import MMR
 from llava.pruning.methods.prunesid import PruneSID, principal_loadings
 from llava.pruning.methods.scope import SCOPE
+from llava.pruning.methods.vscan import VScan
 from no_waiting import no_waiting
 
 SEEDS = range(6)
@@ -152,6 +156,57 @@ def naive_prunesid(x: np.ndarray, k: int, group_size: int) -> list[int]:
     return kept
 
 
+def naive_flowcut(attention: np.ndarray, content: np.ndarray | None, values: np.ndarray, k: int) -> list[int]:
+    layers = attention.shape[1]
+    left = [i for i in range(len(attention)) if attention[i].any()]
+    cumulated: dict[int, float] = {}
+    for layer in range(layers):
+        paid = attention[left, layer] / attention[left, layer].sum()
+        flow = paid if content is None else paid + content[left, layer] / content[left, layer].sum()
+        scores = dict(zip(left, flow * values[left, layer], strict=True))
+        cumulated = {i: (cumulated[i] + scores[i]) / 2 if layer else scores[i] for i in left}
+        to_come = layers - 1 - layer
+        if to_come % 2 or len(left) <= k:
+            continue
+        entropy = -(paid * np.log(paid)).sum() / np.log(len(left))
+        drops = len(left) - k
+        if to_come:
+            drops = min(drops, max(0, round((len(left) - k) / np.sqrt(to_come) * (1 - entropy**2))))
+        left = sorted(sorted(left, key=lambda i: (-cumulated[i], i))[: len(left) - drops])
+    return left
+
+
+def naive_vscan(local: np.ndarray, whole: np.ndarray, x: np.ndarray, k: int, side: int, windows: int):
+    kept = sorted(range(len(x)), key=lambda i: (-whole[i], i))[: k - k // 2]
+    queues = [
+        sorted(
+            (
+                i
+                for i in range(len(x))
+                if (i // side * windows // side, i % side * windows // side) == (down, across) and i not in kept
+            ),
+            key=lambda i: (-local[i], i),
+        )
+        for down in range(windows)
+        for across in range(windows)
+    ]
+    share, chosen = k // 2 // len(queues), []
+    for queue in queues:
+        chosen += queue[:share]
+    turn = share
+    while len(chosen) < k // 2:
+        for queue in sorted(queues, key=lambda queue: -local[queue[0]] if queue else 1):
+            if turn < len(queue) and len(chosen) < k // 2:
+                chosen.append(queue[turn])
+        turn += 1
+    kept = sorted(kept + chosen)
+    joined = {i: [x[i]] for i in kept}
+    for i in range(len(x)):
+        if i not in kept:
+            joined[max(kept, key=lambda j: (cosine(x[i], x[j]), -j))].append(x[i])
+    return kept, np.stack([np.mean(joined[i], axis=0) for i in kept])
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("k", [5, 13, 38])
 class TestAgainstLoops:
@@ -205,6 +260,33 @@ class TestAgainstLoops:
         ):
             expected = sorted(range(40), key=lambda i: -importance[i])[:k]
             assert FasterVLM(importance=source).select(tokens)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("k", [5, 13, 30])
+class TestAgainstLoopsOverLayers:
+    def test_flowcut(self, seed, k):
+        draw = torch.Generator().manual_seed(seed)
+        seen = (torch.arange(40) % 8 < 7).float()[None, :, None]
+        attention = torch.randn(1, 40, 7, generator=draw).mul(2).softmax(dim=1) * seen
+        content = torch.randn(1, 40, 7, generator=draw).softmax(dim=1) * seen
+        values = torch.rand(1, 40, 7, generator=draw)
+        fields = {"layer_cls_attention": attention, "cls_affinity": content, "value_norms": values}
+        found = FlowCut(layers=7).select(VisualTokens(torch.zeros(1, 40, 3), k, **fields))[0].tolist()
+        assert sorted(found) == naive_flowcut(rows_of(attention), rows_of(content), rows_of(values), k)
+        received = VisualTokens(torch.zeros(1, 40, 3), k, received_attention=attention, value_norms=values)
+        found = FlowCut(layers=7, importance="received").select(received)[0].tolist()
+        assert sorted(found) == naive_flowcut(rows_of(attention), None, rows_of(values), k)
+
+    def test_vscan(self, seed, k):
+        tokens = tokens_of(seed, k, n=36)
+        both = torch.rand(1, 36, 2, generator=torch.Generator().manual_seed(seed))
+        kept = VScan(windows=2).reduce(dataclasses.replace(tokens, layer_cls_attention=both))
+        local, whole = rows_of(both).T
+        expected, merged = naive_vscan(local, whole, rows_of(tokens.features), k, side=6, windows=2)
+        assert kept.indices[0].tolist() == expected
+        # means of at most a few dozen float32 numbers
+        np.testing.assert_allclose(rows_of(kept.features), merged, rtol=1e-5, atol=1e-5)
 
 
 def test_loadings_are_those_of_the_exact_components():

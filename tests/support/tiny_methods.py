@@ -6,6 +6,8 @@ from pathlib import Path
 
 OPTIONS = {
     "hiprune": {"object_layer": 1},
+    "flowcut": {"layers": 1},
+    "vscan": {"local_layer": 1},
     "cdpruner": {"relevance": "embeddings"},
     "fitprune": {"recipe": str(Path(__file__).parent / "recipe_of_four_layers.json"), "scale": True},
 }

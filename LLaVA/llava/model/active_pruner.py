@@ -98,6 +98,7 @@ def accepted(model: Any, config: PruningConfig) -> ActivePruner:
         without.
     """
     config, tower = config.for_width(model.config.hidden_size), model.get_vision_tower()
+    config = config.for_encoder(has_cls=True)  # every tower of this package is CLIP's
 
     def attempt(config: PruningConfig) -> ActivePruner:
         pruner = config.build_pruner()

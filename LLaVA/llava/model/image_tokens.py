@@ -11,7 +11,7 @@ from llava.model.multimodal_encoder.observations import FEATURES, Output, encode
 from llava.model.offload import execution_device, parameter_here
 from llava.model.prompt import question_after_image
 from llava.pruning.base import Pruner
-from llava.pruning.signals import content_key
+from llava.pruning.signals import SIGNALS, content_key
 from llava.pruning.tokens import ImageTokens, Layout, TokenGrid
 
 
@@ -139,9 +139,7 @@ def encode(model: Any, pixels: torch.Tensor, pruner: Pruner | None) -> tuple[tor
 
     found = run(pixels) if cache is None else cache.outputs(pixels, (FEATURES, *wanted), run)
     signals = {
-        need: torch.stack([found[output] for output in outputs], -1)
-        if need == "received_attention"
-        else found[outputs[0]]
+        need: torch.stack([found[output] for output in outputs], -1) if SIGNALS[need].per_layer else found[outputs[0]]
         for need, outputs in needs.items()
     }
     return project(model.get_model().mm_projector, found[FEATURES]), signals

@@ -39,7 +39,7 @@ class Pruner:
     first_layer, default_layer : int
         The lowest decoder layer whose input the method can prune, and the one it prunes when none is named.
     encoder_layers : tuple of int
-        Vision-encoder layers of ``received_attention``, 0-based or from the end; -1 is the last one that runs.
+        Vision-encoder layers of the signals (B, N, E), 0-based or from the end; -1 is the last one that runs.
     feature_layer : int or None
         Vision-encoder layer of ``layer_features``, counted in the same way.
     varies : bool
@@ -170,6 +170,10 @@ class Pruner:
 
     def for_width(self, width: int) -> Pruner:
         """This method with the defaults that depend on the tokens' width filled in."""
+        return self
+
+    def for_encoder(self, has_cls: bool) -> Pruner:
+        """This method with the defaults that depend on whether the vision encoder has a [CLS] token filled in."""
         return self
 
     def advice(self, model: Any) -> list[str]:

@@ -182,8 +182,14 @@ class PruningConfig:
 
     def for_width(self, width: int) -> PruningConfig:
         """This configuration with every option spelled out that depends on the visual tokens' width."""
+        return self._spelled_out(self.build_pruner().for_width(width))
+
+    def for_encoder(self, has_cls: bool) -> PruningConfig:
+        """The same for those that depend on whether the vision encoder has a [CLS] token."""
+        return self._spelled_out(self.build_pruner().for_encoder(has_cls))
+
+    def _spelled_out(self, resolved: Pruner) -> PruningConfig:
         pruner = self.build_pruner()
-        resolved = pruner.for_width(width)
         if resolved == pruner:
             return self
         names = [name for name in option_types(type(pruner)) if getattr(resolved, name) != getattr(pruner, name)]

@@ -26,6 +26,7 @@ _TARGETS: dict[str, str] = {
     "fastv": "llava.pruning.methods.fastv:FastV",
     "first_k": "llava.pruning.methods.first_k:FirstK",
     "fitprune": "llava.pruning.methods.fitprune.pruner:FitPrune",
+    "flowcut": "llava.pruning.methods.flowcut:FlowCut",
     "hiprune": "llava.pruning.methods.hiprune:HiPrune",
     "holov": "llava.pruning.methods.holov:HoloV",
     "last_k": "llava.pruning.methods.last_k:LastK",
@@ -41,6 +42,7 @@ _TARGETS: dict[str, str] = {
     "uniform": "llava.pruning.methods.uniform:Uniform",
     "visionzip": "llava.pruning.methods.visionzip:VisionZip",
     "vispruner": "llava.pruning.methods.vispruner:VisPruner",
+    "vscan": "llava.pruning.methods.vscan:VScan",
     "vtw": "llava.pruning.methods.vtw:VTW",
 }
 _ALIASES = {"ours": "otprune", "prumerge+": "prumerge_plus"}

@@ -69,6 +69,28 @@ class Signals:
             "attention averaged over heads and over all queries, in each of the method's encoder_layers",
         ),
     )
+    layer_cls_attention: torch.Tensor = field(
+        default=_ABSENT,
+        metadata=_row(
+            "encoder",
+            "(B, N, E) float32",
+            "attention of [CLS], averaged over the heads, in each of the method's encoder_layers",
+        ),
+    )
+    cls_affinity: torch.Tensor = field(
+        default=_ABSENT,
+        metadata=_row(
+            "encoder",
+            "(B, N, E) float32",
+            "softmax of the products of all tokens' values with [CLS]'s, averaged over the heads, in each of them",
+        ),
+    )
+    value_norms: torch.Tensor = field(
+        default=_ABSENT,
+        metadata=_row(
+            "encoder", "(B, N, E) float32", "L1 norm of a token's value, the mean of its heads, in each of them"
+        ),
+    )
     final_keys: torch.Tensor = field(
         default=_ABSENT,
         metadata=_row("encoder", "(B, N, C)", "keys of the encoder's last layer, all heads side by side"),
@@ -127,6 +149,11 @@ class Signal(NamedTuple):
     def per_token(self) -> bool:
         """Whether there is a value for each visual token, in one tensor; else a tuple with one for each image."""
         return self.shape.startswith("(B, N")
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether there is a value for each of the method's ``encoder_layers``, in the last axis."""
+        return "E)" in self.shape
 
 
 SIGNALS = {one.name: Signal(one.name, **one.metadata) for one in fields(Signals)}

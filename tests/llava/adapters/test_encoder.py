@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llava.adapters.transformers import FAMILIES
+from llava.adapters.transformers import FAMILIES, active_session
 from llava.adapters.transformers.encoder import EncoderView
-from llava.pruning import pruning
+from llava.pruning import PruningConfig, pruning
 from tiny_vlms import TINY, Picture, tiny
 
 LOOKING = sorted(name for name in TINY if FAMILIES[tiny(name).model.config.model_type].to_tokens)
@@ -42,7 +42,12 @@ def test_a_token_is_the_mean_of_the_patches_that_it_is_made_from(name):
 @pytest.mark.parametrize(
     ("name", "method", "options", "sentence"),
     [
-        ("gemma3", "visionzip", {}, r"ranks by the attention of \[CLS\], and the vision encoder, SiglipVisionModel"),
+        (
+            "gemma3",
+            "visionzip",
+            {"importance": "cls"},
+            r"ranks by the attention of \[CLS\], and the vision encoder, SiglipVisionModel",
+        ),
         ("llava", "hiprune", {"object_layer": 9}, "asks for layer .* of the vision encoder, of which 2 are read"),
         ("qwen2_5_vl", "hiprune", {"object_layer": 2}, "only looks at windows; layers 2 look at the whole image"),
         ("ovis2", "hiprune", {"object_layer": 1}, "not available for ovis2"),
@@ -56,21 +61,45 @@ def test_what_an_encoder_cannot_show_is_refused(name, method, options, sentence)
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize(("name", "source"), [("gemma3", "received"), ("qwen2_vl", "received"), ("llava", "cls")])
+def test_importance_is_what_the_encoder_has_and_is_recorded(name, source):
+    model = tiny(name).model
+    with pruning(model, "fastervlm", ratio=0.5):
+        config = active_session(model).config
+        assert config.to_dict()["options"] == {"importance": source}
+        assert config.describe().endswith(f"(importance={source})")
+    with pytest.raises(ValueError, match="must be auto or cls or received, not 'norm'"):
+        PruningConfig("fastervlm", 0.5, options={"importance": "norm"})
+
+
 @pytest.mark.parametrize("name", ["llava", "internvl"])
 def test_encoder_attention_is_that_of_the_eager_encoder(name):
-    """Received attention, read off queries and keys, is the mean of the maps that the eager encoder returns."""
+    """What is read off queries, keys and values is what the eager encoder's maps and projections give."""
     model = tiny(name, "eager").model
     pixels = tiny(name).pixels([[Picture(0)]])
-    pruner = SimpleNamespace(
-        needs=frozenset({"received_attention", "cls_attention"}), encoder_layers=(0, 1), feature_layer=None
-    )
+    of_layers = ("received_attention", "layer_cls_attention", "cls_affinity", "value_norms")
+    pruner = SimpleNamespace(needs=frozenset({*of_layers, "cls_attention"}), encoder_layers=(0, 1), feature_layer=None)
     view = EncoderView(model, pruner)
+    projections = [module for path, module in view.tower.named_modules() if path.endswith("v_proj")]
+    values: list[torch.Tensor] = []
+    handles = [one.register_forward_hook(lambda module, args, output: values.append(output)) for one in projections]
     with torch.no_grad(), view.observed() as signals:
         model.base_model.get_image_features(**pixels, return_dict=True)
         maps = view.tower(pixels["pixel_values"], output_attentions=True).attentions
+    for handle in handles:
+        handle.remove()
     for layer in (0, 1):
-        expected = maps[layer].mean(dim=(1, 2))[:, 1:]
-        torch.testing.assert_close(signals[f"received_attention {layer}"][0][..., 0], expected)
+        heads = values[layer].unflatten(-1, (maps[layer].shape[1], -1))  # (B, T, H, d)
+        products = torch.einsum("bhd,bthd->bht", heads[:, 0], heads)
+        expected = {
+            "received_attention": maps[layer].mean(dim=(1, 2)),
+            "layer_cls_attention": maps[layer][:, :, 0].mean(dim=1),
+            "cls_affinity": products.softmax(dim=-1).mean(dim=1),
+            "value_norms": heads.mean(dim=2).abs().sum(dim=-1),
+        }
+        for signal in of_layers:
+            found = signals[f"{signal} {layer}"][0][..., 0]
+            torch.testing.assert_close(found, expected[signal][:, 1:], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
         signals["cls_attention"][0], maps[view.depth - 1][:, :, 0, 1:].transpose(1, 2), rtol=1e-4, atol=1e-6
     )

@@ -18,7 +18,12 @@ from tiny_vlms import TINY, tiny
 
 DOCS = Path(__file__).parents[3] / "LLaVA" / "docs"
 
-OPTIONS = {"hiprune": [{"object_layer": layer} for layer in (3, 2)], "cdpruner": [{"relevance": "embeddings"}]}
+OPTIONS = {
+    "hiprune": [{"object_layer": layer} for layer in (3, 2)],
+    "cdpruner": [{"relevance": "embeddings"}],
+    "flowcut": [{"layers": 1}],
+    "vscan": [{"local_layer": layer} for layer in (3, 2)],
+}
 """Tried in turn; by default otherwise."""
 
 

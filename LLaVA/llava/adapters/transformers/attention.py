@@ -32,6 +32,7 @@ class Call(NamedTuple):
     scaling : float or None
     softcap : float or None
     causal : bool
+    value : Tensor (B, H', T, d)
     """
 
     query: torch.Tensor
@@ -40,13 +41,15 @@ class Call(NamedTuple):
     scaling: float | None
     softcap: float | None
     causal: bool
+    value: torch.Tensor
 
     def row(self, row: int) -> Call:
         """The same of one row of the batch."""
         mask = self.mask
         if isinstance(mask, torch.Tensor) and len(mask) > 1:
             mask = mask[row : row + 1]
-        return self._replace(query=self.query[row : row + 1], key=self.key[row : row + 1], mask=mask)
+        own = {name: getattr(self, name)[row : row + 1] for name in ("query", "key", "value")}
+        return self._replace(**own, mask=mask)
 
     def weights(self, queries: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of the softmax for some queries alone.
@@ -112,7 +115,7 @@ def _watched(
 ) -> Any:
     scaling = kwargs.get("scaling", args[0] if args else None)
     watch, causal = module._watch_for_pruning, getattr(module, "is_causal", True)
-    watch.look(Call(query, key, attention_mask, scaling, kwargs.get("softcap"), causal))
+    watch.look(Call(query, key, attention_mask, scaling, kwargs.get("softcap"), causal, value))
     return watch.function(module, query, key, value, attention_mask, *args, **kwargs)
 
 

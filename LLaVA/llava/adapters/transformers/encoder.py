@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -10,9 +10,10 @@ from torch import nn
 
 from llava.adapters.transformers.attention import Call, Watch
 from llava.pruning.base import Pruner
-from llava.pruning.signals import ENCODER_SIGNALS
+from llava.pruning.signals import ENCODER_SIGNALS, SIGNALS
+from llava.pruning.similarity import products
 
-CLS_NEEDS = frozenset({"cls_attention", "final_cls_attention"})
+CLS_NEEDS = frozenset({"cls_attention", "final_cls_attention", "layer_cls_attention", "cls_affinity"})
 Signals = dict[str, list[torch.Tensor]]
 """Name of a signal -> (I, P, C) of the patches of each call of the encoder's attention: a batch of images, or a packed
 sequence of several (or a window of one)."""
@@ -42,20 +43,18 @@ class EncoderView:
             if "Attention" in type(module).__name__ and hasattr(module, "config") and hasattr(module, "is_causal")
         }
         self.depth = _depth_read(model.config, len(self.attention))
-        self.has_cls = any(
-            hasattr(getattr(self.tower, "embeddings", None), n) for n in ("class_embedding", "cls_token")
-        )
+        self.has_cls = has_cls_token(self.tower)
         if self.needs & CLS_NEEDS and not self.has_cls:
             raise ValueError(
                 f"{kind} ranks by the attention of [CLS], and the vision encoder, {type(self.tower).__name__}, "
                 "has no such token"
             )
-        layers = [*self._received_layers, *([pruner.feature_layer] if "layer_features" in self.needs else [])]
+        layers = [*self._layers, *([pruner.feature_layer] if "layer_features" in self.needs else [])]
         for layer in layers:
             if not -self.depth <= layer < self.depth:
                 raise ValueError(f"{kind} asks for layer {layer} of the vision encoder, of which {self.depth} are read")
         whole = getattr(model.config.vision_config, "fullatt_block_indexes", None)
-        windowed = [layer for layer in self._received_layers if whole and layer % self.depth not in whole]
+        windowed = [layer for layer in self._layers if whole and layer % self.depth not in whole]
         if windowed:
             raise ValueError(
                 f"{kind} asks for the attention of layer {windowed[0]} of the vision encoder, which only looks at "
@@ -69,14 +68,14 @@ class EncoderView:
         return getattr(config, "embed_dim", None) or config.hidden_size
 
     @property
-    def _received_layers(self) -> Sequence[int]:
-        return self.pruner.encoder_layers if "received_attention" in self.needs else ()
+    def _layers(self) -> Sequence[int]:
+        return self.pruner.encoder_layers if any(SIGNALS[need].per_layer for need in self.needs) else ()
 
     @contextmanager
     def observed(self) -> Iterator[Signals]:
         """Yields signals that are filled while images are encoded inside the block.
 
-        Those of ``received_attention`` are named "received_attention 0" and so on, one a layer.
+        Those of several layers are named "received_attention 0" and so on, one per layer.
         """
         signals: Signals = {}
         names, modules = list(self.attention), list(self.attention.values())
@@ -87,8 +86,9 @@ class EncoderView:
                 looks.setdefault(last, []).append(self._last)
             if self.needs & {"final_keys", "final_cls_attention"}:
                 looks.setdefault(following, []).append(_wide_head)
-            for number, layer in enumerate(self._received_layers):
-                looks.setdefault(layer % self.depth, []).append(_received(number))
+            for number, layer in enumerate(self._layers):
+                for name in sorted(self.needs & PER_LAYER.keys()):
+                    looks.setdefault(layer % self.depth, []).append(_named(f"{name} {number}", PER_LAYER[name]))
             for layer, own in looks.items():
 
                 def look(call: Call, own=own) -> None:
@@ -116,8 +116,7 @@ class EncoderView:
         if "encoder_keys" in self.needs:
             found["encoder_keys"] = call.key.float().mean(dim=1)
         if "cls_attention" in self.needs:
-            first = torch.zeros(len(call.query), 1, dtype=torch.int64, device=call.query.device)
-            found["cls_attention"] = call.weights(first)[:, :, 0].transpose(1, 2)
+            found["cls_attention"] = _paid_by_cls(call).transpose(1, 2)
         return found
 
 
@@ -129,17 +128,40 @@ def _wide_head(call: Call) -> dict[str, torch.Tensor]:
     return {"final_keys": keys, "final_cls_attention": rows[:, 0, :, None]}
 
 
-def _received(number: int):
+def has_cls_token(tower: nn.Module) -> bool:
+    """Whether a vision encoder has a [CLS] token."""
+    embeddings = getattr(tower, "embeddings", None)
+    return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+
+def _named(name: str, look: Callable[[Call], torch.Tensor]) -> Callable[[Call], dict[str, torch.Tensor]]:
+    return lambda call: {name: look(call)[..., None]}
+
+
+def _received(call: Call) -> torch.Tensor:
     """What each patch receives, averaged over heads and queries; an image at a time, whose maps are (H, P, P)."""
+    every = torch.arange(call.query.shape[2], device=call.query.device)[None]
+    return torch.stack([call.row(image).weights(every)[0].mean(dim=(0, 1)) for image in range(len(call.query))])
 
-    def look(call: Call) -> dict[str, torch.Tensor]:
-        every = torch.arange(call.query.shape[2], device=call.query.device)[None]
-        maps = []
-        for image in range(len(call.query)):
-            maps.append(call.row(image).weights(every)[0].mean(dim=(0, 1)))
-        return {f"received_attention {number}": torch.stack(maps)[..., None]}
 
-    return look
+def _paid_by_cls(call: Call) -> torch.Tensor:
+    """Attention of [CLS], per head: (B, H, T)."""
+    first = torch.zeros(len(call.query), 1, dtype=torch.int64, device=call.query.device)
+    return call.weights(first)[:, :, 0]
+
+
+def _affinity(call: Call) -> torch.Tensor:
+    """The softmax of the products of all values with that of [CLS], averaged over the heads: (B, T)."""
+    return products(call.value[:, :, :1], call.value).softmax(dim=-1).mean(dim=1)[:, 0]
+
+
+PER_LAYER: dict[str, Callable[[Call], torch.Tensor]] = {
+    "received_attention": _received,
+    "layer_cls_attention": lambda call: _paid_by_cls(call).mean(dim=1),
+    "cls_affinity": _affinity,
+    "value_norms": lambda call: call.value.float().mean(dim=1).abs().sum(dim=-1),
+}
+"""Signals of several layers: what each layer's call makes of every token, (B, T)."""
 
 
 def _depth_read(config, layers: int) -> int:

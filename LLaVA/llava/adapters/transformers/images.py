@@ -129,13 +129,15 @@ class Encoding:
 
 
 def _by_field(signals: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """Signals by the field of `VisualTokens` that they are for: layers of received attention side by side."""
-    fields = {name: values for name, values in signals.items() if not name.startswith("received_attention ")}
+    """Signals by their name in `llava.pruning.signals.Signals`: those of several layers side by side."""
+    fields = {name: values for name, values in signals.items() if " " not in name}
     if "final_cls_attention" in fields:
         fields["final_cls_attention"] = [values[:, 0] for values in fields["final_cls_attention"]]
-    layers = [signals[name] for name in sorted(signals) if name not in fields]
-    if layers:
-        fields["received_attention"] = [torch.cat(columns, dim=-1) for columns in zip(*layers, strict=True)]
+    of_layers: dict[str, list[list[torch.Tensor]]] = {}
+    for name in sorted(signals.keys() - fields.keys(), key=lambda name: int(name.rpartition(" ")[2])):
+        of_layers.setdefault(name.partition(" ")[0], []).append(signals[name])
+    for name, layers in of_layers.items():
+        fields[name] = [torch.cat(columns, dim=-1) for columns in zip(*layers, strict=True)]
     return fields
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llava.adapters.transformers.encoder import EncoderView, Signals
+from llava.adapters.transformers.encoder import EncoderView, Signals, has_cls_token
 from llava.adapters.transformers.family import FAMILIES, Family, why_not
 from llava.adapters.transformers.images import Encoding, PromptImage
 from llava.adapters.transformers.inputs import (
@@ -91,7 +91,10 @@ class Session:
     def __init__(self, model: nn.Module, config: PruningConfig):
         self.family = _family(model)
         text = model.config.get_text_config()
-        self.model, self.config = model, config.for_width(text.hidden_size)
+        config = config.for_width(text.hidden_size)
+        if self.family.to_tokens is not None:
+            config = config.for_encoder(has_cls_token(model.get_encoder("image")))
+        self.model, self.config = model, config
         self.pruner = self.config.build_pruner()
         self.schedule = self.config.schedule(text.num_hidden_layers)
         self.visual_token_counts: list[tuple[int, int]] = []

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llava.pruning.base import Pruner
-from llava.pruning.signals import ENCODER_SIGNALS
+from llava.pruning.signals import ENCODER_SIGNALS, SIGNALS
 from llava.pruning.similarity import products
 
 
@@ -57,6 +57,23 @@ def received_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return torch.stack([each.mean(dim=(0, 1))[1:] for each in maps])
 
 
+def cls_affinity(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """How alike the values of each patch and of [CLS] are in a CLIP layer: (B, P), float32.
+
+    Per head the softmax, over [CLS] and patches, of the products of their values; averaged over the heads.
+    """
+    attention = layer.self_attn
+    values = _split(attention.v_proj(layer.layer_norm1(hidden)), attention.num_heads)
+    return products(values[:, :, :1], values).softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+
+
+def value_norms(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """L1 norm of each patch's value in a CLIP layer, averaged over the heads before: (B, P), float32."""
+    attention = layer.self_attn
+    values = _split(attention.v_proj(layer.layer_norm1(hidden)), attention.num_heads)
+    return values.float().mean(dim=1).abs().sum(dim=-1)[:, 1:]
+
+
 def mean_keys(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """Each patch's key in a CLIP layer, averaged over the heads: (B, P, C / H), float32."""
     attention = layer.self_attn
@@ -86,7 +103,7 @@ def encoder_outputs(pruner: Pruner | None) -> dict[str, tuple[Output, ...]]:
     found: dict[str, tuple[Output, ...]] = {}
     for need in sorted(pruner.needs & ENCODER_SIGNALS):
         layers: tuple[int | None, ...] = (None,)
-        if need == "received_attention":
+        if SIGNALS[need].per_layer:
             layers = tuple(pruner.encoder_layers)
         elif need == "layer_features":
             layers = (pruner.feature_layer,)
@@ -131,6 +148,9 @@ class EncoderObserver:
     def before_layer(self, number: int, layer: nn.Module, hidden: torch.Tensor) -> None:
         """Look at a layer and its input (B, 1 + P, C)."""
         self._note(("received_attention", number), lambda: received_attention(layer, hidden))
+        self._note(("layer_cls_attention", number), lambda: cls_attention(layer, hidden).mean(dim=-1))
+        self._note(("cls_affinity", number), lambda: cls_affinity(layer, hidden))
+        self._note(("value_norms", number), lambda: value_norms(layer, hidden))
         self._note(("layer_features", number - 1), lambda: hidden[:, 1:])
         if number == self._depth - 1:
             self._note(("cls_attention", None), lambda: cls_attention(layer, hidden))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -33,6 +34,11 @@ class AttentionRanked(Pruner):
     def needs(self) -> frozenset[str]:
         names = {"auto": "cls_attention", "cls": "cls_attention", "received": "received_attention"}
         return frozenset({names[self.importance]} if self.importance in names else ())
+
+    def for_encoder(self, has_cls: bool) -> AttentionRanked:
+        if self.importance != "auto":
+            return self
+        return dataclasses.replace(self, importance="cls" if has_cls else "received")
 
     def attention(self, tokens: VisualTokens) -> torch.Tensor:
         """Importance of every token: (B, N), float32, >= 0; 0 at newlines, which no encoder ever saw."""

@@ -8,16 +8,11 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner
+from llava.pruning.methods.importance import AttentionRanked, most_important
 from llava.pruning.similarity import wide
 from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
 
 NEIGHBOURS = 32
-
-
-def attention_order(attention: torch.Tensor) -> torch.Tensor:
-    """Tokens by descending attention of [CLS], ties to the lowest index: (B, N) -> (B, N), int64."""
-    return attention.argsort(dim=-1, descending=True, stable=True)
 
 
 def outlier_count(attention: torch.Tensor) -> int:
@@ -117,7 +112,7 @@ def merge_into(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruMerge(Pruner):
+class PruMerge(AttentionRanked):
     """The tokens with the most [CLS] attention, each with its neighbours merged in, and one token for all the others.
 
     The budget includes that last token, which stands at the place of the dropped token with the most attention. Tokens
@@ -132,10 +127,18 @@ class PruMerge(Pruner):
         ``Q3 + 1.5 (Q3 - Q1)``, at least one, and the token for the others.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"final_cls_attention", "final_keys"})
     source: ClassVar[str] = "PruMerge, arXiv 2403.15388 (ICCV 2025)"
 
     adaptive: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        own = "received_attention" if self.importance == "received" else "final_cls_attention"
+        return frozenset({own, "final_keys"})
+
+    def attention(self, tokens: VisualTokens) -> torch.Tensor:
+        """As of every method that ranks by it, but that of [CLS] in the encoder's very last layer, as one wide head."""
+        return super().attention(tokens) if self.importance == "received" else tokens.final_cls_attention
 
     @property
     def varies(self) -> bool:
@@ -161,7 +164,7 @@ class PruMerge(Pruner):
         return super().schedule_for(1.0 if self.adaptive else ratio, layer, num_layers)
 
     def merge(self, tokens: VisualTokens) -> KeptTokens:
-        features, keys, attention = tokens.features, tokens.final_keys, tokens.final_cls_attention
+        features, keys, attention = tokens.features, tokens.final_keys, self.attention(tokens)
         if self.adaptive:
             kept = self._choose_adaptively(attention, keys.any(dim=-1))
         else:
@@ -174,7 +177,7 @@ class PruMerge(Pruner):
 
     def _choose(self, attention: torch.Tensor, seen: torch.Tensor, count: int) -> torch.Tensor:
         """``count`` tokens of every image, (B, count); ``seen`` (B, N) tells patches from newlines."""
-        return attention_order(attention)[:, :count]
+        return most_important(attention)[:, :count]
 
     def _choose_adaptively(self, attention: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """As many tokens as one image's attention has outliers: (1, count)."""
@@ -183,7 +186,7 @@ class PruMerge(Pruner):
                 f"{type(self).__name__} with adaptive=True keeps a number of its own of every image: give one image "
                 f"at a time, not {len(attention)}"
             )
-        return attention_order(attention)[:, : _at_least_one_outlier(attention, seen)]
+        return most_important(attention)[:, : _at_least_one_outlier(attention, seen)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""VisionZip: keep the patches that [CLS] attends to, and merge the others into a few contextual tokens."""
+"""VisionZip: keep the patches of the most attention, and merge the others into a few contextual tokens."""
 
 from __future__ import annotations
 
@@ -7,32 +7,17 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner
+from llava.pruning.methods.importance import AttentionRanked, most_important
 from llava.pruning.similarity import wide
 from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
 
 
-def attention_order(cls_attention: torch.Tensor) -> torch.Tensor:
-    """Tokens by the attention of [CLS], summed over its heads.
-
-    Parameters
-    ----------
-    cls_attention : Tensor (B, N, H), floating, >= 0
-
-    Returns
-    -------
-    Tensor (B, N), int64
-        Descending attention; ties go to the lowest index. Newlines, which no encoder ever saw, come last.
-    """
-    return cls_attention.float().sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
-
-
-def patch_counts(cls_attention: torch.Tensor) -> list[int]:
-    """How many of each image's tokens (B, N, H) are patches: those with any attention, since a softmax gives all some.
+def patch_counts(attention: torch.Tensor) -> list[int]:
+    """How many of each image's tokens (B, N) are patches: those with any attention, since a softmax gives all some.
 
     The layout would tell as well, but it is not known of a crop alone, nor inside the decoder.
     """
-    return (cls_attention > 0).any(dim=-1).sum(dim=-1).tolist()
+    return (attention > 0).sum(dim=-1).tolist()
 
 
 def contextual_tokens(
@@ -77,8 +62,8 @@ def contextual_tokens(
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(Pruner):
-    """Dominant tokens by [CLS] attention, and contextual tokens merged from the rest by the likeness of their keys.
+class VisionZip(AttentionRanked):
+    """Dominant tokens by the encoder's attention, and contextual ones merged from the rest by the likeness of keys.
 
     The published code merges the encoder's features, before the projector, and keeps [CLS] among the dominant tokens.
     Here the projected tokens are merged, with the same assignment, because a pruner hands on projected tokens; and
@@ -93,7 +78,6 @@ class VisionZip(Pruner):
         Part of the budget that contextual tokens take, 0 to 1: 10 of 64, 20 of 128 and 30 of 192 in the paper.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"cls_attention", "encoder_keys"})
     source: ClassVar[str] = "VisionZip, arXiv 2412.04467 (CVPR 2025)"
     licence: ClassVar[str] = "Apache-2.0"
 
@@ -103,16 +87,21 @@ class VisionZip(Pruner):
         if not 0 <= self.contextual_share <= 1:
             raise ValueError(f"VisionZip's contextual_share must be a number from 0 to 1, not {self.contextual_share}")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"encoder_keys"}
+
     def merge(self, tokens: VisualTokens) -> KeptTokens:
         contextual = round(self.contextual_share * tokens.k)
         dominant = tokens.k - contextual
-        order = attention_order(tokens.cls_attention)
+        attention = self.attention(tokens)
+        order = most_important(attention)
         kept = order[:, :dominant].sort(dim=-1).values
         features = gather_tokens(tokens.features, kept)
         if contextual == 0:
             return KeptTokens(features, kept)
         parts, places = [], []
-        patches = patch_counts(tokens.cls_attention)
+        patches = patch_counts(attention)
         for image, ranked in enumerate(order):
             rest = ranked[dominant : max(patches[image], tokens.k)].sort().values
             merged, targets = contextual_tokens(tokens.features[image], tokens.encoder_keys[image], rest, contextual)

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner
-from llava.pruning.methods.visionzip import attention_order, patch_counts
+from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.methods.visionzip import patch_counts
 from llava.pruning.similarity import cosine_similarity
 from llava.pruning.tokens import VisualTokens
 
@@ -50,7 +50,7 @@ def remove_duplicates(similarity: torch.Tensor, ranked: torch.Tensor, count: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisPruner(Pruner):
+class VisPruner(AttentionRanked):
     """Important tokens by [CLS] attention; the rest of the budget, diverse tokens by the encoder's features.
 
     Newline tokens have no encoder feature to be alike by, so they go on only where the budget exceeds the patches.
@@ -61,7 +61,6 @@ class VisPruner(Pruner):
         Part of the budget, 0 to 1, that goes to important tokens (rounded down).
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"cls_attention", "encoder_features"})
     source: ClassVar[str] = "VisPruner, arXiv 2412.01818 (ICCV 2025)"
     licence: ClassVar[str] = "Apache-2.0"
 
@@ -71,14 +70,19 @@ class VisPruner(Pruner):
         if not 0 <= self.important_ratio <= 1:
             raise ValueError(f"VisPruner's important_ratio must be a number from 0 to 1, not {self.important_ratio}")
 
+    @property
+    def needs(self) -> frozenset[str]:
+        return super().needs | {"encoder_features"}
+
     def select(self, tokens: VisualTokens) -> torch.Tensor:
-        order = attention_order(tokens.cls_attention)
+        attention = self.attention(tokens)
+        order = most_important(attention)
         important = int(tokens.k * self.important_ratio)
         if important == tokens.k:
             return order[:, :important]
         similarity = cosine_similarity(tokens.encoder_features)
         diverse = [
             remove_duplicates(alike, ranked[important : max(patches, tokens.k)], tokens.k - important)
-            for alike, ranked, patches in zip(similarity, order, patch_counts(tokens.cls_attention), strict=True)
+            for alike, ranked, patches in zip(similarity, order, patch_counts(attention), strict=True)
         ]
         return torch.cat([order[:, :important], torch.stack(diverse)], dim=1)
