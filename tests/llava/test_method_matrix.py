@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -10,7 +12,6 @@ from transformers.masking_utils import create_causal_mask
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import Pruner, PruningConfig, VisualTokens, available_methods, kept_count, kernels, pruning
-from llava.pruning.base import INSIDE
 from llava.pruning.registry import method_class
 from llava.pruning.schedule import apportion
 from llava.pruning.tokens import TokenGrid, crop_numbers
@@ -388,8 +389,17 @@ def test_what_the_model_does_not_give_is_named(method):
             pruner.reduce(VisualTokens(torch.ones(1, 9, 4), 3))
 
 
-@pytest.mark.parametrize("method", sorted(ALL))
-def test_the_listing_tells_what_a_method_is(method):
-    info = ALL[method]
-    assert info.source and info.where in ("before the decoder", INSIDE)
-    assert (info.where == INSIDE) == (method in ("fastv", *SEVERAL))
+def row_of_the_docs(name: str) -> str:
+    info = ALL[name]
+    published = f"{info.venue} {info.year}" if info.venue else ""
+    needs = ", ".join(f"`{need}`" for need in sorted(info.needs)) or "visual tokens"
+    cells = [f"`{name}`", published, info.where.removesuffix(" the decoder"), needs, info.towers]
+    return f"| {' | '.join([*cells, 'yes' if info.merges else '', info.cost])} |"
+
+
+def test_the_table_in_the_docs_is_the_listing():
+    head = "| name | published | works | looks at | towers | merges | what choosing costs |\n" + "| --- " * 7 + "|\n"
+    expected = head + "\n".join(map(row_of_the_docs, sorted(ALL)))
+    docs = (Path(__file__).parents[2] / "LLaVA" / "docs" / "methods.md").read_text()
+    assert expected in docs, f"docs/methods.md should hold:\n\n{expected}"
+    assert all(info.source and info.cost and bool(info.venue) == bool(info.year) for info in ALL.values())

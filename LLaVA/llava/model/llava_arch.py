@@ -165,7 +165,10 @@ class OTPrune(Pruner):
         kept tokens handed on in the iteration order of a Python set instead of raster order.
     """
 
-    source: ClassVar[str] = "OTPrune, arXiv 2602.20205 (CVPR 2026)"
+    source: ClassVar[str] = "OTPrune, arXiv 2602.20205"
+    venue: ClassVar[str] = "CVPR"
+    year: ClassVar[int] = 2026
+    cost: ClassVar[str] = "O(N^2 D + N^3), greedy O(k^2 N)"
 
     gamma: float | None = None
     compat: bool = False

@@ -1,4 +1,4 @@
-"""``python -m llava.pruning``: the installed methods, where each works, its needs, options, source and licence."""
+"""``python -m llava.pruning``: the installed methods, where and on what towers each works, its needs, cost, options."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def _print_methods() -> None:
         options = ", ".join(
             f"{name.upper()}_{option.upper()}={_default(value)}" for option, value in info.options.items()
         )
-        print(f"{name}\n    {info.source}")
+        published = f" ({' '.join(filter(None, (info.venue, str(info.year or ''))))})" if info.venue else ""
+        print(f"{name}\n    {info.source}{published}")
         print(f"    where: {info.where}; needs: {', '.join(sorted(info.needs)) or 'the visual tokens only'}")
+        print(f"    towers: {info.towers}; {'merges' if info.merges else 'chooses'} tokens; cost: {info.cost}")
         print(f"    options: {options or 'none of its own'}")
         if info.licence:
             print(f"    published code: {info.licence}")

@@ -32,8 +32,13 @@ class Pruner:
         Where the method works: `BEFORE` the decoder, or `INSIDE` it.
     needs : frozenset of str
         `Signals` that the method reads beside the features and the layout.
-    source : str
-        Paper or definition.
+    source, venue : str
+        Paper or definition, and where it was published.
+    year : int or None
+        Of the publication.
+    cost : str
+        What choosing costs beside the model, per image of N tokens of width D, or C in the vision encoder, k of them
+        kept.
     licence : str
         A note on the licence of the published code. Nothing of it is used here.
     first_layer, default_layer : int
@@ -51,6 +56,9 @@ class Pruner:
 
     where: ClassVar[str] = BEFORE
     source: ClassVar[str] = ""
+    venue: ClassVar[str] = ""
+    year: ClassVar[int | None] = None
+    cost: ClassVar[str] = ""
     licence: ClassVar[str] = ""
     first_layer: ClassVar[int] = 0
     default_layer: ClassVar[int | None] = 0

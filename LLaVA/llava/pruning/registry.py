@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from llava.pruning.base import Pruner
+from llava.pruning.signals import CLS_SIGNALS, ENCODER_SIGNALS
 
 ENTRY_POINT_GROUP = "llava.pruning"
 
@@ -60,8 +61,16 @@ class MethodInfo:
         What it asks of the model beyond the visual tokens.
     options : dict
         Option name -> default; `common_options` come on top of these.
-    source : str
-        Paper or definition.
+    source, venue : str
+        Paper or definition, and where it was published.
+    year : int or None
+        Of the publication.
+    towers : str
+        Vision encoders that it works with.
+    merges : bool
+        Whether tokens are merged and not only chosen.
+    cost : str
+        What choosing costs beside the model; see `Pruner`.
     licence : str
         A note on the licence of the published code; empty where there is none to note.
     """
@@ -70,6 +79,11 @@ class MethodInfo:
     needs: frozenset[str]
     options: dict[str, Any]
     source: str
+    venue: str
+    year: int | None
+    towers: str
+    merges: bool
+    cost: str
     licence: str = ""
 
 
@@ -150,7 +164,29 @@ def _info(cls: type[Pruner]) -> MethodInfo:
     defaults = {
         field.name: getattr(pruner, field.name) for field in dataclasses.fields(cls) if field.name not in common
     }
-    return MethodInfo(cls.where, pruner.needs, defaults, cls.source, cls.licence)
+    return MethodInfo(
+        cls.where,
+        pruner.needs,
+        defaults,
+        cls.source,
+        cls.venue,
+        cls.year,
+        _towers(pruner),
+        pruner.merges,
+        cls.cost,
+        cls.licence,
+    )
+
+
+def _towers(pruner: Pruner) -> str:
+    """The vision encoders whose signals a method can be given."""
+    if "text_similarity" in pruner.needs:
+        return "CLIP with its text tower"
+    if "layer_features" in pruner.needs:
+        return "the one that its network was trained on"
+    if not pruner.needs & ENCODER_SIGNALS:
+        return "any"
+    return "with [CLS]" if pruner.for_encoder(has_cls=False).needs & CLS_SIGNALS else "with [CLS] or without"
 
 
 def _targets() -> dict[str, str]:

@@ -165,6 +165,9 @@ def computed_by(*sources: Source) -> frozenset[str]:
 
 
 ENCODER_SIGNALS = computed_by("encoder")
+
+CLS_SIGNALS = frozenset({"cls_attention", "layer_cls_attention", "cls_affinity", "final_cls_attention"})
+"""Those of the encoder that only one with a [CLS] token has."""
 DECODER_SIGNALS = computed_by("decoder")
 
 

@@ -10,10 +10,9 @@ from torch import nn
 
 from llava.adapters.transformers.attention import Call, Watch
 from llava.pruning.base import Pruner
-from llava.pruning.signals import ENCODER_SIGNALS, SIGNALS
+from llava.pruning.signals import CLS_SIGNALS, ENCODER_SIGNALS, SIGNALS
 from llava.pruning.similarity import products
 
-CLS_NEEDS = frozenset({"cls_attention", "final_cls_attention", "layer_cls_attention", "cls_affinity"})
 Signals = dict[str, list[torch.Tensor]]
 """Name of a signal -> (I, P, C) of the patches of each call of the encoder's attention: a batch of images, or a packed
 sequence of several (or a window of one)."""
@@ -44,7 +43,7 @@ class EncoderView:
         }
         self.depth = _depth_read(model.config, len(self.attention))
         self.has_cls = has_cls_token(self.tower)
-        if self.needs & CLS_NEEDS and not self.has_cls:
+        if self.needs & CLS_SIGNALS and not self.has_cls:
             raise ValueError(
                 f"{kind} ranks by the attention of [CLS], and the vision encoder, {type(self.tower).__name__}, "
                 "has no such token"

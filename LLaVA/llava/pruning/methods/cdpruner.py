@@ -57,7 +57,10 @@ class CDPruner(Pruner):
         round, since the authors saw that only in CLIP.
     """
 
-    source: ClassVar[str] = "CDPruner, arXiv 2506.10967 (NeurIPS 2025)"
+    source: ClassVar[str] = "CDPruner, arXiv 2506.10967"
+    venue: ClassVar[str] = "NeurIPS"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "O(N^2 D), greedy O(k^2 N), and CLIP's text tower per question"
     licence: ClassVar[str] = "Apache-2.0"
 
     relevance: Literal["clip", "embeddings"] = "clip"

@@ -80,6 +80,7 @@ class Coverage(Pruner):
     """
 
     source: ClassVar[str] = "greedy facility location on squared distances, a baseline of this package"
+    cost: ClassVar[str] = "O(N^2 D), greedy O(k N^2) at most"
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         similarity = squared_distances(tokens.features).neg_()

@@ -54,7 +54,10 @@ class DART(Pruner):
         At least 1.
     """
 
-    source: ClassVar[str] = "DART, arXiv 2502.11494 (EMNLP 2025)"
+    source: ClassVar[str] = "DART, arXiv 2502.11494"
+    venue: ClassVar[str] = "EMNLP"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "O(p N D) for p pivots"
     licence: ClassVar[str] = "Apache-2.0"
 
     visual_pivots: int = 4

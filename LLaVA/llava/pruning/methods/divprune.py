@@ -56,7 +56,10 @@ def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
 class DivPrune(Pruner):
     """Max-min diversity under the cosine distance ``1 - cos``."""
 
-    source: ClassVar[str] = "DivPrune (CVPR 2025)"
+    source: ClassVar[str] = "DivPrune, arXiv 2503.02175"
+    venue: ClassVar[str] = "CVPR"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "O(N^2 D), greedy O(k N)"
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         return max_min_select(cosine_similarity(tokens.features).neg_().add_(1), tokens.k)

@@ -150,6 +150,7 @@ class Downsample(Pruner):
     """
 
     source: ClassVar[str] = "average pooling of the patch grid"
+    cost: ClassVar[str] = "O(N D)"
 
     def merge(self, tokens: VisualTokens) -> KeptTokens:
         batch, n, _ = tokens.features.shape

@@ -16,7 +16,10 @@ from llava.pruning.tokens import VisualTokens
 class DPP(Pruner):
     """Greedy maximisation of the determinant of the cosine-similarity kernel."""
 
-    source: ClassVar[str] = "greedy MAP of a DPP (Chen, Zhang and Zhou, NeurIPS 2018), a baseline of OTPrune's figure 3"
+    source: ClassVar[str] = "greedy MAP of a DPP, a baseline of OTPrune's figure 3"
+    venue: ClassVar[str] = "NeurIPS"
+    year: ClassVar[int] = 2018
+    cost: ClassVar[str] = "O(N^2 D), greedy O(k^2 N)"
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         return greedy_map(cosine_kernel(tokens.features), tokens.k)

@@ -15,7 +15,10 @@ from llava.pruning.tokens import VisualTokens
 class FasterVLM(AttentionRanked):
     """The k patches of the largest importance. Newline tokens go on only where the budget exceeds the patches."""
 
-    source: ClassVar[str] = "FasterVLM, arXiv 2412.01818v1 (2024)"
+    source: ClassVar[str] = "FasterVLM, arXiv 2412.01818v1"
+    venue: ClassVar[str] = "arXiv"
+    year: ClassVar[int] = 2024
+    cost: ClassVar[str] = "one attention row of the encoder"
     licence: ClassVar[str] = "Apache-2.0"
 
     importance: Importance = "auto"

@@ -21,7 +21,10 @@ class FastV(Pruner):
 
     where: ClassVar[str] = INSIDE
     needs: ClassVar[frozenset[str]] = frozenset({"last_attention"})
-    source: ClassVar[str] = "FastV (ECCV 2024), K = 2"
+    source: ClassVar[str] = "FastV, arXiv 2403.06764, K = 2"
+    venue: ClassVar[str] = "ECCV"
+    year: ClassVar[int] = 2024
+    cost: ClassVar[str] = "one attention row, O(T D)"
     first_layer: ClassVar[int] = 1
     default_layer: ClassVar[int] = 2
 

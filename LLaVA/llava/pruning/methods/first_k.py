@@ -16,6 +16,7 @@ class FirstK(Pruner):
     """Tokens 0 .. k - 1 of the raster."""
 
     source: ClassVar[str] = "OTPrune (arXiv 2602.20205), figure 2"
+    cost: ClassVar[str] = "none"
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         return torch.arange(tokens.k, device=tokens.features.device).repeat(tokens.features.shape[0], 1)

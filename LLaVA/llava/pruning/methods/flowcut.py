@@ -101,7 +101,10 @@ class FlowCut(AttentionRanked):
         How many of the encoder's layers before the last one that runs; all of CLIP ViT-L's are 22.
     """
 
-    source: ClassVar[str] = "FlowCut, arXiv 2505.19536 (NeurIPS 2025)"
+    source: ClassVar[str] = "FlowCut, arXiv 2505.19536"
+    venue: ClassVar[str] = "NeurIPS"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "one attention row and two products of each of E encoder layers, O(E N log N)"
     licence: ClassVar[str] = "Apache-2.0"
 
     layers: int = 22

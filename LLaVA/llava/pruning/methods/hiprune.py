@@ -122,6 +122,9 @@ class HiPrune(Pruner):
 
     needs: ClassVar[frozenset[str]] = frozenset({"received_attention"})
     source: ClassVar[str] = "HiPrune, arXiv 2508.00553"
+    venue: ClassVar[str] = "arXiv"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "two attention maps of the encoder, O(N^2 C)"
     licence: ClassVar[str] = "MIT"
 
     alpha: float = 0.1

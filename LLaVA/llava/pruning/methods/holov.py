@@ -69,7 +69,10 @@ class HoloV(AttentionRanked):
         Weight of the scaled variance, >= 0.
     """
 
-    source: ClassVar[str] = "HoloV, arXiv 2510.02912 (NeurIPS 2025)"
+    source: ClassVar[str] = "HoloV, arXiv 2510.02912"
+    venue: ClassVar[str] = "NeurIPS"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "one attention row of the encoder, O(N^2 D / s) for s strips"
 
     importance: Importance = "auto"
     strips: int = 16

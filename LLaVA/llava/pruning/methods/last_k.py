@@ -16,6 +16,7 @@ class LastK(Pruner):
     """Tokens N - k .. N - 1 of the raster."""
 
     source: ClassVar[str] = "OTPrune (arXiv 2602.20205), figure 2"
+    cost: ClassVar[str] = "none"
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         batch, n, _ = tokens.features.shape

@@ -66,7 +66,10 @@ class MMR(AttentionRanked):
         nothing of the encoder.
     """
 
-    source: ClassVar[str] = "IDPruner, arXiv 2602.13315 (2026)"
+    source: ClassVar[str] = "IDPruner, arXiv 2602.13315"
+    venue: ClassVar[str] = "arXiv"
+    year: ClassVar[int] = 2026
+    cost: ClassVar[str] = "one attention row of the encoder, O(N^2 D), greedy O(k N)"
     licence: ClassVar[str] = "Apache-2.0"
 
     importance: Literal["auto", "cls", "received", "norm"] = "auto"

@@ -127,7 +127,10 @@ class PruMerge(AttentionRanked):
         ``Q3 + 1.5 (Q3 - Q1)``, at least one, and the token for the others.
     """
 
-    source: ClassVar[str] = "PruMerge, arXiv 2403.15388 (ICCV 2025)"
+    source: ClassVar[str] = "PruMerge, arXiv 2403.15388"
+    venue: ClassVar[str] = "ICCV"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "two projections of the encoder, O(k N C)"
 
     adaptive: bool = False
 

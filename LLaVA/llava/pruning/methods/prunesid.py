@@ -91,7 +91,10 @@ class PruneSID(AttentionRanked):
         as of every method that ranks by it (published for LLaVA).
     """
 
-    source: ClassVar[str] = "PruneSID, arXiv 2603.09480 (ICLR 2026)"
+    source: ClassVar[str] = "PruneSID, arXiv 2603.09480"
+    venue: ClassVar[str] = "ICLR"
+    year: ClassVar[int] = 2026
+    cost: ClassVar[str] = "O(N^2 D + N k D)"
 
     importance: Literal["loading", "auto", "cls", "received"] = "loading"
     group_size: int = 4

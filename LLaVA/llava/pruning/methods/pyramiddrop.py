@@ -46,7 +46,10 @@ class PyramidDrop(ScheduledPruner):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"next_attention"})
-    source: ClassVar[str] = "PyramidDrop (CVPR 2025, arXiv 2410.17247)"
+    source: ClassVar[str] = "PyramidDrop, arXiv 2410.17247"
+    venue: ClassVar[str] = "CVPR"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "one attention row per drop, O(T D)"
     schedules: ClassVar[tuple[str, ...]] = ("published",)
 
     schedule: Literal["scaled", "published"] = "scaled"

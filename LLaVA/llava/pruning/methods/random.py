@@ -27,6 +27,7 @@ class Random(Pruner):
 
     needs: ClassVar[frozenset[str]] = frozenset({"image_keys"})
     source: ClassVar[str] = "uniform k-subset without replacement"
+    cost: ClassVar[str] = "none"
 
     seed: int = 0
 

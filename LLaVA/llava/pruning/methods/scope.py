@@ -27,7 +27,10 @@ class SCOPE(AttentionRanked):
         How much saliency counts against coverage, >= 0; 0 is coverage alone.
     """
 
-    source: ClassVar[str] = "SCOPE, arXiv 2510.24214 (NeurIPS 2025)"
+    source: ClassVar[str] = "SCOPE, arXiv 2510.24214"
+    venue: ClassVar[str] = "NeurIPS"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "one attention row of the encoder, O(N^2 C), greedy O(k N^2) at most"
     licence: ClassVar[str] = "published code without one"
 
     importance: Importance = "auto"

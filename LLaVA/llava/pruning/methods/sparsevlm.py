@@ -150,7 +150,10 @@ class SparseVLM(ScheduledPruner):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"rater_attention"})
-    source: ClassVar[str] = "SparseVLM (ICML 2025, arXiv 2410.04417)"
+    source: ClassVar[str] = "SparseVLM, arXiv 2410.04417"
+    venue: ClassVar[str] = "ICML"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "O(R T D) per drop for R rating tokens, clustering O(N^2 D)"
     licence: ClassVar[str] = "Apache-2.0"
     first_layer: ClassVar[int] = 1
     schedules: ClassVar[tuple[str, ...]] = tuple(RANKED[True])

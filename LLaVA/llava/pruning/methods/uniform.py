@@ -16,6 +16,7 @@ class Uniform(Pruner):
     """Token ``floor((i + 1/2) N / k)`` for i = 0 .. k - 1."""
 
     source: ClassVar[str] = "evenly spaced over the raster sequence"
+    cost: ClassVar[str] = "none"
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         batch, n, _ = tokens.features.shape

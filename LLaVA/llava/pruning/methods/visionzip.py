@@ -78,7 +78,10 @@ class VisionZip(AttentionRanked):
         Part of the budget that contextual tokens take, 0 to 1: 10 of 64, 20 of 128 and 30 of 192 in the paper.
     """
 
-    source: ClassVar[str] = "VisionZip, arXiv 2412.04467 (CVPR 2025)"
+    source: ClassVar[str] = "VisionZip, arXiv 2412.04467"
+    venue: ClassVar[str] = "CVPR"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "one attention row of the encoder, O(N c C) for c merged tokens"
     licence: ClassVar[str] = "Apache-2.0"
 
     contextual_share: float = 10 / 64

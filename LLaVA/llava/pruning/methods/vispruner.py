@@ -61,7 +61,10 @@ class VisPruner(AttentionRanked):
         Part of the budget, 0 to 1, that goes to important tokens (rounded down).
     """
 
-    source: ClassVar[str] = "VisPruner, arXiv 2412.01818 (ICCV 2025)"
+    source: ClassVar[str] = "VisPruner, arXiv 2412.01818"
+    venue: ClassVar[str] = "ICCV"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "one attention row of the encoder, O(N^2 C)"
     licence: ClassVar[str] = "Apache-2.0"
 
     important_ratio: float = 0.5

@@ -77,7 +77,10 @@ class VScan(AttentionRanked):
         Windows along a side of the image, at least 1.
     """
 
-    source: ClassVar[str] = "VScan, arXiv 2505.22654 (TMLR 2026)"
+    source: ClassVar[str] = "VScan, arXiv 2505.22654"
+    venue: ClassVar[str] = "TMLR"
+    year: ClassVar[int] = 2026
+    cost: ClassVar[str] = "two attention rows of the encoder, merging O(k N D)"
     licence: ClassVar[str] = "MIT"
 
     local_layer: int = 6

@@ -22,7 +22,10 @@ class VTW(Pruner):
     """
 
     where: ClassVar[str] = INSIDE
-    source: ClassVar[str] = "VTW, visual tokens withdrawal (AAAI 2025, arXiv 2405.05803)"
+    source: ClassVar[str] = "VTW, visual tokens withdrawal, arXiv 2405.05803"
+    venue: ClassVar[str] = "AAAI"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "none"
     first_layer: ClassVar[int] = 1
     default_layer: ClassVar[int | None] = None
 

@@ -98,7 +98,10 @@ class FitPrune(Pruner):
 
     where: ClassVar[str] = INSIDE
     needs: ClassVar[frozenset[str]] = frozenset({"visual_attention", "text_attention"})
-    source: ClassVar[str] = "FitPrune (AAAI 2025, arXiv 2409.10197)"
+    source: ClassVar[str] = "FitPrune, arXiv 2409.10197"
+    venue: ClassVar[str] = "AAAI"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "O(T^2) per layer that drops, for T tokens of the prompt"
     first_layer: ClassVar[int] = 1
     default_layer: ClassVar[int | None] = None
     after_attention: ClassVar[bool] = True

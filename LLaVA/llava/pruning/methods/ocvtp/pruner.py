@@ -104,6 +104,9 @@ class OCVTP(Pruner):
     """
 
     source: ClassVar[str] = "OC-VTP, arXiv 2511.20439"
+    venue: ClassVar[str] = "arXiv"
+    year: ClassVar[int] = 2025
+    cost: ClassVar[str] = "a small network: 0.07 % of a 7B prefill"
 
     checkpoint: str = EMBEDDED
     config: str | None = None
