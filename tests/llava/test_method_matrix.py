@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -387,19 +385,3 @@ def test_what_the_model_does_not_give_is_named(method):
     if pruner.needs:
         with pytest.raises(ValueError, match=f"needs {min(pruner.needs)}"):
             pruner.reduce(VisualTokens(torch.ones(1, 9, 4), 3))
-
-
-def row_of_the_docs(name: str) -> str:
-    info = ALL[name]
-    published = f"{info.venue} {info.year}" if info.venue else ""
-    needs = ", ".join(f"`{need}`" for need in sorted(info.needs)) or "visual tokens"
-    cells = [f"`{name}`", published, info.where.removesuffix(" the decoder"), needs, info.towers]
-    return f"| {' | '.join([*cells, 'yes' if info.merges else '', info.cost])} |"
-
-
-def test_the_table_in_the_docs_is_the_listing():
-    head = "| name | published | works | looks at | towers | merges | what choosing costs |\n" + "| --- " * 7 + "|\n"
-    expected = head + "\n".join(map(row_of_the_docs, sorted(ALL)))
-    docs = (Path(__file__).parents[2] / "LLaVA" / "docs" / "methods.md").read_text()
-    assert expected in docs, f"docs/methods.md should hold:\n\n{expected}"
-    assert all(info.source and info.cost and bool(info.venue) == bool(info.year) for info in ALL.values())

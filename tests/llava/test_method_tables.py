@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from llava.pruning import available_methods
-from llava.pruning.registry import common_options
+from llava.pruning.registry import MethodInfo, common_options
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "LLaVA" / "docs"
@@ -18,9 +18,19 @@ def test_the_readme_lists_every_value_of_the_switch():
     assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(name.upper() for name in available_methods())
 
 
-def test_every_method_has_a_row_in_the_table_of_methods():
-    rows = re.findall(r"^\| (`[^|]+) \|", (DOCS / "methods.md").read_text(), re.MULTILINE)
-    assert set(available_methods()) <= {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+def listed(name: str, info: MethodInfo) -> str:
+    published = f"{info.venue} {info.year}" if info.venue else ""
+    needs = ", ".join(f"`{need}`" for need in sorted(info.needs)) or "visual tokens"
+    cells = [f"`{name}`", published, info.where.removesuffix(" the decoder"), needs, info.towers]
+    return f"| {' | '.join([*cells, 'yes' if info.merges else '', info.cost])} |"
+
+
+def test_the_table_of_methods_is_the_listing():
+    methods = available_methods()
+    expected = ["| name | published | works | looks at | towers | merges | what choosing costs |", "| --- " * 7 + "|"]
+    expected += [listed(name, info) for name, info in methods.items()]
+    assert "\n".join(expected) in (DOCS / "methods.md").read_text(), "\n".join(expected)
+    assert all(info.source and info.cost and bool(info.venue) == bool(info.year) for info in methods.values())
 
 
 def test_the_environment_page_lists_every_option_with_its_default():
