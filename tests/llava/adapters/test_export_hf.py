@@ -19,6 +19,7 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, available_methods, pruning
 from llava.pruning.signals import ENCODER_SIGNALS
 from llava.serve.export_hf import main
+from tiny_methods import OPTIONS
 
 ROOT = golden_root() / "llava"
 CHECKPOINTS = json.loads((ROOT / "manifest.json").read_text())["checkpoints"]
@@ -33,7 +34,7 @@ BEFORE = [
     for name, info in available_methods().items()
     if info.where.startswith("before") and info.needs <= {"image_keys"} | ENCODER_SIGNALS and name != "ocvtp"
 ]
-METHODS = [PruningConfig(name, 0.3, options={"object_layer": 1} if name == "hiprune" else {}) for name in BEFORE] + [
+METHODS = [PruningConfig(name, 0.3, options=OPTIONS.get(name, {})) for name in BEFORE] + [
     PruningConfig("otprune", 0.3, layer=1),
     PruningConfig("downsample", 0.3, layer=1),
     PruningConfig("fastv", 0.3, layer=1),

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from llava.pruning.base import VisualTokens
-from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
 
 
 def shares(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
@@ -107,6 +107,7 @@ class FlowCut(AttentionRanked):
     cost: ClassVar[str] = "one attention row and two products of each of E encoder layers, O(E N log N)"
     licence: ClassVar[str] = "Apache-2.0"
 
+    importance: Importance = "auto"
     layers: int = 22
 
     def __post_init__(self):

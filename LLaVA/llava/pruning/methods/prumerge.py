@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
 from llava.pruning.similarity import wide
 from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
 
@@ -132,6 +132,7 @@ class PruMerge(AttentionRanked):
     year: ClassVar[int] = 2025
     cost: ClassVar[str] = "two projections of the encoder, O(k N C)"
 
+    importance: Importance = "auto"
     adaptive: bool = False
 
     @property

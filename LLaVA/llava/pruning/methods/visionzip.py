@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
 from llava.pruning.similarity import wide
 from llava.pruning.tokens import KeptTokens, VisualTokens, gather_tokens
 
@@ -84,6 +84,7 @@ class VisionZip(AttentionRanked):
     cost: ClassVar[str] = "one attention row of the encoder, O(N c C) for c merged tokens"
     licence: ClassVar[str] = "Apache-2.0"
 
+    importance: Importance = "auto"
     contextual_share: float = 10 / 64
 
     def __post_init__(self):

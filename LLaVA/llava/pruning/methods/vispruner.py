@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
 from llava.pruning.methods.visionzip import patch_counts
 from llava.pruning.similarity import cosine_similarity
 from llava.pruning.tokens import VisualTokens
@@ -51,7 +51,7 @@ def remove_duplicates(similarity: torch.Tensor, ranked: torch.Tensor, count: int
 
 @dataclass(frozen=True, kw_only=True)
 class VisPruner(AttentionRanked):
-    """Important tokens by [CLS] attention; the rest of the budget, diverse tokens by the encoder's features.
+    """Important tokens by the encoder's attention; the rest of the budget, diverse tokens by the encoder's features.
 
     Newline tokens have no encoder feature to be alike by, so they go on only where the budget exceeds the patches.
 
@@ -67,6 +67,7 @@ class VisPruner(AttentionRanked):
     cost: ClassVar[str] = "one attention row of the encoder, O(N^2 C)"
     licence: ClassVar[str] = "Apache-2.0"
 
+    importance: Importance = "auto"
     important_ratio: float = 0.5
 
     def __post_init__(self):

@@ -10,7 +10,7 @@ import torch
 
 from llava.pruning.base import KeptTokens, VisualTokens, gather_tokens
 from llava.pruning.methods.groups import select_by_quota
-from llava.pruning.methods.importance import AttentionRanked, most_important
+from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
 from llava.pruning.similarity import products, wide
 
 
@@ -83,6 +83,7 @@ class VScan(AttentionRanked):
     cost: ClassVar[str] = "two attention rows of the encoder, merging O(k N D)"
     licence: ClassVar[str] = "MIT"
 
+    importance: Importance = "auto"
     local_layer: int = 6
     windows: int = 4
 
