@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import VisualTokens
 from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
+from llava.pruning.tokens import VisualTokens
 
 
 def shares(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:

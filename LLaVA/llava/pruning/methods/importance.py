@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -26,9 +26,12 @@ class AttentionRanked(Pruner):
         states which it takes (`Importance`), and may add others, which need nothing of the encoder.
     """
 
-    encoder_layers: ClassVar[tuple[int, ...]] = (-1,)
-
     importance: str = "auto"
+
+    @property
+    def encoder_layers(self) -> tuple[int, ...]:
+        """The last one that runs."""
+        return (-1,)
 
     @property
     def needs(self) -> frozenset[str]:

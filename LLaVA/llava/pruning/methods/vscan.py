@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import KeptTokens, VisualTokens, gather_tokens
 from llava.pruning.methods.groups import select_by_quota
 from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
 from llava.pruning.similarity import products, wide
+from llava.pruning.tokens import KeptTokens, Layout, VisualTokens, gather_tokens
 
 
-def windows_of(layout, n: int, side: int) -> tuple[torch.Tensor, int]:
+def windows_of(layout: Layout | None, n: int, side: int) -> tuple[torch.Tensor, int]:
     """The window of each of ``n`` tokens, int64 (n,), and how many windows there are.
 
     Every grid of the layout is cut into ``side`` by ``side`` windows, or fewer where it has fewer rows or columns; a
@@ -93,7 +93,7 @@ class VScan(AttentionRanked):
                 raise ValueError(f"VScan's {name} must be at least 1, not {getattr(self, name)}")
 
     @property
-    def encoder_layers(self) -> tuple[int, int]:
+    def encoder_layers(self) -> tuple[int, ...]:
         """The shallow layer and the deepest one that runs."""
         return (self.local_layer - 1, -1)
 
@@ -106,15 +106,15 @@ class VScan(AttentionRanked):
         both = tokens.received_attention if self.importance == "received" else tokens.layer_cls_attention
         local, whole = both.unbind(dim=-1)
         looks = tokens.k - tokens.k // 2
-        chosen = most_important(whole)[:, :looks]
+        first = most_important(whole)[:, :looks]
         window, count = windows_of(tokens.layout, local.shape[1], self.windows)
         window = window.to(local.device, non_blocking=True).expand(len(local), -1)
-        ranked = local.scatter(1, chosen, -1)
+        ranked = local.scatter(1, first, -1)
         best = ranked.new_full((len(local), count), -1).scatter_reduce(1, window, ranked, "amax")
         quota = torch.full_like(best, tokens.k // 2 // count, dtype=torch.int64)
         # Newlines come after all patches, and what was chosen already after everything.
-        chosen = [chosen, select_by_quota(most_important(ranked), window, quota, best, tokens.k // 2, ranked <= 0)]
-        return torch.cat(chosen, dim=1).sort(dim=-1).values
+        second = select_by_quota(most_important(ranked), window, quota, best, tokens.k // 2, ranked <= 0)
+        return torch.cat([first, second], dim=1).sort(dim=-1).values
 
     def merge(self, tokens: VisualTokens) -> KeptTokens:
         with torch.no_grad():
