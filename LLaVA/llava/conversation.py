@@ -43,7 +43,7 @@ class Conversation(GradioConversation):
     sep_style : SeparatorStyle
         How turns are joined.
     sep, sep2 : str
-        Separators; ``sep2`` ends the assistant's turns where the style tells the two apart.
+        Separators; ``sep2`` ends the assistant's turns where the style distinguishes the two.
     version : str
         Name of the format; with "mmtag" in it, images are announced in a turn of their own.
     skip_next : bool
@@ -187,7 +187,7 @@ def conv_mode_for(model_name: str, model_config: Any = None, tokenizer: Any = No
     model_config : object, optional
         The checkpoint's configuration: ``conv_template``, which `llava.train` writes, then the architecture.
     tokenizer : optional
-        The checkpoint's; its end-of-text token tells the 34B model of LLaVA-1.6 from the others.
+        The checkpoint's; its end-of-text token distinguishes the 34B model of LLaVA-1.6.
 
     Returns
     -------

@@ -122,7 +122,7 @@ def _decode(image: Image.Image, name: str) -> None:
 
 @contextmanager
 def _strict_decoding() -> Iterator[None]:
-    """Have Pillow refuse cut-off files inside the block, whatever another package told it for the whole process."""
+    """Have Pillow refuse cut-off files inside the block, whatever another package has set for the whole process."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield

@@ -4,7 +4,7 @@ PyTorch's fused CPU attention is slow in bfloat16, and the plain form keeps ever
 Here each row of a batch is worked through on its own, so that its scores stay in the processor's cache; the backward
 pass computes them again. A sequence is worked through in stretches: the tokens of one stretch see everything before
 it, and among themselves what the mask says. An image's prompt is cut into a few stretches (causal attention then
-skips most of what it would mask), and all questions packed behind it are one stretch.
+skips most of what it would mask), and all questions packed after it are one stretch.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from transformers import AttentionInterface
-
-__all__ = ["ATTENTION_NAME", "attention_for", "register", "stretched_attention"]
 
 ATTENTION_NAME = "llava_mini_stretched"
 

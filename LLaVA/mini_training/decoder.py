@@ -1,4 +1,4 @@
-"""Stages two and three: projector and language model learn to talk about what the frozen tower sees."""
+"""After the tower: projector and language model learn to answer questions about what the frozen tower sees."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from mini_training.grounding import Grounding, GroundingHeads
 from mini_training.packing import Batch, packed_mask, prefix_stretches
 from mini_training.tower import pixel_values
 from mini_training.vocabulary import TEMPLATE
-
-__all__ = ["ConversationTask", "build_llava", "llava_config"]
 
 TOWER_FOLDER = "vision_tower"
 CONTEXT_LENGTH = 2048
@@ -119,14 +117,14 @@ class ConversationTask(nn.Module):
             "accuracy/token": (logits.argmax(-1) == labels).float().mean(),
         }
         if self.grounding is not None:
-            told = self._ground(batch, taps)
-            report["grounding"] = self.grounding.weight * sum(v for name, v in told.items() if "/" not in name)
-            report |= {name if "/" in name else f"loss/{name}": value.detach() for name, value in told.items()}
+            known = self._ground(batch, taps)
+            report["grounding"] = self.grounding.weight * sum(v for name, v in known.items() if "/" not in name)
+            report |= {name if "/" in name else f"loss/{name}": value.detach() for name, value in known.items()}
         return report
 
     @contextmanager
     def _taps(self) -> Iterator[dict[int, torch.Tensor]]:
-        """Hidden states behind the layers where the heads read, filled in by the next forward pass."""
+        """Hidden states after the layers where the heads read, filled in by the next forward pass."""
         taps: dict[int, torch.Tensor] = {}
         depths = () if self.grounding is None else set(self.grounding.depths)
         layers = self.model.get_model().layers
@@ -142,11 +140,11 @@ class ConversationTask(nn.Module):
                 hook.remove()
 
     def _ground(self, batch: Batch, taps: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
-        rows, places, targets = batch.grounding[:, 0], batch.grounding[:, 1], batch.grounding[:, 2:]
-        # Every image stands before the questions, and takes more places than its mark.
+        rows, positions, targets = batch.grounding[:, 0], batch.grounding[:, 1], batch.grounding[:, 2:]
+        # Every image stands before the questions, and takes more positions than its mark.
         more = (batch.ids == IMAGE_TOKEN_INDEX).sum(1) * (self.model.get_vision_tower().num_patches - 1)
-        places = places + more[rows]
-        return self.heads(*(taps[depth][rows, places] for depth in self.grounding.depths), targets)
+        positions = positions + more[rows]
+        return self.heads(*(taps[depth][rows, positions] for depth in self.grounding.depths), targets)
 
     def answer_logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Predictions of all answers' tokens.
@@ -178,9 +176,9 @@ class ConversationTask(nn.Module):
             use_cache=False,
             stretches=prefix_stretches(prefix, embeds.shape[1], STRETCHES),
         ).last_hidden_state
-        rows, places = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
-        logits = self.model.lm_head(hidden[rows, places]).float()
-        return logits, labels[rows, places + 1], segments[rows, places + 1], rows
+        rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        logits = self.model.lm_head(hidden[rows, positions]).float()
+        return logits, labels[rows, positions + 1], segments[rows, positions + 1], rows
 
 
 def _widened(batch: Batch, patches: int) -> torch.Tensor:

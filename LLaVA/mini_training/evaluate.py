@@ -13,8 +13,6 @@ from llava.model.builder import load_pretrained_model
 from mini_training.decoder import ConversationTask
 from mini_training.packing import Mixture, Packed, PackedScenes, collate
 
-__all__ = ["accuracy_by_form", "evaluate"]
-
 GREY = 128
 MIXTURES = {
     "open": Mixture(questions=20, choice_percent=0, dense_percent=0),

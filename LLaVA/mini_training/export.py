@@ -20,13 +20,11 @@ from llava.model.multimodal_encoder.clip_encoder import PublishedNames
 from mini_training.decoder import TOWER_FOLDER
 from mini_training.tower import IMAGE_MEAN, IMAGE_STD
 
-__all__ = ["export_checkpoint", "export_tower"]
-
 
 def export_tower(tower: CLIPVisionModel, folder: Path) -> None:
     """Write the tower and its image processor to ``folder / "vision_tower"``, in float16.
 
-    The layer behind the one that LLaVA reads was never trained; it becomes a copy of its predecessor, so that methods
+    The layer after the one that LLaVA reads was never trained; it becomes a copy of its predecessor, so that methods
     that look at its attention see something that makes sense.
     """
     tower = copy.deepcopy(tower)

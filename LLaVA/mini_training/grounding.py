@@ -21,13 +21,11 @@ from llava.mini.captions import COUNT_WORDS, PLURALS, at
 from llava.mini.forms.naming import INSIDE
 from llava.mini.scenes import COLORS, IMAGE_SIZE, NUMBERS, PLACES, SHAPES, SIGN, SIZES, TEXTS, WORDS, Scene, SceneObject
 
-__all__ = ["COLUMNS", "GroundingHeads", "grounding_targets"]
-
 NEWLINE = "<0x0A>"
 KINDS = (*SHAPES, SIGN)
 MOST = 8
 
-# Columns of a target: classes of those that a head tells apart, then lengths in pixels.
+# Columns of a target: classes that a head distinguishes, then lengths in pixels.
 CLASSES = {
     "count": MOST + 1,
     "second_count": MOST + 1,  # in the second of two images
@@ -41,10 +39,10 @@ CLASSES = {
     "lower": 2,
     "larger": 2,
     "same_color": 2,
-    "told_count": 2,  # whether "three stars" are three
+    "stated_count": 2,  # whether "three stars" are three
     "right": 2,
 }
-COMPARISONS = ("further_right", "lower", "larger", "same_color", "told_count")
+COMPARISONS = ("further_right", "lower", "larger", "same_color", "stated_count")
 LENGTHS = ("x", "y", "width")
 COLUMNS = (*CLASSES, *LENGTHS)
 NOTHING = -1
@@ -72,11 +70,11 @@ def grounding_targets(pieces: Sequence[str], scenes: Sequence[Scene], right: str
     words = [piece.replace("▁", " ").strip() for piece in pieces]
     targets: dict[int, dict[str, int]] = {}
     before = None
-    for end, attributes, told in _phrases(words) if scenes else ():
+    for end, attributes, stated in _phrases(words) if scenes else ():
         things = [[thing for thing in scene.objects if _fits(thing, attributes)] for scene in scenes]
         target = {"count": min(len(things[0]), MOST)}
-        if told:
-            target["told_count"] = int(len(things[0]) == told)
+        if stated:
+            target["stated_count"] = int(len(things[0]) == stated)
         if len(scenes) > 1:
             target["second_count"] = min(len(things[1]), MOST)
         elif len(things[0]) == 1:
@@ -101,7 +99,7 @@ def _options(words: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def _phrases(words: Sequence[str]) -> list[tuple[int, dict[str, object], int]]:
-    """Last token of every noun phrase, the attributes that it gives, and the number that it tells (0: none)."""
+    """Last token of every noun phrase, the attributes that it gives, and the number that it states (0: none)."""
     found = []
     for i, word in enumerate(words):
         if word in HEADS:
@@ -112,11 +110,11 @@ def _phrases(words: Sequence[str]) -> list[tuple[int, dict[str, object], int]]:
                 attributes.setdefault("shape", SHAPES)  # "the red shape"; a sign is called a sign
             if before and before[-1] in SIZES:
                 attributes["size"] = before.pop()
-            told = COUNT_WORDS.index(before[-1]) if before and before[-1] in COUNT_WORDS else 0
+            stated = COUNT_WORDS.index(before[-1]) if before and before[-1] in COUNT_WORDS else 0
             end = i + _suffix(words[i + 1 : i + 6], attributes, bare=word == "shape" and "color" not in attributes)
             # "A polygon is a shape ..." and "the object above ..." name no thing by themselves.
             if attributes or word in ("shapes", "objects"):
-                found.append((end, attributes, told))
+                found.append((end, attributes, stated))
         elif word in TEXTS and words[i - 1] == '"':
             found.append((i, {"text": word}, 0))
         elif word in ALPHABETS and words[i - 1] in ("the", "The") and words[i + 1 : i + 2] != ['"']:
@@ -135,7 +133,7 @@ HEADS: dict[str, dict[str, object]] = {
 
 
 def _suffix(rest: Sequence[str], attributes: dict[str, object], bare: bool) -> int:
-    """Add what stands behind a noun ("that says cat", "in the top left") and tell how many tokens that is."""
+    """Add what follows a noun ("that says cat", "in the top left"); how many tokens that is."""
     if attributes.get("shape") == SIGN and list(rest[:2]) == ["that", "says"]:
         # A digit is two tokens: a space, and itself.
         length = 4 if rest[2:3] == [""] else 3
@@ -235,16 +233,16 @@ class GroundingHeads(nn.Module):
         out: dict[str, torch.Tensor] = {}
         for number, (name, head) in enumerate(self.heads.items()):
             target = targets[:, number]
-            told = target >= 0
-            scores = head(read.get(name, phrases)[told]).float()
+            known = target >= 0
+            scores = head(read.get(name, phrases)[known]).float()
             # A sum over nothing is 0: every process of a run has gradients of every head.
-            out[name] = F.cross_entropy(scores, target[told], reduction="sum") / told.sum().clamp_min(1)
-            out[f"accuracy/{name}"] = (scores.argmax(-1) == target[told]).float().mean().detach()
+            out[name] = F.cross_entropy(scores, target[known], reduction="sum") / known.sum().clamp_min(1)
+            out[f"accuracy/{name}"] = (scores.argmax(-1) == target[known]).float().mean().detach()
         lengths = targets[:, len(CLASSES) :]
-        told = lengths[:, 0] >= 0
-        box = self.box(phrases[told]).float()
-        goal = lengths[told] / IMAGE_SIZE
+        known = lengths[:, 0] >= 0
+        box = self.box(phrases[known]).float()
+        goal = lengths[known] / IMAGE_SIZE
         misses = F.smooth_l1_loss(box, goal, beta=0.05, reduction="sum")
-        out["box"] = BOX_WEIGHT * misses / (len(LENGTHS) * told.sum().clamp_min(1))
+        out["box"] = BOX_WEIGHT * misses / (len(LENGTHS) * known.sum().clamp_min(1))
         out["accuracy/box"] = ((box - goal).abs() < 0.06).all(-1).float().mean().detach()
         return out

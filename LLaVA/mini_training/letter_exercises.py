@@ -11,8 +11,6 @@ from llava.mini.questions import CHOICE_STYLES, QA, as_choice
 from llava.mini.scenes import BACKGROUNDS, COLORS, NUMBERS, PLACES, SHAPES, WORDS
 from llava.mini.seeded_random import SeededRandom
 
-__all__ = ["sample_letter_exercises"]
-
 POOLS = (tuple(COLORS), SHAPES, WORDS, NUMBERS, PLACES, tuple(BACKGROUNDS))
 WORDINGS = ("Which letter stands for {}?", "Which option is {}?", "Find {}.")
 

@@ -1,7 +1,7 @@
-"""Training examples: one image's prompt with many questions packed behind it.
+"""Training examples: one image's prompt with many questions packed after it.
 
 All questions about an image begin alike: system text, then the image. That prefix, most of the work, is run once;
-behind it stand the questions, each seeing the prefix and itself, at the positions that it would have alone. So every
+after it stand the questions, each seeing the prefix and itself, at the positions that it would have alone. So every
 question is trained exactly as if it were asked in a conversation of its own.
 """
 
@@ -25,12 +25,10 @@ from mini_training.grounding import COLUMNS, grounding_targets
 from mini_training.letter_exercises import sample_letter_exercises
 from mini_training.vocabulary import conversation_texts
 
-__all__ = ["Mixture", "Packed", "PackedScenes", "collate", "pack", "packed_mask"]
-
 
 @dataclass(frozen=True)
 class Packed:
-    """A prefix and the questions behind it, as tokens.
+    """A prefix and the questions after it, as tokens.
 
     Attributes
     ----------
@@ -302,7 +300,7 @@ def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
 
 
 def prefix_stretches(prefix: int, length: int, pieces: int) -> list[tuple[int, int]]:
-    """The prefix in `pieces` stretches and everything behind it as one more, for `mini_training.attention`."""
+    """The prefix in `pieces` stretches and everything after it as one more, for `mini_training.attention`."""
     step = math.ceil(prefix / pieces)
     stretches = [(start, min(start + step, prefix)) for start in range(0, prefix, step)]
     return [*stretches, (prefix, length)] if length > prefix else stretches

@@ -1,4 +1,4 @@
-"""Stage one: a CLIP vision tower that is told, patch by patch, what it looks at.
+"""Stage one: a CLIP vision tower learns, patch by patch, what it looks at.
 
 The tower's output patches are read by linear heads, one for each thing that can be known about a patch: what shape,
 colour, size, word and letter it shows, where it is, where its object begins and ends and which of the nine places
@@ -85,9 +85,9 @@ def grid_waves(side: int, width: int, amplitude: float = 0.4) -> torch.Tensor:
 
     Free random positions take most of a training run to become coordinates; these are coordinates from the start.
     """
-    places = torch.arange(side, dtype=torch.float32)
+    steps = torch.arange(side, dtype=torch.float32)
     rates = math.pi / side * 2 ** torch.linspace(-1, math.log2(side), width // 4)
-    angles = places[:, None] * rates  # (side, width / 4)
+    angles = steps[:, None] * rates  # (side, width / 4)
     waves = torch.cat((angles.sin(), angles.cos()), -1)  # (side, width / 2)
     rows = waves[:, None].expand(side, side, -1)
     columns = waves[None].expand(side, side, -1)

@@ -25,8 +25,6 @@ from llava.mini.questions import (
 from llava.mini.scenes import COLORS, NUMBERS, SHAPES, WORDS, sample_scene
 from llava.mini.seeded_random import SeededRandom
 
-__all__ = ["TEMPLATE", "build_tokenizer", "conversation_texts", "corpus"]
-
 # The conversation template that benchmarks use with LLaVA-1.5, and so the one to train on.
 TEMPLATE = "vicuna_v1"
 
@@ -53,7 +51,7 @@ FIRST_SEED = 900_000_000
 
 
 def conversation_texts(qa: QA, images: int = 1) -> tuple[str, str]:
-    """The prompt that a model gets for a question (with ``<image>`` marks), and the same with the answer behind."""
+    """The prompt that a model gets for a question (with ``<image>`` marks), and the same with the answer."""
     marks = " ".join(["<image>"] * images)
     conversation = conv_templates[TEMPLATE].copy()
     conversation.append_message(conversation.roles[0], f"{marks}\n{qa.prompt}" if images else qa.prompt)

@@ -83,13 +83,13 @@ def test_a_side_that_is_asked_for_is_no_part_of_the_phrase():
     assert pointed_at("Is the red circle at the top or at the bottom ?", FIRST).keys() == {"circle"}
 
 
-def test_two_things_are_compared_and_a_told_number_is_checked():
+def test_two_things_are_compared_and_a_stated_number_is_checked():
     second = pointed_at("Is the red circle above the red ring ?", FIRST)["ring"]
     assert [second[name] for name in ("further_right", "lower", "larger", "same_color")] == [1, 1, 1, 1]
     level = pointed_at("Is the star above the green sign ?", FIRST)["sign"]
     assert level["further_right"] == 1 and "lower" not in level and "larger" not in level and level["same_color"] == 0
-    assert pointed_at("Are there two red shapes ?", FIRST)["shapes"]["told_count"] == 1
-    assert pointed_at("Are there exactly three red shapes ?", FIRST)["shapes"]["told_count"] == 0
+    assert pointed_at("Are there two red shapes ?", FIRST)["shapes"]["stated_count"] == 1
+    assert pointed_at("Are there exactly three red shapes ?", FIRST)["shapes"]["stated_count"] == 0
 
 
 def test_of_two_images_each_is_counted_alone():
@@ -152,7 +152,7 @@ def test_heads_without_anything_to_say_have_gradients_of_zero():
             assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-def test_heads_can_be_told():
+def test_heads_learn():
     torch.manual_seed(0)
     heads = GroundingHeads(16)
     hidden = torch.randn(6, 16)

@@ -217,16 +217,16 @@ def test_yes_and_no_are_equally_frequent():
         assert abs(given["yes"] - n / 2) < 4 * (n / 4) ** 0.5 + n / 100, (form, given)
 
 
-def test_a_told_number_says_nothing_about_whether_it_is_true():
+def test_a_stated_number_says_nothing_about_whether_it_is_true():
     answers = defaultdict(Counter)
     for seed in range(8000):
-        fact = FORMS["is_count"](sample_scene(seed, "validation"), SeededRandom("told", seed))
+        fact = FORMS["is_count"](sample_scene(seed, "validation"), SeededRandom("stated", seed))
         if fact is not None:
-            told = next(word for word in fact.question.split() if word in COUNT_WORDS)
-            answers[told][fact.answer] += 1
-    for told, given in answers.items():
+            stated = next(word for word in fact.question.split() if word in COUNT_WORDS)
+            answers[stated][fact.answer] += 1
+    for stated, given in answers.items():
         n = given.total()
-        assert abs(given["yes"] - n / 2) < 4 * (n / 4) ** 0.5 + n / 50, (told, given)
+        assert abs(given["yes"] - n / 2) < 4 * (n / 4) ** 0.5 + n / 50, (stated, given)
 
 
 def test_count_shares_are_those_of_the_world(scenes):
@@ -242,7 +242,7 @@ def test_count_shares_are_those_of_the_world(scenes):
             assert abs(counted[sort][n] / total - p) < 5 * (p * (1 - p) / total) ** 0.5 + 0.005, (sort, n)
 
 
-def test_right_options_stand_behind_every_letter_equally_often(scenes):
+def test_every_letter_is_right_equally_often(scenes):
     letters = defaultdict(Counter)
     for scene in scenes:
         for qa in sample_questions(scene, SeededRandom("letters", scene.seed), 8, choice_percent=100):
@@ -369,7 +369,7 @@ def test_captions_name_what_covers_most_of_the_image(scenes):
         assert sum(named) >= len(captions) - 1, captions
 
 
-def test_captions_tell_true_sides():
+def test_captions_name_true_sides():
     def sign(text: str, left: int, top: int) -> SceneObject:
         return SceneObject("sign", "red", "medium", left, top, 60, 40, (200, 0, 0), text, 4)
 
@@ -380,7 +380,7 @@ def test_captions_tell_true_sides():
     assert "A red sign that says dog to the right of a red sign that says cat." in caption_references(scene)
 
 
-def test_dense_captions_tell_everything_in_order(scenes):
+def test_dense_captions_name_everything_in_order(scenes):
     for scene in scenes[:100]:
         *parts, background = dense_caption(scene).removesuffix(".").split("; ")
         assert background == f"{scene.texture} {scene.background} background"

@@ -10,17 +10,6 @@ from dataclasses import dataclass
 
 from llava.mini.scenes import NUMBERS, SHAPES, SIGN, Scene, SceneObject
 
-__all__ = [
-    "CAPTION_PROMPT",
-    "COUNT_WORDS",
-    "DENSE_PROMPT",
-    "PLURALS",
-    "an",
-    "at",
-    "caption_references",
-    "dense_caption",
-]
-
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 DENSE_PROMPT = "List everything in the image with its place."
 

@@ -7,8 +7,6 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-__all__ = ["WORLD_VERSION", "SeededRandom"]
-
 # Part of every seed: a change to what a seed means is a new world, and then the shipped checkpoint, the recorded
 # hashes and every table change with it.
 WORLD_VERSION = "1"

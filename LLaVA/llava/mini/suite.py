@@ -176,7 +176,7 @@ def _image_hash(value: object) -> str:
 
 
 def _write_tables(folder: Path, tables: list[Table]) -> None:
-    """One parquet file a table, and a README whose ``configs`` tell ``load_dataset`` which is which."""
+    """One parquet file per table, and a README whose ``configs`` name them for ``load_dataset``."""
     try:
         from datasets import Dataset, Features
         from pyarrow import parquet

@@ -1,6 +1,6 @@
 """Noun phrases that pick out one object of a scene.
 
-Questions about an object have to name it without telling what they ask for, and so that it is the only one meant.
+Questions about an object have to name it without giving away the answer, and so that it is the only one meant.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from llava.mini.captions import at
 from llava.mini.scenes import IMAGE_SIZE, SIGN, Scene, SceneObject
 from llava.mini.seeded_random import SeededRandom
 
-__all__ = ["APART", "INSIDE", "firmly_placed", "phrase_for", "phrases_for", "some_phrase", "two_phrases"]
-
 # Pixels by which two centres must differ for "left of" or "above", and a centre from a border between two places.
 APART = 42
 INSIDE = 14
 
 
 def phrases_for(scene: Scene, thing: SceneObject, hide: Sequence[str] = ()) -> list[str]:
-    """Noun phrases (without "the") that fit `thing` and no other object, and do not tell any attribute in `hide`."""
+    """Noun phrases (without "the") that fit `thing` and no other object, and do not name any attribute in `hide`."""
     if thing.is_sign:
         kin = scene.signs
         ways = [(("shape",), SIGN), (("shape", "color"), f"{thing.color} sign")]
