@@ -6,7 +6,7 @@ import ast
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -241,6 +241,18 @@ def images_to(
     if isinstance(images, list):
         return [image.to(device=device, dtype=dtype) for image in images]
     return images.to(device=device, dtype=dtype)
+
+
+@overload
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = ..., return_tensors: None = None
+) -> list[int]: ...
+
+
+@overload
+def tokenizer_image_token(
+    prompt: str, tokenizer: Any, image_token_index: int = ..., *, return_tensors: str
+) -> torch.Tensor: ...
 
 
 def tokenizer_image_token(

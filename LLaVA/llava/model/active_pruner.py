@@ -42,9 +42,15 @@ class ActivePruner:
             raise ValueError(f"{type(self.pruner).__name__} merges tokens: it cannot drop after a layer's attention")
 
     @property
+    def _method(self) -> Pruner:
+        """What prunes, where something is to be pruned."""
+        assert self.pruner is not None
+        return self.pruner
+
+    @property
     def before_decoder(self) -> bool:
         """Whether tokens are dropped before the splice."""
-        return bool(self.schedule) and self.schedule[0][0] == 0 and self.pruner.where != INSIDE
+        return bool(self.schedule) and self.schedule[0][0] == 0 and self._method.where != INSIDE
 
     @property
     def inside_decoder(self) -> bool:
@@ -54,12 +60,12 @@ class ActivePruner:
     @property
     def leaves_gaps(self) -> bool:
         """Whether positions before the decoder are the original ones, with gaps where tokens were dropped."""
-        return self.before_decoder and self.pruner.position_ids == "original"
+        return self.before_decoder and self._method.position_ids == "original"
 
     @property
     def compact(self) -> bool:
         """Whether what is kept inside the decoder gets new rotary positions without gaps."""
-        return self.pruner.position_ids == "compact"
+        return self._method.position_ids == "compact"
 
     def needs(self, signal: str) -> bool:
         """Whether the method looks at a signal."""
@@ -68,23 +74,23 @@ class ActivePruner:
     def drops_after_attention(self, layer: int, totals: Sequence[int]) -> bool:
         """Whether tokens leave after this layer's attention, of images that had ``totals`` of them."""
         fractions = dict(self.schedule)
-        if not self.pruner.after_attention or layer + 1 not in fractions:
+        if not self._method.after_attention or layer + 1 not in fractions:
             return False
         present = min((fraction for begin, fraction in self.schedule if begin <= layer), default=1.0)
-        left, budget = fractions[layer + 1], self.pruner.budget
-        return self.pruner.varies or any(budget(n, left) < budget(n, present) for n in totals)
+        left, budget = fractions[layer + 1], self._method.budget
+        return self._method.varies or any(budget(n, left) < budget(n, present) for n in totals)
 
     def tokens_per_layer(self, total: int, kept: int, layers: int) -> tuple[int, ...]:
         """What each decoder layer sees of an image with ``total`` tokens, ``kept`` of which enter the decoder."""
         if not self.inside_decoder:
             return (kept,) * layers
-        return tuple(kept_per_layer(self.schedule, total, layers, self.pruner.budget))
+        return tuple(kept_per_layer(self.schedule, total, layers, self._method.budget))
 
     def tokens_after_attention(self, total: int, kept: int, layers: int) -> tuple[int, ...]:
         """The same in each layer's output projection and feed-forward block."""
         if self.pruner is None or not self.pruner.after_attention:
             return self.tokens_per_layer(total, kept, layers)
-        return tuple(kept_after_attention(self.schedule, total, layers, self.pruner.budget))
+        return tuple(kept_after_attention(self.schedule, total, layers, self._method.budget))
 
 
 def accepted(model: Any, config: PruningConfig) -> ActivePruner:
@@ -121,8 +127,9 @@ def fitted(model: Any, active: ActivePruner) -> ActivePruner:
     """
     if active.config is None or active.schedule:
         return active
+    pruner: Any = active.pruner  # with `fit`: it has no schedule yet
     model.active_pruner = ActivePruner()
     try:
-        return dataclasses.replace(active, schedule=active.pruner.fit(model, active.config.ratio))
+        return dataclasses.replace(active, schedule=pruner.fit(model, active.config.ratio))
     finally:
         model.active_pruner = active

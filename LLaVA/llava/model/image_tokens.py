@@ -266,6 +266,7 @@ def merge_crops(
     if newline is None:
         return torch.cat([values[0], patches.permute(0, 2, 1, 3, 4).flatten(0, 3)])
     patches = patches.permute(4, 0, 2, 1, 3).flatten(1, 2).flatten(2, 3)  # (C, rows * side, columns * side)
+    assert size is not None  # `crop_grid` refuses crops without it
     patches = unpad_image(patches, size)
     ends = newline[:, None, None].expand(*patches.shape[:-1], 1)
     return torch.cat([values[0], torch.cat([patches, ends], dim=-1).flatten(1).T])
@@ -298,6 +299,7 @@ def token_grid(
     columns, rows = grid
     if not newline:
         return (base, TokenGrid(rows * side, columns * side, crop_side=side))
+    assert size is not None
     height, width = unpad_image(torch.empty(1, rows * side, columns * side, device="meta"), size).shape[1:]
     if not height:  # of a very wide image, unpadding leaves nothing but the base view
         return (base,)

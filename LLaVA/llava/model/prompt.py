@@ -130,13 +130,13 @@ def build_prompts(
         numbers = range(first, first + len(marks))
         columns.append([values[:longest] for values in _build_prompt(ids, labels, marks, numbers, totals, counts)])
         first += len(marks)
-    ids, labels, image_id, positions = zip(*columns, strict=True)
+    every_ids, every_labels, image_id, positions = zip(*columns, strict=True)
     return Prompts(
-        ids=_pad(ids, IMAGE_TOKEN_INDEX, pad_left),
-        labels=_pad(labels, IGNORE_INDEX, pad_left),
+        ids=_pad(every_ids, IMAGE_TOKEN_INDEX, pad_left),
+        labels=_pad(every_labels, IGNORE_INDEX, pad_left),
         image_id=_pad(image_id, TEXT, pad_left),
         positions=_pad(positions, 0, pad_left),
-        mask=_pad([torch.ones_like(row, dtype=torch.bool) for row in ids], False, pad_left),
+        mask=_pad([torch.ones_like(row, dtype=torch.bool) for row in every_ids], False, pad_left),
     )
 
 

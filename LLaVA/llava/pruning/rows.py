@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -220,16 +220,8 @@ def drop_image_tokens(
     return replace(left, hidden=columns.take(merged)) if pruner.merges else left
 
 
-class Rater(Protocol):
-    """A method that ranks by what some text tokens attend to; see the signal ``rater_attention``."""
-
-    def raters(self, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Which of the text (T, D) after an image (n, D) are raters: bool (T,)."""
-        ...
-
-
-def choose_raters(rows: Rows, pruner: Rater) -> torch.Tensor:
-    """The text tokens after each row's first image that the method takes as raters.
+def choose_raters(rows: Rows, pruner: Any) -> torch.Tensor:
+    """The text tokens after each row's first image that a method takes as raters, which needs ``rater_attention``.
 
     Returns
     -------

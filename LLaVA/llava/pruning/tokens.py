@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -101,13 +101,13 @@ class ImageTokens:
     features : Tensor (N, D)
     layout : tuple of TokenGrid, or None
         How they lie on the image; None where [CLS] is among them.
-    signals : mapping of name to value
+    signals : dict of name to value
         What the method asked for, by its name in `Signals`, without the axis of the images.
     """
 
     features: torch.Tensor
     layout: Layout | None = None
-    signals: Mapping[str, Any] = field(default_factory=dict)
+    signals: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.features)

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
     end = AnswerEnd.of(conv, tokenizer)
     streamer = _Streamer(tokenizer, end)
     # The image is named in the first question only, and handed over at every turn.
-    mark = image_mark(model.config)
+    mark: str | None = image_mark(model.config)
     while question := _ask(f"{names[0]}: "):
         if DEFAULT_IMAGE_TOKEN in question:
             print(f"{DEFAULT_IMAGE_TOKEN} stands for the image, which is shown already: please ask without it")

@@ -214,22 +214,22 @@ def _chat_template(conversation: Conversation) -> str:
     else:
         begin, answer = ["bos_token"], ["''"]
         user, assistant = ["'[INST] '", "text", "' [/INST]'"], ["' '", "text", f"' {end}'"]
-    begin, user, assistant, answer = ("{{ " + " + ".join(parts) + " }}" for parts in (begin, user, assistant, answer))
+    starts, asks, answers, continues = ("{{ " + " + ".join(parts) + " }}" for parts in (begin, user, assistant, answer))
     system = conversation.system.strip().replace("'", "\\'")
     return (
         "{%- set system = '" + system + "' -%}"
         "{%- if messages[0]['role'] == 'system' -%}{%- set message = messages[0] -%}"
         + TEXT
         + "{%- set system = text -%}{%- set messages = messages[1:] -%}{%- endif -%}"
-        + begin
+        + starts
         + "{%- for message in messages -%}"
         + TEXT
         + "{%- if message['role'] == 'user' -%}"
-        + user
+        + asks
         + "{%- else -%}"
-        + assistant
+        + answers
         + "{%- endif -%}{%- endfor -%}{%- if add_generation_prompt -%}"
-        + answer
+        + continues
         + "{%- endif -%}"
     )
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
 
 from llava.adapters.transformers.attention import Call, Watch
+from llava.adapters.transformers.family import Model
 from llava.pruning.base import Pruner
 from llava.pruning.signals import CLS_SIGNALS, ENCODER_SIGNALS, SIGNALS
 from llava.pruning.similarity import products
@@ -33,7 +33,7 @@ class EncoderView:
         If the encoder has no [CLS] token, or not the layers, that the pruner asks for.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner):
+    def __init__(self, model: Model, pruner: Pruner):
         self.needs, self.pruner, kind = pruner.needs & ENCODER_SIGNALS, pruner, type(pruner).__name__
         self.tower = model.get_encoder("image")
         self.attention = {

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from llava.pruning.tokens import Layout, TokenGrid
 
+Model = Any
+"""A model of transformers or a part of one, whose attributes are its family's: no checker knows them."""
 Inputs = Mapping[str, Any]
 """The arguments of ``get_image_features``, by name."""
 Entries = Sequence[torch.Tensor]
@@ -38,12 +39,12 @@ class Family:
     """
 
     image: Literal["entry", "run"] = "run"
-    layouts: Callable[[nn.Module, Entries, Inputs], list[Layout | None]] | None = None
-    to_tokens: Callable[[nn.Module, list[torch.Tensor], Entries, Inputs], list[torch.Tensor]] | None = None
+    layouts: Callable[[Model, Entries, Inputs], list[Layout | None]] | None = None
+    to_tokens: Callable[[Model, list[torch.Tensor], Entries, Inputs], list[torch.Tensor]] | None = None
     first_position: int = 0
 
 
-def square(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
+def square(base: Model, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Every entry is a square map."""
     sides = [round(len(entry) ** 0.5) for entry in entries]
     return [
@@ -51,7 +52,7 @@ def square(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | N
     ]
 
 
-def grid_thw(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
+def grid_thw(base: Model, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Qwen and GLM: patches (frames, rows, columns) are stated, and merged in squares."""
     merge = base.config.vision_config.spatial_merge_size
     return [
@@ -60,24 +61,24 @@ def grid_thw(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout |
     ]
 
 
-def square_tiles(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
+def square_tiles(base: Model, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Idefics3: an entry holds all tiles of a prompt, each a square map."""
     side = round(base.image_seq_len**0.5)
     return [(TokenGrid(side, side),) * (len(entry) // base.image_seq_len) for entry in entries]
 
 
-def stated_size(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
+def stated_size(base: Model, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """Pixtral's tower: a map of the image's own size."""
     cell = base.config.vision_config.patch_size * getattr(base.config, "spatial_merge_size", 1)
     return [(TokenGrid(height // cell, width // cell),) for height, width in inputs["image_sizes"].tolist()]
 
 
-def square_or_stated_size(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
+def square_or_stated_size(base: Model, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """LLaVA: CLIP's square, or Pixtral's tower."""
     return (square if inputs.get("image_sizes") is None else stated_size)(base, entries, inputs)
 
 
-def anyres(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | None]:
+def anyres(base: Model, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     """LLaVA-NeXT and -OneVision: a base view, then the unpadded map of the crops with a newline token a row."""
     vision = base.config.vision_config
     side = vision.image_size // vision.patch_size
@@ -91,7 +92,7 @@ def anyres(base: nn.Module, entries: Entries, inputs: Inputs) -> list[Layout | N
     return layouts
 
 
-def _crops(base: nn.Module, size: Sequence[int], side: int, tokens: int) -> TokenGrid:
+def _crops(base: Model, size: Sequence[int], side: int, tokens: int) -> TokenGrid:
     from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
     rows, columns = get_anyres_image_grid_shape(
@@ -106,12 +107,12 @@ def _crops(base: nn.Module, size: Sequence[int], side: int, tokens: int) -> Toke
     return TokenGrid(int(height // shrink), int(width // shrink), "row")
 
 
-def patches(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+def patches(base: Model, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
     """Every patch is a token."""
     return list(torch.cat(calls))
 
 
-def packed(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+def packed(base: Model, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
     """Pixtral's tower: one sequence of all images' patches, merged in squares by Mistral 3."""
     if inputs.get("image_sizes") is None:
         return patches(base, calls, entries, inputs)
@@ -124,7 +125,7 @@ def packed(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs:
     ]
 
 
-def repacked(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+def repacked(base: Model, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
     """LLaVA-NeXT and -OneVision: the model's own packing of crops, with zeros for newline tokens."""
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -142,14 +143,14 @@ def repacked(base: nn.Module, calls: list[torch.Tensor], entries: Entries, input
     return base.pack_image_features(values.split(counts), sizes, image_newline=newline, **names)[0]
 
 
-def merged(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+def merged(base: Model, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
     """Qwen and GLM: a token's patches stand side by side."""
     values = torch.cat([call[0] for call in calls])
     means = values.view(-1, base.visual.spatial_merge_size**2, values.shape[-1]).mean(dim=1)
     return list(means.split([len(entry) for entry in entries]))
 
 
-def windowed(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+def windowed(base: Model, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
     """Qwen2.5: as `merged`, in the order of the tower's windows."""
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
 
@@ -164,10 +165,10 @@ def windowed(base: nn.Module, calls: list[torch.Tensor], entries: Entries, input
     return list(values.split([len(entry) for entry in entries]))
 
 
-def _shuffled(shuffle: Callable[[nn.Module, torch.Tensor, int], torch.Tensor]) -> Callable[..., list[torch.Tensor]]:
+def _shuffled(shuffle: Callable[[Model, torch.Tensor, int], torch.Tensor]) -> Callable[..., list[torch.Tensor]]:
     """A pixel shuffle puts a token's patches side by side in its channels."""
 
-    def to_tokens(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+    def to_tokens(base: Model, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
         values = torch.cat(calls)
         channels = shuffle(base, values.float(), round(values.shape[1] ** 0.5))
         width = values.shape[-1]
@@ -177,7 +178,7 @@ def _shuffled(shuffle: Callable[[nn.Module, torch.Tensor, int], torch.Tensor]) -
     return to_tokens
 
 
-def pooled(base: nn.Module, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+def pooled(base: Model, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
     """Gemma 3: the average of squares of the grid."""
     values = torch.cat(calls).float()
     side = round(values.shape[1] ** 0.5)

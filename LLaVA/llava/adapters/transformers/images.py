@@ -8,10 +8,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
 from llava.adapters.transformers.encoder import Signals
-from llava.adapters.transformers.family import Family, Inputs
+from llava.adapters.transformers.family import Family, Inputs, Model
 from llava.pruning.signals import content_key
 from llava.pruning.tokens import ImageTokens, Layout, TokenGrid
 
@@ -55,7 +54,7 @@ class Encoding:
     signals: Mapping[str, Sequence[torch.Tensor]]
 
     @classmethod
-    def of(cls, base: nn.Module, family: Family, output: Any, inputs: Inputs, patches: Signals, keys: bool) -> Encoding:
+    def of(cls, base: Model, family: Family, output: Any, inputs: Inputs, patches: Signals, keys: bool) -> Encoding:
         """Describe an output of ``get_image_features``, whose ``pooler_output`` is a list.
 
         ``patches`` are the encoder's signals; ``keys`` says whether pixels have to be told apart.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from transformers.masking_utils import create_causal_mask
@@ -16,7 +16,6 @@ from llava.pruning.tokens import KeptTokens
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 PATCH_LEVEL = ("last_hidden_state", "hidden_states", "attentions")
-Output = TypeVar("Output")
 
 
 def kept_columns(valid: torch.Tensor, images: Sequence[PromptImage], kept: Sequence[KeptTokens]) -> KeptColumns:
@@ -130,7 +129,7 @@ class KeptPrompt:
         return self.next_position + (cached - self.source.shape[1]) + torch.arange(new, device=self.source.device)
 
 
-def kept_features(output: Output, images: Sequence[PromptImage], kept: Sequence[KeptTokens], listed: bool) -> Output:
+def kept_features(output: Any, images: Sequence[PromptImage], kept: Sequence[KeptTokens], listed: bool) -> Any:
     """The encoder's output with the kept tokens alone.
 
     A new object, since ``generate`` hands the old one over again where it does without a cache.

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_masks_for_generate
 
 from llava.adapters.transformers.attention import Call, Watch
+from llava.adapters.transformers.family import Model
 from llava.adapters.transformers.images import PromptImage
 from llava.adapters.transformers.inputs import CACHE, kept_positions, kept_rotary, kept_types
 from llava.pruning.base import Pruner
@@ -80,7 +80,7 @@ class InsideDecoder:
         If the method cannot work in this decoder.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, schedule: Sequence[tuple[int, float]]):
+    def __init__(self, model: Model, pruner: Pruner, schedule: Sequence[tuple[int, float]]):
         self.model, self.pruner, self.decoder = model, pruner, model.get_decoder()
         self.layers = self.decoder.layers
         # A drop after the last layer's attention saves that layer's feed-forward block alone.
@@ -176,14 +176,14 @@ class InsideDecoder:
 
     def finish(self) -> dict[int, KeptColumns]:
         """The call has ended: what each layer of the schedule has left of prompts; nothing after a decoding step."""
-        left = {} if self._rows is None else self._left
+        left = self._left if self._rows is not None and self._left is not None else {}
         self.forget()
         return left
 
     # The layers
 
     def _before_layer(self, depth: int) -> Callable[..., Any]:
-        def hook(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        def hook(layer: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
             if self._left is None:
                 return None
             named = "hidden_states" in kwargs
@@ -196,9 +196,10 @@ class InsideDecoder:
         return hook
 
     def _entered(
-        self, depth: int, layer: nn.Module, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+        self, depth: int, layer: Model, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]
     ) -> torch.Tensor:
         """A layer's input, without what is dropped there."""
+        assert self._rows is not None and self._left is not None
         self._rows = replace(self._rows, hidden=hidden).to(hidden.device)
         if depth == 0:
             if "rater_attention" in self.pruner.needs:
@@ -217,6 +218,7 @@ class InsideDecoder:
 
     def _fitting(self, depth: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A layer's other arguments, for what is left at its input."""
+        assert self._left is not None
         dropped_at = max((layer for layer in self._left if layer <= depth), default=None)
         if dropped_at is None:
             return kwargs
@@ -284,10 +286,11 @@ class InsideDecoder:
 
         return look
 
-    def _look_ahead(self, depth: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _look_ahead(self, depth: int, layer: Model, args: tuple, kwargs: dict[str, Any]) -> None:
         """Run a layer on what is there before the drop, up to its attention and without a cache."""
 
         def look(call: Call) -> None:
+            assert self._rows is not None
             self._seen = attention_signals(self.pruner.needs & AHEAD, call, self._rows, None)
             raise _Seen
 
@@ -326,6 +329,7 @@ def attention_signals(
         last = rows.prompt.shape[1] - 1 - rows.prompt.flip(1).int().argmax(dim=1)  # (B,)
         seen[name] = call.weights(last[:, None], rows.valid)[:, :, 0].transpose(1, 2)
     if "rater_attention" in needs:
+        assert raters is not None
         present = raters.to(rows.column.device).gather(1, rows.column) & rows.valid
         seen["rater_attention"] = torch.stack(
             [

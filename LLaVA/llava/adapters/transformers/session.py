@@ -6,14 +6,13 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from llava.adapters.transformers.encoder import EncoderView, Signals, has_cls_token
-from llava.adapters.transformers.family import FAMILIES, Family, why_not
+from llava.adapters.transformers.family import FAMILIES, Family, Model, why_not
 from llava.adapters.transformers.images import Encoding, PromptImage
 from llava.adapters.transformers.inputs import (
     TOKEN_TYPES,
@@ -40,7 +39,7 @@ ANOTHER_TURN = (
 )
 
 
-def set_pruning(model: nn.Module, config: PruningConfig | None) -> Session | None:
+def set_pruning(model: Model, config: PruningConfig | None) -> Session | None:
     """Prune as ``config`` says from the next call on; None leaves the model as it was before.
 
     Parameters
@@ -68,7 +67,7 @@ def set_pruning(model: nn.Module, config: PruningConfig | None) -> Session | Non
     return session
 
 
-def active_session(model: nn.Module) -> Session | None:
+def active_session(model: Model) -> Session | None:
     """What prunes a model now, if anything does."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return model.__dict__.get(ATTRIBUTE)
@@ -88,7 +87,7 @@ class Session:
         What ended the first call that failed, for users of programs that log errors and go on.
     """
 
-    def __init__(self, model: nn.Module, config: PruningConfig):
+    def __init__(self, model: Model, config: PruningConfig):
         self.family = _family(model)
         text = model.config.get_text_config()
         config = config.for_width(text.hidden_size)
@@ -105,6 +104,8 @@ class Session:
         self._columns: KeptColumns | None = None
         self._length = 0
         self._prompt: KeptPrompt | None = None
+        self._inside_prompt: tuple[int, torch.Tensor] | None = None
+        self._labels: torch.Tensor | None = None
         self.inside: InsideDecoder | None = None
         self._refuse_what_cannot_work()
 
@@ -113,8 +114,8 @@ class Session:
         if not self.schedule:
             raise ValueError(f"{method} is fitted to a model of this package only: give {kind} a recipe")
         drops_inside = self.pruner.where == INSIDE or self.schedule[0][0] > 0
-        missing = self.pruner.needs - {"image_keys", "question"} - ENCODER_SIGNALS
-        missing = sorted(missing - DECODER_SIGNALS if drops_inside else missing)
+        others = self.pruner.needs - {"image_keys", "question"} - ENCODER_SIGNALS
+        missing = sorted(others - DECODER_SIGNALS if drops_inside else others)
         if missing:
             raise ValueError(f"{method} needs {', '.join(missing)}, which is not available for {kind}")
         if self.pruner.needs & ENCODER_SIGNALS:
@@ -146,7 +147,8 @@ class Session:
         # generate reads the signature, which functools.wraps keeps.
         @functools.wraps(original)
         def described(*args, **kwargs):
-            with nullcontext({}) if self.encoder is None else self.encoder.observed() as patches:
+            nothing: AbstractContextManager[Signals] = nullcontext({})
+            with nothing if self.encoder is None else self.encoder.observed() as patches:
                 output = original(*args, **kwargs)
             given = signature.bind_partial(*args, **kwargs).arguments
             self._describe(output, {**given, **given.get("kwargs", {})}, patches)
@@ -180,7 +182,7 @@ class Session:
 
     # Each call
 
-    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before_forward(self, model: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         try:
             return (), self._rewritten(
                 dict(zip(inspect.signature(model.forward).parameters, args, strict=False)) | kwargs
@@ -194,7 +196,8 @@ class Session:
         if self.inside is not None:
             self.inside.forget()
         cache = cache_of(inputs)
-        filled = cache is not None and cache.get_seq_length() > 0
+        cached = 0 if cache is None else cache.get_seq_length()
+        filled = cached > 0
         if cache is not None and not filled:
             cache.__dict__.pop(ATTRIBUTE, None)  # it was reset
         prompt = getattr(cache, ATTRIBUTE, None)
@@ -203,7 +206,7 @@ class Session:
             if prompt is None:
                 return inputs
             step = self._step if isinstance(prompt, KeptPrompt) else self._step_inside
-            return step(inputs, prompt, cache.get_seq_length())
+            return step(inputs, prompt, cached)
         if filled:
             raise NotImplementedError("images after a filled KV cache are not pruned: start each turn without a cache")
         return self._prefill(inputs)
@@ -212,7 +215,7 @@ class Session:
         """A decoding step after a pruned prompt."""
         given, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         _refuse_prepared_mask(given)
-        text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        text = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         new = text.shape[1]
         following = prompt.positions(cached, new)
         if positions is not None and prompt.shift is not None:
@@ -232,10 +235,11 @@ class Session:
         """A decoding step after prompts that lost tokens inside the decoder: the layers see to what is left."""
         given = inputs.get("attention_mask")
         _refuse_prepared_mask(given)
-        text = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        text = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         new, since = text.shape[1], cached - prompt.cached
         if given is not None and given.shape[1] != prompt.length + since + new:
             raise NotImplementedError(ANOTHER_TURN)
+        assert self.inside is not None
         self.inside.resume(prompt, None if given is None else given[:, prompt.length :])
         if inputs.get("position_ids") is not None:
             return inputs
@@ -290,6 +294,7 @@ class Session:
         if inputs.get("position_ids") is None and not self._multimodal_rope:
             # As the model itself counts, padding included.
             positions = torch.arange(valid.shape[1], device=valid.device)[None] + self.family.first_position
+        assert self.inside is not None
         depth, prompt, labels = len(self.inside.layers), valid, inputs.pop("labels", None)
         if labels is not None:
             # The first answer and all that follows it must not choose what is kept.
@@ -371,11 +376,13 @@ class Session:
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         return pad if isinstance(pad, int) and pad >= 0 and pad != self.model.config.image_token_id else 0
 
-    def _after_forward(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        columns, prompt, cache = self._columns, self._prompt, cache_of(output)
+    def _after_forward(self, model: Model, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        columns, cache = self._columns, cache_of(output)
+        prompt: KeptPrompt | KeptInside | None = self._prompt
         self._columns = self._prompt = None
         left = {} if self.inside is None else self.inside.finish()
         if left:
+            assert self._inside_prompt is not None
             length, next_position = self._inside_prompt
             columns = left[max(left)]
             prompt = KeptInside(length, 0 if cache is None else cache.get_seq_length(), left, next_position)
@@ -388,7 +395,7 @@ class Session:
         if cache is not None:
             setattr(cache, ATTRIBUTE, prompt)
         logits = output.get("logits")
-        if logits is not None and logits.shape[1] == columns.source.shape[1]:
+        if logits is not None and columns is not None and logits.shape[1] == columns.source.shape[1]:
             output.logits = spread(logits, columns, self._length)
         return output
 
@@ -408,7 +415,7 @@ def _as_it_came(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"mm_encoder_outputs": {**outputs, "image": output}}
 
 
-def _family(model: nn.Module) -> Family:
+def _family(model: Model) -> Family:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     reason = why_not(kind, "mm_encoder_outputs" in inspect.signature(model.forward).parameters)
     if kind in FAMILIES and reason is not None:
