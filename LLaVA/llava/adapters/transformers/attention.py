@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -87,7 +86,7 @@ class Call(NamedTuple):
 class Watch:
     """Calls ``look`` with every `Call` of one attention module, until it is removed."""
 
-    def __init__(self, module: nn.Module, look: Callable[[Call], None]):
+    def __init__(self, module: Any, look: Callable[[Call], None]):
         name = module.config._attn_implementation
         self.module, self.look, self.config = module, look, module.config
         eager = name in (None, "eager")
@@ -105,7 +104,7 @@ class Watch:
 
 
 def _watched(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -48,11 +48,10 @@ class EncoderView:
                 f"{kind} ranks by the attention of [CLS], and the vision encoder, {type(self.tower).__name__}, "
                 "has no such token"
             )
-        layers = [*self._layers, *([pruner.feature_layer] if "layer_features" in self.needs else [])]
-        for layer in layers:
+        for layer in (*self._layers, *self._feature_layer):
             if not -self.depth <= layer < self.depth:
                 raise ValueError(f"{kind} asks for layer {layer} of the vision encoder, of which {self.depth} are read")
-        whole = getattr(model.config.vision_config, "fullatt_block_indexes", None)
+        whole: Sequence[int] = getattr(model.config.vision_config, "fullatt_block_indexes", None) or ()
         windowed = [layer for layer in self._layers if whole and layer % self.depth not in whole]
         if windowed:
             raise ValueError(
@@ -69,6 +68,11 @@ class EncoderView:
     @property
     def _layers(self) -> Sequence[int]:
         return self.pruner.encoder_layers if any(SIGNALS[need].per_layer for need in self.needs) else ()
+
+    @property
+    def _feature_layer(self) -> Sequence[int]:
+        layer = self.pruner.feature_layer
+        return () if layer is None or "layer_features" not in self.needs else (layer,)
 
     @contextmanager
     def observed(self) -> Iterator[Signals]:
@@ -95,7 +99,8 @@ class EncoderView:
                         self._note(signals, one(call))
 
                 stack.callback(Watch(modules[layer], look).remove)
-            for name, layer in (("encoder_features", last), ("layer_features", self.pruner.feature_layer)):
+            features = [("encoder_features", last), *(("layer_features", layer) for layer in self._feature_layer)]
+            for name, layer in features:
                 if name in self.needs:
                     block = self.tower.get_submodule(names[layer % self.depth].rpartition(".")[0])
 
@@ -127,7 +132,7 @@ def _wide_head(call: Call) -> dict[str, torch.Tensor]:
     return {"final_keys": keys, "final_cls_attention": rows[:, 0, :, None]}
 
 
-def has_cls_token(tower: nn.Module) -> bool:
+def has_cls_token(tower: Model) -> bool:
     """Whether a vision encoder has a [CLS] token."""
     embeddings = getattr(tower, "embeddings", None)
     return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))

@@ -62,7 +62,8 @@ class Encoding:
         entries = output.pooler_output
         flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
         layouts = family.layouts(base, flat, inputs) if family.layouts else [None] * len(flat)
-        signals = {name: family.to_tokens(base, calls, flat, inputs) for name, calls in patches.items()}
+        to_tokens: Any = family.to_tokens  # there are signals only where it is known
+        signals = {name: to_tokens(base, calls, flat, inputs) for name, calls in patches.items()}
         digests = [content_key(own) for own in _pixels(inputs, len(flat))] if keys else None
         return cls(entries, layouts, digests, _by_field(signals))
 
@@ -145,17 +146,17 @@ def _layout_by_span(layouts: Sequence[Layout | None], lengths: Sequence[int]) ->
     starts: dict[int, TokenGrid | None] = {}
     place = 0
     for layout, length in zip(layouts, lengths, strict=True):
-        known = layout is not None and sum(map(len, layout)) == length
-        for part, offset in (
-            zip(layout, accumulate(map(len, layout), initial=0), strict=False) if known else [(None, 0)]
-        ):
-            starts[place + offset] = part
+        if layout is not None and sum(map(len, layout)) == length:
+            for part, offset in zip(layout, accumulate(map(len, layout), initial=0), strict=False):
+                starts[place + offset] = part
+        else:
+            starts[place] = None
         place += length
 
     def layout_of(begin: int, end: int) -> Layout | None:
         parts = [part for start, part in starts.items() if begin <= start < end]
-        whole = None not in parts and sum(map(len, parts)) == end - begin
-        return tuple(parts) if whole else None
+        known = tuple(part for part in parts if part is not None)
+        return known if len(known) == len(parts) and sum(map(len, known)) == end - begin else None
 
     return layout_of
 
