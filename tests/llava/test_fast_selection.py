@@ -16,8 +16,8 @@ from golden_features import load_features
 from live_bytes import LiveBytes
 from llava.model import llava_arch
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
+from llava.pruning import similarity
 from llava.pruning.kernels import fast_version, gram, host
-from llava.pruning.methods import divprune
 from llava.pruning.methods.divprune import max_min_select
 from llava.pruning.similarity import cosine_similarity
 from no_waiting import no_waiting
@@ -172,7 +172,7 @@ class TestCosine:
         found = cosine_similarity(x)
         assert torch.equal(x, before) and found.dtype == torch.float32
         assert torch.equal(found, gram(torch.nn.functional.normalize(x.float().contiguous(), dim=-1)))
-        monkeypatch.setattr(divprune, "fused", lambda name, *arguments: None)
+        monkeypatch.setattr(similarity, "fused", lambda name, *arguments: None)
         torch.testing.assert_close(found, cosine_similarity(x), rtol=1e-5, atol=1e-6)
         assert not found[1, 4].any()
 

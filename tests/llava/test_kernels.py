@@ -22,7 +22,7 @@ from interpreted import in_turns, interpreter
 from live_bytes import LiveBytes
 from llava.model import llava_arch
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
-from llava.pruning import kernels, select
+from llava.pruning import kernels, select, similarity
 from llava.pruning.kernels import greedy, max_min, symmetric
 from llava.pruning.methods import divprune
 from llava.pruning.methods.divprune import max_min_select
@@ -388,7 +388,7 @@ def raising(error: Exception):
 @pytest.mark.parametrize("name", ["otprune", "divprune", "dpp", "cdpruner"])
 def test_three_matrices_an_image_are_all_that_is_held(name, monkeypatch):
     """What is allocated for the launches, of which none is made."""
-    for module in (llava_arch, divprune):
+    for module in (llava_arch, divprune, similarity):
         monkeypatch.setattr(module, "fused", on_the_gpu)
     options = {"relevance": "embeddings"} if name == "cdpruner" else {}
     n, tokens = 1200, torch.ones(2, 1200, 32)

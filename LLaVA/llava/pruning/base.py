@@ -64,6 +64,11 @@ class Pruner:
     default_layer: ClassVar[int | None] = 0
     after_attention: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "stage" in vars(cls):
+            raise TypeError(f"{cls.__name__}.stage is called `where` since 0.2")
+
     position_ids: Literal["auto", "original", "compact"] = "auto"
     per_crop: bool = False
 

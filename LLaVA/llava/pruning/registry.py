@@ -86,6 +86,11 @@ class MethodInfo:
     cost: str
     licence: str = ""
 
+    @property
+    def stage(self) -> str:
+        """``where`` by its former name."""
+        return self.where
+
 
 def register(name: str, target: str) -> None:
     """Add a method under a new name.
