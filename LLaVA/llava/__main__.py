@@ -20,6 +20,7 @@ COMMANDS = {
     "export": ("llava.serve.export_hf", "a checkpoint for transformers and vLLM"),
     "fitprune": ("llava.fitting.fitprune", "recipes of FitPrune"),
     "ocvtp": ("llava.fitting.ocvtp", "pruners of OC-VTP"),
+    "scorer": ("llava.fitting.scorer", "trained scorers of visual tokens"),
     "train": ("llava.train.train", "instruction tuning"),
 }
 

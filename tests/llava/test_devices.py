@@ -20,7 +20,7 @@ from llava.pruning.rows import CACHE_NAMES
 from pretended_gpu import GPU, GPUS, NAME, pretended_cuda, pretended_gpu
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
-from tiny_ocvtp import save_pruner
+from tiny_trained import trained_networks
 
 if torch.version.cuda is None:
     pytest.skip("this PyTorch was built without CUDA", allow_module_level=True)
@@ -32,7 +32,7 @@ METHODS += [(name, None) for name in RATIOS]
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    return OPTIONS | {"ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}}
+    return OPTIONS | trained_networks(tmp_path_factory.mktemp("trained"))
 
 
 def several_rows() -> dict:

@@ -19,7 +19,7 @@ from llava.pruning import available_methods, pruning
 from llava.pruning.registry import method_class
 from tiny_llava import SIDE, build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
-from tiny_ocvtp import save_pruner
+from tiny_trained import trained_networks
 
 CASES = 6
 """Of each method, with ``--fuzz 1``."""
@@ -88,7 +88,7 @@ def models(tower) -> dict[str, torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> dict[str, dict]:
-    return OPTIONS | {"ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}}
+    return OPTIONS | trained_networks(tmp_path_factory.mktemp("trained"))
 
 
 def pixels_of(size: tuple[int, int], seed: int, layout: str) -> torch.Tensor:

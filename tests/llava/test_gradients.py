@@ -11,7 +11,7 @@ from llava.pruning import available_methods, pruning
 from llava.pruning.registry import method_class
 from tiny_llava import pad_rows, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
-from tiny_ocvtp import save_pruner
+from tiny_trained import trained_networks
 
 LAYERED = [
     (name, layer)
@@ -26,7 +26,7 @@ STEP = 1e-6
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    return OPTIONS | {"ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}}
+    return OPTIONS | trained_networks(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from llava.pruning.tokens import crop_numbers
 from tiny_llava import build, prompt
 from tiny_methods import OPTIONS as TINY_OPTIONS
 from tiny_methods import RATIOS
-from tiny_ocvtp import save_pruner
+from tiny_trained import trained_networks
 
 GRID = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
 THIN = [(1, size) for size in range(1, 2001)] + [(size, 1) for size in range(2, 2001)]
@@ -40,7 +40,7 @@ def anyres(tower):
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    return TINY_OPTIONS | {"ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}}
+    return TINY_OPTIONS | trained_networks(tmp_path_factory.mktemp("trained"))
 
 
 def test_the_token_grid_every_size_is_that_of_its_tokens():

@@ -16,7 +16,8 @@ from llava.pruning.tokens import TokenGrid, crop_numbers
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS as TINY_OPTIONS
 from tiny_methods import RATIOS
-from tiny_ocvtp import WIDTH, save_pruner
+from tiny_ocvtp import WIDTH
+from tiny_trained import trained_networks
 
 ALL = available_methods()
 N, DEPTH = 16, 4
@@ -38,7 +39,7 @@ def switched(model, method, layer, ratio=None, **options):
 
 @pytest.fixture(scope="module", autouse=True)
 def pruner_for_the_tiny_tower(tmp_path_factory):
-    OPTIONS["ocvtp"] = {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}
+    OPTIONS.update(trained_networks(tmp_path_factory.mktemp("trained")))
 
 
 def answer(model, ids, images, mask=None, **kwargs):
@@ -280,7 +281,7 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
     draw = torch.Generator().manual_seed(3)
     values = {
         "features": torch.randn(batch, n, 24, generator=draw),
-        "encoder_features": torch.randn(batch, n, 20, generator=draw),
+        "encoder_features": torch.randn(batch, n, WIDTH, generator=draw),
         "encoder_keys": torch.randn(batch, n, 8, generator=draw),
         "final_keys": torch.randn(batch, n, 20, generator=draw),
         "cls_attention": torch.rand(batch, n, 4, generator=draw),

@@ -162,13 +162,6 @@ def test_newlines_have_no_slot_and_go_last(anyres, checkpoint):
             assert int(newline[kept].sum()) == max(0, k - int((~newline).sum()))
 
 
-def test_a_crop_alone_has_slots_of_its_own(anyres, checkpoint):
-    sizes, images = [(84, 112)], [pixels(5, seed=2)]
-    config = PruningConfig("ocvtp", 0.3, options={"checkpoint": checkpoint, "per_crop": True})
-    together = PruningConfig("ocvtp", 0.3, options={"checkpoint": checkpoint})
-    assert kept_of(anyres, config, images, sizes) == kept_of(anyres, together, images, sizes) == [22]
-
-
 @pytest.mark.parametrize(("target", "kept"), [(5, [5, 5]), (200, [52, 72])])
 def test_a_target_is_a_number_of_tokens_whatever_the_image(anyres, checkpoint, target, kept):
     config = PruningConfig("ocvtp", options={"checkpoint": checkpoint, "target": target})
@@ -188,14 +181,6 @@ def test_cls_among_the_visual_tokens_is_no_patch(tower, checkpoint):
     notes = {name: value[None] for name, value in image.signals.items()}
     kept = config.build_pruner().indices(VisualTokens(image.features[None], 16, **notes))[0]
     assert kept.tolist() == list(range(1, 17))
-
-
-def test_half_precision_features_are_read_in_float32(checkpoint):
-    features = torch.randn(1, 9, 32, dtype=torch.float16)
-    tokens = VisualTokens(features, 3, layer_features=features, received_attention=torch.rand(1, 9, 1))
-    pruner = OCVTP(checkpoint=checkpoint)
-    assert pruner.slot_attention(tokens, 0, 3).dtype == torch.float32
-    assert pruner.indices(tokens).shape == (1, 3)
 
 
 def test_a_map_of_newlines_at_a_row_end_keeps_its_patches(checkpoint):

@@ -15,7 +15,7 @@ from llava.model.offload import execution_device, parameter_here
 from llava.pruning import available_methods, pruning
 from tiny_llava import build, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
-from tiny_ocvtp import save_pruner
+from tiny_trained import trained_networks
 
 CPU = torch.device("cpu")
 CROPS = {
@@ -42,7 +42,7 @@ def offloaded(tower, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    return OPTIONS | {"ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}}
+    return OPTIONS | trained_networks(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.mark.parametrize("method", ["none", *sorted(available_methods())])

@@ -14,7 +14,7 @@ from llava.pruning import available_methods, pruning
 from llava.pruning.registry import method_class
 from tiny_llava import pad_rows, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
-from tiny_ocvtp import save_pruner
+from tiny_trained import trained_networks
 
 POSITIONS = ["auto", "original", "compact"]
 METHODS = [(name, layer) for name in sorted(available_methods()) if name not in RATIOS for layer in (0, 2)]
@@ -24,7 +24,7 @@ METHODS += [(name, None) for name in RATIOS]
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> dict[str, dict]:
-    return OPTIONS | {"ocvtp": {"checkpoint": save_pruner(tmp_path_factory.mktemp("pruner"))}}
+    return OPTIONS | trained_networks(tmp_path_factory.mktemp("trained"))
 
 
 def question(length: int, seed: int) -> torch.Tensor:

@@ -39,6 +39,7 @@ _TARGETS: dict[str, str] = {
     "pyramiddrop": "llava.pruning.methods.pyramiddrop:PyramidDrop",
     "random": "llava.pruning.methods.random:Random",
     "scope": "llava.pruning.methods.scope:SCOPE",
+    "scorer": "llava.pruning.methods.scorer:Scorer",
     "sparsevlm": "llava.pruning.methods.sparsevlm:SparseVLM",
     "uniform": "llava.pruning.methods.uniform:Uniform",
     "visionzip": "llava.pruning.methods.visionzip:VisionZip",
@@ -187,7 +188,7 @@ def _towers(pruner: Pruner) -> str:
     """The vision encoders whose signals a method can be given."""
     if "text_similarity" in pruner.needs:
         return "CLIP with its text tower"
-    if "layer_features" in pruner.needs:
+    if hasattr(pruner, "checkpoint"):
         return "the one that its network was trained on"
     if not pruner.needs & ENCODER_SIGNALS:
         return "any"

@@ -29,10 +29,12 @@ NAMES = [
     if (ROOT / CHECKPOINTS[name]["path"]).exists()
 ]
 QUESTION = "What is  shown in the image?"
+TRAINED = ("ocvtp", "scorer")
+"""Their networks belong to one tower."""
 BEFORE = [
     name
     for name, info in available_methods().items()
-    if info.where.startswith("before") and info.needs <= {"image_keys"} | ENCODER_SIGNALS and name != "ocvtp"
+    if info.where.startswith("before") and info.needs <= {"image_keys"} | ENCODER_SIGNALS and name not in TRAINED
 ]
 METHODS = [PruningConfig(name, 0.3, options=OPTIONS.get(name, {})) for name in BEFORE] + [
     PruningConfig("otprune", 0.3, layer=1),

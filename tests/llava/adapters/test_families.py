@@ -62,7 +62,7 @@ def table(folder: Path) -> str:
     """Methods by families, in Markdown; methods that work alike stand in one row."""
     rows: dict[tuple[bool, ...], list[str]] = {}
     for method in available_methods():
-        if method != "ocvtp":  # whose networks belong to one tower
+        if method not in ("ocvtp", "scorer"):  # whose networks belong to one tower
             found = tuple(works(name, method, folder) for name in sorted(TINY))
             rows.setdefault(found, []).append(method)
     lines = ["| family | " + " | ".join(", ".join(names) for names in rows.values()) + " |"]

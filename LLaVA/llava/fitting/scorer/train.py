@@ -1,0 +1,161 @@
+"""Training a scorer to predict what a model attends to."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import Subset
+
+from llava.command import RATIO
+from llava.files import atomic_write, write_json
+from llava.fitting.scorer.attention import Attention
+from llava.pruning import kept_count
+from llava.pruning.methods.scorer import CONFIG, MODEL_TYPE, WEIGHTS, TokenScorer
+from llava.train.loop import Run, Trainer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a scorer is trained.
+
+    Attributes
+    ----------
+    hidden : int
+        Width of the network.
+    epochs, batch : int
+        Epochs, and images per step over all processes.
+    learning_rate, weight_decay : float
+        Of AdamW; the rate falls linearly to zero.
+    validation : float
+        Share of the images that is held out, the last ones.
+    seed : int
+    """
+
+    hidden: int = 128
+    epochs: int = 20
+    batch: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    validation: float = 0.1
+    seed: int = 0
+
+
+class Prediction(nn.Module):
+    """The scorer, and how far its prediction is from the attention."""
+
+    def __init__(self, scorer: TokenScorer):
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, features: torch.Tensor, attention: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The divergence of the prediction (B, N) from the attention, over the patches, averaged over images.
+
+        Parameters
+        ----------
+        features : Tensor (B, N, C)
+            Zeros for padding.
+        attention : Tensor (B, N)
+            What patches receive counts, as shares of its sum.
+        """
+        patches = features.any(dim=-1)
+        predicted = self.scorer(features).log_softmax(dim=-1).masked_fill(~patches, 0.0)
+        attention = attention * patches
+        attention = attention / attention.sum(dim=-1, keepdim=True)
+        divergence = torch.special.xlogy(attention, attention) - attention * predicted
+        return {"divergence": divergence.sum(dim=-1).mean()}
+
+
+def collate(examples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images of different sizes, padded."""
+    return tuple(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in zip(*examples, strict=True))
+
+
+def train(folder: Path, recipe: Recipe, run: Run, dtype: str = "bfloat16") -> bool:
+    """Train a scorer on a folder of `gather`, from its last saved state or from nothing.
+
+    Returns
+    -------
+    bool
+        True when the run is complete and ``run.folder`` holds the scorer, False when its time was up.
+
+    Raises
+    ------
+    OSError, ValueError
+        If the folder is incomplete or other than that of the run to resume, or holds too few images.
+    """
+    data = Attention(folder)
+    held_out = max(1, round(recipe.validation * len(data)))
+    count = len(data) - held_out
+    if count < recipe.batch:
+        raise ValueError(f"{len(data)} images are too few: {held_out} are held out, a step takes {recipe.batch}")
+    model, epoch_steps = data.description["model"], count // recipe.batch
+    torch.manual_seed(recipe.seed)
+    task = Prediction(TokenScorer(model["width"], recipe.hidden))
+    optimizer = torch.optim.AdamW(task.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+    trainer = Trainer(
+        task,
+        [optimizer],
+        dataclasses.replace(run, seed=recipe.seed, log_steps=epoch_steps),
+        settings={**dataclasses.asdict(recipe), **model, **data.description["data"]},
+    )
+    order = [
+        number
+        for epoch in range(recipe.epochs)
+        for number in torch.randperm(count, generator=torch.Generator().manual_seed(epoch)).tolist()[
+            : epoch_steps * recipe.batch
+        ]
+    ]
+    steps = recipe.epochs * epoch_steps
+    scores: dict[str, float] = {}
+
+    def validate(line: dict[str, Any]) -> None:
+        scorer = trainer.accelerator.unwrap_model(trainer.task).scorer
+        scores.update(evaluate(scorer, Subset(data, range(count, len(data))), trainer.accelerator.device))
+        line |= scores
+
+    batches = trainer.batches(data, order, recipe.batch, steps, collate)
+    if not trainer.fit(batches, steps, lambda step: 1 - step / steps, validate):
+        return False
+    if trainer.accelerator.is_main_process:
+        scorer = trainer.accelerator.unwrap_model(trainer.task).scorer
+        trained_on = {**data.description, "recipe": dataclasses.asdict(recipe), **scores}
+        save_scorer(scorer, run.folder, getattr(torch, dtype), trained_on)
+    return True
+
+
+@torch.no_grad()
+def evaluate(scorer: TokenScorer, data, device: torch.device | str = "cpu") -> dict[str, float]:
+    """On images that were held out: the share of the attention that the kept tokens receive, and the most there is.
+
+    Returns
+    -------
+    dict
+        "kept_attention", with the scorer's tokens at the usual kept ratio; "most_attention", with the best ones;
+        "random_attention", the ratio itself.
+    """
+    kept, most, share = 0.0, 0.0, 0.0
+    for features, attention in data:
+        k = kept_count(len(attention), RATIO)
+        chosen = scorer.eval()(features[None].to(device))[0].topk(k).indices.cpu()
+        kept += float(attention[chosen].sum())
+        most += float(attention.topk(k).values.sum())
+        share += k / len(attention)
+    return {
+        "kept_attention": kept / len(data),
+        "most_attention": most / len(data),
+        "random_attention": share / len(data),
+    }
+
+
+def save_scorer(scorer: TokenScorer, folder: Path, dtype: torch.dtype, trained_on: dict[str, Any]) -> None:
+    """Write ``config.json`` and ``model.safetensors``, each whole or not at all."""
+    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in scorer.state_dict().items()}
+    config = {"model_type": MODEL_TYPE, "width": scorer.width, "hidden": scorer.hidden, "trained_on": trained_on}
+    write_json(folder / CONFIG, config)
+    atomic_write(folder / WEIGHTS, lambda part: save_file(weights, part))

@@ -1,0 +1,161 @@
+"""A trained scorer: a small network predicts, from an image's features, what questions attend to in the decoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from llava.pruning.base import Pruner
+from llava.pruning.tokens import VisualTokens
+
+MODEL_TYPE, CONFIG, WEIGHTS = "token_scorer", "config.json", "model.safetensors"
+EMBEDDED = "llava-mini"
+"""The scorer that ships with the package, for the model of this name."""
+
+
+class TokenScorer(nn.Module):
+    """One score per token, from its features and from their mean over the image.
+
+    Parameters
+    ----------
+    width : int
+        Of the vision encoder's features.
+    hidden : int
+    """
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.width, self.hidden = width, hidden
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, hidden)
+        self.token, self.image = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden, bias=False)
+        self.score = nn.Linear(hidden, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Score.
+
+        Parameters
+        ----------
+        features : Tensor (B, N, C)
+            Zeros for what is no patch: newline tokens and padding.
+
+        Returns
+        -------
+        Tensor (B, N)
+            ``-inf`` for what is no patch.
+        """
+        inner = nn.functional.gelu(self.project(self.norm(features)))  # (B, N, H)
+        present = features.any(dim=-1)
+        share = present.to(inner.dtype) / present.sum(dim=1, keepdim=True)
+        mean = (inner * share.unsqueeze(-1)).sum(dim=1, keepdim=True)  # (B, 1, H)
+        scores = self.score(nn.functional.gelu(self.token(inner) + self.image(mean))).squeeze(-1)
+        return scores.masked_fill(~present, -torch.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer(Pruner):
+    """A small network, trained once per model, scores the patches of an image; those with the highest scores are kept.
+
+    It reads the vision encoder's features, and is trained to predict the share of attention that questions pay each
+    patch in the decoder, without the question: ``llava scorer gather`` and ``llava scorer train``. Newline tokens go on
+    only where the budget exceeds the patches.
+
+    Attributes
+    ----------
+    checkpoint : str
+        A folder of ``llava scorer train``, or "llava-mini", which ships with the package for the model of that name.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"encoder_features"})
+    source: ClassVar[str] = "This package: attention in the decoder, predicted from the vision encoder's features"
+    cost: ClassVar[str] = "a small network, O(N C H) for its width H"
+
+    checkpoint: str = EMBEDDED
+
+    def __post_init__(self):
+        try:
+            read_scorer_config(self._folder)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"SCORER_CHECKPOINT={self.checkpoint}: {error}") from None
+
+    @property
+    def _folder(self) -> Path:
+        path = Path(self.checkpoint)
+        if self.checkpoint == EMBEDDED and not path.is_dir():
+            return Path(__file__).parents[2] / "mini" / "scorer"
+        return path
+
+    def digests(self) -> dict[str, str]:
+        whole = hashlib.sha256((self._folder / WEIGHTS).read_bytes())
+        return {"checkpoint": whole.hexdigest()[:12]}
+
+    def check_model(self, image_tokens: int | None, encoder_width: int | None) -> None:
+        trained = read_scorer_config(self._folder)["width"]
+        if encoder_width not in (None, trained):
+            raise ValueError(
+                f"the scorer {self.checkpoint} reads features of width {trained}, but this vision tower's have "
+                f"{encoder_width}: name one that was trained for this model (SCORER_CHECKPOINT)"
+            )
+
+    def select(self, tokens: VisualTokens) -> torch.Tensor:
+        return self.scores(tokens.encoder_features).argsort(dim=-1, descending=True, stable=True)[:, : tokens.k]
+
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, N, C) -> (B, N), float32; one image at a time: in a batch, rounding could tip a choice."""
+        stamp = (self._folder / WEIGHTS).stat().st_mtime_ns
+        network = _network(self._folder, stamp, str(features.device))
+        return torch.cat([network(image[None].float()) for image in features])
+
+
+def read_scorer_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a scorer's folder.
+
+    Raises
+    ------
+    OSError
+        If there is none.
+    ValueError
+        If it describes something else.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise OSError(f"there is no scorer {folder}: it has no {CONFIG}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{file} does not describe a scorer (model_type {MODEL_TYPE!r})")
+    for name in ("width", "hidden"):
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise ValueError(f"{file}: {name} must be a whole number >= 1, not {config.get(name)!r}")
+    return config
+
+
+def load_scorer(folder: Path) -> TokenScorer:
+    """The float32 network in a folder, in eval mode; an `OSError` or `ValueError` if it cannot be read."""
+    config = read_scorer_config(folder)
+    network = TokenScorer(config["width"], config["hidden"])
+    try:
+        network.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS).items()})
+    except (SafetensorError, FileNotFoundError) as error:
+        raise OSError(f"Cannot read {folder / WEIGHTS}: {error}") from error
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n", 1)[-1].split())
+        raise ValueError(f"{folder / WEIGHTS} does not hold the weights of this scorer: {reason}") from error
+    return network.eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=4)
+def _network(folder: Path, stamp: int, device: str) -> TokenScorer:
+    """Read anew when the file changes: a scorer may be trained again while this process runs."""
+    return load_scorer(folder).to(device)
