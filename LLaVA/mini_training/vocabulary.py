@@ -10,7 +10,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceTrainer
 
 from llava.conversation import conv_templates
-from llava.files import write_json
+from llava.files import atomic_write, write_json
 from llava.mini.captions import CAPTION_PROMPT, COUNT_WORDS, DENSE_PROMPT
 from llava.mini.forms.knowledge import FRENCH, FRUITS
 from llava.mini.questions import (
@@ -101,7 +101,6 @@ def build_tokenizer(folder: Path, pieces: int, scenes: int) -> None:
     scenes : int
         How many scenes' questions to learn from.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()  # a file name would be written into the model
     SentencePieceTrainer.train(
         sentence_iterator=corpus(scenes),
@@ -124,7 +123,7 @@ def build_tokenizer(folder: Path, pieces: int, scenes: int) -> None:
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    atomic_write(folder / "tokenizer.model", model.getvalue())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     write_json(folder / "special_tokens_map.json", special)
     settings = {

@@ -234,7 +234,7 @@ def _record() -> None:
         for name, build in BUILDERS.items()  # the suite's version is a digest of the tables in this order
         for table in build()
     }
-    RECORD_FILE.write_text(json.dumps(tables, indent=2) + "\n")
+    write_json(RECORD_FILE, tables)
 
 
 def main(arguments: list[str] | None = None) -> None:
