@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessor
 from llava.eval import distances
 from llava.eval.distances import measure
 from llava.eval.encoder import Encoder, image_configs, images_of_folder
-from llava.eval.results.rows import row_of
+from llava.eval.results.rows import Row, row_of
 from llava.eval.results.runs import Run
 from llava.eval.transport import gaussian_distance, objective, wasserstein
 from llava.pruning import PruningConfig, select
@@ -64,6 +64,9 @@ def test_are_measured_of_rows_that_only_need_the_picture(tmp_path):
     assert image_configs(row(tmp_path / "a", method="otprune")) == [otprune]
     assert len(image_configs(row(tmp_path / "b", method="visionzip"))) == 1
     assert image_configs(row(tmp_path / "c", method="fastv", layer=2)) == []
+    folded = Row("llava-mini", "random (mean of 2 seeds)", 0.1, {})
+    assert [config.options["seed"] for config in image_configs(folded)] == [0, 1]
+    assert image_configs(Row("llava-mini", "otprune (gamma 0.01)", 0.098, {})) == [otprune]
     assert image_configs(row(tmp_path / "d", method="otprune", layer=2)) == []
     assert image_configs(row(tmp_path / "e")) == []
 

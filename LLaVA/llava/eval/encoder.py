@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from llava.eval.results.rows import Row
 from llava.eval.views import View, views_of
@@ -35,12 +37,14 @@ class Encoder:
             model.visual_cache = VisualCache(ENCODED_BYTES)
 
     @classmethod
+    @lru_cache(maxsize=1)  # figures and token maps of a report look through one model
     def load(cls, path: str, device: str = "cpu") -> Encoder:
         """The model of a checkpoint folder, a hub id or "llava-mini"; float32 on a CPU, float16 elsewhere."""
         from llava.model.builder import load_pretrained_model
 
         dtype = torch.float32 if device == "cpu" else torch.float16
         name = get_model_name_from_path(path)
+        logging.disable_progress_bar()
         _, model, processor, _ = load_pretrained_model(path, None, name, device=device, dtype=dtype, multimodal=True)
         return cls(model, processor)
 
@@ -79,17 +83,14 @@ class Encoder:
 
 
 def image_configs(row: Row) -> list[PruningConfig]:
-    """The configurations of a row's runs, if they drop tokens before the decoder by what is in the image alone."""
-    found = []
-    for run in row.runs:
-        settings = run.content["pruning"]
-        if settings is None or settings["ratio"] is None or settings["layer"] != 0:
-            return []
-        config = PruningConfig(settings["method"], settings["ratio"], options=settings["options"])
-        if not config.build_pruner().needs <= ENCODER_SIGNALS | {"image_keys"}:
-            return []
-        found.append(config)
-    return found
+    """A row's configurations, if they drop tokens before the decoder by what is in the image alone."""
+    if not row.pruned or row.published or row.ratio is None or row.layer != 0:
+        return []
+    settings = [run.content["pruning"] for run in row.runs]
+    configs = [PruningConfig(given["method"], row.ratio, options=given["options"]) for given in settings]
+    configs = configs or [PruningConfig.from_text(text, row.ratio, {}) for text in row.texts]
+    needs = frozenset().union(*(config.build_pruner().needs for config in configs))
+    return configs if needs <= ENCODER_SIGNALS | {"image_keys"} else []
 
 
 def images_of_suite(number: int) -> dict[str, list[Image.Image]]:

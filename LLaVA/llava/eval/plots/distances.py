@@ -55,10 +55,10 @@ def measure(
     configs = [(row, config) for row in rows for config in image_configs(row)]
     if not configs:
         raise ValueError("none of the runs drops tokens before the decoder by what is in the image alone")
-    models = {run.content["model"] for row, _ in configs for run in row.runs}
+    models = {run.content["model"] for row, _ in configs for run in row.runs} or {row.model for row, _ in configs}
     if len(models) != 1:
         raise ValueError(f"distances are measured with one model, and these runs are of {', '.join(sorted(models))}")
-    if folder is None and not all(run.mini for row, _ in configs for run in row.runs):
+    if folder is None and not all("mini suite" in row.notes for row, _ in configs):
         raise ValueError("the images of the published benchmarks are not at hand: give a folder (--picture-folder)")
     shown = images_of_suite(images) if folder is None else {MEAN: images_of_folder(folder, images)}
     encoder = Encoder.load(models.pop(), device)

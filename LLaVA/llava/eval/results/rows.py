@@ -91,6 +91,14 @@ class Row:
         return f"{self.method}{ratio}" + (f", layer {self.layer}" if self.layer else "")
 
     @property
+    def texts(self) -> list[str]:
+        """The method as ``--method`` names it; several where seeds were folded, which are then 0, 1, ..."""
+        inside = [part.split(" ") for part in _shown_options(self)]
+        options = "".join(f":{name}={value}" for name, value, *more in inside if not more)
+        seeds = next((range(int(part[2])) for part in inside if part[0] == "mean"), None)
+        return [self.family + options + more for more in ([""] if seeds is None else [f":seed={n}" for n in seeds])]
+
+    @property
     def total_tokens(self) -> float | None:
         """Mean over the images of the visual tokens that an unpruned model sees."""
         return self.visual_tokens["total"]["mean"] if self.visual_tokens else None
