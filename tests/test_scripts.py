@@ -20,6 +20,8 @@ NEEDED = (
     "LLaVA/constraints.txt",
     "LLaVA/llava/__init__.py",
     "LLaVA/llava/benchmarks.py",
+    "LLaVA/llava/command.py",
+    "LLaVA/llava/runtime.py",
     "lmms_eval",
 )
 SCRIPTS = ("run_OTPrune.sh", "tests/run.sh", ".ci/run", "LLaVA/scripts/setup.sh", "LLaVA/scripts/measure_gpu.sh")
@@ -141,7 +143,7 @@ class TestBeforeSetUp:
     def test_a_wrong_value_fails_at_once(self, clone):
         done = bash(clone, "run_OTPrune.sh", "--ratio", "1.5")
         assert done.returncode == 2
-        assert done.stderr == "run_OTPrune.sh: --ratio 1.5: must be a number with 0 < r <= 1\n"
+        assert done.stderr == "run_OTPrune.sh: argument --ratio: must be a number with 0 < r <= 1, not 1.5\n"
         assert not (clone / ".venv").exists()
 
 

@@ -66,7 +66,7 @@ def evaluate(tmp_path, monkeypatch):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     launch = Launch((sys.executable, str(script)), {})
-    jobs = [Job("model", None, {}, tmp_path / "model" / name) for name in ("first", "second", "third")]
+    jobs = [Job("model", None, tmp_path / "model" / name) for name in ("first", "second", "third")]
     identities = {job.folder: {task: {"task": task} for task in TASKS} for job in jobs}
     suite = SimpleNamespace(name="paper")
     plan = SimpleNamespace(tasks=TASKS, device="cpu", dtype="float32", batch_size=1, num_processes=1, suite=suite)
@@ -138,7 +138,7 @@ def test_machines_that_do_not_meet_say_where(evaluate):
 
 
 def test_a_terminal_shows_bars_and_the_table_and_leaves_lines(tmp_path):
-    job = Job("model", None, {}, Path(tmp_path) / "llava-mini" / "unpruned")
+    job = Job("model", None, Path(tmp_path) / "llava-mini" / "unpruned")
     records.write_json(
         records.task_folder(job.folder, "mini_gqa") / records.RESULT,
         {"metrics": {"exact_match": 0.5}, "samples": 240, "seconds": 7.2},

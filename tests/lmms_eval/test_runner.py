@@ -21,7 +21,6 @@ from lmms_eval_otprune.runner import dispatch, lock, options, plan, records
 from lmms_eval_otprune.runner.__main__ import main
 
 from llava.model.llava_arch import gamma_for_width
-from llava.pruning import registry
 
 RUNNER = "lmms_eval_otprune.runner"
 PRUNED = "otprune-0.5"
@@ -420,12 +419,12 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
-            (["--ratio", "0"], "--ratio 0: must be a number with 0 < r <= 1"),
-            (["--ratio", "0.1,1.5"], "--ratio 1.5: must be"),
-            (["--ratio", "abc"], "--ratio abc: must be a number"),
-            (["--ratio", "nan"], "--ratio nan: must be"),
-            (["--layer", "-1"], "--layer -1: must be a whole number >= 0"),
-            (["--layer", "x"], "--layer x: must be a whole number"),
+            (["--ratio", "0"], "--ratio: must be a number with 0 < r <= 1, not 0"),
+            (["--ratio", "0.1,1.5"], "--ratio: must be a number with 0 < r <= 1, not 1.5"),
+            (["--ratio", "abc"], "--ratio: must be a number with 0 < r <= 1, not abc"),
+            (["--ratio", "nan"], "--ratio: must be a number with 0 < r <= 1, not nan"),
+            (["--layer", "-1"], "--layer: must be a whole number >= 0, not -1"),
+            (["--layer", "x"], "--layer: must be a whole number >= 0, not x"),
             (
                 ["mini", "--layer", "99", "--device", "cpu"],
                 "otprune-0.098-layer99: LAYER_INDEX=99 is outside the decoder",
@@ -446,31 +445,34 @@ class TestOptions:
             (["--method", "fastv,fastv:layer=2", "--device", "cpu"], "fastv-0.098-layer2 is asked for twice"),
             (["--tasks", "popo"], "has no task 'popo'; its tasks: "),
             (["mini", "--tasks", "pope,vqav2"], "the mini suite has no task 'vqav2'"),
-            (["--limit", "0"], "--limit 0: must be a whole number >= 1"),
-            (["--limit", "1_0"], "--limit 1_0: must be a whole number >= 1"),
-            (["--num-processes", "-2"], "--num-processes -2: must be a whole number >= 1"),
-            (["--batch-size", "x"], "--batch-size x: must be a whole number >= 1"),
-            (["--main-process-port", "65536"], "--main-process-port 65536: must be a whole number from 1 to 65535"),
-            (["--seed", "-1"], "--seed -1: must be a whole number from 0 to 4294967295"),
-            (["--seed", "4294967296"], "--seed 4294967296: must be a whole number from 0 to 4294967295"),
-            (["--layer", "1_0"], "--layer 1_0: must be a whole number >= 0"),
-            (["--ratio", "0.1_0"], "--ratio 0.1_0: must be a number"),
-            (["--method", "random:ratio=0.1:ratio=0.2"], "--method random:ratio=0.1:ratio=0.2: ratio is given twice"),
-            (["--method", "random:seed=1:SEED=2"], "seed is given twice"),
+            (["--limit", "0"], "--limit: must be a whole number >= 1, not 0"),
+            (["--limit", "1_0"], "--limit: must be a whole number >= 1, not 1_0"),
+            (["--num-processes", "-2"], "--num-processes: must be a whole number >= 1, not -2"),
+            (["--batch-size", "x"], "--batch-size: must be a whole number >= 1, not x"),
+            (
+                ["--main-process-port", "65536"],
+                "--main-process-port: must be a whole number from 1 to 65535, not 65536",
+            ),
+            (["--seed", "-1"], "--seed: must be a whole number from 0 to 4294967295, not -1"),
+            (["--seed", "4294967296"], "--seed: must be a whole number from 0 to 4294967295, not 4294967296"),
+            (["--layer", "1_0"], "--layer: must be a whole number >= 0, not 1_0"),
+            (["--ratio", "0.1_0"], "--ratio: must be a number with 0 < r <= 1, not 0.1_0"),
+            (["--method", "random:ratio=0.1:ratio=0.2", "--device", "cpu"], "ratio is given twice"),
+            (["--method", "random:seed=1:SEED=2", "--device", "cpu"], "seed is given twice"),
             (["--method", "random:seed=1_0", "--device", "cpu"], "RANDOM_SEED=1_0: must be a whole number"),
             (["--method", "random,random", "--device", "cpu"], "random-0.098 is asked for twice"),
             (["--model", "a/b,a/b", "--device", "cpu"], "a/b is given twice"),
             (["--model", "a/x,b/x", "--device", "cpu"], "a/x and b/x would both be x in the table"),
             (["--num-machines", "2", "--machine-rank", "2"], "--machine-rank 2"),
             (["--num-machines", "2"], "--main-process-ip"),
-            (["--method", "otprune:gamma"], "an option reads name=value"),
+            (["--method", "otprune:gamma", "--device", "cpu"], "an option reads name=value"),
             (["--method", "none", "--no-unpruned"], "leaves nothing to run"),
             (["large"], "invalid choice: 'large'"),
-            (["--visual-cache", "on"], "--visual-cache on: must be a number >= 0, or off"),
-            (["--visual-cache", "-1"], "--visual-cache -1: must be a number >= 0, or off"),
-            (["--visual-cache", "inf"], "--visual-cache inf: must be a number >= 0, or off"),
+            (["--visual-cache", "on"], "--visual-cache: must be a number >= 0, or off, not on"),
+            (["--visual-cache", "-1"], "--visual-cache: must be a number >= 0, or off, not -1"),
+            (["--visual-cache", "inf"], "--visual-cache: must be a number >= 0, or off, not inf"),
             (["--dtype", "int8"], "invalid choice: 'int8'"),
-            (["--method", "nosuch", "--device", "cpu"], "unknown method 'NOSUCH'"),
+            (["--method", "nosuch", "--device", "cpu"], "unknown method 'nosuch'"),
             (["--method", "otprune:gama=1", "--device", "cpu"], "OTPRUNE_GAMA=1"),
             (["--method", "otprune:gamma=x", "--device", "cpu"], "OTPRUNE_GAMMA=x"),
             (["--conv-template", "vicuna", "--device", "cpu"], "--conv-template vicuna: allowed are auto, default"),
@@ -508,8 +510,8 @@ class TestOptions:
         monkeypatch.setenv("BASELINE", "RANDOM")
         monkeypatch.setenv("SUBSET_RATIO", "0.25")
         found = options.read([])
-        assert ([method.name for method in found.methods], found.ratios, found.layer) == (["random"], ("0.25",), "")
-        assert [method.name for method in options.read(["--method", "otprune"]).methods] == ["otprune"]
+        assert (found.methods, found.ratios, found.layer) == (("RANDOM",), (0.25,), None)
+        assert options.read(["--method", "otprune"]).methods == ("otprune",)
 
 
 class TestBudgets:
@@ -553,16 +555,6 @@ class TestBudgets:
     def test_the_command_s_layer_is_for_every_method_without_one(self):
         found = jobs("--method", "otprune,fastv:layer=3,pyramiddrop:layer=", "--layer", "1", "--ratio", "0.5")
         assert [job.pruning.layer for job in found] == [1, 3, None]
-
-    def test_a_method_s_own_option_of_that_name_wins(self, tmp_path, monkeypatch):
-        (tmp_path / "towers.py").write_text(
-            "from dataclasses import dataclass\nfrom llava.pruning.methods.first_k import FirstK\n\n"
-            "@dataclass(frozen=True, kw_only=True)\nclass Towers(FirstK):\n    layer: int = 0\n"
-        )
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setitem(registry._TARGETS, "towers", "towers:Towers")
-        [job] = jobs("--method", "towers:layer=7", "--layer", "2")
-        assert (job.pruning.options, job.pruning.layer) == ({"layer": 7}, 2)
 
     def test_a_name_with_a_sign_takes_options(self):
         [job] = jobs("--method", "prumerge+:adaptive=1")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
+import json
 
 import pytest
 import torch
@@ -12,17 +10,21 @@ import transformers
 from lmms_eval import models as registry
 from lmms_eval.api.instance import Instance
 from lmms_eval_otprune.models import transformers_models
+from lmms_eval_otprune.models.families import wrapper_of
+from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount
 from loguru import logger
 from PIL import Image
 
 from golden import golden_root
 from llava.adapters.transformers import active_session
+from llava.pruning import PruningConfig
 from llava.serve.export_hf import export
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18), reason="transformers 5.18 encodes images apart"
 )
 TASK, SPLIT = "colours", "test"
+VTW = PruningConfig("vtw", layer=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +38,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def wrapper(monkeypatch):
-    """The class that lmms-eval loads for ``llava_hf``; decord, which it imports for videos, may be missing."""
-    if importlib.util.find_spec("decord") is None:
-        monkeypatch.setitem(sys.modules, "decord", types.SimpleNamespace(VideoReader=None, cpu=None))
-    transformers_models.pruned_wrapper.cache_clear()
+def wrapper():
+    """The class that lmms-eval loads for ``llava_hf``."""
     return transformers_models.simple_llava_hf
 
 
@@ -51,19 +50,26 @@ def switch(monkeypatch, **variables):
         monkeypatch.setenv(name, value)
 
 
-def answers(lm, images=3):
-    documents = [{"image": Image.new("RGB", (60, 60), colour)} for colour in ("red", "green", "blue")[:images]]
+def messages(document):
+    shown = [{"type": "image", "url": document["image"]}] if document["image"] else []
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": "Which colour?"}]}]
+
+
+def answers(lm, images=3, text_only=0):
+    colours = [*("red", "green", "blue")[:images], *[None] * text_only]
+    documents = [{"image": colour and Image.new("RGB", (60, 60), colour)} for colour in colours]
     lm.task_dict = {TASK: {SPLIT: documents}}
     settings = {"max_new_tokens": 4, "temperature": 0, "do_sample": False}
+    asked = (settings, lambda doc: [doc["image"]]) if lm.is_simple else (messages, settings)
     return lm.generate_until(
         [
             Instance(
                 request_type="generate_until",
-                arguments=("Which colour?", settings, lambda doc: [doc["image"]], number, TASK, SPLIT),
+                arguments=("Which colour?", *asked, number, TASK, SPLIT),
                 idx=0,
                 metadata={"task": TASK, "doc_id": number, "repeats": 1},
             )
-            for number in range(images)
+            for number in range(len(documents))
         ]
     )
 
@@ -121,3 +127,56 @@ def test_an_error_that_the_wrapper_swallows_ends_the_run(wrapper, folder, monkey
         lm.model.model.multi_modal_projector.linear_2.bias.fill_(float("nan"))
     with pytest.raises(RuntimeError, match=r"llava_hf: .*NaN"):
         answers(lm, images=1)
+
+
+class TestRows:
+    """In the runner's hands: one row after another, answers on the disk."""
+
+    @pytest.fixture
+    def lm(self, folder, monkeypatch):
+        switch(monkeypatch)
+        return transformers_models.load("llava_hf", folder, "cpu", "float32", batch_size=1)
+
+    def test_a_row_s_answers_are_on_the_disk_and_are_not_asked_for_again(self, lm, tmp_path, monkeypatch):
+        lm.set_pruning(PruningConfig("random", 0.25))
+        lm.start_run(str(tmp_path))
+        found = answers(lm, text_only=1)
+        lines = [json.loads(line) for line in (tmp_path / "answers_rank0.jsonl").read_text().splitlines()]
+        assert [line["text"] for line in lines] == found
+        assert lm.visual_tokens.pop(TASK) == lm.visual_tokens.default_factory(
+            {PromptCount(lines[0]["input_tokens"] - 4, (ImageCount(16, ((3, 4),)),)): 3}
+            | {PromptCount(lines[3]["input_tokens"], ()): 1}
+        )
+        monkeypatch.setattr(lm.model, "forward", lambda *_, **__: pytest.fail("asked again"))
+        lm.start_run(str(tmp_path))
+        assert answers(lm, text_only=1) == found
+
+    def test_rows_are_pruned_apart_and_the_unpruned_one_is_the_wrapper_s_own(self, lm, wrapper, folder, tmp_path):
+        given = {}
+        for name, config in {"pruned": PruningConfig("random", 0.25), "unpruned": None, "inside": VTW}.items():
+            lm.set_pruning(config)
+            lm.start_run(str(tmp_path))
+            given[name] = answers(lm)
+            [count] = {prompt.images for prompt in lm.visual_tokens.pop(TASK)}
+            assert count[0].per_layer == {"pruned": [4] * 3, "unpruned": [16] * 3, "inside": [16, 0, 0]}[name]
+        chat = transformers_models.chat_llava_hf.wrapped
+        assert given["unpruned"] == [one.text for one in answers(load(chat, folder))]
+
+    def test_an_error_is_not_scored_as_an_empty_answer(self, lm, tmp_path, monkeypatch):
+        lm.set_pruning(None)
+        lm.start_run(str(tmp_path))
+        monkeypatch.setattr(type(lm.model), "generate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            answers(lm)
+
+    @pytest.mark.parametrize(
+        ("config", "name"),
+        [
+            ({"model_type": "qwen2_5_vl", "vision_config": {}}, "qwen2_5_vl"),
+            ({"model_type": "llava_next", "vision_config": {}}, "llava_hf"),
+            ({"model_type": "idefics3", "vision_config": {}}, "huggingface"),
+            ({"model_type": "llava", "mm_vision_tower": "openai/clip"}, None),
+        ],
+    )
+    def test_the_configuration_chooses_the_wrapper(self, config, name):
+        assert wrapper_of(config) == name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,13 +50,26 @@ def load_tasks(name: str) -> dict[str, Any]:
         logger.enable("lmms_eval")
 
 
-def task_manager(tasks: Iterable[str], model: str = "llava") -> TaskManager:
-    """An index of the folders that define some tasks; that of all of lmms-eval's takes four seconds."""
+def task_manager(tasks: Iterable[str], model: str = "llava", kind: str = "simple") -> TaskManager:
+    """An index of the folders that define some tasks; that of all of lmms-eval's takes four seconds.
+
+    Parameters
+    ----------
+    tasks : iterable of str
+    model : str
+        lmms-eval's id: a task's settings may depend on it.
+    kind : str
+        "chat" for a model that is asked in messages, of which lmms-eval does not think where a task is changed.
+    """
     from lmms_eval.tasks import TaskManager
+
+    class OfOneKind(TaskManager):
+        def load_config(self, config: dict[str, Any]) -> Mapping[str, Any]:
+            return self._load_individual_task_or_group(config, task_type=kind)
 
     found = {benchmark_of(task) for task in tasks} - {None}
     builtin = sorted(str(definition_file(benchmark).parent) for benchmark in found)
-    return TaskManager(include_defaults=False, include_path=[*task_folders(), *builtin], model_name=model)
+    return OfOneKind(include_defaults=False, include_path=[*task_folders(), *builtin], model_name=model)
 
 
 def task_folders() -> list[str]:
@@ -84,7 +97,19 @@ def published_entry(name: str) -> dict[str, Any] | None:
     benchmark = benchmark_of(name)
     if benchmark is None or name not in (benchmark.name, benchmark.task):
         return None
-    return {"task": name, "dataset_kwargs": None, **changes(benchmark)}
+    data = {name: value for name, value in _data_arguments(benchmark).items() if name != "token"}
+    return {"task": name, "dataset_kwargs": data or None, **changes(benchmark)}
+
+
+def data_revision(task: str) -> str:
+    """``@`` and the revision of its data set that lmms-eval's definition of a published task names; mostly empty."""
+    benchmark = benchmark_of(task)
+    revision = None if benchmark is None or task == benchmark.mini else _data_arguments(benchmark).get("revision")
+    return f"@{revision}" if revision else ""
+
+
+def _data_arguments(benchmark: Benchmark) -> dict[str, Any]:
+    return definition(benchmark, mode="simple").get("dataset_kwargs") or {}
 
 
 def changes(benchmark: Benchmark) -> dict[str, Any]:
@@ -106,11 +131,11 @@ def _published_group() -> list[dict[str, Any]]:
     return [entry for path in paths for entry in load_yaml_config(yaml_path=str(path), mode="full")["task"]]
 
 
-def definition(benchmark: Benchmark) -> dict[str, Any]:
-    """lmms-eval's definition of a benchmark, its functions imported."""
+def definition(benchmark: Benchmark, mode: str = "full") -> dict[str, Any]:
+    """lmms-eval's definition of a benchmark, its functions imported; "simple" leaves them alone."""
     from lmms_eval.utils import load_yaml_config
 
-    return load_yaml_config(yaml_path=str(definition_file(benchmark)), mode="full")
+    return load_yaml_config(yaml_path=str(definition_file(benchmark)), mode=mode)
 
 
 def definition_file(benchmark: Benchmark) -> Path:

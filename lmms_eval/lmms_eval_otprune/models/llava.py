@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,25 +23,25 @@ from llava.benchmarks import benchmark_of
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
 from llava.mm_utils import AnswerEnd, get_model_name_from_path, process_images
-from llava.model.builder import load_pretrained_model, resolve_model_path
+from llava.model.builder import announce_pruning, load_pretrained_model, resolve_model_path
 from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
 from llava.pruning import PruningConfig
 from lmms_eval_otprune.models import cache_key, java
 from lmms_eval_otprune.models.ahead import ahead
-from lmms_eval_otprune.models.answers import Answer, AnswerLog, Question
+from lmms_eval_otprune.models.answers import Answer, Question
 from lmms_eval_otprune.models.command_line import started_from_command_line
 from lmms_eval_otprune.models.exit_status import fail_loudly
 from lmms_eval_otprune.models.fingerprint import model_fingerprint
 from lmms_eval_otprune.models.group import join
 from lmms_eval_otprune.models.progress import Progress
 from lmms_eval_otprune.models.prompts import Row, conversation, make_row, pad_left, text_tokens
+from lmms_eval_otprune.models.rows import RowsInTurn
 from lmms_eval_otprune.models.settings import GenerationSettings, read_batch_size, read_dtype, read_visual_cache
 from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount, describe, layer_runs, summary
 
 if TYPE_CHECKING:
     from llava.eval.flops import ModelShape
 
-UNPRUNED = "none"
 GREY = (128, 128, 128)
 VISUAL_CACHE = 2**30
 """Bytes that encoded images may take in memory by default: 910 of LLaVA-1.5 in half precision."""
@@ -65,7 +64,7 @@ class _Prepared:
     pixels: torch.Tensor | list[torch.Tensor] | None
 
 
-class Llava(lmms):
+class Llava(RowsInTurn, lmms):
     """LLaVA for lmms-eval, one process a device.
 
     The pruning switch (``BASELINE``, ``SUBSET_RATIO``, ``LAYER_INDEX``) is read from the environment and checked before
@@ -134,6 +133,7 @@ class Llava(lmms):
         **unknown: Any,
     ):
         super().__init__()
+        self.label = "LLaVA"
         fail_loudly()
         if unknown:
             names = "pretrained, model_base, model_name, batch_size, device, device_map, dtype, attn_implementation"
@@ -187,12 +187,17 @@ class Llava(lmms):
             # It decides what the checkpoint's files are taken for.
             self._loaded_fingerprint += f"/{model_name}"
         self.start_run(resume_dir, grey_pictures)
-
-        self.keep_model = False
-        self.label = "LLaVA"
-        self.open_progress: Callable[[str, int, int], Progress] = partial(Progress, file=sys.stderr)
-        self.visual_tokens: dict[str, Counter[PromptCount]] = defaultdict(Counter)
         self._ignored_settings: set[str] = set()
+
+    def set_pruning(self, config: PruningConfig | None) -> None:
+        """Prune from now on as ``config`` says; None: not at all."""
+        self.model.set_pruning(config)
+        announce_pruning(self.model)
+        self.model.fit_pruning()
+
+    @property
+    def pruning(self) -> PruningConfig | None:
+        return self.model.pruning
 
     def start_run(self, resume_dir: str | None = None, grey_pictures: bool = False, writer: int | None = None) -> None:
         """Begin with the answers of a configuration: the model's own ``pruning``, and what is shown of the pictures.
@@ -205,16 +210,8 @@ class Llava(lmms):
             Whose file of answers this process appends to; default: its rank's.
         """
         self._grey_pictures = grey_pictures
-        self.model_fingerprint = f"{self._loaded_fingerprint}/grey" if grey_pictures else self._loaded_fingerprint
-        pruning = self.model.pruning
-        self.pruning_fingerprint = UNPRUNED if pruning is None else pruning.fingerprint()
-        cache_key.extend_with(f"{self.model_fingerprint}|{self.pruning_fingerprint}")
-        self._answers = AnswerLog(
-            None if resume_dir is None else Path(resume_dir),
-            self._rank if writer is None else writer,
-            self.model_fingerprint,
-            self.pruning_fingerprint,
-        )
+        model = f"{self._loaded_fingerprint}/grey" if grey_pictures else self._loaded_fingerprint
+        self._start(resume_dir, self._rank if writer is None else writer, model, self.pruning)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Llava:
@@ -266,9 +263,8 @@ class Llava(lmms):
 
     def clean(self) -> None:
         """Give the memory back after a run, unless ``keep_model`` says that another run follows."""
-        if self.keep_model:
-            return
-        self._loaded = ()
+        if not self.keep_model:
+            self._loaded = ()
         super().clean()
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult | str]:

@@ -1,38 +1,42 @@
-"""lmms-eval's own wrappers of transformers' models, with the pruning that the environment asks for.
+"""lmms-eval's own wrappers of transformers' models, with the pruning that the environment specifies.
 
 A subclass of a wrapper is made when lmms-eval loads it. The wrapper itself is not touched, and without ``BASELINE`` the
-subclass does nothing.
+subclass does nothing. In the runner's hands it goes from row to row, and keeps its answers on the disk.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterable
+import importlib.util
+import inspect
+import os
+import sys
+import types
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from itertools import groupby
 from typing import Any
 
+import torch
 from lmms_eval import models as registry
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 
 from llava.adapters.transformers import set_pruning
 from llava.pruning import PruningConfig
+from llava.pruning.schedule import kept_after_attention, kept_per_layer
 from lmms_eval_otprune.models import cache_key
+from lmms_eval_otprune.models.answers import Answer, Question
 from lmms_eval_otprune.models.exit_status import fail_loudly
+from lmms_eval_otprune.models.families import WRAPPERS
+from lmms_eval_otprune.models.fingerprint import model_fingerprint
+from lmms_eval_otprune.models.rows import RowsInTurn
+from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount
 
-WRAPPERS = (
-    "gemma3",
-    "glm4v",
-    "huggingface",
-    "internvl_hf",
-    "llava_hf",
-    "mistral3_vl",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_5",
-    "qwen3_vl",
-)
-"""Ids of wrappers that hold a model of transformers in ``self.model`` and call its ``generate``."""
 KINDS = {"simple": "AVAILABLE_SIMPLE_MODELS", "chat": "AVAILABLE_CHAT_TEMPLATE_MODELS"}
 
 
@@ -51,6 +55,39 @@ def manifests() -> list[ModelManifest]:
     ]
 
 
+def load(name: str, pretrained: str, device: str | None, dtype: str, batch_size: int) -> RowsInTurn:
+    """A wrapper's model, unpruned, for the runner.
+
+    Parameters
+    ----------
+    name : str
+        Of `WRAPPERS`.
+    pretrained : str
+        A folder or Hub id.
+    device : str or None
+        None: a GPU, this process's own.
+    dtype : str
+        Floating type, where the wrapper leaves the choice.
+    batch_size : int
+    """
+    kind = "chat" if name in registry.AVAILABLE_CHAT_TEMPLATE_MODELS else "simple"
+    wrapper = pruned_wrapper(kind, name)
+    settings = {"device": device or "cuda", "dtype": dtype}
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        settings["device_map"] = device or "cuda"
+    known = inspect.signature(wrapper.wrapped.__init__).parameters
+    lm = wrapper(
+        pretrained=pretrained,
+        batch_size=batch_size,
+        **{name: value for name, value in settings.items() if name in known},
+    )
+    for attribute in ("_image_processor", "processor"):
+        if attribute in vars(lm):
+            setattr(lm, attribute, TextAlone(vars(lm)[attribute]))
+    lm.loaded_fingerprint = model_fingerprint(pretrained, None, dtype, "sdpa", f"{kind}_{name}")
+    return lm
+
+
 def __getattr__(attribute: str) -> type:
     kind, _, name = attribute.partition("_")
     if kind not in KINDS or name not in WRAPPERS:
@@ -63,39 +100,206 @@ def pruned_wrapper(kind: str, name: str) -> type:
     """The subclass of lmms-eval's wrapper ``name``, of the kind "simple" or "chat"."""
     path = registry._build_class_path(name, kind, getattr(registry, KINDS[kind])[name])
     module, _, cls = path.rpartition(".")
-    wrapped = getattr(importlib.import_module(module), cls)
+    with _video_reader():
+        wrapped = getattr(importlib.import_module(module), cls)
+    return type(cls, (PrunedWrapper, wrapped), {"__module__": __name__, "wrapped": wrapped, "conv_template": name})
 
-    class Pruned(wrapped):
-        def __init__(self, *args: Any, **kwargs: Any):
-            config = PruningConfig.from_env()  # a wrong switch is refused before any weight is read
-            super().__init__(*args, **kwargs)
-            self._session = None
-            if config is not None:
-                fail_loudly()
-                self._session = set_pruning(self.model, config)
-                cache_key.extend_with(self._session.config.fingerprint())
-                logger.info(f"{name}: {self._session.config.describe()}")
 
-        def generate_until(self, requests: Iterable[Any]) -> list[Any]:
-            return self._reported(super().generate_until(requests))
+class PrunedWrapper(RowsInTurn):
+    """What is put before a wrapper of lmms-eval."""
 
-        def loglikelihood(self, requests: Iterable[Any]) -> list[Any]:
-            return self._reported(super().loglikelihood(requests))
+    def __init__(self, *args: Any, **kwargs: Any):
+        config = PruningConfig.from_env()  # a wrong switch is refused before any weight is read
+        super().__init__(*args, **kwargs)
+        self.pruning, self._session, self._answers = None, None, None
+        if config is not None:
+            fail_loudly()
+            self.set_pruning(config)
+            cache_key.extend_with(self.pruning.fingerprint())
+            logger.info(f"{self.conv_template}: {self.pruning.describe()}")
 
-        def _reported(self, answers: list[Any]) -> list[Any]:
-            """Say how much was kept. Several wrappers log what ``generate`` raises, and go on with an empty answer."""
-            session = self._session
-            if session is None:
-                return answers
-            if session.error is not None:
-                raise RuntimeError(f"{name}: {session.error}") from session.error
-            images, total, kept = session.seen["images"], session.seen["total"], session.seen["kept"]
-            if images:
-                logger.info(
-                    f"{name}: kept {kept / images:.1f} of {total / images:.1f} visual tokens per image "
-                    f"({100 * kept / total:.1f} %), {images} images"
-                )
-            return answers
+    def set_pruning(self, config: PruningConfig | None) -> None:
+        """Prune from now on as ``config`` says; None: not at all."""
+        self._session = set_pruning(self.model, config)
+        self.pruning = None if config is None else self._session.config
 
-    Pruned.__name__ = Pruned.__qualname__ = cls
-    return Pruned
+    def start_run(self, resume_dir: str, writer: int | None = None) -> None:
+        """Begin with the answers of a configuration, as `lmms_eval_otprune.models.llava.Llava.start_run`."""
+        self._start(resume_dir, self.rank if writer is None else writer, self.loaded_fingerprint, self.pruning)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[Any]:
+        if self._answers is not None:
+            return self._resumed(requests, super().generate_until)
+        answers = super().generate_until(requests)
+        self._report()
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[Any]:
+        answers = super().loglikelihood(requests)
+        self._report()
+        return answers
+
+    def _report(self) -> None:
+        """Say how much was kept. Several wrappers log what ``generate`` raises, and go on with an empty answer."""
+        if self._session is None:
+            return
+        if self._session.error is not None:
+            raise RuntimeError(f"{self.conv_template}: {self._session.error}") from self._session.error
+        images, total, kept = (self._session.seen[name] for name in ("images", "total", "kept"))
+        if images:
+            logger.info(
+                f"{self.conv_template}: kept {kept / images:.1f} of {total / images:.1f} visual tokens per image "
+                f"({100 * kept / total:.1f} %), {images} images"
+            )
+
+    def _resumed(self, requests: Sequence[Instance], ask: Any) -> list[str]:
+        """Answer batch by batch: an answer is on the disk before the next batch starts, and not asked for again."""
+        asked: Counter[str] = Counter()
+        questions = [_question(request, asked) for request in requests]
+        todo = [
+            (question, request)
+            for question, request in zip(questions, requests, strict=True)
+            if question and self._answers.get(question) is None
+        ]
+        with self.open_progress(self.label, asked.total(), asked.total() - len(todo)) as progress:
+            for batch in _batches(todo, self.batch_size):
+                with _watched(self.model) as calls:
+                    texts = ask([_untouched(request) for _, request in batch])
+                # The wrapper may have put the rows of a batch in another order: the sums of their counts are right.
+                prompts = [prompt for call in calls for prompt in self._prompts(*call)]
+                answers = list(map(_answer, texts, prompts))
+                self._answers.append(zip([question for question, _ in batch], answers, strict=True))
+                progress.advance(len(batch), [image for prompt in prompts for image in prompt.images])
+        found = [question and self._answers.get(question) for question in questions]
+        for question, answer in zip(questions, found, strict=True):
+            if question:
+                self.visual_tokens[question.task][answer.prompt] += 1
+        return [answer.text if answer else "" for answer in found]
+
+    def _prompts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[PromptCount]:
+        """What the decoder saw of the prompts (B, T)."""
+        marks = (ids == self.model.config.image_token_id) & mask
+        images = self._image_counts(marks)
+        prompts = []
+        for visual, whole in zip(marks.sum(dim=1).tolist(), mask.sum(dim=1).tolist(), strict=True):
+            own: list[ImageCount] = []
+            while sum(image.total for image in own) < visual:
+                own.append(next(images))
+            prompts.append(PromptCount(whole - visual, tuple(own)))
+        return prompts
+
+    def _image_counts(self, marks: torch.Tensor) -> Iterator[ImageCount]:
+        layers = self.model.config.get_text_config().num_hidden_layers
+        session = self._session
+        if session is None:  # neighbouring placeholders are one image
+            for row in marks.tolist():
+                for visual, run in groupby(row):
+                    if visual:
+                        total = len(list(run))
+                        yield ImageCount.of(total, [total] * layers)
+        elif session.inside is None:
+            for total, kept in session.visual_token_counts:
+                yield ImageCount.of(total, [kept] * layers)
+        else:
+            for total, _ in session.visual_token_counts:
+                seen = kept_per_layer(session.stages, total, layers, session.pruner.budget)
+                left = kept_after_attention(session.stages, total, layers, session.pruner.budget)
+                yield ImageCount.of(total, seen, 1, left if session.pruner.after_attention else None)
+
+    def model_shape(self) -> None:
+        """The cost of these models' prefills is not counted."""
+
+    def visual_cache_counts(self) -> Counter[str]:
+        """Nothing is remembered of images."""
+        return Counter()
+
+
+class TextAlone:
+    """A processor that takes an empty list of images for none: so wrappers call it with a question without images."""
+
+    def __init__(self, processor: Any):
+        self._processor = processor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._processor(*args, **{name: None if value == [] else value for name, value in kwargs.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+
+def _answer(text: str | GenerationResult, prompt: PromptCount) -> Answer:
+    counts = text.token_counts if isinstance(text, GenerationResult) else None
+    entering = prompt.text + sum(image.entering for image in prompt.images)
+    output = (counts and counts.output_tokens) or 0
+    return Answer(text.text if isinstance(text, GenerationResult) else text, entering, output, prompt.images)
+
+
+def _question(request: Instance, asked: Counter[str]) -> Question | None:
+    """A request, simple or chat, whose settings stand in different places; None for what only fills up a share."""
+    if request.metadata.get("__padding_only__"):
+        return None
+    prompt, *either, doc_id, task, split = request.args
+    [settings] = [part for part in either if isinstance(part, dict)]
+    settings = dict(sorted(settings.items()))
+    seed = torch.initial_seed() if settings.get("do_sample") or settings.get("temperature") else None
+    identity = repr((task, split, doc_id, prompt, settings))
+    asked[identity] += 1
+    return Question(task, split, doc_id, asked[identity] - 1, prompt, settings, seed)
+
+
+def _untouched(request: Instance) -> Instance:
+    """A copy: wrappers write into the settings of a request."""
+    request = copy.copy(request)
+    request.arguments = tuple(dict(part) if isinstance(part, dict) else part for part in request.args)
+    return request
+
+
+def _batches(todo: Iterable[tuple[Question, Instance]], size: int) -> Iterator[list[tuple[Question, Instance]]]:
+    """Neighbouring requests of one task and the same settings."""
+    for _, group in groupby(todo, key=lambda pair: (pair[0].task, pair[0].split, pair[0].settings)):
+        several = list(group)
+        for start in range(0, len(several), size):
+            yield several[start : start + size]
+
+
+@contextmanager
+def _watched(model: torch.nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Ids and mask, both (B, T), of every call of ``generate`` in the block, which raises what one of them did."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    errors: list[Exception] = []
+    generate = model.generate
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        try:
+            made = generate(*args, **kwargs)
+        except Exception as error:
+            errors.append(error)
+            raise
+        calls.append((ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()))
+        return made
+
+    model.generate = watched
+    try:
+        yield calls
+    finally:
+        del model.generate
+    if errors:
+        raise errors[0]
+
+
+@contextmanager
+def _video_reader() -> Iterator[None]:
+    """Some wrappers import decord, which reads videos; none of our benchmarks has one."""
+    if "decord" in sys.modules or importlib.util.find_spec("decord") is not None:
+        yield
+        return
+    sys.modules["decord"] = types.SimpleNamespace(VideoReader=None, cpu=None)
+    try:
+        yield
+    finally:
+        del sys.modules["decord"]

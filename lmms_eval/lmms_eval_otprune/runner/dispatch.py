@@ -154,9 +154,11 @@ def _specification(
 ) -> dict[str, Any]:
     return {
         "model": jobs[0].model,
+        "model_base": options.model_base,
+        "wrapper": jobs[0].wrapper,
         "device": None if plan.device == "cuda" else plan.device,
         "dtype": plan.dtype,
-        "batch_size": plan.batch_size,
+        "batch_size": options.batch_size or 1 if jobs[0].wrapper else plan.batch_size,
         "conv_template": options.conv_template,
         "visual_cache": _visual_cache(plan),
         "processes": plan.num_processes * options.num_machines,

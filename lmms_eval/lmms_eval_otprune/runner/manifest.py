@@ -14,7 +14,7 @@ import torch
 from llava.runtime import device_name
 
 if TYPE_CHECKING:
-    from lmms_eval_otprune.models.llava import Llava
+    from lmms_eval_otprune.models.rows import RowsInTurn
 
 _PACKAGES = (
     "llava",
@@ -31,7 +31,7 @@ _PACKAGES = (
 )
 
 
-def describe_machine(lm: Llava, model: str) -> dict[str, Any]:
+def describe_machine(lm: RowsInTurn, model: str) -> dict[str, Any]:
     """Device, types, versions and code of the process that evaluates, and the model it has loaded."""
     return {
         "device": device_name(str(lm.device)),
@@ -43,7 +43,7 @@ def describe_machine(lm: Llava, model: str) -> dict[str, Any]:
         "model_fingerprint": lm.model_fingerprint,
         "conv_template": lm.conv_template,
         "trained": _is_trained(model, lm.config),
-        "pruning": lm.model.pruning and lm.model.pruning.to_dict(),
+        "pruning": lm.pruning and lm.pruning.to_dict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "cuda": torch.version.cuda if lm.device.type == "cuda" else None,
         "platform": platform.platform(),

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,13 +16,12 @@ from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import read_config, resolve_model_path
 from llava.pruning import PruningConfig
-from llava.pruning.config import option_types
 from llava.pruning.methods.ocvtp.variables import translated
-from llava.pruning.registry import method_class, resolve_name
 from lmms_eval_otprune.models import java
+from lmms_eval_otprune.models.families import wrapper_of
 
 from . import records
-from .options import OFF, Method, Options
+from .options import OFF, Options
 from .suites import SUITES, Suite
 
 # Measured with the embedded model on two cores: 16 unpruned prompts at a time take a fifth longer, 4 pruned ones twice
@@ -34,8 +34,6 @@ CPU_VISUAL_CACHE = 8
 """GiB: a CPU needs longer for an image than a disk. The embedded suite takes one, with every method two."""
 SWITCH = ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
 LONGEST_NAME = 200
-BUDGET = ("ratio", "layer")
-"""What a method's text may say for this method alone, unless the method has an option of that name."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +44,31 @@ class Job:
     ----------
     model : str
     pruning : PruningConfig, or None
-    switch : dict
-        Environment variables that say the same to a worker.
     folder : Path
         Where its results go.
     grey : bool
-        Every picture is replaced by a grey one.
+        Every image is replaced by a grey one.
+    wrapper : str, or None
+        Which of lmms-eval's wrappers runs it: transformers' own models have one.
     """
 
     model: str
     pruning: PruningConfig | None
-    switch: Mapping[str, str]
     folder: Path
     grey: bool = False
+    wrapper: str | None = None
+
+    @property
+    def switch(self) -> dict[str, str]:
+        """The pruning as environment variables."""
+        pruning = self.pruning
+        if pruning is None:
+            return {}
+        method = pruning.method.upper()
+        switch: dict[str, Any] = {f"{method}_{name.upper()}": value for name, value in pruning.options.items()}
+        switch |= {"SUBSET_RATIO": pruning.ratio, "LAYER_INDEX": pruning.layer}
+        given = {name: int(value) if isinstance(value, bool) else value for name, value in switch.items()}
+        return {"BASELINE": method} | {name: str(value) for name, value in given.items() if value is not None}
 
     @property
     def label(self) -> str:
@@ -106,6 +116,8 @@ def make_plan(options: Options, environ: Mapping[str, str] = os.environ) -> Plan
     suite = SUITES[options.suite or ("paper" if device == "cuda" else "mini")]
     chosen = [suite.task(name) for name in options.tasks] or list(suite.tasks)
     tasks = tuple(task for task in suite.tasks if task in chosen)
+    if options.model_base is not None:
+        _check_model(options.model_base, "--model-base")
     left_out = tuple(task for task in tasks if java.needs_java(task) and not java.java_works())
     output = options.output or Path("results") / suite.name
     return Plan(
@@ -152,9 +164,8 @@ def _visual_cache(options: Options, device: str) -> int | None:
 
 
 def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, str]) -> Iterator[Job]:
-    prunings = [(None, {})] if options.unpruned else []
-    methods = tuple(map(Method, suite.methods)) if options.methods is None else options.methods
-    for method in methods:
+    prunings: list[PruningConfig | None] = [None] if options.unpruned else []
+    for method in suite.methods if options.methods is None else options.methods:
         prunings += _prunings(method, options, environ)
     names: dict[str, str] = {}
     for model in options.models or suite.models:
@@ -171,56 +182,55 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
                 else f"{names[name]} and {model} would both be {name} in the table: give each its own --output"
             )
         names[name] = model
+        wrapper = _wrapper(model)
+        if wrapper and (options.grey or options.model_base):
+            option = "--grey" if options.grey else "--model-base"
+            raise ValueError(f"{option} is for LLaVA's own checkpoints, not {model}")
         if options.grey:
-            yield Job(model, None, {}, output / name / "grey", grey=True)
+            yield Job(model, None, output / name / "grey", grey=True)
         folders: set[Path] = set()
-        for pruning, switch in prunings:
+        for pruning in prunings:
             if pruning is not None and pruning.layer != 0:
                 _check_depth(model, pruning)
             folder = output / name / _pruning_folder(pruning)
             if folder in folders:
                 raise ValueError(f"{folder.name} is asked for twice")
             folders.add(folder)
-            yield Job(model, pruning, switch, folder)
+            yield Job(model, pruning, folder, wrapper=wrapper)
 
 
-def _prunings(
-    method: Method, options: Options, environ: Mapping[str, str]
-) -> list[tuple[PruningConfig, dict[str, str]]]:
-    """What a method is run with, as a configuration and as the switch: once for each ratio, or once without any."""
-    known = option_types(method_class(method.name.upper()))
-    prefix = resolve_name(method.name).upper()
-    given = dict(method.options)
-    own = {name: given.pop(name) for name in BUDGET if name in given and name not in known}
-    switch = {"BASELINE": method.name.upper()} | {f"{prefix}_{name.upper()}": value for name, value in given.items()}
-    if layer := own.get("layer", options.layer):
-        switch["LAYER_INDEX"] = layer
+def _prunings(text: str, options: Options, environ: Mapping[str, str]) -> list[PruningConfig]:
+    """What a method is run with: once for each ratio, or once without any."""
+    stated = {setting.partition("=")[0].lower() for setting in text.split(":")[1:]}
+    if options.layer is not None and "layer" not in stated:
+        text = f"{text}:layer={options.layer}"
     try:
-        if "ratio" in own:
-            return [_resolved({**switch, "SUBSET_RATIO": own["ratio"]}, environ)]
+        if "ratio" in stated:
+            return [PruningConfig.from_text(text, None, environ)]
         try:
-            return [_resolved({**switch, "SUBSET_RATIO": ratio}, environ) for ratio in options.ratios]
+            return [PruningConfig.from_text(text, ratio, environ) for ratio in options.ratios]
         except ValueError as refusal:
             # The options, or the layer, may say how much is kept.
             try:
-                return [_resolved(switch, environ)]
+                return [PruningConfig.from_text(text, None, environ)]
             except ValueError:
                 raise refusal from None
     except ValueError as error:
-        raise ValueError(f"--method {method}: {error}") from None
+        raise ValueError(f"--method {error}") from None
 
 
-def _resolved(switch: Mapping[str, str], environ: Mapping[str, str]) -> tuple[PruningConfig, dict[str, str]]:
-    rest = {name: value for name, value in environ.items() if name not in SWITCH}
-    pruning = PruningConfig.from_env({**rest, **switch})
-    layer = {} if pruning.layer is None else {"LAYER_INDEX": str(pruning.layer)}
-    return pruning, {**switch, **layer}
-
-
-def _check_model(model: str) -> None:
+def _check_model(model: str, option: str = "--model") -> None:
     if model in SUITES["mini"].models or Path(model).is_dir() or _is_hub_id(model):
         return
-    raise ValueError(f"--model {model}: neither a folder, nor a Hub id (owner/name), nor llava-mini")
+    raise ValueError(f"{option} {model}: neither a folder, nor a Hub id (owner/name), nor llava-mini")
+
+
+def _wrapper(model: str) -> str | None:
+    """For a model of transformers; one whose configuration is not here yet is taken for a LLaVA."""
+    try:
+        return wrapper_of(read_config(resolve_model_path(model)))
+    except (OSError, ValueError):
+        return None
 
 
 def _check_owner(folder: Path, model: str) -> None:

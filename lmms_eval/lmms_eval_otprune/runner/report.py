@@ -8,6 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import transformers
+
 from llava.eval.results.shape import FORMAT
 from llava.eval.table import Table, build_table, load_runs
 from llava.files import atomic_write
@@ -49,6 +51,7 @@ def collect(
         "format": FORMAT,
         "suite": plan.suite.name,
         "model": job.model,
+        "wrapper": job.wrapper,
         "trained": machine.get("trained", True),
         "pruning": pruning,
         "grey": job.grey,
@@ -90,6 +93,7 @@ def write_page(plan: Plan) -> str:
     Hours of evaluation do not fail for a drawing: whatever stops it becomes a sentence.
     """
     page = plan.output / "report.html"
+    transformers.utils.logging.disable_progress_bar()
     try:
         from llava.eval.report import write_report as write_page_of
 

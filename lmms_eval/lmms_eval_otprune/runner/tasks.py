@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lmms_eval_otprune.tasks
+from llava.eval.benchmark_tasks import data_revision
 from llava.model.builder import resolve_model_path
 from lmms_eval_otprune.models.fingerprint import model_fingerprint, source_digest
 from lmms_eval_otprune.models.java import needs_java
@@ -19,17 +20,23 @@ from .suites import Suite
 def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[str, Any]]:
     """Task of the suite -> everything that its result depends on, JSON-serialisable."""
     common = {
-        "model": model_fingerprint(resolve_model_path(job.model), None, plan.dtype, "sdpa", options.conv_template),
+        "model": model_fingerprint(
+            resolve_model_path(job.model), options.model_base, plan.dtype, "sdpa", job.wrapper or options.conv_template
+        ),
         "pruning": None if job.pruning is None else job.pruning.to_dict(),
         "grey": job.grey,
         "limit": options.limit,
         "seed": options.seed,
-        "data": data_version(plan.suite),
         "scoring": f"lmms-eval-{version('lmms-eval')}/{source_digest(_scoring_files())}",
     }
     metrics = "all" if options.all_metrics else "table"
     return {
-        task: {"task": task, **common, **({"metrics": metrics} if needs_java(task) else {})}
+        task: {
+            "task": task,
+            **common,
+            "data": data_version(plan.suite) + data_revision(task),
+            **({"metrics": metrics} if needs_java(task) else {}),
+        }
         for task in plan.suite.tasks
     }
 

@@ -35,11 +35,11 @@ from tenacity import RetryError
 
 from llava.benchmarks import benchmark_of
 from llava.eval.benchmark_tasks import task_entry, task_manager
-from llava.model.builder import announce_pruning
 from llava.model.multimodal_encoder.observations import Output, encoder_outputs
 from llava.pruning import PruningConfig
 from llava.runtime import is_main_process
 from lmms_eval_otprune.models.llava import Llava
+from lmms_eval_otprune.models.rows import RowsInTurn
 from lmms_eval_otprune.models.token_counts import ImageCount, summary
 
 from . import records
@@ -94,7 +94,7 @@ def main(specification: str) -> None:
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     try:
         lm = _load(spec, channel)
-        manager = task_manager(spec["tasks"])
+        manager = task_manager(spec["tasks"], spec["wrapper"] or "llava", "simple" if lm.is_simple else "chat")
     except Exception as error:
         _log_traceback()
         channel.send(cannot_start=_sentence(error))
@@ -133,9 +133,23 @@ def _leave() -> None:
     os._exit(0)
 
 
-def _load(spec: dict[str, Any], channel: Channel) -> Llava:
+def _load(spec: dict[str, Any], channel: Channel) -> RowsInTurn:
+    lm = _load_llava(spec) if spec["wrapper"] is None else _load_wrapper(spec)
+    lm.keep_model = True
+    lm.open_progress = lambda *about: Reported(channel, *about)
+    return lm
+
+
+def _load_wrapper(spec: dict[str, Any]) -> RowsInTurn:
+    from lmms_eval_otprune.models import transformers_models
+
+    return transformers_models.load(spec["wrapper"], spec["model"], spec["device"], spec["dtype"], spec["batch_size"])
+
+
+def _load_llava(spec: dict[str, Any]) -> Llava:
     lm = Llava(
         pretrained=spec["model"],
+        model_base=spec["model_base"],
         batch_size=spec["batch_size"],
         device=spec["device"],
         dtype=spec["dtype"],
@@ -144,8 +158,6 @@ def _load(spec: dict[str, Any], channel: Channel) -> Llava:
     )
     if "visual_cache_folder" in spec["visual_cache"]:
         lm.model.visual_cache.expected = _wanted_of_the_encoder(spec["jobs"])
-    lm.keep_model = True
-    lm.open_progress = lambda *about: Reported(channel, *about)
     return lm
 
 
@@ -164,7 +176,7 @@ def _pruning(job: Mapping[str, Any]) -> PruningConfig | None:
     return PruningConfig.from_env({**os.environ, **job["switch"]}) if job["switch"] else None
 
 
-def _next(lm: Llava, channel: Channel, orders: SimpleQueue) -> tuple[int, str] | None:
+def _next(lm: RowsInTurn, channel: Channel, orders: SimpleQueue) -> tuple[int, str] | None:
     """The next job's number and task, as the first of all processes was told; None: there is none."""
     unit = [None]
     if lm.rank == 0:
@@ -175,19 +187,18 @@ def _next(lm: Llava, channel: Channel, orders: SimpleQueue) -> tuple[int, str] |
     return unit[0]
 
 
-def _enter(lm: Llava, job: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
+def _enter(lm: RowsInTurn, job: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
     """Go over to another row: its log, its pruning, its answers."""
     _log_to(Path(job["folder"]) / "worker.log")
-    lm.model.set_pruning(_pruning(job))
-    announce_pruning(lm.model)
-    lm.model.fit_pruning()
-    lm.start_run(job["answers"], job["grey"], spec["writer"])
+    lm.set_pruning(_pruning(job))
+    grey = {"grey_pictures": True} if job["grey"] else {}
+    lm.start_run(job["answers"], writer=spec["writer"], **grey)
     if lm.rank == 0:
         machine = {**describe_machine(lm, spec["model"]), "processes": spec["processes"]}
         records.write_json(Path(job["folder"]) / "machine.json", machine)
 
 
-def _evaluate(lm: Llava, task: str, job: Mapping[str, Any], spec: Mapping[str, Any], manager: TaskManager) -> None:
+def _evaluate(lm: RowsInTurn, task: str, job: Mapping[str, Any], spec: Mapping[str, Any], manager: TaskManager) -> None:
     folder = records.task_folder(Path(job["folder"]), task)
     started = time.perf_counter()
     lm.visual_tokens.clear()
@@ -220,7 +231,8 @@ def _evaluate(lm: Llava, task: str, job: Mapping[str, Any], spec: Mapping[str, A
     tracker = EvaluationTracker(output_path=str(folder))
     # The model's name becomes a folder.
     name = Path(job["folder"]).parent.name
-    tracker.general_config_tracker.log_experiment_args("llava", f"pretrained={name}", None, None, False)
+    wrapper = spec["wrapper"] or "llava"
+    tracker.general_config_tracker.log_experiment_args(wrapper, f"pretrained={name}", None, None, False)
     tracker.save_results_aggregated(results=results, samples=samples, datetime_str=stamp)
     tracker.save_results_samples(task_name=task, samples=samples[task])
     _check_saved(folder, task, stamp, len(samples[task]))
@@ -257,7 +269,7 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _gather(counts: Counter, lm: Llava) -> Counter:
+def _gather(counts: Counter, lm: RowsInTurn) -> Counter:
     """Those of all processes on rank 0, nothing on the others."""
     if lm.world_size == 1:
         return counts
