@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def manifests() -> list[ModelManifest]:
-    """What lmms-eval's entry point group ``lmms_eval.models`` asks for.
+    """Entry point of lmms-eval's group ``lmms_eval.models``.
 
     The id stays ``llava``: task definitions choose generation settings by it.
     """

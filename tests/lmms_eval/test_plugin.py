@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import lmms_eval
 import pytest
 from lmms_eval.models import get_model
 from lmms_eval_otprune import manifests
-from lmms_eval_otprune.models import command_line
+from lmms_eval_otprune.models import command_line, exit_status
 from lmms_eval_otprune.models.llava import Llava
+from loguru import logger
 
 from llava.eval.latency import suite
 
@@ -76,6 +78,25 @@ class TestCommandLine:
         command_line.check([])
 
 
+class TestExitStatus:
+    @pytest.mark.parametrize("beginning", exit_status.FAILURES)
+    def test_a_failure_that_lmms_eval_logs_ends_with_status_1(self, beginning, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "lmms_eval.__main__", sys)
+        exit_status.fail_loudly()
+        try:
+            with pytest.raises(SystemExit) as ended:
+                logger.error(f"{beginning}: LocalTokenNotFoundError")
+        finally:
+            logger.configure(patcher=lambda record: None)
+        assert ended.value.code == 1
+        assert "otprune_paper" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("beginning", exit_status.FAILURES)
+    def test_lmms_eval_still_logs_failures_in_these_words(self, beginning):
+        package = Path(lmms_eval.__file__).parent
+        assert any(beginning in path.read_text() for path in (*package.glob("*.py"), *package.glob("loggers/*.py")))
+
+
 class TestCommand:
     """``python -m lmms_eval --model llava``, started as OTPrune's users start it."""
 
@@ -103,11 +124,6 @@ class TestCommand:
         assert 0 < results["throughput"]["avg_flops_ratio_literature"] < 1
         assert printed.count("otprune keeps 50 %") == 1
         assert "8 of 16 visual tokens an image, prefill FLOPs " in printed
-
-    def test_ends_with_status_1_when_a_task_does_not_exist(self, workplace, run, arguments):
-        status, printed = run(workplace, arguments("popo"))
-        assert status == 1
-        assert "popo" in printed.splitlines()[-1]
 
     def test_ends_with_one_sentence_when_the_switch_is_wrong(self, workplace, run, arguments):
         status, printed = run(workplace, arguments("pope"), BASELINE="OURS", SUBSET_RATIO="1.5")

@@ -1,4 +1,4 @@
-"""What makes a run fast and must not change it: pictures prepared ahead, and encoded images that are remembered."""
+"""What makes a run fast and must not change it: images prepared early, and encoded images that are remembered."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval_otprune.models import llava as wrapper
-from lmms_eval_otprune.models.ahead import ahead
 from lmms_eval_otprune.models.llava import Llava
+from lmms_eval_otprune.models.prefetch import prefetch
 from PIL import Image
 
 SETTINGS = {"max_new_tokens": 4, "temperature": 0, "until": ["\n\n"], "do_sample": False}
@@ -52,15 +52,15 @@ def load(tiny_checkpoint) -> Callable[..., Llava]:
     return build
 
 
-class TestAhead:
+class TestPrefetch:
     def test_results_come_in_order_from_another_thread(self):
-        found = list(ahead(lambda item: (item * item, threading.current_thread().name), range(6)))
+        found = list(prefetch(lambda item: (item * item, threading.current_thread().name), range(6)))
         assert [(item, square) for item, (square, _) in found] == [(item, item * item) for item in range(6)]
-        assert {thread for _, (_, thread) in found} == {"ahead_0"}
+        assert {thread for _, (_, thread) in found} == {"prefetch_0"}
 
     def test_it_is_ahead_and_not_further_than_told(self):
         begun: list[int] = []
-        results = ahead(begun.append, range(10), depth=2)
+        results = prefetch(begun.append, range(10), depth=2)
         next(results)
         assert len(begun) <= 3
         next(results)
@@ -69,13 +69,13 @@ class TestAhead:
         assert len(begun) <= 4
 
     def test_an_error_comes_where_its_item_s_turn_comes(self):
-        results = ahead(lambda item: 1 // item, [2, 1, 0, 1])
+        results = prefetch(lambda item: 1 // item, [2, 1, 0, 1])
         assert [next(results), next(results)] == [(2, 0), (1, 1)]
         with pytest.raises(ZeroDivisionError):
             next(results)
 
     def test_nothing_of_nothing(self):
-        assert list(ahead(str, [])) == []
+        assert list(prefetch(str, [])) == []
 
 
 class TestPicturesPreparedAhead:

@@ -138,8 +138,8 @@ class AnswerLog:
                 yield self._key(record), answer
 
 
-def _image_count(total: int, runs: list[list[int]], crops: int, behind: list[list[int]] | None = None) -> ImageCount:
-    return ImageCount(total, _pairs(runs), crops, None if behind is None else _pairs(behind))
+def _image_count(total: int, runs: list[list[int]], crops: int, after: list[list[int]] | None = None) -> ImageCount:
+    return ImageCount(total, _pairs(runs), crops, None if after is None else _pairs(after))
 
 
 def _pairs(runs: list[list[int]]) -> tuple[tuple[int, int], ...]:

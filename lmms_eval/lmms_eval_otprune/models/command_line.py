@@ -1,4 +1,4 @@
-"""lmms-eval's command line: whether it asks for our model, and what it asks for in vain."""
+"""lmms-eval's command line: whether it names our model, and what would fail much later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def started_from_command_line() -> bool:
 
 
 def names_our_model() -> bool:
-    """Whether the command line asks for the model id ``llava``."""
+    """Whether the command line names the model id ``llava``."""
     return any(argument in ("llava", "--model=llava") for argument in sys.argv[1:])
 
 

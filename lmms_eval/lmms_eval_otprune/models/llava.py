@@ -1,4 +1,4 @@
-"""The lmms-eval model ``llava``: our LLaVA, with the pruning that the environment asks for."""
+"""The lmms-eval model ``llava``: our LLaVA, with the pruning that the environment specifies."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from llava.model.builder import announce_pruning, load_pretrained_model, resolve
 from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
 from llava.pruning import PruningConfig
 from lmms_eval_otprune.models import cache_key, java
-from lmms_eval_otprune.models.ahead import ahead
 from lmms_eval_otprune.models.answers import Answer, Question
 from lmms_eval_otprune.models.command_line import started_from_command_line
 from lmms_eval_otprune.models.exit_status import fail_loudly
 from lmms_eval_otprune.models.fingerprint import model_fingerprint
 from lmms_eval_otprune.models.group import join
+from lmms_eval_otprune.models.prefetch import prefetch
 from lmms_eval_otprune.models.progress import Progress
 from lmms_eval_otprune.models.prompts import Row, conversation, make_row, pad_left, text_tokens
 from lmms_eval_otprune.models.rows import RowsInTurn
@@ -85,7 +85,7 @@ class Llava(RowsInTurn, lmms):
     device_map : str, optional
         "auto" spreads one process's model over several GPUs; anything else means the same as ``device``.
     dtype : str
-        "auto" (float32 on a CPU, float16 on a GPU), float32, float16 or bfloat16; the pictures get the same.
+        "auto" (float32 on a CPU, float16 on a GPU), float32, float16 or bfloat16; images get the same.
     attn_implementation : str
         sdpa, eager or flash_attention_2.
     conv_template : str
@@ -93,9 +93,9 @@ class Llava(RowsInTurn, lmms):
     use_cache : bool
         Keep keys and values while generating.
     resume_dir : str, optional
-        Folder for answers: each is on the disk before the next batch starts, and is not asked for again.
+        Folder for answers: each is on the disk before the next batch starts, and is reused.
     grey_pictures : bool
-        Show a grey picture of the same size in every picture's place: what can be answered without seeing.
+        Replace every image by a grey one of its size: what can be answered without seeing.
     visual_cache : int or str
         Bytes that the encoded images seen before may take (see `llava.model.visual_cache`), or "off".
     visual_cache_folder : str, optional
@@ -200,7 +200,7 @@ class Llava(RowsInTurn, lmms):
         return self.model.pruning
 
     def start_run(self, resume_dir: str | None = None, grey_pictures: bool = False, writer: int | None = None) -> None:
-        """Begin with the answers of a configuration: the model's own ``pruning``, and what is shown of the pictures.
+        """Begin with the answers of a configuration: the model's own ``pruning``, and what is shown of the images.
 
         Parameters
         ----------
@@ -302,7 +302,7 @@ class Llava(RowsInTurn, lmms):
         prepare = partial(self._prepare, config=copy.copy(self.config))
         used, encoding = self.visual_cache_counts(), self._encoding_seconds()
         with self._progress(tasks.total(), tasks.total() - len(pending)) as progress:
-            for batch, prepared in ahead(prepare, self._batches(pending)):
+            for batch, prepared in prefetch(prepare, self._batches(pending)):
                 answers = self._answer(batch, prepared)
                 self._answers.append((item.question, answer) for item, answer in zip(batch, answers, strict=True))
                 for item, answer in zip(batch, answers, strict=True):
@@ -349,7 +349,7 @@ class Llava(RowsInTurn, lmms):
             except RuntimeError:
                 raise ValueError(f"device={wanted}: allowed are cpu, cuda, cuda:0, mps and the like") from None
         ours = self.accelerator.device
-        # Two processes on a CPU are told cpu:0 and cpu:1, which torch does not take everywhere.
+        # Two processes on a CPU get cpu:0 and cpu:1, which torch does not take everywhere.
         return torch.device("cpu") if ours.type == "cpu" else ours
 
     def _open_cache(self, max_bytes: int | None, folder: str | None) -> VisualCache | None:
@@ -418,7 +418,7 @@ class Llava(RowsInTurn, lmms):
         return question.prompt.count(DEFAULT_IMAGE_TOKEN), len(self.tokenizer(question.prompt).input_ids)
 
     def _prepare(self, batch: Sequence[_Pending], config: Any) -> _Prepared:
-        """Read a batch's pictures and tokenise its prompts; runs while the device works on the batch before."""
+        """Read a batch's images and tokenise its prompts; runs while the device works on the batch before."""
         rows = []
         for item in batch:
             rows.append(self._row(item.question, self._images(item.question, item.images_of)))
@@ -431,7 +431,7 @@ class Llava(RowsInTurn, lmms):
         rows = prepared.rows
         with settings.applied_to(self.config):
             answers: list[Answer | None] = [None] * len(rows)
-            # Rows with and without pictures go separately: a row of text takes no picture from its neighbours then.
+            # Rows with and without images go separately: then a row of text takes no image from its neighbours.
             for has_images in (True, False):
                 chosen = [index for index, row in enumerate(rows) if bool(row.images) == has_images]
                 if chosen:
@@ -442,7 +442,7 @@ class Llava(RowsInTurn, lmms):
         return answers
 
     def _images(self, question: Question, images_of: Callable[[Any], list[Image.Image] | None]) -> list[Image.Image]:
-        """A document's images, decoded; what stops that is told with the document's place."""
+        """A document's images, decoded; an error names the document."""
         try:
             document = self.task_dict[question.task][question.split][question.doc_id]
             images = [image for image in images_of(document) or () if image is not None]

@@ -1,4 +1,4 @@
-"""From a task's text and pictures to what the model takes."""
+"""From a task's text and images to what the model takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Row:
     Attributes
     ----------
     input_ids : Tensor (T,), int64
-        A picture is IMAGE_TOKEN_INDEX.
+        An image is IMAGE_TOKEN_INDEX.
     images : tuple of PIL images
         As many as there are marks for them.
     """
@@ -33,7 +33,7 @@ class Row:
 def conversation(
     template: str, context: str, images: int, answer: str | None = None, mark: str = DEFAULT_IMAGE_TOKEN
 ) -> str:
-    """A task's text in a conversation, up to the answer or with it; marks for pictures are put in front if it has none.
+    """A task's text in a conversation, up to the answer or with it; image marks are put in front if it has none.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def conversation(
         A name of `llava.conversation.conv_templates`.
     context : str
     images : int
-        Pictures that go with it.
+        Images that go with it.
     answer : str, optional
     mark : str
         What the checkpoint knows an image by, see `llava.conversation.image_mark`.
@@ -56,17 +56,17 @@ def conversation(
 
 
 def make_row(tokenizer: PreTrainedTokenizerBase, prompt: str, images: Sequence[Image.Image]) -> Row:
-    """Tokenise a prompt and keep the pictures that it has marks for.
+    """Tokenise a prompt and keep the images that it has marks for.
 
     Raises
     ------
     ValueError
-        If it has more marks than there are pictures.
+        If it has more marks than there are images.
     """
     marks = prompt.count(DEFAULT_IMAGE_TOKEN)
     if marks > len(images):
         raise ValueError(f"the prompt has {marks} <image> marks, but there are {len(images)} images")
-    # A picture without a mark would be taken for the next row's.
+    # An image without a mark would be taken for the next row's.
     return Row(tokenizer_image_token(prompt, tokenizer, return_tensors="pt"), tuple(images[:marks]))
 
 
@@ -82,5 +82,5 @@ def pad_left(rows: Sequence[Row], pad_token_id: int) -> tuple[torch.Tensor, torc
 
 
 def text_tokens(row: Row) -> int:
-    """Tokens of the prompt that are no pictures."""
+    """Tokens of the prompt that are no images."""
     return int((row.input_ids != IMAGE_TOKEN_INDEX).sum())

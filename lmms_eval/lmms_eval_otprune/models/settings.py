@@ -41,7 +41,7 @@ def read_visual_cache(value: int | str) -> int | None:
 
 
 def read_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The floating type of weights and pictures; "auto" is float32 on a CPU and float16, as published, on a GPU.
+    """The floating type of weights and images; "auto" is float32 on a CPU and float16, as published, on a GPU.
 
     Raises
     ------

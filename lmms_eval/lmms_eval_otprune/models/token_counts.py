@@ -26,24 +26,24 @@ class ImageCount:
         From the first decoder layer on; neighbouring layers with the same number of tokens together.
     crops : int
         What the vision tower sees.
-    behind : tuple of (layers, tokens), or None
-        As ``runs``, of a method that drops behind a layer's attention: what the rest of each layer sees. None where
-        that is what the layer sees.
+    after : tuple of (layers, tokens), or None
+        As ``runs``, of a method that drops tokens after a layer's attention: what the rest of each layer sees. None
+        where that is the same.
     """
 
     total: int
     runs: tuple[tuple[int, int], ...]
     crops: int = 1
-    behind: tuple[tuple[int, int], ...] | None = None
+    after: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
     def of(
         cls, total: int, per_layer: Sequence[int], crops: int = 1, after_attention: Sequence[int] | None = None
     ) -> ImageCount:
-        """From the number of tokens in each decoder layer, and behind its attention if that is another."""
+        """From the number of tokens in each decoder layer, and after its attention if that differs."""
         runs = _runs(per_layer)
-        behind = runs if after_attention is None else _runs(after_attention)
-        return cls(total, runs, crops, None if behind == runs else behind)
+        after = runs if after_attention is None else _runs(after_attention)
+        return cls(total, runs, crops, None if after == runs else after)
 
     @property
     def per_layer(self) -> list[int]:
@@ -53,7 +53,7 @@ class ImageCount:
     @property
     def after_attention(self) -> list[int]:
         """Tokens in each layer's output projection and feed-forward block."""
-        return _unrolled(self.runs if self.behind is None else self.behind)
+        return _unrolled(self.runs if self.after is None else self.after)
 
     @property
     def entering(self) -> int:
@@ -195,9 +195,9 @@ def _flops(prompts: Mapping[PromptCount, int], shape: ModelShape) -> dict[str, d
         total = [sum(image.total for image in prompt.images)] * len(present)
         crops = sum(image.crops for image in prompt.images)
         for kind, visual in (("pruned", (present, left)), ("unpruned", (total, total))):
-            tokens, behind = (tokens_per_layer(prompt.text, column) for column in visual)
-            flops["literature"][kind] += times * literature_flops(shape.decoder, tokens, after=behind)
-            flops["exact"][kind] += times * exact_flops(shape, tokens, after=behind, crops=crops).total
+            tokens, after = (tokens_per_layer(prompt.text, column) for column in visual)
+            flops["literature"][kind] += times * literature_flops(shape.decoder, tokens, after=after)
+            flops["exact"][kind] += times * exact_flops(shape, tokens, after=after, crops=crops).total
     return flops
 
 

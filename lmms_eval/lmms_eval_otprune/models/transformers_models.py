@@ -157,7 +157,7 @@ class PrunedWrapper(RowsInTurn):
             )
 
     def _resumed(self, requests: Sequence[Instance], ask: Any) -> list[str]:
-        """Answer batch by batch: an answer is on the disk before the next batch starts, and not asked for again."""
+        """Answer batch by batch: an answer is on the disk before the next batch starts, and is reused."""
         asked: Counter[str] = Counter()
         questions = [_question(request, asked) for request in requests]
         todo = [
@@ -206,8 +206,8 @@ class PrunedWrapper(RowsInTurn):
                 yield ImageCount.of(total, [kept] * layers)
         else:
             for total, _ in session.visual_token_counts:
-                seen = kept_per_layer(session.stages, total, layers, session.pruner.budget)
-                left = kept_after_attention(session.stages, total, layers, session.pruner.budget)
+                seen = kept_per_layer(session.schedule, total, layers, session.pruner.budget)
+                left = kept_after_attention(session.schedule, total, layers, session.pruner.budget)
                 yield ImageCount.of(total, seen, 1, left if session.pruner.after_attention else None)
 
     def model_shape(self) -> None:

@@ -14,7 +14,7 @@ from .options import Options, read
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what the command line asks for; 0 when every task has its result."""
+    """Run what the command line says; 0 when every task has its result."""
     options = read(arguments)
     # The imports take seconds: --help and a wrong value should not.
     from llava.runtime import forget_place, print_everything
@@ -140,7 +140,7 @@ def _announce(plan: Any, options: Options) -> None:
 
     for job in plan.jobs:
         switch = " ".join(f"{name}={shlex.quote(value)}" for name, value in job.switch.items())
-        what = "unpruned, grey pictures" if job.grey else "unpruned"
+        what = "unpruned, grey images" if job.grey else "unpruned"
         print(f"  {job.model}: {job.pruning.describe() if job.pruning else what}")
         if switch:
             print(f"    {switch}")

@@ -71,8 +71,8 @@ def _row(job: Job, tasks: Sequence[str], limit: int | None, speed: float) -> flo
             visual = visual_per_layer(job.pruning, shape.visual_tokens, layers)
         except ValueError:  # the model or the image decides: about the ratio, in the mean over the layers
             visual = ([round(shape.visual_tokens * (job.pruning.ratio or 1))] * layers,) * 2
-    tokens, behind = (tokens_per_layer(USUAL_TEXT, column) for column in visual)
-    prefill = exact_flops(shape, tokens, after=behind, crops=0).total / (SHARE * speed)
+    tokens, after = (tokens_per_layer(USUAL_TEXT, column) for column in visual)
+    prefill = exact_flops(shape, tokens, after=after, crops=0).total / (SHARE * speed)
     beside = {task: (QUESTION + CAPTION * needs_java(task)) * REFERENCE / speed for task in tasks}
     return sum(_questions(task, limit) * (prefill + beside[task]) for task in tasks)
 

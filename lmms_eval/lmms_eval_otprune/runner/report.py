@@ -137,7 +137,7 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Tab
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )
-    # Rows of earlier commands may have been made with other settings or versions: better shown, with a remark.
+    # Rows of earlier commands may have been made with other settings or versions: better shown, with a warning.
     table = build_table(load_runs([plan.output]), intervals=last, allow_mixed=True)
     for name, file in TABLES.items():
         atomic_write(plan.output / file, table.render(name))

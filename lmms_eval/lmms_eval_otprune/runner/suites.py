@@ -9,7 +9,7 @@ from llava.benchmarks import BENCHMARKS, PAPER, benchmark_of
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of benchmarks and what is evaluated on it unless told otherwise.
+    """A set of benchmarks and what is evaluated on it by default.
 
     Attributes
     ----------

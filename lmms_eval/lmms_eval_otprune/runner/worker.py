@@ -67,7 +67,7 @@ class Channel(io.TextIOBase):
 
 
 class Reported:
-    """A task's progress, told to `launch`."""
+    """A task's progress, sent to `launch`."""
 
     def __init__(self, channel: Channel, label: str, total: int, done: int):
         self._channel, self._total, self._done, self._last = channel, total, done, 0.0
@@ -165,7 +165,7 @@ def _wanted_of_the_encoder(jobs: Sequence[Mapping[str, Any]]) -> tuple[Output, .
     """What any row that is to come asks of it: then each image is encoded once for all of them."""
     found: dict[Output, None] = {}
     for job in jobs:
-        with suppress(ValueError):  # it is told when the row's turn comes
+        with suppress(ValueError):  # it is reported when the row's turn comes
             if job["to_do"] and (config := _pruning(job)) is not None:
                 for outputs in encoder_outputs(config.build_pruner()).values():
                     found |= dict.fromkeys(outputs)
@@ -177,7 +177,7 @@ def _pruning(job: Mapping[str, Any]) -> PruningConfig | None:
 
 
 def _next(lm: RowsInTurn, channel: Channel, orders: SimpleQueue) -> tuple[int, str] | None:
-    """The next job's number and task, as the first of all processes was told; None: there is none."""
+    """The next job's number and task, as the first of all processes hears them; None: there is none."""
     unit = [None]
     if lm.rank == 0:
         channel.send(ready=True)

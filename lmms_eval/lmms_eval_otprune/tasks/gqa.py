@@ -1,6 +1,6 @@
-"""GQA keeps questions and pictures apart; a question's picture is opened when it is needed.
+"""GQA keeps questions and images apart; a question's image is opened when it is needed.
 
-The builtin definition decodes one picture a question (12,578 of them, of 398 pictures) before the first prompt.
+The builtin definition decodes one image per question (12,578 of them, of 398 images) before the first prompt.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from PIL import Image
 
 
 def look_up_in(images: Dataset) -> Callable[[dict[str, Any]], list[Image.Image]]:
-    """A ``doc_to_visual`` that finds a question's picture among the rows (id, image) of ``images``."""
+    """A ``doc_to_visual`` that finds a question's image among the rows (id, image) of ``images``."""
     rows = {identity: row for row, identity in enumerate(images["id"])}
 
     def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
@@ -29,5 +29,5 @@ def _published() -> Callable[[dict[str, Any]], list[Image.Image]]:
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The picture of a question of the published data set."""
+    """The image of a question of the published data set."""
     return _published()(doc)

@@ -141,7 +141,7 @@ def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
             line |= dict(zip(names, _evidence_of(row, key), strict=True))
         line |= {f"{key}_seed_std": (row.seed_spread or {}).get(key) for key in keys}
         lines.append(line | {"notes": "; ".join(row.notes)})
-    return csv_text(list(lines[0]), [line.values() for line in lines])
+    return csv_text(list(lines[0]), [line.values() for line in lines]) if lines else ""
 
 
 def read_table(path: Path) -> list[Row]:

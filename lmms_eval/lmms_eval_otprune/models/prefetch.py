@@ -1,4 +1,4 @@
-"""Work that is done in the background, one step ahead of where its results are used."""
+"""Work that is done in the background, before its results are needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Iterator[tuple[Item, Result]]:
+def prefetch(work: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Iterator[tuple[Item, Result]]:
     """Every item with what ``work`` makes of it, in order, while another thread goes on with the items that follow.
 
-    One thread does it all: tasks' own code, which reads the pictures, is not made for several.
+    One thread does it all: tasks' own code, which reads the images, is not made for several.
 
     Parameters
     ----------
@@ -22,10 +22,10 @@ def ahead(work: Callable[[Item], Result], items: Iterable[Item], depth: int = 2)
         What it raises is raised where its item's turn comes.
     items : iterable
     depth : int
-        How many items the thread may be ahead, >= 1.
+        How many items may be prepared and not used yet, >= 1.
     """
     waiting: deque = deque()
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
         for item in items:
             waiting.append((item, pool.submit(work, item)))
