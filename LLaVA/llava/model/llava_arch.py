@@ -326,7 +326,7 @@ class LlavaMetaForCausalLM:
         prompts = build_prompts(rows, tokens, kept, config)
         embeds = embed(prompts, kept, lambda ids: embed_tokens(ids.to(device, non_blocking=True)))
 
-        # Copies to a GPU wait for what it does, unless they are told not to.
+        # A plain copy to a GPU waits until the GPU is idle.
         mask = prompts.mask.to(device, non_blocking=True)
         asked = position_ids is not None
         positions = rotary_positions(prompts, kept, mask, asked, active.leaves_gaps, past_key_values)

@@ -87,13 +87,13 @@ def assign_images(marks_of_rows: Sequence[int], available: int) -> list[list[int
         taken += max(1, marks)
     if taken > available:
         raise IndexError(
-            f"The prompts take {taken} images ({list(marks_of_rows)} image marks a row, and one for a row without), "
+            f"The prompts take {taken} images ({list(marks_of_rows)} image marks per row, and one for a row without), "
             f"but only {available} came"
         )
     if taken < available and len(rows) > 1:
         raise ValueError(
-            f"{available} images came, but the prompts take {taken} ({list(marks_of_rows)} image marks a row, and one "
-            "for a row without): which of them belong to which row is not known"
+            f"{available} images came, but the prompts take {taken} ({list(marks_of_rows)} image marks per row, and "
+            "one for a row without): which of them belong to which row is not known"
         )
     return rows
 

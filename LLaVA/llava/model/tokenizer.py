@@ -1,7 +1,7 @@
 """The tokenizer of a LLaVA checkpoint, with exactly the ids that the checkpoint was trained on.
 
 ``AutoTokenizer`` does not give them: on a folder whose configuration says ``model_type: llava`` it drops the dummy
-space in front of a text, and transformers' own conversion of ``tokenizer.model`` treats a leading space differently
+space before a text, and transformers' own conversion of ``tokenizer.model`` treats a leading space differently
 from the SentencePiece code that training used. So the ``tokenizers`` pipeline is put together here: vocabulary and
 merges from ``tokenizer.model``, read by SentencePiece itself, and the normaliser that reproduces either of the two
 published conventions (``legacy`` in ``tokenizer_config.json``).
@@ -239,7 +239,7 @@ def _keep_whole(backend: Tokenizer, symbols: list[str]) -> None:
 def _set_space_convention(backend: Tokenizer, legacy: bool, dummy_space: bool) -> None:
     """Turn spaces into ``▁``, and put one in front where training did.
 
-    Legacy: in front of every stretch of text between added tokens. Newer: in front of the whole text only, even if it
+    Legacy: before every stretch of text between added tokens. Newer: before the whole text only, even if it
     begins with a space already.
     """
     replace = normalizers.Replace(" ", SPACE)

@@ -1,4 +1,4 @@
-"""Method names and the classes behind them, imported when first used."""
+"""Method names and their classes, imported when first used."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def register(name: str, target: str) -> None:
 
 
 def resolve_name(name: str) -> str:
-    """The registered name behind a name or alias in any case.
+    """The registered name of a name or alias in any case.
 
     Raises
     ------

@@ -79,7 +79,7 @@ def square_or_stated_size(base: Model, entries: Entries, inputs: Inputs) -> list
 
 
 def anyres(base: Model, entries: Entries, inputs: Inputs) -> list[Layout | None]:
-    """LLaVA-NeXT and -OneVision: a base view, then the unpadded map of the crops with a newline token a row."""
+    """LLaVA-NeXT and -OneVision: a base view, then the unpadded map of the crops with a newline token per row."""
     vision = base.config.vision_config
     side = vision.image_size // vision.patch_size
     layouts: list[Layout | None] = []

@@ -39,13 +39,13 @@ class Encoding:
     Attributes
     ----------
     entries : sequence of Tensor (N_i, D)
-        The encoder's ``pooler_output``. ``generate`` repeats entries for beams: they are told by their identity.
+        The encoder's ``pooler_output``. ``generate`` repeats entries for beams: they are told apart by identity.
     layouts : sequence of tuple of TokenGrid or None
         Of each entry.
     keys : sequence of int, or None
         Digest of each entry's pixels.
     signals : dict of name -> sequence of Tensor (N_i, ...)
-        What a pruner asked of the vision encoder, for the tokens of each entry.
+        The signals that a pruner needs of the vision encoder, for the tokens of each entry.
     """
 
     entries: Sequence[torch.Tensor]

@@ -68,7 +68,7 @@ def place(
     is_image : Tensor (length,), bool
         Which tokens are placeholders of images.
     is_start : Tensor (length,), bool
-        The token in front of each image.
+        The token before each image.
     offsets : Tensor (3, n), int64
         As `split` returns them, of the step's images or parts of them, in order.
     computed : int

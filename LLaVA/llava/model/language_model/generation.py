@@ -17,7 +17,7 @@ from llava.pruning.rows import KeptColumns
 
 
 class LlavaGenerationMixin(LlavaMetaForCausalLM):
-    """Stands in front of a causal language model and feeds it spliced embeddings.
+    """Stands before a causal language model and feeds it spliced embeddings.
 
     ``prepare_inputs_labels_for_multimodal`` and ``encode_images`` are reached by plain attribute look-up, so a method
     that replaces them on `LlavaMetaForCausalLM` takes effect here.

@@ -33,7 +33,7 @@ def observed_attention(
     ----------
     attention : attention module of a Llama or Mistral layer
     normed : Tensor (B, T, D)
-        The layer's input behind its norm.
+        The layer's input after its norm.
     rotary : (cos, sin), each (1 or B, T, head width)
     valid : Tensor (B, T), bool
         False at padding.
@@ -54,7 +54,7 @@ def observed_attention(
         Mean over the visual tokens of the same image of what they pay a visual token, in the head where that is most;
         0 at text.
     text : Tensor (B, T), float32
-        The same, summed over the ``asking`` tokens. Causality leaves those behind the visual token.
+        The same, summed over the ``asking`` tokens. Causality leaves those after the visual token.
     """
     batch, length, _ = normed.shape
     shape = (batch, length, -1, attention.head_dim)

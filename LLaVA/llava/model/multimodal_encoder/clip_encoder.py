@@ -165,7 +165,7 @@ class CLIPVisionTower(nn.Module):
 
     @torch.no_grad()
     def layer_output(self, images: torch.Tensor, layer: int) -> torch.Tensor:
-        """The patches (B, N, D) behind layer ``layer``, counted from 0; no layer beyond it runs."""
+        """The patches (B, N, D) after layer ``layer``, counted from 0; no layer beyond it runs."""
         model = self.vision_tower.vision_model
         hidden = model.pre_layrnorm(model.embeddings(images.to(device=self.device, dtype=self.dtype)))
         for each in model.encoder.layers[: layer + 1]:

@@ -69,7 +69,7 @@ class ClipText:
         self.tokenizer = tokenizer
         self.segment_length = model.config.text_config.max_position_embeddings - 2
         self._text = torch.nn.ModuleList([model.text_model, model.text_projection]).eval().requires_grad_(False)
-        # Of the vision half only what stands behind its layers: the tower itself is there already.
+        # Of the vision half only what comes after its layers: the tower itself is there already.
         self._image = torch.nn.Sequential(model.vision_model.post_layernorm, model.visual_projection)
         self._image.eval().requires_grad_(False)
 

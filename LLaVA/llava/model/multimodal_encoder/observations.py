@@ -114,7 +114,7 @@ def encoder_outputs(pruner: Pruner | None) -> dict[str, tuple[Output, ...]]:
 
 
 class EncoderObserver:
-    """Watches an encoder run and notes down what pruners need.
+    """Watches an encoder run and records what pruners need.
 
     Parameters
     ----------

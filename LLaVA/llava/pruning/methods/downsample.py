@@ -1,4 +1,4 @@
-"""Downsample: average-pool the picture to the budget."""
+"""Downsample: average-pool the image to the budget."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def square_or_row(n: int) -> Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Downsample(Pruner):
-    """The mean of every cell, where each map of the picture is cut into cells of nearly equal area.
+    """The mean of every cell, where each grid of the image is cut into cells of nearly equal area.
 
     Exactly k tokens go on, in raster order: strips of a map differ in their number of cells where a rectangle of cells
     does not meet the budget. Every pooled row keeps one newline where the map's rows have them.

@@ -1,4 +1,4 @@
-"""First-K: the top rows of the picture."""
+"""First-K: the top rows of the image."""
 
 from __future__ import annotations
 

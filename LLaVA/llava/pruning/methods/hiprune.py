@@ -1,4 +1,4 @@
-"""HiPrune: anchors on the objects, the buffers around them, and registers for the picture as a whole."""
+"""HiPrune: anchors on the objects, the buffers around them, and registers for the image as a whole."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def anchors_buffers_registers(
 
 @dataclass(frozen=True, kw_only=True)
 class HiPrune(Pruner):
-    """Middle layers of the encoder look at objects, deep ones at the whole picture: tokens of both kinds.
+    """Middle layers of the encoder look at objects, deep ones at the whole image: tokens of both kinds.
 
     Anchors are the patches with the most attention in the object layer, their buffers the patches left, right, above
     and below; registers have the most attention in the deepest layer that runs. A fifth of the part ``alpha`` is
@@ -117,7 +117,7 @@ class HiPrune(Pruner):
         Encoder layer of the anchors, counted from 1.
     compat : bool
         The neighbourhood of the published code, where a row's end is beside the next row's start and patches at the
-        border have the picture's first or last token as a neighbour.
+        border have the image's first or last token as a neighbour.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"received_attention"})

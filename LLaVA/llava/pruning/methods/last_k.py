@@ -1,4 +1,4 @@
-"""Last-K: the bottom rows of the picture."""
+"""Last-K: the bottom rows of the image."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ RANKED = {
 
 
 def select_raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Text tokens that the picture speaks to more than to the average one.
+    """Text tokens that the image speaks to more than to the average one.
 
     p = mean over visual tokens of softmax over text tokens of (visual text^T); raters have p > mean(p).
 
@@ -131,7 +131,7 @@ def merge_clusters(x: torch.Tensor, assignment: torch.Tensor, clusters: int) -> 
 class SparseVLM(ScheduledPruner):
     """At the input of three layers, the visual tokens that the raters attended to most in the layer before.
 
-    Raters are the text tokens behind the image that `select_raters` finds once, on the decoder's input. Of the tokens
+    Raters are the text tokens after the image that `select_raters` finds once, on the decoder's input. Of the tokens
     that are dropped, the most relevant 30 % are recycled: clustered and averaged into a few that follow the kept ones.
     A merged token stands where its cluster's centre stood.
 

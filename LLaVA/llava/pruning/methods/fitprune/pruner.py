@@ -43,7 +43,7 @@ def expendable(attention: torch.Tensor, least: float) -> torch.Tensor:
     order = attention.flip(0).argsort(stable=True)
     order = len(attention) - 1 - order
     wide = attention.double()
-    left = wide.sum() - wide[order].cumsum(0)  # (N,) behind each step
+    left = wide.sum() - wide[order].cumsum(0)  # (N,) after each step
     steps = int((left >= least).sum().clamp_max(len(attention) - 1))
     gone = torch.zeros_like(attention, dtype=torch.bool)
     gone[order[:steps]] = True
@@ -75,10 +75,10 @@ def deletable(
 
 @dataclass(frozen=True, kw_only=True)
 class FitPrune(Pruner):
-    """In every layer, as many visual tokens as a recipe says leave behind the attention: the least important ones.
+    """In every layer, as many visual tokens as a recipe says leave after the attention: the least important ones.
 
     Importance is the product of two sums of that layer's attention, in the head where it is strongest: what the image's
-    present tokens pay a token, and what the text behind the image pays it. The layer's attention, keys and values are
+    present tokens pay a token, and what the text after the image pays it. The layer's attention, keys and values are
     those of all its tokens; its feed-forward block and everything deeper see the rest.
 
     Give one of ``recipe``, ``reduction_ratio`` and SUBSET_RATIO (or a recipe to ``scale`` to SUBSET_RATIO). Without a

@@ -25,7 +25,7 @@ VALUES_OF_A_WEIGHT = 64
 
 @dataclass(frozen=True)
 class Recipe:
-    """How many visual tokens of an image leave in each decoder layer, behind its attention.
+    """How many visual tokens of an image leave in each decoder layer, after its attention.
 
     Attributes
     ----------
@@ -204,7 +204,7 @@ def recipe_digest(recipe: Recipe) -> str:
 
 
 def scalable(recipe: Recipe) -> Schedule:
-    """The stages that scaling can change: those in front of the last layer's attention.
+    """The stages that scaling can change: those before the last layer's attention.
 
     Raises
     ------

@@ -24,7 +24,7 @@ class SlotConfig:
     width : int
         Of the vision encoder's features.
     hidden : int
-        Of the projection in front of the slots.
+        Of the projection before the slots.
     slot_width : int
     feed_forward : int
         Of the slots' feed-forward block.

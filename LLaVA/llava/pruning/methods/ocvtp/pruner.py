@@ -76,7 +76,7 @@ class OCVTP(Pruner):
     its own.
 
     The slots begin as random draws. The published code draws anew for every image; here the draw is ``seed``'s, so that
-    the same picture always keeps the same tokens.
+    the same image always keeps the same tokens.
 
     Attributes
     ----------

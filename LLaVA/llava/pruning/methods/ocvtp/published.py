@@ -12,7 +12,7 @@ import torch
 from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
 
 PUBLISHED_LAYER = 8
-"""Vision-encoder layer that published pruners read unless told otherwise."""
+"""Vision-encoder layer that published pruners read by default."""
 
 PRUNER_NAMES = {
     "encode_project.mlp.": "project.",
