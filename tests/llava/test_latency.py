@@ -15,7 +15,7 @@ from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import load, prompts
-from llava.pruning import PruningConfig, kept_count
+from llava.pruning import PruningConfig, available_methods, kept_count
 
 CPU = torch.device("cpu")
 
@@ -63,9 +63,16 @@ class TestSelect:
         ]
         assert all(row["times_published"] == 1 for row in rows if row["method"] == "published")
 
-    def test_a_method_that_looks_at_more_is_refused(self):
-        with pytest.raises(ValueError, match=r"fastv looks at more than the tokens \(last_attention\)"):
-            select.measure([select.Size(9, 2, 1)], ["fastv"], width=4, repetitions=1, device=CPU, dtype=torch.float32)
+    def test_every_method_is_timed_with_what_it_reads_made_up(self):
+        settings = {"width": 8, "repetitions": 1, "device": CPU, "dtype": torch.float16}
+        rows = select.measure([select.Size(36, 5, 2)], ["all"], **settings)
+        measured = [row["method"] for row in rows]
+        assert measured == ["published", *sorted(available_methods().keys() - set(select.NOTHING_TO_TIME))]
+        assert [row["of_divprune"] for row in rows if row["method"] == "divprune"] == [1]
+        rows = select.measure(
+            [select.Size(9, 2, 1)], ["fastv"], width=4, repetitions=1, device=CPU, dtype=torch.float32
+        )
+        assert [row["of_divprune"] for row in rows] == [None, None]
 
     @pytest.mark.parametrize("text", ["576", "56:576", "576:0", "576:56x0", "a:b", "576:56x"])
     def test_a_size_that_is_none_is_refused(self, text):

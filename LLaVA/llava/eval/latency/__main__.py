@@ -64,6 +64,7 @@ def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[st
         "N -> k": lambda row: f"{row['n']} -> {row['k']}",
         "images": lambda row: str(row["batch"]),
         "times as fast as published": lambda row: f"{row['times_published']:.2f}",
+        "times DivPrune's": lambda row: "" if row["of_divprune"] is None else f"{row['of_divprune']:.2f}",
         _ms_column("ms", arguments.device): lambda row: milliseconds(row["ms"]),
         "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
     }

@@ -10,10 +10,21 @@ import torch
 
 from llava.eval.latency.clock import TOTAL, peak_memory, ratio, summarise, take_turns
 from llava.eval.latency.methods import PUBLISHED, read_methods
-from llava.pruning.signals import content_key
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.base import Pruner
+from llava.pruning.registry import method_names
+from llava.pruning.signals import SIGNALS, content_key
+from llava.pruning.tokens import TokenGrid, VisualTokens
 
 METHODS = ["otprune", "divprune", "dpp"]
+
+ALL, REFERENCE = "all", "divprune"
+NOTHING_TO_TIME = ("ocvtp", "vtw")
+"""Not among `ALL`: OC-VTP's network is timed where it is trained, and VTW chooses no tokens."""
+
+CLIP = {"C": 1024, "c": 64, "H": 16}
+"""Sizes of CLIP ViT-L, by which signals are made up: width, head width, heads."""
+QUESTION = 32
+"""Tokens of a made-up question."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,23 @@ def curve(sizes: Sequence[Size]) -> dict[str, list[Size]]:
     }
 
 
+def made_up_signals(pruner: Pruner, features: torch.Tensor) -> dict[str, Any]:
+    """Random values, of the shapes that a method finds in a model, for the signals that it needs beside the tokens."""
+    draw, (batch, n, width) = torch.Generator().manual_seed(1), features.shape
+    found: dict[str, Any] = {}
+    for signal in (SIGNALS[need] for need in sorted(pruner.needs - {"image_keys"})):
+        if not signal.per_token:
+            found[signal.name] = tuple(torch.randn(batch, QUESTION, width, generator=draw).to(features))
+            continue
+        sizes = CLIP | {"E": len(pruner.encoder_layers)}
+        tail = [sizes[axis] for axis in signal.shape.partition(")")[0].split(", ")[2:]]
+        if signal.shape.endswith("float32"):
+            found[signal.name] = torch.rand(batch, n, *tail, generator=draw).to(features.device)
+        else:
+            found[signal.name] = torch.randn(batch, n, *tail, generator=draw).to(features)
+    return found
+
+
 def measure(
     sizes: Sequence[Size],
     methods: Sequence[str],
@@ -61,29 +89,31 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time selections on random tokens of ``width`` numbers, beside the published algorithm in the same rounds.
 
+    What a method reads besides the tokens is made up, and what a model computes for it is not timed. ``ALL`` among the
+    methods stands for every one that is installed.
+
     Returns
     -------
     list of dict
         One per size and method: "method", "n", "k", "batch", "ms" (median and worst of all images together),
-        "times_published" (how many times faster than the published algorithm) and "peak_bytes" (None on a CPU).
-
-    Raises
-    ------
-    ValueError
-        For a method that looks at more than the tokens.
+        "times_published" (how many times faster than the published algorithm), "of_divprune" (its time as a multiple of
+        DivPrune's; None where that is not measured) and "peak_bytes" (None on a CPU).
     """
+    if ALL in methods:
+        methods = [name for name in method_names() if name not in NOTHING_TO_TIME]
     configs = read_methods(list(dict.fromkeys([PUBLISHED, *methods])), ratio=1.0)
     pruners = {name: config.build_pruner() for name, config in configs.items()}
-    for name, pruner in pruners.items():
-        if lacking := pruner.needs - {"image_keys"}:
-            raise ValueError(f"{name} looks at more than the tokens ({', '.join(sorted(lacking))}): use prefill")
     rows = []
     for size in sizes:
         features = torch.randn(size.batch, size.n, width, generator=torch.Generator().manual_seed(0))
         features = features.to(device=device, dtype=dtype)
         keys = tuple(content_key(image[:1]) for image in features)
-        tokens = VisualTokens(features, size.k, image_keys=keys)
-        runs = {name: lambda _, pruner=pruner, tokens=tokens: pruner.select(tokens) for name, pruner in pruners.items()}
+        runs = {}
+        for name, pruner in pruners.items():
+            signals = {"image_keys": keys, **made_up_signals(pruner, features)}
+            tokens = VisualTokens(features, size.k, layout=(TokenGrid(1, size.n),), **signals)
+            choose = pruner.merge if pruner.merges else pruner.select
+            runs[name] = lambda _, choose=choose, tokens=tokens: choose(tokens)
         label = f"{size.n} -> {size.k}, {size.batch} image{'s' * (size.batch > 1)}"
         times = take_turns(runs, repetitions, device, label=label)
         for name, run in runs.items():
@@ -91,5 +121,6 @@ def measure(
                 run(None)
             row = {"method": name, "n": size.n, "k": size.k, "batch": size.batch, "ms": summarise(times[name])[TOTAL]}
             row |= {"times_published": ratio(times[name], times[PUBLISHED]), "peak_bytes": memory["bytes"]}
+            row["of_divprune"] = ratio(times[REFERENCE], times[name]) if REFERENCE in times else None
             rows.append(row)
     return rows
