@@ -207,19 +207,19 @@ class TestDeletable:
 
 
 class TestRecipes:
-    FACTS = json.loads((Path(__file__).parents[1] / "support" / "recipe_of_four_layers.json").read_text())
+    METADATA = json.loads((Path(__file__).parents[1] / "support" / "recipe_of_four_layers.json").read_text())
 
     def changed(self, **changes):
-        return self.FACTS | changes
+        return self.METADATA | changes
 
     def test_it_says_what_is_there_in_every_layer(self):
-        recipe = parse_recipe(self.FACTS, "mine")
+        recipe = parse_recipe(self.METADATA, "mine")
         assert recipe.kept == (*ENTERING, BEHIND[-1])
-        assert recipe.stages == ((1, 12 / 16), (2, 7 / 16), (3, 5 / 16), (4, 4 / 16))
+        assert recipe.schedule == ((1, 12 / 16), (2, 7 / 16), (3, 5 / 16), (4, 4 / 16))
         assert recipe.mean_fraction == sum(ENTERING) / 4 / 16
 
     def test_one_that_drops_nothing_is_a_recipe_too(self):
-        assert parse_recipe(self.changed(deleted=[0, 0, 0, 0]), "mine").stages == ((4, 1.0),)
+        assert parse_recipe(self.changed(deleted=[0, 0, 0, 0]), "mine").schedule == ((4, 1.0),)
 
     @pytest.mark.parametrize(
         ("changes", "said"),
@@ -256,8 +256,8 @@ class TestRecipes:
 def recipe(tmp_path_factory):
     """The file of a recipe that drops in all four layers, the last one included."""
     file = tmp_path_factory.mktemp("recipe") / "recipe.json"
-    facts = TestRecipes.FACTS | {"model": {"name": "a tiny model", "layers": LAYERS, "visual_tokens": N}}
-    file.write_text(json.dumps(facts))
+    metadata = TestRecipes.METADATA | {"model": {"name": "a tiny model", "layers": LAYERS, "visual_tokens": N}}
+    file.write_text(json.dumps(metadata))
     return str(file)
 
 
@@ -419,7 +419,7 @@ class TestTheSwitch:
     def test_a_recipe_is_read_from_the_environment(self, recipe):
         config = PruningConfig.from_env({"BASELINE": "FITPRUNE", "FITPRUNE_RECIPE": recipe})
         assert config.ratio is None and config.layer is None
-        assert config.schedule(LAYERS) == read_recipe(recipe).stages
+        assert config.schedule(LAYERS) == read_recipe(recipe).schedule
 
     @pytest.mark.parametrize(
         ("environ", "said"),
@@ -458,18 +458,18 @@ class TestTheSwitch:
 
     def test_a_file_counts_by_its_content(self, recipe, tmp_path):
         file = tmp_path / "recipe.json"
-        facts = json.loads(Path(recipe).read_text())
+        metadata = json.loads(Path(recipe).read_text())
         prints = []
         for deleted in ([4, 5, 2, 1], [5, 5, 2, 1], [4, 5, 2, 1]):
-            file.write_text(json.dumps(facts | {"deleted": deleted}))
+            file.write_text(json.dumps(metadata | {"deleted": deleted}))
             prints.append(PruningConfig("fitprune", options={"recipe": str(file)}).fingerprint())
         assert prints[0] == prints[2] != prints[1]
 
     @pytest.mark.parametrize("ratio", [0.4, 0.7, 1.0])
     def test_a_recipe_can_be_scaled_to_a_mean(self, recipe, ratio):
         config = PruningConfig("fitprune", ratio, options={"recipe": recipe, "scale": True})
-        stages = config.schedule(LAYERS)
-        present = [min((f for layer, f in stages if layer <= depth), default=1.0) for depth in range(LAYERS)]
+        schedule = config.schedule(LAYERS)
+        present = [min((f for layer, f in schedule if layer <= depth), default=1.0) for depth in range(LAYERS)]
         assert sum(present) / LAYERS == pytest.approx(ratio, abs=1e-9)
 
     def test_a_mean_that_the_first_layer_alone_exceeds_is_refused(self):

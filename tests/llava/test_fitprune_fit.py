@@ -233,7 +233,7 @@ class TestStatistics:
         fit(gather(model, tmp_path), Budget(0.4), "tiny")
         more = len(list(own.folder.glob("walk-*.npy"))) - walks
         assert len(sent) == 5 * (1 + walks + 1) + 5 * (more + 1) and more < walks
-        assert json.loads((own.folder / "about.json").read_text()) == own.facts
+        assert json.loads((own.folder / "about.json").read_text()) == own.metadata
 
     def test_what_was_stopped_continues_and_ends_in_the_same_numbers(
         self, model, gathered, tmp_path, monkeypatch, sent
@@ -304,24 +304,24 @@ class TestRecipe:
         return write_recipe(fit(gathered, Budget(0.5), "tiny"), tmp_path / "recipe.json")
 
     def test_it_says_where_it_comes_from_and_what_it_costs(self, model, gathered, recipe):
-        facts = recipe.facts
-        assert facts["model"] == {
+        metadata = recipe.metadata
+        assert metadata["model"] == {
             "name": "tiny",
             "weights": model_fingerprint(model),
             "layers": LAYERS,
             "visual_tokens": N,
         }
-        assert facts["data"] == gathered.prompts.facts()
-        assert facts["budget"] == {"reduction_ratio": 0.5}
-        assert {"llava", "torch", "transformers", "python", "dtype"} <= set(facts["versions"])
-        assert facts["kept"] == list(recipe.kept)
-        assert facts["mean_fraction"] == recipe.mean_fraction
-        assert facts["flops"]["visual"]["reduction_ratio"] >= 0.5
-        assert 0 < facts["alpha"] < 1
+        assert metadata["data"] == gathered.prompts.metadata()
+        assert metadata["budget"] == {"reduction_ratio": 0.5}
+        assert {"llava", "torch", "transformers", "python", "dtype"} <= set(metadata["versions"])
+        assert metadata["kept"] == list(recipe.kept)
+        assert metadata["mean_fraction"] == recipe.mean_fraction
+        assert metadata["flops"]["visual"]["reduction_ratio"] >= 0.5
+        assert 0 < metadata["alpha"] < 1
 
     def test_a_run_performs_the_predicted_flops(self, model, gathered, recipe):
         """Of a prompt with as many text tokens as the samples have in the mean; one position has logits."""
-        predicted = recipe.facts["flops"]["prefill"]
+        predicted = recipe.metadata["flops"]["prefill"]
         ids = prompt(5, predicted["text_tokens"] - 6)[None]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(input_ids=ids, images=pixels(1), logits_to_keep=1)
@@ -347,7 +347,7 @@ class TestRecipe:
             statistics.send(model, gathered.image_processor, gathered.prompts[number], look)
             kept.append(row)
         lost = (1 - np.array(kept) / gathered.unpruned()[:, :, 1]).clip(min=0).mean(axis=0)
-        np.testing.assert_allclose(recipe.facts["divergence"]["text"], lost, atol=2e-6)
+        np.testing.assert_allclose(recipe.metadata["divergence"]["text"], lost, atol=2e-6)
         with torch.no_grad(), pruning(model, "fitprune", recipe=recipe.name):
             model(input_ids=prompt(5, 7)[None], images=pixels(1))
             assert model.visual_tokens_per_layer == [recipe.kept[:-1]]
@@ -358,9 +358,9 @@ class TestRecipe:
 
     @pytest.mark.parametrize("ratio", [0.35, 0.6, 0.9])
     def test_a_subset_ratio_is_the_mean_over_the_layers(self, gathered, ratio):
-        facts = fit(gathered, Budget(subset_ratio=ratio), "tiny")
+        metadata = fit(gathered, Budget(subset_ratio=ratio), "tiny")
         # within the tokens that one layer holds
-        assert ratio - 1 / N < facts["mean_fraction"] <= ratio
+        assert ratio - 1 / N < metadata["mean_fraction"] <= ratio
 
     def test_images_of_different_sizes_have_a_recipe_of_shares(self, tower, tmp_path):
         anyres = build(
@@ -373,13 +373,13 @@ class TestRecipe:
         def opener(number: int):
             return picture(number).resize(((100, 50), (60, 100))[number % 2]), "what is this"
 
-        facts = fit(gather(anyres, tmp_path, opener=opener), Budget(0.5), "tiny")
-        assert facts["model"]["visual_tokens"] is None and facts["tokens"] > N
-        write_recipe(facts, tmp_path / "recipe.json")
+        metadata = fit(gather(anyres, tmp_path, opener=opener), Budget(0.5), "tiny")
+        assert metadata["model"]["visual_tokens"] is None and metadata["tokens"] > N
+        write_recipe(metadata, tmp_path / "recipe.json")
         with torch.no_grad(), pruning(anyres, "fitprune", recipe=str(tmp_path / "recipe.json")):
             anyres(input_ids=prompt(5, 7)[None], images=[pixels(5)], image_sizes=[(112, 112)])
         total, kept = anyres.visual_token_counts[0]
-        assert kept == pytest.approx(total * facts["kept"][-2] / facts["tokens"], abs=0.51)
+        assert kept == pytest.approx(total * metadata["kept"][-2] / metadata["tokens"], abs=0.51)
 
     def test_one_of_other_weights_is_noticed_in_the_dtype_it_was_made_with(self, tower, model, recipe):
         assert not recipe.of_other_weights(model)
@@ -421,7 +421,7 @@ class TestFirstUse:
         assert "fitting a recipe on 3 images" in told and "reduction ratio 0.5" in told and "SUBSET_RATIO 0." in told
         file = next(cache.glob("*/50.json"))
         recipe = read_recipe(str(file))
-        assert recipe.facts["data"]["name"] == "mini" and recipe.facts["data"]["samples"] == 3
+        assert recipe.metadata["data"]["name"] == "mini" and recipe.metadata["data"]["samples"] == 3
         sent.clear()
         with pruning(model, "fitprune", reduction_ratio=0.5, samples=3), torch.no_grad():
             assert torch.equal(model(input_ids=ids, images=images).logits, first)
@@ -558,7 +558,7 @@ class TestEqual:
     @pytest.fixture
     def recipe(self):
         """One that leaves FastV, which drops at the third layer's input, something to drop."""
-        return parse_recipe(read_recipe(str(TINY)).facts | {"deleted": [0, 4, 4, 2]}, "mine")
+        return parse_recipe(read_recipe(str(TINY)).metadata | {"deleted": [0, 4, 4, 2]}, "mine")
 
     @pytest.mark.parametrize("method", ["random", "fastv"])
     def test_no_other_number_of_tokens_costs_more_nearly_as_much(self, recipe, method):
@@ -573,7 +573,7 @@ class TestEqual:
 
     def test_a_method_that_cannot_is_refused(self, recipe):
         """FastV lets two of four layers see everything."""
-        small = parse_recipe(recipe.facts | {"deleted": [15, 0, 0, 0]}, "small")
+        small = parse_recipe(recipe.metadata | {"deleted": [15, 0, 0, 0]}, "small")
         with pytest.raises(ValueError, match=r"fastv costs more than small at any ratio: at least \d"):
             equal_ratio(Prefill.of(small, SHAPE, text=0), small, "fastv")
         with pytest.raises(ValueError, match="fitted to a model: give a recipe"):
@@ -600,7 +600,7 @@ class TestCommandLine:
         files = [str(tmp_path / "recipes" / f"{name}.json") for name in ("30", "60", "kept50")]
         for file in files:
             assert f"{file}: {describe(read_recipe(file))}" in shown
-        assert read_recipe(files[1]).facts["model"]["name"] == "tiny"
+        assert read_recipe(files[1]).metadata["model"]["name"] == "tiny"
 
         assert command_line.main(["plot", *reversed(files), "--output", str(tmp_path / "drawn" / "recipes.png")]) == 0
         assert (tmp_path / "drawn" / "recipes.png").read_bytes().startswith(b"\x89PNG")
@@ -609,7 +609,7 @@ class TestCommandLine:
             recipe = read_recipe(file)
             own = [row for row in rows if row["recipe"] == file]
             assert [int(row["tokens"]) for row in own] == list(recipe.kept[:-1])
-            assert [float(row["divergence_text"]) for row in own] == recipe.facts["divergence"]["text"]
+            assert [float(row["divergence_text"]) for row in own] == recipe.metadata["divergence"]["text"]
         saved = [float(row["reduction_ratio"]) for row in rows]
         assert saved == sorted(saved)
 
@@ -667,7 +667,7 @@ def embedded():
 class TestShipped:
     def test_is_of_the_shipped_model_and_data_as_they_are(self, file, embedded):
         recipe = read_recipe(f"llava-mini/{file.stem}")
-        model, data = recipe.facts["model"], recipe.facts["data"]
+        model, data = recipe.metadata["model"], recipe.metadata["data"]
         source = find_questions("mini", data["samples"], data["seed"])
         found = (recipe.layers, model["name"], model["weights"], data["name"], data["digest"])
         layers = embedded[1].config.num_hidden_layers
@@ -676,11 +676,11 @@ class TestShipped:
 
     def test_meets_its_budget(self, file):
         recipe = read_recipe(f"llava-mini/{file.stem}")
-        asked = Budget(**recipe.facts["budget"]).share
+        asked = Budget(**recipe.metadata["budget"]).share
         assert f"{100 * (1 - asked):g}" == file.stem
         walk, cost = Walk.of(recipe.kept), visual_flops(load_shape("llava-mini").decoder)
         assert walk.stopped_at(cost)[-1] <= asked * walk.unpruned(cost) * (1 + 1e-9)
-        assert recipe.facts["flops"]["visual"]["reduction_ratio"] >= 1 - asked - 1e-9
+        assert recipe.metadata["flops"]["visual"]["reduction_ratio"] >= 1 - asked - 1e-9
 
     def test_costs_what_it_predicts(self, file, embedded):
         """Within two per cent: a question of the embedded world has a few tokens more or less than their mean."""
@@ -690,5 +690,5 @@ class TestShipped:
         name = f"llava-mini/{file.stem}"
         with torch.no_grad(), pruning(model, "fitprune", recipe=name), FlopCounterMode(display=False) as counter:
             model(input_ids=sample.input_ids[None], images=images, image_sizes=[sample.image.size], logits_to_keep=1)
-        predicted = read_recipe(name).facts["flops"]["prefill"]["pruned"]
+        predicted = read_recipe(name).metadata["flops"]["prefill"]["pruned"]
         assert counter.get_total_flops() == pytest.approx(predicted, rel=0.02)

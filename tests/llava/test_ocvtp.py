@@ -328,7 +328,7 @@ def test_a_pruner_that_was_saved_inside_another_module_loads(tmp_path, wrapper, 
         ({"enc_dims": 5}, "sizes.json: enc_dims must be the widths of two layers, not 5"),
         ({"enc_dims": [24, 0]}, "sizes.json: enc_dims must be a whole number >= 1, not 0"),
         ({"agg_num_iter": 0}, "sizes.json: agg_num_iter must be a whole number >= 1, not 0"),
-        ({"enc_in_dim": 1024}, "says width 1024, but the weights in .* have 32"),
+        ({"enc_in_dim": 1024}, "states width 1024, but the weights in .* have 32"),
         ({"enc_ln": "post"}, "enc_ln must be 'pre'.*not 'post'"),
     ],
 )

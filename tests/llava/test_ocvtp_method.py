@@ -213,7 +213,7 @@ def test_a_layer_that_does_not_run_is_named(model, tmp_path):
     ("ratio", "options", "said"),
     [
         (None, {}, "a kept ratio is needed"),
-        (0.3, {"target": 5}, "target=5 says how many tokens are kept: leave out the kept ratio"),
+        (0.3, {"target": 5}, "target=5 sets how many tokens are kept: leave out the kept ratio"),
         (None, {"target": 5, "per_crop": True}, "target=5 is for a whole image"),
         (None, {"target": 0}, "target must be a whole number >= 1, not 0"),
         (0.3, {"top_k": 0}, "top_k must be a whole number >= 1, not 0"),

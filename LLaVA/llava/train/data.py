@@ -1,7 +1,7 @@
 """Training data in LLaVA's format: conversations about images, as tokens and labels.
 
 A file is a JSON list of entries ``{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}``.
-``image`` is a file name, a list of them, or absent; ``<image>`` in a human turn says where an image goes.
+``image`` is a file name, a list of them, or absent; ``<image>`` in a human turn marks where an image goes.
 """
 
 from __future__ import annotations

@@ -217,8 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", help="bfloat16 arithmetic; weights stay float32")
     add("--gradient-checkpointing", action="store_true")
     add("--save-steps", type=int, default=500, help="how often the state for --resume is written")
-    add("--stop-after", type=int, help="leave after this many steps; --resume goes on")
-    add("--resume", action="store_true", help="go on from the state in --output, if there is one")
+    add("--stop-after", type=int, help="leave after this many steps; --resume continues")
+    add("--resume", action="store_true", help="continue from the state in --output, if there is one")
     add("--workers", type=int, default=2, help="processes that read images")
     add("--seed", type=int, default=0)
     return parser

@@ -72,7 +72,7 @@ def _equal(arguments: argparse.Namespace) -> None:
 
     recipe, text = read_recipe(arguments.recipe), arguments.text
     if text is None:
-        text = recipe.facts.get("flops", {}).get("prefill", {}).get("text_tokens", USUAL_TEXT)
+        text = recipe.metadata.get("flops", {}).get("prefill", {}).get("text_tokens", USUAL_TEXT)
     prefill = Prefill.of(recipe, load_shape(arguments.model), text)
     whole = prefill.unpruned()
     share = prefill.with_recipe(recipe) / whole

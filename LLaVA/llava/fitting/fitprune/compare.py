@@ -133,11 +133,11 @@ def _table(recipe: Recipe):
     """One row per layer; empty where the recipe does not state it."""
     import pandas
 
-    lost = recipe.facts.get("divergence", {})
+    lost = recipe.metadata.get("divergence", {})
     return pandas.DataFrame(
         {
             "recipe": recipe.name,
-            "reduction_ratio": recipe.facts.get("flops", {}).get("visual", {}).get("reduction_ratio", float("nan")),
+            "reduction_ratio": recipe.metadata.get("flops", {}).get("visual", {}).get("reduction_ratio", float("nan")),
             "mean_fraction": recipe.mean_fraction,
             "layer": range(recipe.layers),
             "tokens": recipe.kept[:-1],

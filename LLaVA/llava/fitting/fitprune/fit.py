@@ -89,7 +89,7 @@ class Budget:
             "every token and one token stays"
         )
 
-    def facts(self) -> dict[str, float]:
+    def metadata(self) -> dict[str, float]:
         """What was asked for, JSON-serialisable."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
@@ -129,19 +129,19 @@ def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
         text = round(statistics.text_tokens())
     kept = kept_by(deleted, tokens)
     losses = divergence["visual"] + divergence["text"]
-    facts = statistics.facts
+    metadata = statistics.metadata
     fixed = tokens_of_an_image(statistics.model)
     return {
         "format": FORMAT,
         "method": "FitPrune",
-        "model": {"name": name, "weights": facts["model"], "layers": layers, "visual_tokens": fixed},
-        "data": facts["data"],
-        "budget": budget.facts(),
+        "model": {"name": name, "weights": metadata["model"], "layers": layers, "visual_tokens": fixed},
+        "data": metadata["data"],
+        "budget": budget.metadata(),
         "versions": {
             **{package: version(package) for package in ("llava", "torch", "transformers")},
             "python": platform.python_version(),
-            "dtype": facts["dtype"],
-            "statistics": facts["version"],
+            "dtype": metadata["dtype"],
+            "statistics": metadata["version"],
         },
         "tokens": tokens,
         "deleted": list(deleted),
@@ -179,9 +179,9 @@ def predicted_flops(shape: ModelShape, kept: list[int], text: int) -> dict[str, 
     return predicted
 
 
-def write_recipe(facts: dict[str, Any], file: Path) -> Recipe:
+def write_recipe(metadata: dict[str, Any], file: Path) -> Recipe:
     """Write a recipe's file, whole or not at all, each list of numbers in one line; returns the recipe."""
-    text = re.sub(r"\[\s([^]]*)\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(facts, indent=2))
+    text = re.sub(r"\[\s([^]]*)\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(metadata, indent=2))
     atomic_write(file, text + "\n")
     return parse_recipe(json.loads(text), str(file))
 
@@ -232,8 +232,8 @@ def _name(model) -> str:
 
 def _shipped(statistics: Statistics, budget: Budget) -> Recipe | None:
     for file in sorted(SHIPPED_FOLDER.glob("*.json")):
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        found = facts["model"]["weights"], facts["data"], facts["budget"]
-        if found == (statistics.facts["model"], statistics.facts["data"], budget.facts()):
-            return parse_recipe(facts, f"{EMBEDDED_MODEL}/{file.stem}")
+        metadata = json.loads(file.read_text(encoding="utf-8"))
+        found = metadata["model"]["weights"], metadata["data"], metadata["budget"]
+        if found == (statistics.metadata["model"], statistics.metadata["data"], budget.metadata()):
+            return parse_recipe(metadata, f"{EMBEDDED_MODEL}/{file.stem}")
     return None

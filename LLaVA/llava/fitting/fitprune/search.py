@@ -1,7 +1,7 @@
 """From a budget to a recipe: bisection over what each layer may lose, and rounding to whole tokens.
 
 A walk sends every sample through the decoder while each layer drops what is deletable at one alpha. What it leaves does
-not depend on the budget, which only says at which layer dropping can stop; so a walk is made once for all budgets.
+not depend on the budget, which only decides at which layer dropping can stop; so a walk is made once for all budgets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUNDING = 1 + 1e-12
 
 @dataclass(frozen=True)
 class Cost:
-    """What a layer spends on n visual tokens: linear n + quadratic n^2 up to the attention, rest n behind it."""
+    """What a layer spends on n visual tokens: linear n + quadratic n^2 up to the attention, rest n after it."""
 
     linear: int
     quadratic: int
@@ -43,7 +43,7 @@ TOKENS = Cost(1, 0, 0)
 def visual_flops(shape: DecoderShape) -> Cost:
     """The published budget: multiply-accumulates of the visual tokens among themselves, text left out.
 
-    3 n d^2 + 2 n^2 d in front of the output projection, n d^2 + 3 n d m behind the attention; less for grouped heads.
+    3 n d^2 + 2 n^2 d before the output projection, n d^2 + 3 n d m after the attention; less for grouped heads.
     """
     d, m = shape.hidden, shape.intermediate
     return Cost(
@@ -159,7 +159,7 @@ def search(walk_at: Callable[[float], Walk], cost: Cost, share: float, tolerance
     if stop is None:
         reached = walk.stopped_at(cost)[-1] / walk.unpruned(cost)
         raise ValueError(
-            f"no recipe meets the budget, {share:.4g} of the unpruned cost: with nearly all visual tokens gone behind "
+            f"no recipe meets the budget, {share:.4g} of the unpruned cost: with nearly all visual tokens gone after "
             f"the first layer's attention, {reached:.4g} of it are left"
         )
     return Found(1.0, walk, stop)

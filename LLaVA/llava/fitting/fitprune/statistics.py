@@ -100,7 +100,7 @@ class Prompts:
         turns.append_message(turns.roles[1], None)
         return Prompt(name, tokenizer_image_token(turns.get_prompt(), self._tokenizer, return_tensors="pt"), image)
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What they are, JSON-serialisable."""
         source = self.source
         return {
@@ -128,13 +128,13 @@ class Statistics:
     def __init__(self, model, image_processor, prompts: Prompts, root: Path):
         self.model, self.image_processor, self.prompts = model, image_processor, prompts
         self.layers: int = model.config.num_hidden_layers
-        self.facts = {
+        self.metadata = {
             "version": VERSION,
             "model": model_fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "data": prompts.facts(),
+            "data": prompts.metadata(),
         }
-        self.folder = root / digest_of(self.facts)
+        self.folder = root / digest_of(self.metadata)
 
     def unpruned(self) -> np.ndarray:
         """What an image's visual tokens receive in all, in every layer of the unpruned model.
@@ -230,7 +230,7 @@ class Statistics:
         file = self.folder / f"{name}.npy"
         rows = np.load(file).tolist() if file.is_file() else []
         if not rows:
-            write_json(self.folder / "about.json", self.facts)
+            write_json(self.folder / "about.json", self.metadata)
 
         def write(part: Path) -> None:
             with part.open("wb") as stream:

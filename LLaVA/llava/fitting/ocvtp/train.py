@@ -36,7 +36,7 @@ class Recipe:
     learning_rate, weight_decay, clip : float
         Of AdamW, and the largest norm of a step's gradient.
     validation : float
-        Share of the pictures that is held out.
+        Share of the images that is held out.
     patience : int
         Epochs without a better validation loss after which the run ends.
     seed : int
@@ -83,7 +83,7 @@ class Recipe:
 
 
 def split(count: int, recipe: Recipe) -> tuple[list[int], list[int]]:
-    """Which pictures are trained on and which are held out.
+    """Which images are trained on and which are held out.
 
     Raises
     ------
@@ -152,8 +152,8 @@ def train(
     epochs = [line for line in read_log(run.folder) if line["step"] <= trainer.step]
     steps = recipe.epochs * epoch_steps
 
-    def load(pictures: list[int]) -> torch.Tensor:
-        return torch.stack([features[number] for number in pictures]).float()
+    def load(images: list[int]) -> torch.Tensor:
+        return torch.stack([features[number] for number in images]).float()
 
     def batches() -> Iterator[tuple[torch.Tensor, ...]]:
         order: list[int] = []
@@ -161,14 +161,14 @@ def train(
             epoch, place = divmod(step, epoch_steps)
             if place == 0 or not order:
                 order = torch.randperm(len(training), generator=seeded(recipe.seed, "epoch", epoch)).tolist()
-            pictures = [training[i] for i in order[place * recipe.batch : (place + 1) * recipe.batch]]
+            images = [training[i] for i in order[place * recipe.batch : (place + 1) * recipe.batch]]
             generator = seeded(recipe.seed, "step", step)
             slots = choices[int(torch.randint(len(choices), (1,), generator=generator))]
-            yield load(pictures[own]), *Draws.sample(generator, recipe.batch, slots, config).rows(own)
+            yield load(images[own]), *Draws.sample(generator, recipe.batch, slots, config).rows(own)
 
     @torch.no_grad()
     def validate() -> float:
-        """The training's own error on the pictures held out, with draws that never change.
+        """The training's own error on the images held out, with draws that never change.
 
         Some tokens are hidden here as well: a decoder that sees them all has nothing to ask of the slots.
         """
@@ -176,11 +176,11 @@ def train(
         total = torch.zeros(2, device=accelerator.device)
         starts = range(0, len(held_out), recipe.batch)
         for number, first in list(enumerate(starts))[accelerator.process_index :: accelerator.num_processes]:
-            pictures = held_out[first : first + recipe.batch]
-            draws = Draws.sample(seeded(recipe.seed, "validation", number), len(pictures), recipe.slots, config)
-            batch = (load(pictures), *draws.rows(slice(None)))
+            images = held_out[first : first + recipe.batch]
+            draws = Draws.sample(seeded(recipe.seed, "validation", number), len(images), recipe.slots, config)
+            batch = (load(images), *draws.rows(slice(None)))
             errors = trainer.task(*(part.to(accelerator.device) for part in batch))
-            total += torch.stack([errors.sum(), errors.new_tensor(len(pictures))])
+            total += torch.stack([errors.sum(), errors.new_tensor(len(images))])
         error, count = accelerator.reduce(total, "sum").tolist()
         return error / count
 

@@ -43,7 +43,7 @@ def gather(model, image_processor, prompts: Prompts, folder: Path, name: str, qu
     """
     described = {
         "model": {"name": name, "weights": model_fingerprint(model), "width": model.get_vision_tower().hidden_size},
-        "data": prompts.facts(),
+        "data": prompts.metadata(),
     }
     found = read_json(folder / DESCRIPTION)
     if found not in (None, described):

@@ -1,4 +1,4 @@
-"""FitPrune: a recipe, fitted to a budget on a few examples, says how many visual tokens leave in each layer."""
+"""FitPrune: a recipe, fitted to a budget on a few examples, states how many visual tokens leave in each layer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def deletable(
 
 @dataclass(frozen=True, kw_only=True)
 class FitPrune(Pruner):
-    """In every layer, as many visual tokens as a recipe says leave after the attention: the least important ones.
+    """In every layer, as many visual tokens as a recipe states leave after the attention: the least important ones.
 
     Importance is the product of two sums of that layer's attention, in the head where it is strongest: what the image's
     present tokens pay a token, and what the text after the image pays it. The layer's attention, keys and values are
@@ -119,7 +119,7 @@ class FitPrune(Pruner):
 
     def check_budget(self, ratio: float | None, layer: int | None) -> None:
         if layer is not None:
-            raise ValueError(f"LAYER_INDEX={layer} must be left out: the recipe says what each layer drops")
+            raise ValueError(f"LAYER_INDEX={layer} must be left out: the recipe states what each layer drops")
         given = {
             "FITPRUNE_RECIPE": self.recipe,
             "FITPRUNE_REDUCTION_RATIO": self.reduction_ratio,
@@ -150,14 +150,14 @@ class FitPrune(Pruner):
         recipe = self._recipe()
         recipe.check_layers(num_layers)
         if not self.scale:
-            return recipe.stages
+            return recipe.schedule
         assert ratio is not None  # check_budget's
         return scaled(scalable(recipe), ratio, num_layers, self.first_layer, published_layers=num_layers)
 
     def fit(self, model: Any, ratio: float | None) -> Schedule:
         module, function = FITTER
         recipe: Recipe = getattr(import_module(module), function)(model, self.reduction_ratio, ratio, self.samples)
-        return recipe.stages
+        return recipe.schedule
 
     def check_model(self, image_tokens: int | None, encoder_width: int | None) -> None:
         if self.recipe is not None:

@@ -1,4 +1,4 @@
-"""Recipes: how many visual tokens leave in each decoder layer, as a small JSON file that says where it comes from."""
+"""Recipes: how many visual tokens leave in each decoder layer, as a small JSON file that states where it comes from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Recipe:
         Visual tokens of an image before any leaves, which the numbers are of.
     fixed : bool
         Whether every image of the model has so many. Else images differ, and the numbers are shares of ``tokens``.
-    facts : mapping
+    metadata : mapping
         The whole file: model, data, budget, versions, what was predicted.
 
     Raises
@@ -50,7 +50,7 @@ class Recipe:
     deleted: tuple[int, ...]
     tokens: int
     fixed: bool
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     def __post_init__(self):
         whole = isinstance(self.deleted, tuple) and all(type(n) is int and n >= 0 for n in self.deleted)
@@ -77,12 +77,12 @@ class Recipe:
         return sum(self.kept[:-1]) / self.layers / self.tokens
 
     @cached_property
-    def stages(self) -> Schedule:
-        """As `Pruner.stages` has them with ``after_attention``; one that drops nothing where the recipe does not."""
-        stages = tuple(
+    def schedule(self) -> Schedule:
+        """As `Pruner.schedule_for` returns it; one that drops nothing where the recipe does not."""
+        schedule = tuple(
             (layer + 1, self.kept[layer + 1] / self.tokens) for layer, gone in enumerate(self.deleted) if gone
         )
-        return stages or ((self.layers, 1.0),)
+        return schedule or ((self.layers, 1.0),)
 
     def check_layers(self, layers: int) -> None:
         """Refuse a decoder of another depth with a `ValueError`."""
@@ -102,7 +102,7 @@ class Recipe:
 
     def of_other_weights(self, model: torch.nn.Module) -> bool:
         """Whether it was fitted to another model's weights than these; False where that cannot be known."""
-        made_with, dtype = self.facts.get("model", {}).get("weights"), self.facts.get("versions", {}).get("dtype")
+        made_with, dtype = self.metadata.get("model", {}).get("weights"), self.metadata.get("versions", {}).get("dtype")
         # In another dtype the same weights have other values.
         if made_with is None or dtype != str(model.dtype).removeprefix("torch."):
             return False
@@ -110,13 +110,13 @@ class Recipe:
 
     @property
     def _model(self) -> str:
-        return str(self.facts.get("model", {}).get("name", "another model"))
+        return str(self.metadata.get("model", {}).get("name", "another model"))
 
 
 def describe(recipe: Recipe) -> str:
     """One line for a person: how a reduction ratio and a SUBSET_RATIO go together in this recipe."""
-    saved = recipe.facts.get("flops", {}).get("visual", {}).get("reduction_ratio")
-    lost = recipe.facts.get("divergence", {}).get("mean")
+    saved = recipe.metadata.get("flops", {}).get("visual", {}).get("reduction_ratio")
+    lost = recipe.metadata.get("divergence", {}).get("mean")
     return (
         ("" if saved is None else f"reduction ratio {saved:.4g} = ")
         + f"SUBSET_RATIO {recipe.mean_fraction:.4g}, the mean over the {recipe.layers} layers of the fraction present; "
@@ -162,13 +162,13 @@ def read_recipe(name: str) -> Recipe:
         if model != SHIPPED_MODEL or not re.fullmatch(r"\w+", percent) or not file.is_file():
             raise ValueError(f"there is no recipe {name!r}: give a file, or one of {', '.join(known_recipes())}")
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        metadata = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"the recipe {name} cannot be read: {error}") from None
-    return parse_recipe(facts, name)
+    return parse_recipe(metadata, name)
 
 
-def parse_recipe(facts: Any, name: str) -> Recipe:
+def parse_recipe(metadata: Any, name: str) -> Recipe:
     """A recipe from the content of its file.
 
     Raises
@@ -176,21 +176,21 @@ def parse_recipe(facts: Any, name: str) -> Recipe:
     ValueError
         Names what is missing or wrong.
     """
-    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        found = facts.get("format") if isinstance(facts, dict) else type(facts).__name__
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        found = metadata.get("format") if isinstance(metadata, dict) else type(metadata).__name__
         raise ValueError(f"{name} is no recipe: it must be a JSON object with format {FORMAT}, not {found!r}")
-    model: Any = facts.get("model")
-    for part, keys in ((facts, ("deleted", "tokens")), (model, ("layers", "visual_tokens"))):
+    model: Any = metadata.get("model")
+    for part, keys in ((metadata, ("deleted", "tokens")), (model, ("layers", "visual_tokens"))):
         missing = [key for key in keys if not isinstance(part, dict) or key not in part]
         if missing:
             raise ValueError(f"the recipe {name} does not say {', '.join(missing)}")
-    deleted = facts["deleted"]
+    deleted = metadata["deleted"]
     recipe = Recipe(
         name=name,
         deleted=tuple(deleted) if isinstance(deleted, list) else deleted,
-        tokens=facts["tokens"],
+        tokens=metadata["tokens"],
         fixed=model["visual_tokens"] is not None,
-        facts=facts,
+        metadata=metadata,
     )
     if recipe.layers != model["layers"]:
         raise ValueError(f"the recipe {name} has {recipe.layers} numbers for {model['layers']!r} layers")
@@ -204,17 +204,17 @@ def recipe_digest(recipe: Recipe) -> str:
 
 
 def scalable(recipe: Recipe) -> Schedule:
-    """The stages that scaling can change: those before the last layer's attention.
+    """The drops that scaling can change: those before the last layer's attention.
 
     Raises
     ------
     ValueError
         If the recipe drops nothing there.
     """
-    stages = tuple((layer, fraction) for layer, fraction in recipe.stages if layer < recipe.layers)
-    if not stages or mean_fraction(stages, recipe.layers) == 1:
+    schedule = tuple((layer, fraction) for layer, fraction in recipe.schedule if layer < recipe.layers)
+    if not schedule or mean_fraction(schedule, recipe.layers) == 1:
         raise ValueError(f"the recipe {recipe.name} drops nothing before the last layer, so it cannot be scaled")
-    return stages
+    return schedule
 
 
 def _published() -> dict[str, Any]:
@@ -223,5 +223,5 @@ def _published() -> dict[str, Any]:
 
 def _published_recipe(name: str, percent: str) -> Recipe:
     table = _published()
-    facts = {"model": {"name": "LLaVA-1.5-7B"}, "source": table["source"]}
-    return Recipe(name, tuple(table["deleted"][percent]), table["tokens"], fixed=True, facts=facts)
+    metadata = {"model": {"name": "LLaVA-1.5-7B"}, "source": table["source"]}
+    return Recipe(name, tuple(table["deleted"][percent]), table["tokens"], fixed=True, metadata=metadata)

@@ -33,7 +33,7 @@ class PrunerFiles:
 
     @classmethod
     def find(cls, checkpoint: str, config: str | None = None) -> PrunerFiles:
-        """The files behind the options ``checkpoint`` and ``config`` of the method.
+        """The files that the method's options ``checkpoint`` and ``config`` name.
 
         Raises
         ------

@@ -179,7 +179,7 @@ class OCVTP(Pruner):
             super().check_budget(ratio, layer)
         elif ratio is not None:
             raise ValueError(
-                f"OC-VTP's target={self.target} says how many tokens are kept: leave out the kept ratio "
+                f"OC-VTP's target={self.target} sets how many tokens are kept: leave out the kept ratio "
                 f"(SUBSET_RATIO), which is {ratio}"
             )
         if self.varies and layer:

@@ -83,7 +83,7 @@ def load_published(file: Path, sizes: Path | None = None) -> SlotPruner:
     given = {} if sizes is None else _read_sizes(sizes)
     for name, size in found.items():
         if given.get(name, size) != size:
-            raise ValueError(f"{sizes} says {name} {given[name]}, but the weights in {file} have {size}")
+            raise ValueError(f"{sizes} states {name} {given[name]}, but the weights in {file} have {size}")
     config = SlotConfig(**found | given, layer=None, trained_on={"published": file.name})
     return SlotPruner.from_weights(config, weights, str(file))
 
@@ -94,7 +94,7 @@ def _read_weights(file: Path) -> Mapping[str, torch.Tensor]:
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        # What PyTorch says here recommends to run the code in the file.
+        # PyTorch's own message recommends to run the code in the file.
         raise OSError(f"Cannot read {file} as PyTorch weights: it is damaged, or holds more than weights") from error
     for name in ("state_dict", "model"):
         if isinstance(weights, Mapping) and isinstance(weights.get(name), Mapping):
@@ -112,7 +112,7 @@ def _unwrapped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _read_sizes(file: Path) -> dict[str, Any]:
-    """What a configuration file of the published code says of the pruner, under our names."""
+    """What a configuration file of the published code states of the pruner, under our names."""
     if not file.is_file():
         raise OSError(f"There is no pruner configuration {file}")
     values = _read_yaml(file) if file.suffix in (".yaml", ".yml") else _read_json(file)

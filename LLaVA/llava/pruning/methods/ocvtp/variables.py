@@ -46,7 +46,7 @@ def translated(environ: Mapping[str, str]) -> Mapping[str, str]:
     for name in sorted(rest):
         if rest[name] and (name in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX") or name.startswith("OCVTP_")):
             raise ValueError(
-                f"{name}={rest[name]} is set beside {SWITCH}=1: use one switch or the other (OCL_TARGET_NUM says how "
+                f"{name}={rest[name]} is set beside {SWITCH}=1: use one switch or the other (OCL_TARGET_NUM sets how "
                 "many tokens are kept)"
             )
     mode = given.get("OCL_MODE", "pruning")
