@@ -26,6 +26,7 @@ class Answer:
     first: dict[int, float] = field(repr=False)
     prompt: int
     cached: int = 0
+    ttft: float = 0.0
 
     def agrees(self, other: Answer) -> bool:
         """Whether lengths, tokens and log-probabilities are the same; ``other`` may hold more of the last."""
@@ -88,6 +89,7 @@ class Served:
                 {token: value.logprob for token, value in one.outputs[0].logprobs[0].items()},
                 len(one.prompt_token_ids),
                 one.num_cached_tokens,
+                0.0 if one.metrics is None else one.metrics.first_token_latency,
             )
             for one in self.llm.chat(messages, sampling, use_tqdm=False, **own)
         ]
