@@ -47,34 +47,34 @@ def apportion(k: int, sizes: list[int]) -> list[int]:
     return shares
 
 
-def fractions_per_layer(stages: Schedule, num_layers: int) -> list[float]:
+def fractions_per_layer(schedule: Schedule, num_layers: int) -> list[float]:
     """Fraction of the visual tokens that every decoder layer sees: 1 before the first drop."""
     fractions = [1.0] * num_layers
-    for layer, fraction in stages:
+    for layer, fraction in schedule:
         fractions[layer:] = [fraction] * (num_layers - layer)
     return fractions
 
 
-def mean_fraction(stages: Schedule, num_layers: int) -> float:
+def mean_fraction(schedule: Schedule, num_layers: int) -> float:
     """Mean over the decoder's layers of the fraction of visual tokens present: what SUBSET_RATIO means."""
-    return math.fsum(fractions_per_layer(stages, num_layers)) / num_layers
+    return math.fsum(fractions_per_layer(schedule, num_layers)) / num_layers
 
 
 def kept_per_layer(
-    stages: Schedule, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
+    schedule: Schedule, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
 ) -> list[int]:
     """Visual tokens that every decoder layer sees of an image that has ``n``; see `Pruner.budget`."""
-    return [budget(n, fraction) for fraction in fractions_per_layer(stages, num_layers)]
+    return [budget(n, fraction) for fraction in fractions_per_layer(schedule, num_layers)]
 
 
 def kept_after_attention(
-    stages: Schedule, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
+    schedule: Schedule, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
 ) -> list[int]:
     """Visual tokens in every layer's output projection and feed-forward block, for drops after the attention.
 
-    What a layer's input lacks has left in the layer before; a stage at ``num_layers`` is a drop in the last layer.
+    What a layer's input lacks has left in the layer before; a drop at ``num_layers`` is one in the last layer.
     """
-    return [budget(n, fraction) for fraction in fractions_per_layer(stages, num_layers + 1)[1:]]
+    return [budget(n, fraction) for fraction in fractions_per_layer(schedule, num_layers + 1)[1:]]
 
 
 def at_relative_depth(
@@ -103,13 +103,13 @@ def at_relative_depth(
     tuple of (layer, fraction)
         Layers are rounded and strictly ascending; drops that would come after the last layer are left out.
     """
-    stages, lowest = [], first_layer
+    schedule, lowest = [], first_layer
     for layer, fraction in published:
         layer = max(lowest, round(layer * num_layers / published_layers * forward))
         lowest = layer + 1
         if layer < num_layers:
-            stages.append((layer, fraction))
-    return tuple(stages)
+            schedule.append((layer, fraction))
+    return tuple(schedule)
 
 
 def scaled(
@@ -155,17 +155,17 @@ def scaled(
             f"{first_layer}/{num_layers} = {first_layer / num_layers:.4g}"
         )
     for step in range(_STEPS, -1, -1):
-        stages = at_relative_depth(published, num_layers, first_layer, published_layers, step / _STEPS)
-        if mean_fraction(_to_the_power(stages, STEEPEST), num_layers) <= ratio:
+        schedule = at_relative_depth(published, num_layers, first_layer, published_layers, step / _STEPS)
+        if mean_fraction(_to_the_power(schedule, STEEPEST), num_layers) <= ratio:
             break
-    return _to_the_power(stages, _exponent(stages, ratio, num_layers))
+    return _to_the_power(schedule, _exponent(schedule, ratio, num_layers))
 
 
-def _exponent(stages: Schedule, ratio: float, num_layers: int) -> float:
+def _exponent(schedule: Schedule, ratio: float, num_layers: int) -> float:
     """The a for which the mean of fraction ** a over the layers is ``ratio``."""
 
     def mean(exponent: float) -> float:
-        return mean_fraction(_to_the_power(stages, exponent), num_layers)
+        return mean_fraction(_to_the_power(schedule, exponent), num_layers)
 
     lower, upper = 0.0, 1.0
     while mean(upper) > ratio:
@@ -181,5 +181,5 @@ def _exponent(stages: Schedule, ratio: float, num_layers: int) -> float:
     return upper
 
 
-def _to_the_power(stages: Schedule, exponent: float) -> Schedule:
-    return tuple((layer, fraction**exponent) for layer, fraction in stages)
+def _to_the_power(schedule: Schedule, exponent: float) -> Schedule:
+    return tuple((layer, fraction**exponent) for layer, fraction in schedule)
