@@ -562,6 +562,20 @@ class TestPlan:
         chosen = options.read(["mini", "--device", "cpu", "--num-processes", "2"])
         number, launch = dispatch.describe_workers(plan.make_plan(chosen), chosen, units=8)
         assert number == 2 and "torch.distributed.run" not in launch.command
+        number, launch = dispatch.describe_workers(plan.make_plan(chosen), chosen, units=1, wrapped=True)
+        assert number == 1 and "torch.distributed.run" not in launch.command
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--grey"], ["--model-base", "a/b"], ["--num-machines", "2", "--main-process-ip", "10.0.0.1"]],
+        ids=lambda arguments: arguments[0],
+    )
+    def test_what_lmms_eval_s_wrappers_cannot_do_is_refused(self, tmp_path, arguments):
+        config = {"model_type": "qwen2_5_vl", "vision_config": {}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert {job.wrapper for job in jobs("--model", str(tmp_path))} == {"qwen2_5_vl"}
+        with pytest.raises(ValueError, match=f"{arguments[0]} is for LLaVA's own checkpoints"):
+            jobs("--model", str(tmp_path), *arguments)
 
 
 class TestFolders:

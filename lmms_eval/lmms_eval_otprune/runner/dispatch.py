@@ -59,7 +59,7 @@ def evaluate(
     if not todo and options.num_machines == 1:
         return
 
-    number_of_workers, launch = describe_workers(plan, options, len(todo))
+    number_of_workers, launch = describe_workers(plan, options, len(todo), jobs[0].wrapper is not None)
     events: Queue[tuple[Worker, dict[str, Any]]] = Queue()
     folder = jobs[0].folder.parent
     specification = _specification(jobs, plan, options, identities, left)
@@ -127,11 +127,11 @@ def evaluate(
         raise
 
 
-def describe_workers(plan: Plan, options: Options, units: int) -> tuple[int, Launch]:
-    """How many workers evaluate so many tasks, and how each is started."""
+def describe_workers(plan: Plan, options: Options, units: int, wrapped: bool = False) -> tuple[int, Launch]:
+    """How many workers evaluate so many tasks, and how each is started; ``wrapped``: they share a task on GPUs only."""
     enough = units >= UNITS_PER_PROCESS * plan.num_processes
-    if plan.device == "cpu" and options.num_machines == 1 and enough:
-        return plan.num_processes, describe_launch(plan, options, 1)
+    if plan.device == "cpu" and options.num_machines == 1 and (enough or wrapped):
+        return min(plan.num_processes, max(units, 1)), describe_launch(plan, options, 1)
     return 1, describe_launch(plan, options, plan.num_processes)
 
 

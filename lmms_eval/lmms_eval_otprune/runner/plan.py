@@ -183,8 +183,12 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
             )
         names[name] = model
         wrapper = _wrapper(model)
-        if wrapper and (options.grey or options.model_base):
-            option = "--grey" if options.grey else "--model-base"
+        others = {
+            "--grey": options.grey,
+            "--model-base": options.model_base,
+            "--num-machines": options.num_machines > 1,
+        }
+        for option in (name for name, given in others.items() if wrapper and given):
             raise ValueError(f"{option} is for LLaVA's own checkpoints, not {model}")
         if options.grey:
             yield Job(model, None, output / name / "grey", grey=True)
