@@ -18,8 +18,8 @@ from llava.pruning.tokens import TokenGrid, VisualTokens
 METHODS = ["otprune", "divprune", "dpp"]
 
 ALL, REFERENCE = "all", "divprune"
-NOTHING_TO_TIME = ("ocvtp", "vtw")
-"""Not among `ALL`: OC-VTP's network is timed where it is trained, and VTW chooses no tokens."""
+NOTHING_TO_TIME = ("ocvtp", "scorer", "vtw")
+"""Not among `ALL`: trained networks take one width of features only, and VTW chooses no tokens."""
 
 CLIP = {"C": 1024, "c": 64, "H": 16}
 """Sizes of CLIP ViT-L, by which signals are made up: width, head width, heads."""
