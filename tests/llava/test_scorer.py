@@ -131,12 +131,22 @@ def test_padding_and_newlines_are_no_patches():
     torch.testing.assert_close(scores[0, :5], scorer(images[0][0][None])[0])
 
 
-def test_the_highest_scores_are_kept(tmp_path):
+def test_the_highest_scores_are_kept_or_what_covers_the_image_by_them(tmp_path):
     folder = save_tiny_scorer(tmp_path)
     features = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(2))
-    expected = load_scorer(tmp_path)(features).topk(5).indices.sort().values
-    found = Scorer(checkpoint=folder).indices(VisualTokens(torch.zeros(2, 12, 4), 5, encoder_features=features))
-    assert torch.equal(found, expected)
+    scores, tokens = load_scorer(tmp_path)(features), VisualTokens(torch.zeros(2, 12, 4), 5, encoder_features=features)
+    found = Scorer(checkpoint=folder, coverage=False).indices(tokens)
+    assert torch.equal(found, scores.topk(5).indices.sort().values)
+    unit = torch.nn.functional.normalize(features, dim=-1)
+    for image, kept in enumerate(Scorer(checkpoint=folder).indices(tokens).tolist()):
+        similarity, share = unit[image] @ unit[image].T, scores[image].softmax(0)
+        chosen, served = [], torch.zeros(12)
+        for _ in range(5):
+            gains = share * (similarity - served[:, None]).clamp_min(0).sum(0)
+            gains[chosen] = -1
+            chosen.append(int(gains.argmax()))
+            served = torch.maximum(served, similarity[:, chosen[-1]])
+        assert kept == sorted(chosen)
 
 
 def test_a_scorer_counts_by_its_weights(tmp_path):

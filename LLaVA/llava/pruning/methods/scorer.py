@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from llava.pruning.base import Pruner
+from llava.pruning.methods.coverage import facility_select
+from llava.pruning.methods.divprune import cosine_similarity
 from llava.pruning.tokens import VisualTokens
 
 MODEL_TYPE, CONFIG, WEIGHTS = "token_scorer", "config.json", "model.safetensors"
@@ -63,7 +65,7 @@ class TokenScorer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer(Pruner):
-    """A small network, trained once per model, scores the patches of an image; those with the highest scores are kept.
+    """A small network, trained once per model, predicts what questions attend to; what is kept covers the image by it.
 
     It reads the vision encoder's features, and is trained to predict the share of attention that questions pay each
     patch in the decoder, without the question: ``llava scorer gather`` and ``llava scorer train``. Newline tokens go on
@@ -73,13 +75,17 @@ class Scorer(Pruner):
     ----------
     checkpoint : str
         A folder of ``llava scorer train``, or "llava-mini", which ships with the package for the model of that name.
+    coverage : bool
+        Choose greedily by ``a_j sum_i max(0, cos_ij - m_i)``, as SCOPE does, with the predicted share ``a_j`` as the
+        saliency. Otherwise the k patches with the highest prediction are kept, which may all show one thing.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"encoder_features"})
     source: ClassVar[str] = "This package: attention in the decoder, predicted from the vision encoder's features"
-    cost: ClassVar[str] = "a small network, O(N C H) for its width H"
+    cost: ClassVar[str] = "a small network, O(N^2 C), greedy O(k N^2) at most"
 
     checkpoint: str = EMBEDDED
+    coverage: bool = True
 
     def __post_init__(self):
         try:
@@ -107,7 +113,11 @@ class Scorer(Pruner):
             )
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
-        return self.scores(tokens.encoder_features).argsort(dim=-1, descending=True, stable=True)[:, : tokens.k]
+        scores = self.scores(tokens.encoder_features)
+        if not self.coverage:
+            return scores.argsort(dim=-1, descending=True, stable=True)[:, : tokens.k]
+        share = torch.nan_to_num(scores.softmax(dim=-1))  # NaN where an image has no patch
+        return facility_select(cosine_similarity(tokens.encoder_features), tokens.k, weight=share)
 
     def scores(self, features: torch.Tensor) -> torch.Tensor:
         """Features (B, N, C) -> (B, N), float32; one image at a time: in a batch, rounding could tip a choice."""
