@@ -17,7 +17,8 @@ from llava.fitting.scorer.__main__ import main
 from llava.fitting.scorer.attention import Attention, gather, text_attention
 from llava.fitting.scorer.train import Recipe, collate, evaluate, train
 from llava.pruning import PruningConfig, VisualTokens
-from llava.pruning.methods.scorer import Scorer, TokenScorer, load_scorer
+from llava.pruning.methods.fitprune.recipe import read_recipe
+from llava.pruning.methods.scorer import Scorer, TokenScorer, load_scorer, read_scorer_config
 from llava.train.loop import Run, read_log
 from tiny_llava import build
 from tiny_trained import save_tiny_scorer
@@ -147,6 +148,12 @@ def test_the_highest_scores_are_kept_or_what_covers_the_image_by_them(tmp_path):
             chosen.append(int(gains.argmax()))
             served = torch.maximum(served, similarity[:, chosen[-1]])
         assert kept == sorted(chosen)
+
+
+def test_the_shipped_scorer_is_of_the_weights_that_the_shipped_recipes_are_of():
+    """Which a test of the recipes compares with the shipped model's."""
+    model = read_scorer_config(Scorer()._folder)["trained_on"]["model"]
+    assert model["weights"] == read_recipe("llava-mini/60").metadata["model"]["weights"]
 
 
 def test_a_scorer_counts_by_its_weights(tmp_path):
