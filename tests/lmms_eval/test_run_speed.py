@@ -78,7 +78,7 @@ class TestPrefetch:
         assert list(prefetch(str, [])) == []
 
 
-class TestPicturesPreparedAhead:
+class TestImagesPreparedEarly:
     def test_are_read_by_another_thread(self, load):
         readers = set()
 
@@ -89,9 +89,9 @@ class TestPicturesPreparedAhead:
         load(batch_size=2).generate_until(requests(images_of))
         assert readers and threading.main_thread() not in readers
 
-    def test_give_the_answers_of_pictures_read_in_turn(self, load, monkeypatch):
+    def test_give_the_answers_of_images_read_in_turn(self, load, monkeypatch):
         answers = load(batch_size=2).generate_until(requests())
-        monkeypatch.setattr(wrapper, "ahead", lambda work, items: ((item, work(item)) for item in items))
+        monkeypatch.setattr(wrapper, "prefetch", lambda work, items: ((item, work(item)) for item in items))
         assert load(batch_size=2).generate_until(requests()) == answers
 
 
