@@ -37,7 +37,7 @@ cd -- "$root"
 (cd LLaVA && "$python" -m mypy)
 # One thread a process: the tests start processes of their own, and tiny models gain nothing from more.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-"$python" -m pytest tests "$@"
+"$python" -m pytest tests --numprocesses auto --maxprocesses 8 --dist loadfile "$@"
 if [ ! -x "${VLLM_VENV:-$root/.venv-vllm}/bin/python" ]; then
     printf 'Left out: the tests that need vLLM. bash tests/serve/run.sh sets it up and runs them.\n'
 elif [ $# = 0 ]; then
