@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
+from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.eval import table
-from llava.eval.results.columns import COLUMNS
 from llava.eval.results.evidence import draw_scores, interval
 from llava.eval.results.samples import units_of
 from llava.eval.table import build_table, load_runs

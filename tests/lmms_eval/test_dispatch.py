@@ -18,7 +18,7 @@ from lmms_eval_otprune.runner.plan import Job
 from lmms_eval_otprune.runner.screen import Screen
 from rich.console import Console
 
-from llava.eval.results.columns import COLUMNS
+from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.eval.table import Row, Table
 
 TASKS = tuple("abcd")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from llava.eval.results.columns import COLUMNS
+from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.eval.results.rows import UNPRUNED, Row
 from llava.eval.results.samples import read_log
 from llava.eval.token_page import Answer

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.command import Parser, positive, whole
-from llava.eval.results.columns import COLUMNS
 from llava.eval.results.evidence import DRAWS, with_evidence
 from llava.eval.results.formats import BUDGET, FORMATS, named
 from llava.eval.results.rows import (

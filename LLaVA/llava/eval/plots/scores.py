@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.eval.plots.drawing import Drawn, new_figure, new_grid, styles
-from llava.eval.results.columns import COLUMNS
 from llava.eval.results.rows import GREY, MEAN, Row, unpruned_of
 from llava.model.llava_arch import GAMMA
 

@@ -15,8 +15,9 @@ from zlib import crc32
 
 import numpy as np
 
+from llava.benchmarks import BENCHMARKS as COLUMNS
+from llava.benchmarks import Benchmark as Column
 from llava.eval.results.cider import CaptionsCannotBeScored, cider_of_runs
-from llava.eval.results.columns import COLUMNS, Column
 from llava.eval.results.rows import MEAN, UNPRUNED, Row, same_budget, unpruned_of
 from llava.eval.results.runs import Run
 from llava.eval.results.samples import Units, caption_texts, read_log, units_of

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from llava.eval.results.columns import COLUMNS
+from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.eval.results.runs import Run, differences, short_name
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from llava.eval.results.columns import Column
+from llava.benchmarks import Benchmark as Column
 
 Samples = Sequence[Mapping[str, Any]]
 
