@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -9,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 from llava.constants import IGNORE_INDEX
 from llava.model.language_model.kv_cache import CACHE
-from llava.pruning import Pruner, PruningConfig, VisualTokens, available_methods, kept_count, kernels, pruning
+from llava.pruning import PruningConfig, VisualTokens, available_methods, kept_count, kernels, pruning
 from llava.pruning.registry import method_class
 from llava.pruning.schedule import apportion
 from llava.pruning.tokens import TokenGrid, crop_numbers
@@ -319,17 +322,24 @@ SQUARE = (TokenGrid(6, 6),)
 CROPS = (TokenGrid(4, 4), TokenGrid(8, 7, "row", 4, 0, 0))
 
 
-@pytest.mark.parametrize("layout", [SQUARE, CROPS], ids=["square", "crops"])
-@pytest.mark.parametrize("k", [1, 3, 9, -1, 0])
-@pytest.mark.parametrize("kind", ["normal", "duplicates", "zeros"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+CASES = list(
+    itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16),
+        ("normal", "duplicates", "zeros"),
+        (1, 3, 9, -1, 0),
+        (SQUARE, CROPS),
+        (False, True),
+    )
+)
+"""dtype, kind of features, k (counted from N where it is not positive), layout, per_crop."""
+
+
 @pytest.mark.parametrize("method", [name for name in sorted(ALL) if name != "vtw"])
-def test_exactly_k_distinct_tokens_go_on(method, dtype, kind, k, layout):
-    """k counted from N where it is not positive; each image by itself, nothing changed, the same twice."""
-    n = sum(len(part) for part in layout)
-    k = k if k > 0 else n + k
-    pruner: Pruner = method_class(method)(**OPTIONS.get(method, {}))
-    for per_crop in (False, True):
+def test_exactly_k_distinct_tokens_go_on(method, request):
+    """Each image by itself, nothing changed, the same twice; on cases drawn by the method's name, more with --fuzz."""
+    drawn = random.Random(method).sample(CASES, min(len(CASES), 24 * request.config.getoption("fuzz")))
+    for dtype, kind, k, layout, per_crop in drawn:
+        k = k if k > 0 else sum(len(part) for part in layout) + k
         pruner = method_class(method)(**OPTIONS.get(method, {}), per_crop=per_crop)
         fields = observed(kind, dtype, 2, layout)
         before = {name: value.clone() for name, value in fields.items() if isinstance(value, torch.Tensor)}
@@ -350,7 +360,7 @@ def test_exactly_k_distinct_tokens_go_on(method, dtype, kind, k, layout):
                 for name, value in fields.items()
             }
             alone = pruner.reduce(VisualTokens(**own, k=k))
-            assert torch.equal(alone.indices[0], kept.indices[image])
+            assert torch.equal(alone.indices[0], kept.indices[image]), (dtype, kind, k, layout, per_crop)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
