@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 
 import llava
+from llava.command import Parser
 from llava.runtime import forget_place, print_everything
 
 PACKAGE = Path(llava.__file__).parent
 GUARD = 'if __name__ == "__main__":\n'
 FILES = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
-# The console script runs the others as they are.
-COMMANDS = {name: text for name, text in FILES.items() if GUARD in text and name != "__main__.py"}
+# The console script, and a former name of a command, run others as they are.
+COMMANDS = {
+    name: text
+    for name, text in FILES.items()
+    if GUARD in text and name != "__main__.py" and "runpy.run_module(" not in text
+}
 
 
 def test_what_the_terminal_s_encoding_lacks_is_printed_as_escapes(monkeypatch):
@@ -28,7 +33,16 @@ def test_what_the_terminal_s_encoding_lacks_is_printed_as_escapes(monkeypatch):
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_prints_everything(command):
-    assert GUARD + "    print_everything()\n" in COMMANDS[command]
+    text = COMMANDS[command]
+    in_the_frame = "llava.command import" in text and ".run(" in text
+    assert in_the_frame or GUARD + "    print_everything()\n" in text
+
+
+def test_the_frame_prints_everything(monkeypatch):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="iso-8859-1"))
+    assert Parser("command", "about").run(lambda _: print("†", flush=True), []) == 0
+    assert shown.getvalue() == b"\\u2020\n"
 
 
 def test_the_place_in_another_launch_is_forgotten_and_nothing_else():
