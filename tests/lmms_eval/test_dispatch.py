@@ -137,6 +137,13 @@ def test_machines_that_do_not_meet_say_where(evaluate):
     )
 
 
+@pytest.fixture
+def terminal(monkeypatch):
+    """A terminal that can do more than print, whatever the tests run in."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.mark.usefixtures("terminal")
 def test_a_terminal_shows_bars_and_the_table_and_leaves_lines(tmp_path):
     job = Job("model", None, Path(tmp_path) / "llava-mini" / "unpruned")
     records.write_json(
@@ -154,6 +161,7 @@ def test_a_terminal_shows_bars_and_the_table_and_leaves_lines(tmp_path):
     assert "llava-mini, unpruned mini_gqa: GQA 50.00, 240 samples in 7 s\n" in shown.getvalue()
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(("width", "names"), [(200, ["MMMU", "Mean"]), (80, ["Mean"])])
 def test_the_table_has_the_columns_that_fit_and_cuts_no_number(width, names):
     scores = {column.key: 100.0 for column in COLUMNS}
