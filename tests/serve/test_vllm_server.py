@@ -29,7 +29,8 @@ def server(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_ENABLE_V1")}
+    switch = ("BASELINE", "SUBSET_RATIO", "OTPRUNE_", "VLLM_ENABLE_V1")  # what other engines of this process read
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(switch)}
     environ |= {"VLLM_PLUGINS": "otprune", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environ |= {"VLLM_HOST_IP": "127.0.0.1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     environ |= {"VLLM_LOGGING_LEVEL": "INFO"}
