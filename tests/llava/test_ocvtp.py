@@ -340,7 +340,7 @@ def test_a_published_configuration_that_does_not_fit_is_named(tmp_path, change, 
 
 
 def test_files_that_are_no_pruner_are_named(tmp_path):
-    with pytest.raises(OSError, match=r"nowhere is no OC-VTP pruner: it has no config.json"):
+    with pytest.raises(OSError, match=r"nowhere is not an OC-VTP pruner: it has no config.json"):
         SlotPruner.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(OSError, match=r"Cannot read .*text.pth"):
@@ -382,7 +382,7 @@ def test_weights_of_other_sizes_are_refused(tmp_path):
     save(SlotPruner(dataclasses.replace(tiny_config(), slot_width=8)), tmp_path / "other")
     shutil.copy(tmp_path / "other" / "config.json", folder)
     with pytest.raises(
-        ValueError, match=r"model.safetensors does not hold the weights of this pruner: .*size mismatch"
+        ValueError, match=r"model.safetensors does not hold the weights of this network: .*size mismatch"
     ):
         SlotPruner.from_pretrained(folder)
 

@@ -164,7 +164,7 @@ def test_a_scorer_counts_by_its_weights(tmp_path):
 
 
 def test_what_is_no_scorer_of_this_model_is_refused(model, tmp_path):
-    with pytest.raises(ValueError, match=r"there is no scorer .*nowhere: it has no config.json"):
+    with pytest.raises(ValueError, match=r"nowhere is not a scorer: it has no config.json"):
         PruningConfig("scorer", 0.3, options={"checkpoint": str(tmp_path / "nowhere")})
     folder = save_tiny_scorer(tmp_path, width=24)
     with pytest.raises(ValueError, match="reads features of width 24, but this vision tower's have 32"):

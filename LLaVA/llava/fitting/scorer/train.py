@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import Subset
 
 from llava.command import RATIO
-from llava.files import atomic_write, write_json
 from llava.fitting.scorer.attention import Attention
+from llava.fitting.trained import save_network
 from llava.pruning import kept_count
-from llava.pruning.methods.scorer import CONFIG, MODEL_TYPE, WEIGHTS, TokenScorer
+from llava.pruning.methods.scorer import MODEL_TYPE, TokenScorer
 from llava.train.loop import Run, Trainer
 
 
@@ -154,8 +153,6 @@ def evaluate(scorer: TokenScorer, data, device: torch.device | str = "cpu") -> d
 
 
 def save_scorer(scorer: TokenScorer, folder: Path, dtype: torch.dtype, trained_on: dict[str, Any]) -> None:
-    """Write ``config.json`` and ``model.safetensors``, each whole or not at all."""
-    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in scorer.state_dict().items()}
+    """Write a scorer's folder."""
     config = {"model_type": MODEL_TYPE, "width": scorer.width, "hidden": scorer.hidden, "trained_on": trained_on}
-    write_json(folder / CONFIG, config)
-    atomic_write(folder / WEIGHTS, lambda part: save_file(weights, part))
+    save_network(scorer, folder, dtype, config)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from llava.pruning.base import Pruner
 from llava.pruning.methods.coverage import facility_select
 from llava.pruning.methods.divprune import cosine_similarity
+from llava.pruning.methods.trained import CONFIG, WEIGHTS, filled, read_config, read_weights
 from llava.pruning.tokens import VisualTokens
 
-MODEL_TYPE, CONFIG, WEIGHTS = "token_scorer", "config.json", "model.safetensors"
+MODEL_TYPE = "token_scorer"
 EMBEDDED = "llava-mini"
 """The scorer that ships with the package, for the model of this name."""
 
@@ -136,33 +134,19 @@ def read_scorer_config(folder: Path) -> dict[str, Any]:
     ValueError
         If it describes something else.
     """
-    file = folder / CONFIG
-    if not file.is_file():
-        raise OSError(f"there is no scorer {folder}: it has no {CONFIG}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"{file} does not describe a scorer (model_type {MODEL_TYPE!r})")
+    config = read_config(folder, MODEL_TYPE, "a scorer")
     for name in ("width", "hidden"):
         if type(config.get(name)) is not int or config[name] < 1:
-            raise ValueError(f"{file}: {name} must be a whole number >= 1, not {config.get(name)!r}")
+            raise ValueError(f"{folder / CONFIG}: {name} must be a whole number >= 1, not {config.get(name)!r}")
     return config
 
 
 def load_scorer(folder: Path) -> TokenScorer:
     """The float32 network in a folder, in eval mode; an `OSError` or `ValueError` if it cannot be read."""
     config = read_scorer_config(folder)
-    network = TokenScorer(config["width"], config["hidden"])
-    try:
-        network.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS).items()})
-    except (SafetensorError, FileNotFoundError) as error:
-        raise OSError(f"Cannot read {folder / WEIGHTS}: {error}") from error
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n", 1)[-1].split())
-        raise ValueError(f"{folder / WEIGHTS} does not hold the weights of this scorer: {reason}") from error
-    return network.eval().requires_grad_(False)
+    weights = read_weights(folder, "a scorer")
+    network = filled(TokenScorer(config["width"], config["hidden"]), weights, str(folder / WEIGHTS))
+    return network.requires_grad_(False)
 
 
 @lru_cache(maxsize=4)

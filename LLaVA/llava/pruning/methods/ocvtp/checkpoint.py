@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from llava.pruning.methods.ocvtp.network import CONFIG, WEIGHTS, SlotConfig, SlotPruner
+from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
 from llava.pruning.methods.ocvtp.published import PUBLISHED_LAYER, load_published
+from llava.pruning.methods.trained import CONFIG, WEIGHTS
 
 EMBEDDED = "llava-mini"
 """The pruner that ships with the package, for the model of this name."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-MODEL_TYPE, CONFIG, WEIGHTS = "ocvtp", "config.json", "model.safetensors"
+from llava.pruning.methods.trained import CONFIG, WEIGHTS, filled, read_config, read_weights
+
+MODEL_TYPE, KIND = "ocvtp", "an OC-VTP pruner"
 
 
 @dataclass(frozen=True)
@@ -78,19 +77,11 @@ class SlotConfig:
         ValueError
             If it describes something else.
         """
-        file = folder / CONFIG
-        if not file.is_file():
-            raise OSError(f"{folder} is no OC-VTP pruner: it has no {CONFIG}")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(values, dict) or values.pop("model_type", None) != MODEL_TYPE:
-            raise ValueError(f"{file} does not describe an OC-VTP pruner (model_type {MODEL_TYPE!r})")
+        values = read_config(folder, MODEL_TYPE, KIND)
         try:
             return cls(**values)
         except TypeError as error:
-            raise ValueError(f"{file} does not describe an OC-VTP pruner: {error}") from error
+            raise ValueError(f"{folder / CONFIG} does not describe {KIND}: {error}") from error
 
 
 class InitialSlots(nn.Module):
@@ -227,26 +218,13 @@ class SlotPruner(nn.Module):
         ValueError
             If the weights are not those of the configuration.
         """
-        file = Path(folder) / WEIGHTS
-        config = SlotConfig.load(file.parent)
-        try:
-            weights = load_file(file)
-        except FileNotFoundError:
-            raise OSError(f"{folder} is no OC-VTP pruner: it has no {WEIGHTS}") from None
-        except SafetensorError as error:
-            raise OSError(f"Cannot read {file}: {error}") from error
-        return cls.from_weights(config, weights, str(file))
+        folder = Path(folder)
+        return cls.from_weights(SlotConfig.load(folder), read_weights(folder, KIND), str(folder / WEIGHTS))
 
     @classmethod
     def from_weights(cls, config: SlotConfig, weights: dict[str, torch.Tensor], source: str) -> SlotPruner:
         """A float32 network with given weights, in eval mode; ``source`` is what an error names."""
-        network = cls(config)
-        try:
-            network.load_state_dict({name: value.float() for name, value in weights.items()})
-        except RuntimeError as error:
-            reason = " ".join(str(error).split("\n", 1)[-1].split())
-            raise ValueError(f"{source} does not hold the weights of this pruner: {reason}") from error
-        return network.eval()
+        return filled(cls(config), weights, source)
 
 
 def slot_noise(seed: int, slots: int, width: int) -> torch.Tensor:
