@@ -38,7 +38,7 @@ from llava import benchmarks
 new = benchmarks.Benchmark("TextVQA", "textvqa_val", "exact_match", "textvqa", group="documents", captions=True)
 benchmarks.BENCHMARKS += (new,)
 
-from llava.eval.benchmark_tasks import definition_file, task_entry
+from llava.benchmark_tasks import definition_file, task_entry
 from llava.eval.results.formats import cells
 from llava.eval.results.rows import Row
 from lmms_eval_otprune.models.java import needs_java

@@ -7,7 +7,8 @@ import re
 import pytest
 from PIL import Image
 
-from llava.eval import benchmark_tasks, report
+from llava import benchmark_tasks
+from llava.eval import report
 from llava.eval.examples import find_examples
 from llava.eval.table import build_table, load_runs
 from llava.mini.scenes import render, sample_scene

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, load_shape
 from llava.fitting import data
 from llava.fitting.data import Source, find_questions
 from llava.fitting.fitprune import __main__ as command_line
@@ -22,7 +21,9 @@ from llava.fitting.fitprune import statistics
 from llava.fitting.fitprune.compare import Prefill, equal_ratio
 from llava.fitting.fitprune.fit import Budget, fit, write_recipe
 from llava.fitting.fitprune.search import TOKENS, Found, Walk, kept_by, least_share, search, settle, visual_flops
-from llava.fitting.fitprune.statistics import Prompts, Statistics
+from llava.fitting.fitprune.statistics import Statistics
+from llava.fitting.prompts import Prompts
+from llava.flops import SHAPES, DecoderShape, ModelShape, TowerShape, load_shape
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, pruning

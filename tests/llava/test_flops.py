@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 from golden import golden_root
-from llava.eval import flops
-from llava.eval.flops import SHAPES, DecoderShape, ModelShape, exact_flops, literature_flops
+from llava import flops
 from llava.eval.flops.__main__ import main
+from llava.flops import SHAPES, DecoderShape, ModelShape, exact_flops, literature_flops
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig, kept_count, pruning

@@ -11,13 +11,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from llava.eval.flops import TowerShape
 from llava.fitting import data
 from llava.fitting.data import Source, find_images
 from llava.fitting.ocvtp.__main__ import main
 from llava.fitting.ocvtp.cost import cost, padding_flops
 from llava.fitting.ocvtp.features import Features, default_layer, extract
 from llava.fitting.ocvtp.train import Recipe, split, train
+from llava.flops import TowerShape
 from llava.model.multimodal_encoder.observations import received_attention
 from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
 from llava.train.loop import Run, read_log

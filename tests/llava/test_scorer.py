@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from llava.fitting.data import Source
-from llava.fitting.fitprune.statistics import Prompts
+from llava.fitting.prompts import Prompts
 from llava.fitting.scorer.__main__ import main
 from llava.fitting.scorer.attention import Attention, gather, text_attention
 from llava.fitting.scorer.train import Recipe, collate, evaluate, train

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava.eval.benchmark_tasks import load_tasks
+from llava.benchmark_tasks import load_tasks
 from llava.fitting.data import find_images
 
 

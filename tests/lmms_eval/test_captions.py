@@ -8,8 +8,8 @@ import pytest
 from lmms_eval_otprune.models.java import java_works
 from lmms_eval_otprune.tasks import captions
 
+from llava.benchmark_tasks import changes, definition
 from llava.benchmarks import benchmark_of
-from llava.eval.benchmark_tasks import changes, definition
 from llava.eval.results.cider import cider_of_runs, one_line
 
 LINE_ENDS = "\n\v\f\r\u2028\u2029"

@@ -14,8 +14,8 @@ from lmms_eval.utils import load_yaml_config
 from lmms_eval_otprune.runner.suites import SUITES
 from lmms_eval_otprune.tasks import mmmu
 
+from llava.benchmark_tasks import definition, task_entry
 from llava.benchmarks import benchmark_of
-from llava.eval.benchmark_tasks import definition, task_entry
 from llava.mini import suite
 
 FOLDER = Path(lmms_eval_otprune.tasks.__file__).parent

@@ -9,7 +9,7 @@ from collections import Counter
 
 from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount, describe, merged_summary, summary
 
-from llava.eval.flops import SHAPES, DecoderShape, ModelShape, TowerShape, exact_flops, literature_flops
+from llava.flops import SHAPES, DecoderShape, ModelShape, TowerShape, exact_flops, literature_flops
 
 SHAPE = ModelShape(
     DecoderShape(hidden=8, intermediate=16, layers=4, query_width=8, key_width=8, vocabulary=32),

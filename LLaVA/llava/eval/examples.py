@@ -161,7 +161,7 @@ def _spelt(answer: str, prompt: str) -> str:
 
 def _image(task: str, document: int, prompt: str, tasks: dict[str, Any]) -> Image.Image | None:
     """The image of a benchmark's document, if it has one only and its data are still those that were asked about."""
-    from llava.eval.benchmark_tasks import load_tasks
+    from llava.benchmark_tasks import load_tasks
 
     if task not in tasks:
         tasks |= load_tasks(task)

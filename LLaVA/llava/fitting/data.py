@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
+from llava.benchmark_tasks import load_tasks
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.eval.benchmark_tasks import load_tasks
 from llava.images import load_rgb
 
 MINI, SCENES = "mini", "scenes:"
@@ -40,10 +40,8 @@ class Source:
         Of every image, for messages.
     opener : callable
         Number -> an image of any mode, and what is asked about it, or "".
-    digest : str
-        Differs when the content does.
-    seed : int
-        Of the choice among them.
+    digest, seed
+        The former differs when the content does; the latter is that of the choice.
     """
 
     name: str
@@ -56,13 +54,7 @@ class Source:
         return len(self.names)
 
     def open(self, number: int) -> tuple[Image.Image, str]:
-        """An image in RGB, and its question.
-
-        Raises
-        ------
-        OSError
-            If it cannot be read.
-        """
+        """An image in RGB, and its question; an OSError names the image if it cannot be read."""
         try:
             image, question = self.opener(number)
             return load_rgb(image), question
@@ -75,20 +67,10 @@ class Source:
 
 
 def find_images(source: str) -> Source:
-    """Images alone.
+    """Images alone; an OSError or ValueError if there are none, or they cannot be had.
 
-    Parameters
-    ----------
-    source : str
-        A folder, searched with all that is in it; "scenes:N" for N images of the embedded world; else a task or group
-        of lmms-eval, with each image of a task once.
-
-    Raises
-    ------
-    OSError
-        If there is no such folder or task, or its data cannot be had.
-    ValueError
-        If there is no image in it.
+    ``source`` is a folder, searched with all that is in it; "scenes:N" for N images of the embedded world; else a task
+    or group of lmms-eval, with each image of a task once.
     """
     if source.startswith(SCENES):
         found = _scenes(source)
@@ -113,18 +95,15 @@ def find_questions(source: str, count: int, seed: int = 0, image_folder: str | P
         "mini": images and questions of the embedded suite's kind, none of which it is trained or scored on. A JSON file
         in LLaVA's format: the first question of conversations about one image. Else a task or group of lmms-eval
         (otprune_mini: the embedded suite itself), whose tasks share the samples: questions about one image.
-    count : int
-    seed : int
-        Of the choice among them.
+    count, seed : int
+        How many, and the seed of the choice.
     image_folder : path, optional
         What a JSON file's image names are relative to; by default the file's folder.
 
     Raises
     ------
-    OSError
-        If a file or task cannot be read.
-    ValueError
-        If no sample is asked for, or there is none.
+    OSError, ValueError
+        If a file or task cannot be read, no sample is asked for, or there is none.
     """
     if count < 1:
         raise ValueError(f"a recipe needs at least one sample to be fitted on, not {count}")

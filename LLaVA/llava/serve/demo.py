@@ -25,10 +25,10 @@ from transformers.generation.streamers import BaseStreamer
 from llava.command import Parser, find_device, positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates, image_mark
-from llava.eval.flops import ModelShape, exact_flops, tokens_per_layer
 from llava.eval.token_page import data_uri
 from llava.eval.tokens import dimmed
 from llava.eval.views import views_of
+from llava.flops import ModelShape, exact_flops, tokens_per_layer
 from llava.images import load_rgb
 from llava.mm_utils import AnswerEnd, get_model_name_from_path, images_to, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -65,7 +65,7 @@ class Answer:
     seconds : float
         From the call to the first token: vision tower, selection and prefill.
     flops : int
-        Of the prefill, vision tower included; see `llava.eval.flops.exact_flops`.
+        Of the prefill, vision tower included; see `llava.flops.exact_flops`.
     """
 
     text: str

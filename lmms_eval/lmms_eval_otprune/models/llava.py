@@ -40,7 +40,7 @@ from lmms_eval_otprune.models.settings import GenerationSettings, read_batch_siz
 from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount, describe, layer_runs, summary
 
 if TYPE_CHECKING:
-    from llava.eval.flops import ModelShape
+    from llava.flops import ModelShape
 
 GREY = (128, 128, 128)
 VISUAL_CACHE = 2**30
@@ -249,7 +249,7 @@ class Llava(RowsInTurn, lmms):
 
     def model_shape(self) -> ModelShape | None:
         """The sizes that the cost of a prefill depends on; None for a model whose cost cannot be counted."""
-        from llava.eval.flops import ModelShape
+        from llava.flops import ModelShape
 
         try:
             return ModelShape.of(self.config, self.model.get_vision_tower().config)

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava.eval.flops import ModelShape
+    from llava.flops import ModelShape
 
 CONVENTIONS = ("literature", "exact")
 
@@ -104,7 +104,7 @@ def summary(prompts: Mapping[PromptCount, int], shape: ModelShape | None = None)
     dict, or None without images
         "images": how many; "total" and "kept": "min", "mean" and "max" over them, an image's kept tokens being the mean
         over the decoder layers of those present; "per_layer": mean tokens in each decoder layer. "flops": the prefills'
-        sums, "pruned" and "unpruned", by convention (see `llava.eval.flops`), and "flops_ratio", their quotients; both
+        sums, "pruned" and "unpruned", by convention (see `llava.flops`), and "flops_ratio", their quotients; both
         None without a shape. JSON-serialisable.
     """
     images: Counter[ImageCount] = Counter()
@@ -184,7 +184,7 @@ def layer_runs(per_layer: Sequence[float]) -> list[tuple[int, int, float]]:
 
 
 def _flops(prompts: Mapping[PromptCount, int], shape: ModelShape) -> dict[str, dict[str, int]]:
-    from llava.eval.flops import exact_flops, literature_flops, tokens_per_layer
+    from llava.flops import exact_flops, literature_flops, tokens_per_layer
 
     flops = {convention: {"pruned": 0, "unpruned": 0} for convention in CONVENTIONS}
     for prompt, times in prompts.items():

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from llava.eval.flops import USUAL_TEXT, exact_flops, load_shape, tokens_per_layer, visual_per_layer
+from llava.flops import USUAL_TEXT, exact_flops, load_shape, tokens_per_layer, visual_per_layer
 from llava.mini.suite import rows_of
 from lmms_eval_otprune.models.java import needs_java
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lmms_eval_otprune.tasks
-from llava.eval.benchmark_tasks import data_revision
+from llava.benchmark_tasks import data_revision
 from llava.model.builder import resolve_model_path
 from lmms_eval_otprune.models.fingerprint import model_fingerprint, source_digest
 from lmms_eval_otprune.models.java import needs_java

@@ -33,8 +33,8 @@ from lmms_eval.utils import get_datetime_str
 from loguru import logger
 from tenacity import RetryError
 
+from llava.benchmark_tasks import task_entry, task_manager
 from llava.benchmarks import benchmark_of
-from llava.eval.benchmark_tasks import task_entry, task_manager
 from llava.model.multimodal_encoder.observations import Output, encoder_outputs
 from llava.pruning import PruningConfig
 from llava.runtime import is_main_process

@@ -11,7 +11,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask, ConfigurableTask
 from lmms_eval.tasks import TaskManager
 from pyarrow import parquet
 
-from llava.eval.benchmark_tasks import changes, definition
+from llava.benchmark_tasks import changes, definition
 from llava.mini import suite
 
 from . import gqa

@@ -10,9 +10,19 @@ from statistics import mean
 from typing import Any
 
 from llava.command import Parser, positive, read_methods, whole
-from llava.eval.flops.count import UNITS, exact_flops, literature_flops, tokens_per_layer, visual_per_layer
-from llava.eval.flops.shape import BENCHMARK_TOKENS, SHAPES, USUAL_TEXT, ModelShape, load_shape
 from llava.files import check_writable, write_json
+from llava.flops import (
+    BENCHMARK_TOKENS,
+    SHAPES,
+    UNITS,
+    USUAL_TEXT,
+    ModelShape,
+    exact_flops,
+    literature_flops,
+    load_shape,
+    tokens_per_layer,
+    visual_per_layer,
+)
 from llava.pruning import PruningConfig
 
 Costs = dict[str, dict[str, float]]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.flops import SHAPES, USUAL_TEXT
+from llava.flops import SHAPES, USUAL_TEXT
 
 SYSTEM_PROMPT = 35
 """Tokens of Vicuna's system prompt, which stand before the image."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava.eval.benchmark_tasks import task_folders
+from llava.benchmark_tasks import task_folders
 from llava.eval.latency.methods import UNPRUNED, read_methods
 from llava.eval.latency.report import add_ratios
 from llava.pruning import PruningConfig

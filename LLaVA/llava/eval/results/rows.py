@@ -125,7 +125,7 @@ class Row:
         return (self.evidence.intervals.get(key) if self.evidence else None) or (None, None)
 
     def flops_ratio(self, convention: str) -> float | None:
-        """The prefill's FLOPs relative to unpruned, by convention: "literature" or "exact" (see `llava.eval.flops`)."""
+        """The prefill's FLOPs relative to unpruned, by convention: "literature" or "exact" (see `llava.flops`)."""
         ratios = (self.visual_tokens or {}).get("flops_ratio")
         return ratios[convention] if ratios else None
 

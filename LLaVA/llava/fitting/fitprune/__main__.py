@@ -7,13 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.command import EMBEDDED, Parser, find_device
+from llava.command import EMBEDDED, Parser
 from llava.files import check_writable
-from llava.fitting.data import MINI
+from llava.fitting.options import add_samples, load, samples_of, steps_of
 from llava.pruning.methods.fitprune.recipe import describe, known_recipes, read_recipe
-
-SAMPLES = 655
-"""A thousandth of LLaVA's instruction data, as published."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,15 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
-    from llava.fitting.data import find_questions
     from llava.fitting.fitprune.fit import Budget, fit, write_recipe
-    from llava.fitting.fitprune.statistics import Prompts, Statistics, cache_root
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
-    from llava.pruning import PruningConfig
+    from llava.fitting.fitprune.statistics import Statistics, cache_root
+    from llava.fitting.prompts import Prompts
 
-    if PruningConfig.from_env() is not None:
-        raise ValueError("a recipe is fitted to the unpruned model: unset BASELINE")
     budgets = [Budget(reduction_ratio=ratio) for ratio in arguments.reduction_ratio or ()]
     budgets += [Budget(subset_ratio=ratio) for ratio in arguments.subset_ratio or ()]
     if not budgets:
@@ -42,16 +34,10 @@ def _fit(arguments: argparse.Namespace) -> None:
     for file in files:
         check_writable(file)
     # What is wrong with the data is found before any weight is loaded.
-    source = find_questions(arguments.data, arguments.samples, arguments.seed, arguments.image_folder)
+    source = samples_of(arguments)
     if len(source) < arguments.samples:
         print(f"{arguments.data} has {len(source)} samples, not {arguments.samples}: all are taken", file=sys.stderr)
-
-    device = find_device(arguments.device)
-    dtype = arguments.dtype or ("float32" if device == "cpu" else "float16")
-    name = get_model_name_from_path(arguments.model)
-    tokenizer, model, processor, _ = load_pretrained_model(
-        arguments.model, arguments.model_base, name, device=device, dtype=dtype, multimodal=True
-    )
+    tokenizer, model, processor, name = load(arguments)
     prompts = Prompts(source, tokenizer, model.config, arguments.conv_mode)
     statistics = Statistics(model, processor, prompts, arguments.statistics or cache_root())
     for budget, file in zip(budgets, files, strict=True):
@@ -67,8 +53,8 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 
 def _equal(arguments: argparse.Namespace) -> None:
-    from llava.eval.flops import USUAL_TEXT, load_shape
     from llava.fitting.fitprune.compare import Prefill, equal_ratio
+    from llava.flops import USUAL_TEXT, load_shape
 
     recipe, text = read_recipe(arguments.recipe), arguments.text
     if text is None:
@@ -88,41 +74,26 @@ def _equal(arguments: argparse.Namespace) -> None:
 
 def _parser() -> Parser:
     parser = Parser("llava.fitting.fitprune", __doc__)
-    commands = parser.add_subparsers(required=True, metavar="fit, plot or equal", parser_class=Parser)
+    step = steps_of(parser, "fit, plot or equal")
 
-    def command(action, name: str, text: str) -> Parser:
-        one = commands.add_parser(name, help=text, description=f"{text.capitalize()}.", prog=f"{parser.prog} {name}")
-        one.set_defaults(action=action)
-        return one
-
-    fit = command(_fit, "fit", "make recipes for a checkpoint; interrupted, the same command continues where it was")
-    fit.add_model(base=True)
-    fit.add_argument(
-        "--data",
-        default=MINI,
-        help="mini (default): images and questions of the embedded world; a benchmark task or group of lmms-eval, as "
-        "gqa or otprune_mini, the embedded suite; or a JSON file in LLaVA's format",
-    )
-    fit.add_argument("--image-folder", type=Path, metavar="DIR", help="of a JSON file's images (default: its own)")
-    fit.add_argument("--samples", type=int, default=SAMPLES, metavar="N", help=f"default: {SAMPLES}, as published")
-    fit.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of samples (default: 0)")
+    fit = step(_fit, "fit", "make recipes for a checkpoint; interrupted, the same command continues where it was")
+    add_samples(fit, samples=655, seed=0)  # a thousandth of LLaVA's instruction data, as published
     share = "share of the decoder's FLOPs over visual tokens to save, 0 <= r < 1; one recipe each"
     fit.add_argument("--reduction-ratio", type=float, nargs="+", metavar="R", help=share)
     mean = "instead: mean over the layers of the fraction of visual tokens present (SUBSET_RATIO), 0 < r <= 1"
     fit.add_argument("--subset-ratio", type=float, nargs="+", metavar="R", help=mean)
     fit.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
-    fit.add_device()
     fit.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float16 on a GPU")
     cache = "folder for what is gathered (default: in the user's cache folder)"
     fit.add_argument("--statistics", type=Path, metavar="DIR", help=cache)
     output = "FILE.json, or for several recipes a folder (default: recipe.json)"
     fit.add_argument("--output", type=Path, default=Path("recipe.json"), metavar="FILE", help=output)
 
-    plot = command(_plot, "plot", "draw recipes: tokens by layer, attention lost by budget")
+    plot = step(_plot, "plot", "draw recipes: tokens by layer, attention lost by budget")
     plot.add_argument("recipes", nargs="+", metavar="RECIPE", help=f"files, or {', '.join(known_recipes()[:2])}, ...")
     plot.add_output("recipe.png")
 
-    equal = command(_equal, "equal", "print the ratios at which other methods cost as much as a recipe")
+    equal = step(_equal, "equal", "print the ratios at which other methods cost as much as a recipe")
     equal.add_argument("recipe", metavar="RECIPE", help="a file, or a known name")
     equal.add_model(also="1.5-7b and the like, ")
     equal.add_method("fastv,random")

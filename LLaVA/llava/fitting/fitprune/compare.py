@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.eval.flops import ModelShape, exact_flops, tokens_per_layer, visual_per_layer
 from llava.files import atomic_write
+from llava.flops import ModelShape, exact_flops, tokens_per_layer, visual_per_layer
 from llava.pruning import PruningConfig
 from llava.pruning.methods.fitprune.recipe import Recipe
 
@@ -18,16 +18,7 @@ CLOSE = 0.01
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt with one image.
-
-    Attributes
-    ----------
-    shape : ModelShape
-    visual : int
-        Its visual tokens before any leaves.
-    text : int
-        Text tokens, which all layers see.
-    """
+    """A prompt with one image, of ``visual`` tokens before any leaves, and ``text`` tokens, which all layers see."""
 
     shape: ModelShape
     visual: int
@@ -64,10 +55,7 @@ class Prefill:
 def equal_ratio(prefill: Prefill, recipe: Recipe, method: str) -> float:
     """The ratio at which ``method`` comes closest to the recipe's FLOPs, with four digits.
 
-    Raises
-    ------
-    ValueError
-        If it cannot be had for as little: a method that drops late costs more than a small recipe.
+    A ValueError if it cannot be had for as little: a method that drops late costs more than a small recipe.
     """
     wanted = prefill.with_recipe(recipe)
     # What is wrong with the method itself is found here, not taken for a ratio out of its reach.
@@ -94,10 +82,7 @@ def equal_ratio(prefill: Prefill, recipe: Recipe, method: str) -> float:
 def draw(recipes: Sequence[Recipe], png: Path) -> Path:
     """Tokens that enter each layer's attention, and the attention lost by budget; returns the CSV beside the figure.
 
-    Raises
-    ------
-    ValueError
-        If the recipes are of different models.
+    A ValueError if the recipes are of different models.
     """
     import pandas
     from matplotlib.figure import Figure

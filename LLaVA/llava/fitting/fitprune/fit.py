@@ -13,12 +13,13 @@ from typing import Any
 
 from filelock import FileLock
 
-from llava.eval.flops import ModelShape
 from llava.files import atomic_write
 from llava.fitting.data import MINI, find_questions
 from llava.fitting.fitprune.compare import Prefill
 from llava.fitting.fitprune.search import TOKENS, Cost, Walk, kept_by, least_share, search, settle, visual_flops
-from llava.fitting.fitprune.statistics import Prompts, Statistics, cache_root
+from llava.fitting.fitprune.statistics import Statistics, cache_root
+from llava.fitting.prompts import Prompts
+from llava.flops import ModelShape
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
 from llava.model.image_tokens import tokens_of_an_image
@@ -28,7 +29,7 @@ from llava.runtime import is_main_process
 
 @dataclass(frozen=True)
 class Budget:
-    """What a recipe may spend: one of the two.
+    """What a recipe may spend: one of the two, or a ValueError.
 
     Attributes
     ----------
@@ -36,11 +37,6 @@ class Budget:
         Share that is saved of the decoder's FLOPs over visual tokens, 0 <= ratio < 1.
     subset_ratio : float or None
         Mean over the layers of the fraction of visual tokens present, 0 < ratio <= 1.
-
-    Raises
-    ------
-    ValueError
-        For both or neither, or one out of range.
     """
 
     reduction_ratio: float | None = None
@@ -72,10 +68,7 @@ class Budget:
     def check(self, shape: ModelShape, tokens: int) -> None:
         """Refuse, before anything runs, what no recipe can meet in a model with images of so many tokens.
 
-        Raises
-        ------
-        ValueError
-            States the most, or the least, that can be met.
+        The ValueError states the most, or the least, that can be met.
         """
         layers = shape.decoder.layers
         least = least_share(self.cost(shape), tokens, layers)
@@ -95,15 +88,10 @@ class Budget:
 
 
 def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
-    """A recipe, as its file holds it.
+    """A recipe, as its file holds it, of a model of this ``name``.
 
-    Parameters
-    ----------
-    statistics : Statistics
-        Passes over the samples are made as far as they are missing; one process at a time makes them.
-    budget : Budget
-    name : str
-        The model's.
+    Passes over the samples are made as far as they are missing; one process at a time makes them. A ValueError if no
+    recipe meets the budget, or a sample cannot be used.
 
     Returns
     -------
@@ -112,11 +100,6 @@ def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
         layer's attention, and that the last one leaves; "alpha": the share of the attention that a layer may lose, as
         found; "flops": predicted (see `predicted_flops`); "divergence": see `Statistics.divergence`, and the mean of
         all.
-
-    Raises
-    ------
-    ValueError
-        If no recipe meets the budget, or a sample cannot be used.
     """
     shape = _checked(statistics.model, budget)
     cost, layers = budget.cost(shape), shape.decoder.layers
@@ -159,12 +142,9 @@ def fit(statistics: Statistics, budget: Budget, name: str) -> dict[str, Any]:
 def predicted_flops(shape: ModelShape, kept: list[int], text: int) -> dict[str, Any]:
     """What a recipe costs, with one image and ``text`` tokens of text.
 
-    Returns
-    -------
-    dict
-        "visual", the published budget: multiply-accumulates of the decoder over visual tokens alone; "prefill": FLOPs,
-        two per multiply-accumulate, of the whole prompt, vision tower included. Both "unpruned" and "pruned", with
-        "reduction_ratio", the share that is saved.
+    "visual", the published budget: multiply-accumulates of the decoder over visual tokens alone; "prefill": FLOPs,
+    two per multiply-accumulate, of the whole prompt, vision tower included. Both "unpruned" and "pruned", with
+    "reduction_ratio", the share that is saved.
     """
     walk, cost, prefill = Walk.of(kept), visual_flops(shape.decoder), Prefill(shape, kept[0], text)
     costs = {
@@ -189,12 +169,8 @@ def write_recipe(metadata: dict[str, Any], file: Path) -> Recipe:
 def fit_for(model, reduction_ratio: float | None, subset_ratio: float | None, samples: int) -> Recipe:
     """A recipe for a loaded model, fitted on the embedded data and kept in the cache folder; prints which to stderr.
 
-    A recipe that ships with the embedded model is taken where it is of this model, data and budget.
-
-    Raises
-    ------
-    ValueError
-        If the model has no tokenizer, or no recipe meets the budget.
+    A recipe that ships with the embedded model is taken where it is of this model, data and budget. A ValueError if the
+    model has no tokenizer, or no recipe meets the budget.
     """
     budget = Budget(reduction_ratio, subset_ratio)
     if model.prompt_tokenizer is None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llava.eval.flops import DecoderShape
+from llava.flops import DecoderShape
 
 TOLERANCE = 0.01
 """Of alpha, as published: seven walks."""
@@ -55,13 +55,10 @@ def visual_flops(shape: DecoderShape) -> Cost:
 
 @dataclass(frozen=True)
 class Walk:
-    """Tokens on their way, summed over the samples.
+    """Tokens on their way, over all samples.
 
-    Attributes
-    ----------
-    samples : int
-    tokens, squares : sequence of int
-        Of the numbers of tokens that enter each layer, and that the last one leaves: sums, and sums of squares.
+    ``tokens`` are the sums of the numbers of tokens that enter each layer, and that the last one leaves; ``squares``
+    the sums of these numbers' squares.
     """
 
     samples: int
@@ -134,14 +131,9 @@ def search(walk_at: Callable[[float], Walk], cost: Cost, share: float, tolerance
         The walk of an alpha between 0 and 1.
     cost : Cost
     share : float
-        Of the unpruned cost, what may be spent.
+        Of the unpruned cost, what may be spent; a ValueError if no walk meets it.
     tolerance : float
         Ends the search.
-
-    Raises
-    ------
-    ValueError
-        If even alpha = 1 does not meet it.
     """
     low, high, best = 0.0, 1.0, None
     while high - low > tolerance + 1e-6:
@@ -166,15 +158,11 @@ def search(walk_at: Callable[[float], Walk], cost: Cost, share: float, tolerance
 
 
 def settle(found: Found, cost: Cost, share: float) -> tuple[int, ...]:
-    """Whole numbers of tokens that meet the budget, and spend it.
+    """Whole numbers of tokens that meet the budget, and spend it: those that leave in each layer.
 
-    The means are rounded down as published; then those with the largest remainders are rounded up until the budget is
-    met, and from the last layers' tokens as many are given back as it allows.
-
-    Returns
-    -------
-    tuple of int
-        Tokens that leave in each layer, of an image with the samples' mean number, which is rounded.
+    They are of an image with the samples' mean number of tokens, rounded. The means are rounded down as published; then
+    those with the largest remainders are rounded up until the budget is met, and from the last layers' tokens as many
+    are given back as it allows.
     """
     tokens = round(found.walk.tokens[0] / found.walk.samples)
     deleted = found.scheme

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from llava.command import Parser, above_zero, find_device, positive, whole
+from llava.command import Parser, positive, whole
+from llava.fitting.options import add_training, load, steps_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,13 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _extract(arguments: argparse.Namespace) -> None:
     from llava.fitting.data import find_images
     from llava.fitting.ocvtp.features import extract
-    from llava.mm_utils import get_model_name_from_path
-    from llava.model.builder import load_pretrained_model
 
     images = find_images(arguments.images).first(arguments.count)
-    device, name = find_device(arguments.device), get_model_name_from_path(arguments.model)
-    dtype = "float32" if device == "cpu" else "float16"
-    _, model, _, _ = load_pretrained_model(arguments.model, None, name, device=device, dtype=dtype, multimodal=True)
+    _, model, _, _ = load(arguments)
     described = extract(
         model.get_vision_tower(),
         arguments.model,
@@ -95,12 +91,7 @@ def _cost(arguments: argparse.Namespace) -> None:
 
 def _parser() -> Parser:
     parser = Parser("llava.fitting.ocvtp", __doc__)
-    steps = parser.add_subparsers(required=True, metavar="extract, train or cost", parser_class=Parser)
-
-    def step(action, name: str, text: str, **options: str) -> Parser:
-        one = steps.add_parser(name, help=text, description=text, prog=f"{parser.prog} {name}", **options)
-        one.set_defaults(action=action)
-        return one
+    step = steps_of(parser, "extract, train or cost")
 
     extract = step(_extract, "extract", "write features of a model's frozen vision tower")
     extract.add_model()
@@ -115,19 +106,14 @@ def _parser() -> Parser:
     add("--batch-size", type=positive, default=16, metavar="N", help="images at a time (default: 16)")
 
     several = "Several processes: accelerate launch --num_processes N -m llava.fitting.ocvtp train ..."
-    add = step(_train, "train", "train a pruner on features", epilog=several).add_argument
+    train = step(_train, "train", "train a pruner on features", epilog=several)
+    add_training(train, "pruner", epochs=30, batch=12, rate=1e-3, seed=42)
+    add = train.add_argument
     add("--features", type=Path, default=Path("features"), help="folder of extract (default: features)")
-    add("--output", type=Path, default=Path("pruner"), help="the pruner's folder (default: pruner)")
-    add("--resume", action="store_true", help="continue from the last saved state")
     text = "slots of the validation; training draws S/4, S/2, S or 2S of them (default: 64)"
     add("--slots", type=positive, default=64, metavar="S", help=text)
-    add("--epochs", type=positive, default=30, metavar="N", help="default: 30")
     add("--warmup", type=whole, default=4, metavar="N", help="epochs of rising learning rate (default: 4)")
-    add("--batch-size", type=positive, default=12, metavar="N", help="images per step, of all processes (default: 12)")
-    add("--learning-rate", type=above_zero, default=1e-3, metavar="R", help="default: 0.001")
     add("--patience", type=positive, default=5, metavar="N", help="epochs without a better loss (default: 5)")
-    add("--seed", type=int, default=42, metavar="N", help="default: 42")
-    add("--minutes", type=above_zero, default=math.inf, metavar="M", help="save and stop after this long")
     add("--precision", choices=("no", "bf16"), default="no", help="of matrix products (default: no, float32)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights (default: float32)")
     add("--hidden", type=positive, metavar="N", help="width of the projection (default: twice the features')")

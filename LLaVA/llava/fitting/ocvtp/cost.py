@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.command import EMBEDDED, RATIO
-from llava.eval.flops import TowerShape, exact_flops, load_shape, tokens_per_layer
+from llava.flops import TowerShape, exact_flops, load_shape, tokens_per_layer
 from llava.pruning import kept_count
 from llava.pruning.methods.ocvtp.checkpoint import PrunerFiles
 from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
@@ -34,18 +34,14 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int) -> str
     Parameters
     ----------
     model : str
-        See `llava.eval.flops.load_shape`.
+        See `llava.flops.load_shape`.
     checkpoint : str or None
         A pruner; None for the published sizes at the width of the model's vision tower, and for llava-mini's own.
+        An OSError or ValueError if it is missing or damaged, or reads features of another width.
     kept : int or None
         Visual tokens kept; the published 0.098 of them if left out.
     text : int
         Text tokens.
-
-    Raises
-    ------
-    OSError, ValueError
-        If a file is missing or damaged, or the pruner reads features of another width.
     """
     shape = load_shape(model)
     if checkpoint is None and model == EMBEDDED:

@@ -35,10 +35,8 @@ class Description:
         Of each image: (tokens, width), without [CLS].
     pictures : str
         Where the images come from.
-    count : int
-        How many there are when all shards are.
-    shard : int
-        Images per shard.
+    count, shard : int
+        How many images there are when all shards are, and how many a shard has.
     """
 
     model: str
@@ -93,8 +91,7 @@ def extract(
     tower : CLIPVisionTower
     model : str
         Name of the checkpoint, for the description.
-    images : Source
-    folder : Path
+    images, folder
     layer : int, optional
         Of the tower, from 0, or from the end of the layers that run; `default_layer` if left out.
     shard, batch : int
@@ -104,10 +101,8 @@ def extract(
 
     Raises
     ------
-    ValueError
-        If the layer is not one that runs, or the folder holds other features.
-    OSError
-        If an image cannot be read.
+    OSError, ValueError
+        If an image cannot be read, the layer is not one that runs, or the folder holds other features.
     """
     depth = tower.depth
     layer = default_layer(depth) if layer is None else layer
@@ -140,12 +135,7 @@ def extract(
 class Features(torch.utils.data.Dataset):
     """A complete folder of features, read one image at a time.
 
-    Raises
-    ------
-    OSError
-        If the folder holds no features, or a shard is unreadable.
-    ValueError
-        If shards are missing.
+    An OSError if the folder holds no features or a shard is unreadable, a ValueError if shards are missing.
     """
 
     def __init__(self, folder: Path):

@@ -1,4 +1,4 @@
-"""A training step's question: how well do an image's slots say what its hidden tokens are?"""
+"""The training objective: how well an image's slots predict its hidden tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava.train.loop import seed_of
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes of the decoder that a pruner is trained with.
+    """The sizes of the decoder that a pruner is trained with; a ValueError if its heads do not divide its width.
 
     Attributes
     ----------
@@ -23,11 +23,6 @@ class DecoderConfig:
     width, heads, layers, feed_forward : int
     context : int
         Tokens that are shown where their number is not drawn.
-
-    Raises
-    ------
-    ValueError
-        If the heads do not divide the width.
     """
 
     tokens: int
@@ -46,13 +41,6 @@ class RandomOrderDecoder(nn.Module):
     """Reconstructs an image's features from its slots and from the first few of its tokens in a random order.
 
     Source: OC-VTP, arXiv 2511.20439.
-
-    Parameters
-    ----------
-    width : int
-        Of the features.
-    slot_width : int
-    config : DecoderConfig
     """
 
     def __init__(self, width: int, slot_width: int, config: DecoderConfig):
@@ -83,20 +71,9 @@ class RandomOrderDecoder(nn.Module):
     def forward(
         self, features: torch.Tensor, slots: torch.Tensor, order: torch.Tensor, shown: torch.Tensor
     ) -> torch.Tensor:
-        """Reconstruct.
+        """Reconstruct features (B, N, C) from slots (B, S, D).
 
-        Parameters
-        ----------
-        features : Tensor (B, N, C)
-        slots : Tensor (B, S, D)
-        order : Tensor (B, N), int64
-            A permutation of the tokens of each image.
-        shown : Tensor (B, 1), int64
-            How many tokens are seen, the first ones in that order.
-
-        Returns
-        -------
-        Tensor (B, N, C)
+        ``order`` (B, N), int64, is a permutation of each image's tokens, of which the first ``shown`` (B, 1) are seen.
         """
         places = order.unsqueeze(-1).expand(-1, -1, self.positions.shape[-1])
         tokens = self.token_projection(features).gather(1, places)
@@ -110,13 +87,7 @@ class RandomOrderDecoder(nn.Module):
 
 
 class Reconstruction(nn.Module):
-    """The pruner and the decoder that it is trained with.
-
-    Parameters
-    ----------
-    config : SlotConfig
-        With a decoder.
-    """
+    """The pruner and the decoder that it is trained with, whose sizes are ``config.decoder``."""
 
     def __init__(self, config: SlotConfig):
         super().__init__()
@@ -192,11 +163,7 @@ def slot_weights(
         "mean": the slots with an area have a mean weight of 1; "sum": their weights add up to their number; "none".
         The first two are the same but for rounding.
     cap : float or None
-        Largest weight after that.
-
-    Returns
-    -------
-    Tensor (B, S)
+        Largest weight (B, S) after that.
     """
     winners = attention.argmax(dim=1)  # (B, N)
     area = torch.nn.functional.one_hot(winners, attention.shape[1]).to(attention).mean(dim=1)  # (B, S)
@@ -210,21 +177,10 @@ def slot_weights(
 def weighted_error(
     reconstruction: torch.Tensor, features: torch.Tensor, attention: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Mean squared error of each image, every token weighted by the slots that attend to it.
+    """Mean squared error of each image (B,), float32, every token weighted by the slots that attend to it.
 
-    Parameters
-    ----------
-    reconstruction, features : Tensor (B, N, C)
-    attention : Tensor (B, S, N)
-        Slot attention; no gradient passes through it.
-    weights : Tensor (B, S)
-        Of the slots, such as `slot_weights` gives.
-
-    Returns
-    -------
-    Tensor (B,), float32
-
-    Source: OC-VTP, arXiv 2511.20439.
+    ``attention`` (B, S, N) is the slots', and no gradient passes through it; ``weights`` (B, S) are theirs, as from
+    `slot_weights`; features are (B, N, C). Source: OC-VTP, arXiv 2511.20439.
     """
     share = torch.einsum("bs,bsn->bn", weights.float(), attention.detach().float())
     error = (reconstruction.float() - features.float()).square().mean(dim=-1)  # (B, N)

@@ -14,8 +14,8 @@ import torch
 from llava.files import atomic_write
 from llava.fitting.ocvtp.features import Description, Features
 from llava.fitting.ocvtp.objective import Draws, Reconstruction, seeded
-from llava.fitting.trained import save_network
 from llava.pruning.methods.ocvtp.network import MODEL_TYPE, SlotConfig, SlotPruner
+from llava.pruning.methods.trained import save_network
 from llava.train.loop import Run, Trainer, read_log, seed_of
 
 WARMUP_RATE, FINAL_RATE = 1e-6, 1e-8
@@ -23,7 +23,7 @@ WARMUP_RATE, FINAL_RATE = 1e-6, 1e-8
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a pruner is trained; the defaults are the published recipe.
+    """How a pruner is trained; the defaults are the published recipe. A ValueError for a warm-up that does not end.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Recipe:
     epochs, warmup : int
         Epochs in all, and those in which the learning rate rises.
     batch : int
-        Pictures a step, over all processes.
+        Images a step, over all processes.
     learning_rate, weight_decay, clip : float
         Of AdamW, and the largest norm of a step's gradient.
     validation : float
@@ -40,11 +40,6 @@ class Recipe:
     patience : int
         Epochs without a better validation loss after which the run ends.
     seed : int
-
-    Raises
-    ------
-    ValueError
-        For a warm-up that does not end.
     """
 
     slots: int = 64
@@ -63,13 +58,7 @@ class Recipe:
             raise ValueError(f"--warmup {self.warmup}: must be at least 0 and below --epochs {self.epochs}")
 
     def slot_choices(self, tokens: int) -> list[int]:
-        """The numbers of slots that a step draws from.
-
-        Raises
-        ------
-        ValueError
-            If there are more slots than tokens.
-        """
+        """The numbers of slots that a step draws from; a ValueError if there are more slots than tokens."""
         if self.slots > tokens:
             raise ValueError(f"--slots {self.slots}: the features have {tokens} tokens per image, and so many at most")
         return [n for n in (self.slots // 4, self.slots // 2, self.slots, 2 * self.slots) if 1 <= n <= tokens]
@@ -83,13 +72,7 @@ class Recipe:
 
 
 def split(count: int, recipe: Recipe) -> tuple[list[int], list[int]]:
-    """Which images are trained on and which are held out.
-
-    Raises
-    ------
-    ValueError
-        If there are too few for a step.
-    """
+    """Which images are trained on and which are held out; a ValueError if there are too few for a step."""
     order = torch.randperm(count, generator=seeded(recipe.seed, "split")).tolist()
     held_out = max(1, round(recipe.validation * count))
     if count - held_out < recipe.batch:
@@ -112,9 +95,7 @@ def train(
         The network for features of a description.
     recipe : Recipe
     run : Run
-        Its folder gets the pruner with the best validation loss, and ``loss.png``.
-    dtype : str
-        Of the saved pruner's weights.
+        Its folder gets the pruner with the best validation loss, with weights of ``dtype``, and ``loss.png``.
 
     Returns
     -------
@@ -123,10 +104,9 @@ def train(
 
     Raises
     ------
-    OSError, ValueError
-        If the features are missing or others than those of the run to resume, or the recipe does not fit them.
-    FloatingPointError
-        If a loss is not finite.
+    OSError, ValueError, FloatingPointError
+        If the features are missing or others than those of the run to resume, the recipe does not fit them, or a loss
+        is not finite.
     """
     features = Features(folder)
     described, config = features.description, sizes(features.description)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from llava.files import atomic_write, read_json, write_json
-from llava.fitting.fitprune.statistics import Prompt, Prompts, send
+from llava.fitting.prompts import Prompt, Prompts, send
 from llava.mm_utils import images_to, process_images
 from llava.model.image_tokens import image_tokens
 from llava.pruning.base import Pruner
@@ -24,22 +24,8 @@ DESCRIPTION = "attention.json"
 def gather(model, image_processor, prompts: Prompts, folder: Path, name: str, quiet: bool = False) -> None:
     """Write a file per prompt; those that are there stay, so the same call continues where it was.
 
-    Parameters
-    ----------
-    model
-        A loaded LLaVA, unpruned.
-    image_processor
-    prompts : Prompts
-    folder : Path
-    name : str
-        The model's.
-    quiet : bool
-        No progress bar.
-
-    Raises
-    ------
-    OSError, ValueError
-        If a prompt cannot be used, or the folder holds what another model attends to, or other prompts.
+    The model, of this ``name``, is a loaded LLaVA, unpruned. An OSError or ValueError if a prompt cannot be used, or
+    the folder holds what another model attends to, or other prompts.
     """
     described = {
         "model": {"name": name, "weights": model_fingerprint(model), "width": model.get_vision_tower().hidden_size},
@@ -95,10 +81,7 @@ def text_attention(model, image_processor, prompt: Prompt) -> torch.Tensor:
 class Attention(torch.utils.data.Dataset):
     """What `gather` wrote: (features (N, C), attention (N,)), float32, by number.
 
-    Raises
-    ------
-    OSError
-        If the folder holds none, or a file is missing or damaged.
+    An OSError if the folder holds none, or a file is missing or damaged.
     """
 
     def __init__(self, folder: Path):

@@ -13,9 +13,9 @@ from torch.utils.data import Subset
 
 from llava.command import RATIO
 from llava.fitting.scorer.attention import Attention
-from llava.fitting.trained import save_network
 from llava.pruning import kept_count
 from llava.pruning.methods.scorer import MODEL_TYPE, TokenScorer
+from llava.pruning.methods.trained import save_network
 from llava.train.loop import Run, Trainer
 
 
@@ -53,14 +53,9 @@ class Prediction(nn.Module):
         self.scorer = scorer
 
     def forward(self, features: torch.Tensor, attention: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The divergence of the prediction (B, N) from the attention, over the patches, averaged over images.
+        """The divergence of the prediction from the attention (B, N), over the patches, averaged over images.
 
-        Parameters
-        ----------
-        features : Tensor (B, N, C)
-            Zeros for padding.
-        attention : Tensor (B, N)
-            What patches receive counts, as shares of its sum.
+        Features (B, N, C) are zeros for padding; what patches receive counts, as shares of its sum.
         """
         patches = features.any(dim=-1)
         predicted = self.scorer(features).log_softmax(dim=-1).masked_fill(~patches, 0.0)
@@ -78,15 +73,8 @@ def collate(examples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Te
 def train(folder: Path, recipe: Recipe, run: Run, dtype: str = "bfloat16") -> bool:
     """Train a scorer on a folder of `gather`, from its last saved state or from nothing.
 
-    Returns
-    -------
-    bool
-        True when the run is complete and ``run.folder`` holds the scorer, False when its time was up.
-
-    Raises
-    ------
-    OSError, ValueError
-        If the folder is incomplete or other than that of the run to resume, or holds too few images.
+    True when the run is complete and ``run.folder`` holds the scorer, False when its time was up. An OSError or
+    ValueError if the folder is incomplete or other than that of the run to resume, or holds too few images.
     """
     data = Attention(folder)
     held_out = max(1, round(recipe.validation * len(data)))
@@ -132,11 +120,8 @@ def train(folder: Path, recipe: Recipe, run: Run, dtype: str = "bfloat16") -> bo
 def evaluate(scorer: TokenScorer, data, device: torch.device | str = "cpu") -> dict[str, float]:
     """On images that were held out: the share of the attention that the kept tokens receive, and the most there is.
 
-    Returns
-    -------
-    dict
-        "kept_attention", with the scorer's tokens at the usual kept ratio; "most_attention", with the best ones;
-        "random_attention", the ratio itself.
+    "kept_attention", with the scorer's tokens at the usual kept ratio; "most_attention", with the best ones;
+    "random_attention", the ratio itself.
     """
     kept, most, share = 0.0, 0.0, 0.0
     for features, attention in data:

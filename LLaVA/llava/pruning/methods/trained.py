@@ -9,30 +9,20 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+from llava.files import atomic_write, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 Network = TypeVar("Network", bound=nn.Module)
 
 
 def read_config(folder: Path, model_type: str, kind: str) -> dict[str, Any]:
-    """What ``config.json`` says of a network, without its ``model_type``.
+    """What ``config.json`` says of a network, without its ``model_type``, which must be the given one.
 
-    Parameters
-    ----------
-    folder : Path
-    model_type : str
-        Which one it must be.
-    kind : str
-        What errors call it, with its article.
-
-    Raises
-    ------
-    OSError
-        If there is none.
-    ValueError
-        If it describes something else.
+    ``kind`` is what errors call it, with its article. An OSError if there is none, a ValueError if it describes
+    something else.
     """
     file = folder / CONFIG
     if not file.is_file():
@@ -65,3 +55,10 @@ def filled(network: Network, weights: Mapping[str, torch.Tensor], source: str) -
         reason = " ".join(str(error).split("\n", 1)[-1].split())
         raise ValueError(f"{source} does not hold the weights of this network: {reason}") from error
     return network.eval()
+
+
+def save_network(network: nn.Module, folder: Path, dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+    """Write ``config.json`` and ``model.safetensors``, with weights of a dtype; each whole or not at all."""
+    weights = {name: value.detach().cpu().to(dtype).contiguous() for name, value in network.state_dict().items()}
+    write_json(folder / CONFIG, config)
+    atomic_write(folder / WEIGHTS, lambda part: save_file(weights, part))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from llava.eval.flops.shape import DecoderShape, ModelShape, TowerShape
+from llava.flops.shape import DecoderShape, ModelShape, TowerShape
 
 if TYPE_CHECKING:
     from llava.pruning import PruningConfig
