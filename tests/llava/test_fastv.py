@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from golden import golden_root
-from llava.model.language_model.observed_attention import last_token_attention
+from llava.model.language_model.observed_attention import asked_of
 from llava.pruning import VisualTokens, kept_count, pruning
+from llava.pruning.attention import attention_of_queries
 from llava.pruning.methods.fastv import FastV
+from llava.pruning.rows import Rows
 from tiny_llava import build, pad_rows, pixels, prompt
 
 FILE = golden_root() / "pruning" / "attention_methods.json"
@@ -62,23 +64,12 @@ def test_the_attention_is_that_of_the_layer_itself(tower, family):
             )
             hidden = out.hidden_states[1]
             rotary = model.model.rotary_emb(hidden, position_ids=positions)
-            found = last_token_attention(model.model.layers[1], hidden, rotary, mask)
+            rows = Rows.start(hidden, mask.bool(), torch.full_like(ids, -1))
+            ask = asked_of(model.model.layers[1], hidden, rotary, rows.valid)
+            found = attention_of_queries({"last_attention"}, rows, None, ask)["last_attention"]
         last = [int(row.nonzero().max()) for row in mask]
         expected = torch.stack([out.attentions[1][row, :, last[row]].T for row in range(2)])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_cached_decoding_is_recomputation_with_the_same_question(tower, attention):
-    """The ranking reads the last prompt token, so the prompt is kept and the first new token compared."""
-    model = build(tower)
-    model.set_attn_implementation(attention)
-    ids, images = prompt(4, 6)[None], pixels(1)
-    with pruning(model, "fastv", ratio=0.3), torch.no_grad():
-        assert model.pruning.layer == 2
-        generated = model.generate(ids, images=images, max_new_tokens=4, do_sample=False)[0]
-        first = model(input_ids=ids, images=images, use_cache=False).logits[0, -1].argmax()
-    assert generated[0] == first
 
 
 def test_a_batch_generates_what_its_rows_generate_alone(tower):

@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from llava.model.language_model.observed_attention import (
-    last_token_attention,
-    observed_attention,
-    ranks_of_heads,
-    rater_attention,
-)
+from llava.model.language_model.observed_attention import observed_attention, query_attention, ranks_of_heads
 from llava.model.multimodal_encoder.observations import cls_attention, mean_keys, received_attention, wide_head
+from llava.pruning.attention import attention_of_queries
+from llava.pruning.rows import Rows
 from tensor_parallel import answer_as_rank, answers
 
 HEADS, WIDTH, LENGTH = 2, 16, 24
@@ -50,12 +47,17 @@ def in_decoder(look):
     return observe
 
 
-def last(layer, hidden, rotary, valid):
-    return last_token_attention(layer, hidden, rotary, valid)
+def of_queries(name):
+    def look(layer, hidden, rotary, valid):
+        rows = Rows.start(hidden, valid, torch.full(valid.shape, -1))
+        raters = torch.arange(LENGTH).expand(2, -1) % 5 == 4
 
+        def ask(own, queries):
+            return query_attention(layer, hidden[own], rotary, valid[own], queries)
 
-def raters(layer, hidden, rotary, valid):
-    return rater_attention(layer, hidden, rotary, valid, torch.arange(LENGTH).expand(2, -1) % 5 == 4)
+        return attention_of_queries({name}, rows, raters, ask)[name]
+
+    return in_decoder(look)
 
 
 def received(layer, hidden, rotary, valid):
@@ -64,8 +66,8 @@ def received(layer, hidden, rotary, valid):
 
 
 LOOKS = {
-    "last": in_decoder(last),
-    "raters": in_decoder(raters),
+    "last": of_queries("last_attention"),
+    "raters": of_queries("rater_attention"),
     "received": in_decoder(received),
     "cls": cls_attention,
     "received by patches": received_attention,

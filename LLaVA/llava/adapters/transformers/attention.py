@@ -20,18 +20,9 @@ NAME = "watched_for_pruning"
 
 
 class Call(NamedTuple):
-    """What an attention module was about to compute.
+    """What an attention module was about to compute: queries (B, H, Q, d), keys and values (B, H', T, d).
 
-    Attributes
-    ----------
-    query : Tensor (B, H, Q, d)
-    key : Tensor (B, H', T, d)
-        H is a multiple of H'.
-    mask : Tensor (B or 1, 1 or H, Q, T) bool or additive, or anything else that a kernel takes, or None
-    scaling : float or None
-    softcap : float or None
-    causal : bool
-    value : Tensor (B, H', T, d)
+    H is a multiple of H'. The mask is (B or 1, 1 or H, Q, T), bool or additive, or anything else that a kernel takes.
     """
 
     query: torch.Tensor
@@ -42,26 +33,17 @@ class Call(NamedTuple):
     causal: bool
     value: torch.Tensor
 
-    def row(self, row: int) -> Call:
-        """The same of one row of the batch."""
+    def rows(self, own: slice) -> Call:
+        """The same of some rows of the batch."""
         mask = self.mask
         if isinstance(mask, torch.Tensor) and len(mask) > 1:
-            mask = mask[row : row + 1]
-        own = {name: getattr(self, name)[row : row + 1] for name in ("query", "key", "value")}
-        return self._replace(**own, mask=mask)
+            mask = mask[own]
+        return self._replace(query=self.query[own], key=self.key[own], value=self.value[own], mask=mask)
 
     def weights(self, queries: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows of the softmax for some queries alone.
+        """Rows of the softmax for ``queries`` (B, q), int64, alone: (B, H, q, T), float32.
 
-        Parameters
-        ----------
-        queries : Tensor (B, q), int64
-        valid : Tensor (B, T), bool, optional
-            Keys that may be looked at, where no mask says so.
-
-        Returns
-        -------
-        Tensor (B, H, q, T), float32
+        ``valid`` (B, T), bool, are the keys that may be looked at, where no mask says so.
         """
         batch, heads, _, width = self.query.shape
         asked = self.query.gather(2, queries[:, None, :, None].expand(-1, heads, -1, width))

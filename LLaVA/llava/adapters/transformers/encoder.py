@@ -19,18 +19,9 @@ sequence of several (or a window of one)."""
 
 
 class EncoderView:
-    """The vision encoder of a model, as far as a pruner needs to see it.
+    """The vision encoder of a model of transformers, as far as a pruner needs to see it.
 
-    Parameters
-    ----------
-    model
-        A vision-language model of transformers.
-    pruner : Pruner
-
-    Raises
-    ------
-    ValueError
-        If the encoder has no [CLS] token, or not the layers, that the pruner asks for.
+    A ValueError if the encoder has no [CLS] token, or not the layers, that the pruner asks for.
     """
 
     def __init__(self, model: Model, pruner: Pruner):
@@ -145,7 +136,8 @@ def _named(name: str, look: Callable[[Call], torch.Tensor]) -> Callable[[Call], 
 def _received(call: Call) -> torch.Tensor:
     """What each patch receives, averaged over heads and queries; an image at a time, whose maps are (H, P, P)."""
     every = torch.arange(call.query.shape[2], device=call.query.device)[None]
-    return torch.stack([call.row(image).weights(every)[0].mean(dim=(0, 1)) for image in range(len(call.query))])
+    images = (call.rows(slice(image, image + 1)) for image in range(len(call.query)))
+    return torch.stack([one.weights(every)[0].mean(dim=(0, 1)) for one in images])
 
 
 def _paid_by_cls(call: Call) -> torch.Tensor:

@@ -234,11 +234,7 @@ IMPOSSIBLE = {
 def why_not(model_type: str, takes_encoded_images: bool) -> str | None:
     """Why a family cannot be pruned; None if it can.
 
-    Parameters
-    ----------
-    model_type : str
-    takes_encoded_images : bool
-        Whether its ``forward`` has an argument ``mm_encoder_outputs``.
+    ``takes_encoded_images`` says whether its ``forward`` has an argument ``mm_encoder_outputs``.
     """
     if not takes_encoded_images:
         return IMPOSSIBLE.get(model_type, "it does not take encoded images apart from pixels (mm_encoder_outputs)")
@@ -248,12 +244,5 @@ def why_not(model_type: str, takes_encoded_images: bool) -> str | None:
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Make a family of models known; an existing one is replaced.
-
-    Parameters
-    ----------
-    model_type : str
-        ``model.config.model_type``.
-    family : Family
-    """
+    """Make a family of models known by its ``model.config.model_type``; an existing one is replaced."""
     FAMILIES[model_type] = family

@@ -130,17 +130,10 @@ class KeptPrompt:
 
 
 def kept_features(output: Any, images: Sequence[PromptImage], kept: Sequence[KeptTokens], listed: bool) -> Any:
-    """The encoder's output with the kept tokens alone.
+    """The encoder's output with the kept tokens alone, of images in the order of the placeholders.
 
-    A new object, since ``generate`` hands the old one over again where it does without a cache.
-
-    Parameters
-    ----------
-    output : ModelOutput
-    images, kept
-        In the order of the placeholders.
-    listed : bool
-        Whether the model reads a list of features or a tensor.
+    A new object, since ``generate`` hands the old one over again where it does without a cache; ``listed`` says whether
+    the model reads a list of features or a tensor.
     """
     edge, rows = 0, []
     for image, left in zip(images, kept, strict=True):

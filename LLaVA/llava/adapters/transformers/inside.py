@@ -18,6 +18,7 @@ from llava.adapters.transformers.attention import Call, Watch
 from llava.adapters.transformers.family import Model
 from llava.adapters.transformers.images import PromptImage
 from llava.adapters.transformers.inputs import CACHE, kept_positions, kept_rotary, kept_types
+from llava.pruning.attention import attention_of_queries, received_by_images
 from llava.pruning.base import Pruner
 from llava.pruning.rows import (
     CACHE_NAMES,
@@ -35,8 +36,6 @@ AHEAD = frozenset({"next_attention"})
 """Attention of the layer at whose input tokens are dropped: it is run up to there once more."""
 BEFORE = DECODER_SIGNALS - AHEAD
 """Attention of the layer before."""
-MOST_LOGITS = 1 << 24
-"""Attention logits that are held at a time: 64 MiB in float32."""
 WITHOUT_KEYS = ("linear_attention", "conv")
 """Kinds of layers that keep a running state instead of keys and values."""
 
@@ -314,52 +313,19 @@ def attention_signals(
 ) -> dict[str, torch.Tensor]:
     """What a method asks of a decoder layer's attention: name -> (B, T, ...), see `Signals`.
 
-    Parameters
-    ----------
-    raters : Tensor (B, T), bool, optional
-        Over the whole prompts.
-
-    Raises
-    ------
-    NotImplementedError
-        If this process has a part of the heads only.
+    ``raters``, (B, T), bool, covers the whole prompts.
     """
-    seen = {}
-    for name in needs & {"last_attention", "next_attention"}:
-        last = rows.prompt.shape[1] - 1 - rows.prompt.flip(1).int().argmax(dim=1)  # (B,)
-        seen[name] = call.weights(last[:, None], rows.valid)[:, :, 0].transpose(1, 2)
-    if "rater_attention" in needs:
-        assert raters is not None
-        present = raters.to(rows.column.device).gather(1, rows.column) & rows.valid
-        seen["rater_attention"] = torch.stack(
-            [
-                call.row(row).weights(own.nonzero().T, rows.valid[row : row + 1])[0].mean(dim=(0, 1))
-                if bool(own.any())
-                else present.new_zeros(present.shape[1], dtype=torch.float32)
-                for row, own in enumerate(present)
-            ]
-        )
+
+    def ask(own: slice, queries: torch.Tensor) -> torch.Tensor:
+        return call.rows(own).weights(queries, rows.valid[own])
+
+    def strongest(queries: torch.Tensor) -> torch.Tensor:
+        # Rows of padding see nothing.
+        return ask(slice(None), queries.expand(batch, -1)).nan_to_num().amax(dim=1)
+
+    seen = attention_of_queries(needs, rows, raters, ask)
     if needs & {"visual_attention", "text_attention"}:
-        visual, text = _received(call, rows)
-        seen |= {
-            name: values for name, values in (("visual_attention", visual), ("text_attention", text)) if name in needs
-        }
+        batch, heads = call.query.shape[:2]
+        received = received_by_images(strongest, rows.image_id, rows.text, heads)
+        seen |= dict(zip(("visual_attention", "text_attention"), received, strict=True))
     return {name: seen[name] for name in needs}
-
-
-def _received(call: Call, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """What visual tokens receive from their image's tokens (mean) and from the prompt's text (sum), in each query's
-    strongest head: (B, T) each, float32; queries are taken in chunks."""
-    batch, heads, length, _ = call.query.shape
-    image, asking = rows.image_id, rows.text
-    visual = torch.zeros(image.shape, dtype=torch.float32, device=image.device)
-    text, judges = torch.zeros_like(visual), torch.zeros_like(visual)
-    every = torch.arange(length, device=image.device)
-    for here in every.split(max(1, MOST_LOGITS // (batch * heads * length))):
-        weights = call.weights(here.expand(batch, -1), rows.valid)
-        strongest = weights.nan_to_num().amax(dim=1)  # (B, Q, T); rows of padding see nothing
-        same = (image[:, here, None] == image[:, None, :]) & (image[:, None, :] != TEXT)
-        visual += (strongest * same).sum(dim=1)
-        judges += same.sum(dim=1)
-        text += (strongest * asking[:, here, None]).sum(dim=1)
-    return visual / judges.clamp_min(1), text.masked_fill(image == TEXT, 0)

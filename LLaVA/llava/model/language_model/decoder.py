@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -10,13 +11,17 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava.model.language_model.kv_cache import CACHE, Filling, cache_among
-from llava.model.language_model.observed_attention import last_token_attention, observed_attention, rater_attention
+from llava.model.language_model.observed_attention import asked_of, observed_attention
 from llava.model.offload import execution_device
 from llava.model.prefill import Prefill
+from llava.pruning.attention import attention_of_queries
 from llava.pruning.rows import KeptColumns, Rows, choose_raters, drop_image_tokens, refuse_images_without_text
 
+Mixin: Any = object
+"""See `llava.model.llava_arch.Mixin`."""
 
-class DroppingDecoder:
+
+class DroppingDecoder(Mixin):
     """Mixed in before a decoder stack: where a `Prefill`'s method drops inside, deeper layers see fewer tokens.
 
     In prefill and in every decoding step each layer sees what the drops up to it left, with its own mask and its own
@@ -102,12 +107,8 @@ class DroppingDecoder:
     ) -> BaseModelOutputWithPast:
         """The layers one by one, where tokens are dropped at some of them now, or were when the cache was filled.
 
-        Parameters
-        ----------
-        rows : Rows or None
-            The prompts, from which tokens are to be dropped; None where the cache holds them already.
-        filling : Filling
-            What the cache will hold.
+        ``rows`` are the prompts, from which tokens are to be dropped, or None where the cache holds them already;
+        ``filling`` is what the cache will hold.
         """
         if kwargs.pop("output_attentions", None):
             raise NotImplementedError("output_attentions is not available while a layer drops visual tokens")
@@ -229,26 +230,14 @@ def _layer_that_drops(
     return replace(rows, hidden=hidden + layer.mlp(layer.post_attention_layernorm(hidden)), side=side)
 
 
-def _attention_signals(needs, rows: Rows, before, layer: torch.nn.Module, rotary, raters) -> dict[str, torch.Tensor]:
+def _attention_signals(
+    needs: frozenset[str], rows: Rows, before, layer: torch.nn.Module, rotary, raters
+) -> dict[str, torch.Tensor]:
     """The attention signals that a method needs, at the rows' present places: name -> (B, T, ...)."""
-    seen = {}
-
-    def look(attention, layer: torch.nn.Module, hidden: torch.Tensor, asking: torch.Tensor) -> torch.Tensor:
-        """Where the layer computes, which may be another device than the rows'."""
-        device = execution_device(layer)
-        turned = tuple(part.to(device) for part in rotary)
-        found = attention(layer, hidden.to(device), turned, rows.valid.to(device), asking.to(device))
-        return found.to(rows.hidden.device)
-
-    if "next_attention" in needs:
-        seen["next_attention"] = look(last_token_attention, layer, rows.hidden, rows.prompt)
-    if before is None:
-        return seen
-    if "last_attention" in needs:
-        seen["last_attention"] = look(last_token_attention, *before, rows.prompt)
-    if "rater_attention" in needs:
-        present = raters.to(rows.column.device).gather(1, rows.column) & rows.valid
-        seen["rater_attention"] = look(rater_attention, *before, present)
+    ahead = frozenset({"next_attention"})
+    seen = attention_of_queries(needs & ahead, rows, None, asked_of(layer, rows.hidden, rotary, rows.valid))
+    if before is not None:
+        seen |= attention_of_queries(needs - ahead, rows, raters, asked_of(*before, rotary, rows.valid))
     return seen
 
 

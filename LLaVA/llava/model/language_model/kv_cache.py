@@ -28,12 +28,8 @@ CACHE = _name_in(inspect.signature(LlamaModel.forward).parameters)
 def cache_among(past_key_values: Cache | None, others: dict[str, Any]) -> Cache | None:
     """The cache of a call, whatever name it came under; taken out of the other keyword arguments.
 
-    Raises
-    ------
-    TypeError
-        If one came under a name that is not known: decoding without it would give other tokens.
-    ValueError
-        If it came under both names.
+    A TypeError if one came under a name that is not known, since decoding without it would give other tokens; a
+    ValueError if it came under both names.
     """
     cache = others.pop("cache", None)
     if cache is not None and past_key_values is not None:
@@ -117,21 +113,11 @@ class Filling:
         )
 
     def new_content(self, mask: torch.Tensor | None, n: int) -> torch.Tensor | None:
-        """What a caller's mask says of ``n`` new tokens: (B, n), bool; None where there is none.
+        """Which of ``n`` new tokens a caller's mask covers: (B, n), bool; None for no mask, or one of another kind.
 
-        It may cover them alone, or what came before as well, as a prompt's ids or as embedded: of that the cache knows
-        better.
-
-        Parameters
-        ----------
-        mask : Tensor (B, T) or (B, 1, n, cache's length), optional
-            The latter as transformers prepares it for a static cache: added to the attention, or True where it looks.
-            Anything else is not understood.
-
-        Raises
-        ------
-        ValueError
-            If it covers fewer tokens than came.
+        It may be (B, T) and cover them alone, or what came before as well, as a prompt's ids or as embedded: of that
+        the cache knows better. Or (B, 1, n, cache's length), as transformers prepares it for a static cache: added to
+        the attention, or True where it looks. A ValueError if it covers fewer tokens than came.
         """
         if not isinstance(mask, torch.Tensor):
             return None

@@ -25,9 +25,6 @@ class LlavaLlamaModel(LlavaMetaModel, DroppingDecoder, LlamaModel):
 
     config_class = LlavaConfig
 
-    def __init__(self, config: LlamaConfig, **tower_source: Any):
-        super().__init__(config, **tower_source)
-
 
 class LlavaLlamaForCausalLM(LlavaGenerationMixin, LlamaForCausalLM):
     """LLaVA of the first generation, 1.5, and 1.6 on Vicuna."""

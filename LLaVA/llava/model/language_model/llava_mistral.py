@@ -25,9 +25,6 @@ class LlavaMistralModel(LlavaMetaModel, DroppingDecoder, MistralModel):
 
     config_class = LlavaMistralConfig
 
-    def __init__(self, config: MistralConfig, **tower_source: Any):
-        super().__init__(config, **tower_source)
-
 
 class LlavaMistralForCausalLM(LlavaGenerationMixin, MistralForCausalLM):
     """LLaVA-1.6 on Mistral."""

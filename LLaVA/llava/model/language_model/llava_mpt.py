@@ -1,4 +1,4 @@
-"""LLaVA on MPT: the names exist, and say that it is not supported."""
+"""LLaVA on MPT: the names exist, and refuse to work."""
 
 from __future__ import annotations
 

@@ -7,11 +7,10 @@ from torch import distributed
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from llava.model.offload import execution_device
+from llava.pruning.attention import MOST_LOGITS, Ask, received_by_images
 from llava.pruning.similarity import products
 from llava.pruning.tokens import gather_tokens
-
-MOST_LOGITS = 1 << 24
-"""Attention logits that are held at a time: 64 MiB in float32."""
 
 
 def observed_attention(
@@ -26,8 +25,8 @@ def observed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention up to its output projection, and what visual tokens receive, from one and the same product.
 
-    Queries are taken in chunks: the whole map (H, T, T) is never there. Softmax in float32, of each query's strongest
-    head the rest is noted; only ``heads`` has a gradient.
+    Queries are taken in chunks: the whole map (H, T, T) is never there. Softmax in float32; only ``heads`` has a
+    gradient.
 
     Parameters
     ----------
@@ -37,24 +36,17 @@ def observed_attention(
     rotary : (cos, sin), each (1 or B, T, head width)
     valid : Tensor (B, T), bool
         False at padding.
-    image : Tensor (B, T), int64
-        Number of the image that a position belongs to, negative for text and padding.
-    asking : Tensor (B, T), bool
-        Text whose attention counts.
+    image, asking, most_logits
+        See `received_by_images`.
     cache : Cache, or None
         Gets this layer's keys and values.
-    most_logits : int
-        Bound on B * H * T * (queries at a time).
 
     Returns
     -------
     heads : Tensor (B, T, H * head width)
         Input of the output projection.
-    visual : Tensor (B, T), float32
-        Mean over the visual tokens of the same image of what they pay a visual token, in the head where that is most;
-        0 at text.
-    text : Tensor (B, T), float32
-        The same, summed over the ``asking`` tokens. Causality leaves those after the visual token.
+    visual, text : Tensor (B, T), float32
+        See `received_by_images`.
     """
     batch, length, _ = normed.shape
     shape = (batch, length, -1, attention.head_dim)
@@ -69,25 +61,20 @@ def observed_attention(
 
     ranks = ranks_of_heads(attention, query.shape[1])
     place = torch.arange(length, device=normed.device)
-    visual = normed.new_zeros(batch, length, dtype=torch.float32)
-    text, judges = torch.zeros_like(visual), torch.zeros_like(visual)
     heads = []
-    chunk = max(1, most_logits // (batch * query.shape[1] * length))
-    for here in place.split(chunk):
+
+    def strongest(here: torch.Tensor) -> torch.Tensor:
         logits = products(query[:, :, here], keys) * attention.scaling  # (B, H, Q, T)
         # Padding sees itself, so that no row of the softmax is empty.
         seen = (place <= here[:, None]) & valid[:, None, :] | (place == here[:, None])  # (B, Q, T)
         weights = logits.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(dim=-1)
         heads.append(weights.to(values.dtype) @ values)
-        strongest = weights.detach().amax(dim=1)  # (B, Q, T)
+        largest = weights.detach().amax(dim=1)  # (B, Q, T)
         if ranks is not None:
-            distributed.all_reduce(strongest, distributed.ReduceOp.MAX, group=ranks)
-        same = (image[:, here, None] == image[:, None, :]) & (image[:, None, :] >= 0)
-        visual += (strongest * same).sum(dim=1)
-        judges += same.sum(dim=1)
-        text += (strongest * asking[:, here, None]).sum(dim=1)
-    visual = visual / judges.clamp_min(1)
-    text = text.masked_fill(image < 0, 0)
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=ranks)
+        return largest
+
+    visual, text = received_by_images(strongest, image, asking, query.shape[1], most_logits)
     return torch.cat(heads, dim=2).transpose(1, 2).reshape(batch, length, -1), visual, text
 
 
@@ -142,12 +129,8 @@ def query_attention(
 def ranks_of_heads(attention: torch.nn.Module, heads: int) -> distributed.ProcessGroup | None:
     """The tensor parallel ranks that share a layer's heads, of which this one has so many; None where it has them all.
 
-    Each must see all heads, or they would drop different tokens.
-
-    Raises
-    ------
-    NotImplementedError
-        If the heads are shared in another way.
+    Each must see all heads, or they would drop different tokens: a NotImplementedError if they are shared in another
+    way.
     """
     total = attention.config.num_attention_heads
     if heads == total:
@@ -162,40 +145,15 @@ def ranks_of_heads(attention: torch.nn.Module, heads: int) -> distributed.Proces
     return ranks
 
 
-def last_token_attention(
-    layer: torch.nn.Module,
-    hidden: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    valid: torch.Tensor,
-    prompt: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`query_attention` of each row's last prompt token (by default its last token): (B, T, H), float32."""
-    asking = valid if prompt is None else prompt
-    last = asking.shape[1] - 1 - asking.flip(1).int().argmax(dim=1)  # (B,)
-    return query_attention(layer, hidden, rotary, valid, last[:, None])[:, :, 0].transpose(1, 2)
+def asked_of(
+    layer: torch.nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], valid: torch.Tensor
+) -> Ask:
+    """`query_attention` of some rows of a batch, where the layer computes, which may be another device than theirs."""
+    device = execution_device(layer)
 
+    def ask(own: slice, queries: torch.Tensor) -> torch.Tensor:
+        turned = tuple((part if len(part) == 1 else part[own]).to(device) for part in rotary)
+        seen = query_attention(layer, hidden[own].to(device), turned, valid[own].to(device), queries.to(device))
+        return seen.to(valid.device)
 
-def rater_attention(
-    layer: torch.nn.Module,
-    hidden: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor],
-    valid: torch.Tensor,
-    raters: torch.Tensor,
-) -> torch.Tensor:
-    """`query_attention` of chosen tokens, averaged over heads and over each row's raters: (B, T), float32.
-
-    Parameters
-    ----------
-    raters : Tensor (B, T), bool
-        Rows without one get zeros.
-    """
-    rows = []
-    for row, chosen in enumerate(raters.cpu()):  # one look at the whole batch
-        asking = chosen.nonzero().flatten()[None].to(hidden.device, non_blocking=True)
-        if asking.shape[1] == 0:
-            rows.append(hidden.new_zeros(hidden.shape[1], dtype=torch.float32))
-            continue
-        own = slice(row, row + 1)
-        turned = tuple(part[own] if len(part) > 1 else part for part in rotary)
-        rows.append(query_attention(layer, hidden[own], turned, valid[own], asking)[0].mean(dim=(0, 1)))
-    return torch.stack(rows)
+    return ask
