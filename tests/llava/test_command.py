@@ -76,6 +76,7 @@ WRONG = {
     "fitprune fit": "--reduction-ratio or --subset-ratio",
     "fitprune equal no-such-recipe": "no-such-recipe",
     "ocvtp extract --images no-such-folder": "no-such-folder",
+    "train --stage finetune --model m --data no-such.json --output o": "no-such.json",
     "ocvtp train --epochs 0": "--epochs: must be a whole number >= 1, not 0",
     "export llava-mini": "required: folder",
     "export llava-mini . --conv-mode v9": "is not empty",
@@ -106,7 +107,7 @@ def test_what_is_wrong_is_answered_with_one_sentence(run, line):
     assert WRONG[line] in said.err
 
 
-@pytest.mark.parametrize("command", [name for name in llava.COMMANDS if name != "train"])
+@pytest.mark.parametrize("command", llava.COMMANDS)
 def test_shared_options_are_spelt_alike(run, command):
     status, said = run(f"{command} --help")
     assert status == 0 and f"usage: llava {command}" in said.out

@@ -41,15 +41,7 @@ MOST_NAMED = 20
 
 
 def read_list(file: str | Path) -> list[Any]:
-    """The entries of a data file, not checked.
-
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        If it is not a JSON list.
-    """
+    """The entries of a data file, not checked; an OSError or ValueError if it cannot be read, or is no JSON list."""
     try:
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -62,12 +54,7 @@ def read_list(file: str | Path) -> list[Any]:
 def read_entries(file: str | Path) -> list[dict[str, Any]]:
     """The entries of a data file, checked but for their images and length.
 
-    Raises
-    ------
-    OSError
-        If the file cannot be read.
-    ValueError
-        If it is not a JSON list of conversations; the message names the entries.
+    An OSError or ValueError if it cannot be read, or is no JSON list of conversations; the message names the entries.
     """
     entries = read_list(file)
     faults = find_faults(entries)
@@ -187,7 +174,9 @@ def _image_names(entry: dict[str, Any]) -> list[str]:
 def tokenize_conversation(
     turns: Sequence[dict[str, str]], tokenizer, template: str, mark: str = DEFAULT_IMAGE_TOKEN
 ) -> tuple[list[int], list[int]]:
-    """Tokens of a conversation, and labels that are -100 everywhere but in the answers.
+    """Tokens of a conversation, and labels of the same length that are -100 everywhere but in the answers.
+
+    ``<image>`` is -200. Answers are labelled with the end-of-text token (plain: line end).
 
     Parameters
     ----------
@@ -196,19 +185,10 @@ def tokenize_conversation(
     tokenizer
     template : str
         "v1": Vicuna's conversation, as LLaVA-1.5 is asked; a turn's ``<image>`` is moved in front of its text.
-        "plain": only the image and its caption, for training a projector.
+        "plain": only the image and its caption, for training a projector. A ValueError for anything else, or a plain
+        conversation that is not one image and one caption.
     mark : str
         What stands for an image in front of a turn of "v1", as `llava.conversation.image_mark` has it for a model.
-
-    Returns
-    -------
-    input_ids, labels : list of int
-        The same length; ``<image>`` is -200. Answers are labelled with the end-of-text token (plain: line end).
-
-    Raises
-    ------
-    ValueError
-        For an unknown template, or a plain conversation that is not one image and one caption.
     """
     if template not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}; got {template!r}")
@@ -324,11 +304,7 @@ class ConversationDataset(Dataset):
 class Collator:
     """Makes a batch: texts padded on the right, images in the order of their marks.
 
-    Parameters
-    ----------
-    pad_token_id : int
-    image_size : int
-        Side of the blank image that stands in for a conversation without one: every row takes an image.
+    A blank image of side ``image_size`` stands in for a conversation without one: every row takes an image.
     """
 
     def __init__(self, pad_token_id: int, image_size: int):
@@ -337,10 +313,7 @@ class Collator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The model's arguments: ``input_ids``, ``labels``, ``attention_mask`` (B, T), ``images``, ``image_sizes``.
 
-        Raises
-        ------
-        ValueError
-            If an example has another number of images than of marks: the rows after it would see its images.
+        A ValueError if an example has another number of images than of marks: the rows after it would see its images.
         """
         for place, example in enumerate(examples):
             marks, images = int((example["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(example["images"])

@@ -35,21 +35,15 @@ class Run:
 
     Attributes
     ----------
-    folder : Path
-        Gets ``<name>.pt``, the state, and lines of ``log.jsonl``.
-    name : str
-        Of the run, or of the stage in a folder of several.
+    folder, name
+        The folder gets ``<name>.pt``, the state, and lines of ``log.jsonl``.
     seed : int
     resume : bool
         Continue from the state if there is one. Otherwise a state is an error.
-    seconds : float
-        After this long the state is saved and the loop left.
-    last_step : int or None
-        The same after this step.
-    save_seconds : float
+    seconds, last_step
+        After this long, or after this step, the state is saved and the loop left.
+    save_seconds, save_steps
         How often the state is saved.
-    save_steps : int or None
-        The same by steps.
     log_steps : int
         Steps that a log line is the mean of.
     precision : str
@@ -82,12 +76,7 @@ class Run:
 class NonFiniteLoss(FloatingPointError):
     """A loss is infinite or not a number; the state on the disk is from before.
 
-    Attributes
-    ----------
-    step : int
-        From 0.
-    part : int or None
-        Which of the step's forward passes in this process, from 0; None where it was in another process.
+    ``part`` is which of the step's forward passes in this process it was, from 0; None where it was in another process.
     """
 
     def __init__(self, step: int, part: int | None, loss: float):
@@ -125,10 +114,8 @@ class Trainer:
 
     Raises
     ------
-    ValueError
-        If there is a state that may not be resumed, or one of other settings.
-    OSError
-        If the state cannot be read.
+    OSError, ValueError
+        If there is a state that may not be resumed or cannot be read, or one of other settings.
     """
 
     def __init__(
@@ -171,10 +158,7 @@ class Trainer:
     def share(self, size: int) -> int:
         """Examples of one forward pass of this process, where a step has ``size`` over all passes and processes.
 
-        Raises
-        ------
-        ValueError
-            If they do not divide.
+        A ValueError if they do not divide.
         """
         share, rest = divmod(size, self.accelerator.num_processes * self.accumulate)
         if rest:
@@ -197,13 +181,11 @@ class Trainer:
 
         Parameters
         ----------
-        data : Dataset
+        data, collate
         order : sequence of int
             Examples in the order in which steps take them; its beginning follows its end.
-        size : int
-            Examples a step, over all processes and passes.
-        steps : int
-        collate : callable
+        size, steps : int
+            Examples a step, over all processes and passes; and steps in all.
         workers : int
             Processes that prepare later batches meanwhile.
         """
@@ -224,7 +206,9 @@ class Trainer:
         factor: Callable[[int], float],
         on_log: Callable[[dict[str, Any]], bool | None] | None = None,
     ) -> bool:
-        """Train from the current step on.
+        """Train from the current step on; returns whether the training is complete, or its time was up.
+
+        The state is saved in both cases. A `NonFiniteLoss` ends it.
 
         Parameters
         ----------
@@ -238,15 +222,6 @@ class Trainer:
         on_log : callable, optional
             Gets each log line before it is written, in every process, and may add to it. Training ends where it
             returns True.
-
-        Returns
-        -------
-        bool
-            Whether the training is complete. If not, its time was up. The state is saved in both cases.
-
-        Raises
-        ------
-        NonFiniteLoss
         """
         run, main = self.run, self.accelerator.is_main_process
         began = time.monotonic() - self.seconds

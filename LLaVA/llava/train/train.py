@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from llava.command import positive
+from llava.command import Parser, positive
 from llava.conversation import image_mark
 from llava.files import atomic_write
 from llava.model.builder import announce_pruning, load_pretrained_model
@@ -33,7 +33,7 @@ from llava.model.checkpoint import read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
 from llava.model.tokenizer import load_tokenizer
-from llava.runtime import is_main_process, print_everything
+from llava.runtime import is_main_process
 from llava.train.data import (
     TEMPLATES,
     Collator,
@@ -78,10 +78,7 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 def load_trainable(arguments: argparse.Namespace):
     """The model in float32 with what the stage trains left trainable, its tokenizer and image processor.
 
-    Raises
-    ------
-    ValueError
-        If the model has no vision tower and none is given, or for a wrong switch of token pruning.
+    A ValueError if the model has no vision tower and none is given, or for a wrong switch of token pruning.
     """
     if "mm_vision_tower" in _raw_config(arguments.model):
         tokenizer, model, processor, _ = load_pretrained_model(
@@ -191,11 +188,12 @@ def save_result(model: nn.Module, arguments: argparse.Namespace) -> None:
         shutil.copytree(tower, folder / config.mm_vision_tower, dirs_exist_ok=True)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m llava.train.train", description=__doc__.split("\n")[0])
+def _parser() -> Parser:
+    parser = Parser("llava.train.train", __doc__)
     add = parser.add_argument
     add("--stage", choices=("pretrain", "finetune"), required=True)
-    add("--model", required=True, help="checkpoint folder: a LLaVA, or a plain Llama with --vision-tower")
+    about = "checkpoint folder: a LLaVA, or a plain Llama with --vision-tower"
+    add("--model", "--model-path", dest="model", required=True, help=about)
     add("--data", required=True, help="JSON file of conversations")
     add("--images", default=".", help="folder of the images")
     add("--output", required=True)
@@ -250,9 +248,12 @@ def _checked_entries(arguments: argparse.Namespace) -> tuple[list[Any], dict[int
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; 3 when ``--stop-after`` came first."""
+    return _parser().run(train, argv)
+
+
+def train(arguments: argparse.Namespace) -> int:
     """Train; returns 0, or 3 when ``--stop-after`` came first."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
     _fill_defaults(arguments)
     folder = Path(arguments.output)
     run = Run(
@@ -267,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         precision="bf16" if arguments.bf16 else "no",
     )
     if run.state_file.exists() and not run.resume:
-        parser.error(f"{folder} holds an unfinished run: give --resume, or another --output")
+        raise ValueError(f"{folder} holds an unfinished run: give --resume, or another --output")
     torch.manual_seed(arguments.seed)
     entries, faults = _checked_entries(arguments)
     model, tokenizer, processor = load_trainable(arguments)
@@ -311,6 +312,9 @@ def main(argv: list[str] | None = None) -> int:
         first = error.step * per_step + place * arguments.batch_size
         names = [entry_name(entries, entry) for entry in order[first : first + arguments.batch_size]]
         raise FloatingPointError(f"{error}, on {', '.join(names)}") from error
+    except ValueError as error:
+        # That of a process that reads images comes with its traceback in front.
+        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from error
     if done and trainer.accelerator.is_main_process:
         save_result(trainer.accelerator.unwrap_model(trainer.task), arguments)
         run.state_file.unlink(missing_ok=True)
@@ -318,9 +322,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    print_everything()
-    try:
-        sys.exit(main())
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        # That of a process that reads images comes with its traceback in front.
-        sys.exit(f"llava.train.train: {str(error).rpartition('ValueError: ')[2].strip()}")
+    sys.exit(main())
