@@ -352,7 +352,7 @@ class TestWhatACheckpointIs:
     def test_a_note_of_git_lfs(self, checkpoint, name):
         note = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 135\n"
         (checkpoint / name).write_text(note)
-        with pytest.raises((OSError, ValueError), match=rf"{name} is git-LFS's note on a file.*run 'git lfs pull' in "):
+        with pytest.raises((OSError, ValueError), match=rf"{name} is a git-LFS pointer.*run 'git lfs pull' in "):
             load(checkpoint)
 
 

@@ -97,26 +97,6 @@ class TestBothSourcesOfRelevance:
             CDPruner(relevance=relevance).needs == {"clip": {"text_similarity"}, "embeddings": {"question"}}[relevance]
         )
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("k", [1, 4, 20, 35, 36])
-    def test_exactly_k_tokens_in_raster_order(self, relevance, k, dtype):
-        tokens = scene(k=k, dtype=dtype)
-        kept = CDPruner(relevance=relevance).reduce(tokens)
-        assert kept.features.shape == (2, k, 16) and kept.features.dtype == dtype
-        assert (kept.indices.diff(dim=1) > 0).all()
-
-    def test_an_image_is_not_changed_by_its_neighbours_in_the_batch(self, relevance):
-        tokens, pruner = scene(batch=3), CDPruner(relevance=relevance)
-        together = pruner.indices(tokens)
-        for row in range(3):
-            alone = VisualTokens(
-                tokens.features[row : row + 1],
-                tokens.k,
-                question=tokens.question[row : row + 1],
-                text_similarity=tokens.text_similarity[row : row + 1],
-            )
-            assert pruner.indices(alone)[0].tolist() == together[row].tolist()
-
     @pytest.mark.parametrize("content", ["zeros", "duplicates", "one in two"])
     def test_pictures_without_content(self, relevance, content):
         tokens = scene(k=30)

@@ -194,45 +194,6 @@ def test_density_peaks_break_ties_towards_the_lowest_index_and_give_every_centre
 
 
 @pytest.mark.parametrize("pruner", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", ["gaussian", "duplicates", "zeros"])
-def test_exactly_the_budget_goes_on_as_it_came_in(pruner, dtype, kind):
-    features = {
-        "gaussian": gaussian(2, 41, 8),
-        "duplicates": gaussian(2, 1, 8).expand(2, 41, 8),
-        "zeros": torch.zeros(2, 41, 8),
-    }[kind].to(dtype)
-    before = features.clone()
-    for k in (1, 2, 5, 20, 39, 40, 41):
-        kept = pruner.reduce(tokens_of(features, k))
-        again = pruner.reduce(tokens_of(features, k))
-        assert kept.features.shape == (2, k, 8) and kept.features.dtype == dtype
-        assert torch.isfinite(kept.features).all()
-        assert torch.equal(kept.features, again.features) and torch.equal(kept.indices, again.indices)
-        for row in kept.indices.tolist():
-            assert len(set(row)) == k
-    assert torch.equal(features, before)
-
-
-@pytest.mark.parametrize("pruner", METHODS)
-def test_a_batch_is_its_rows_alone(pruner):
-    features = gaussian(3, 60, 16)
-    tokens = tokens_of(features, 25)
-    batch = pruner.reduce(tokens)
-    for row in range(3):
-        alone = pruner.reduce(
-            VisualTokens(
-                features[row : row + 1],
-                25,
-                next_attention=tokens.next_attention[row : row + 1],
-                rater_attention=tokens.rater_attention[row : row + 1],
-            )
-        )
-        assert torch.equal(alone.indices[0], batch.indices[row])
-        torch.testing.assert_close(alone.features[0], batch.features[row])
-
-
-@pytest.mark.parametrize("pruner", METHODS)
 def test_per_crop_every_crop_gets_its_share(pruner):
     crops = torch.tensor([0] * 10 + [1, 1, 1, 1, 1, 2, 2, 2, 2, 2] * 2)
     tokens = dataclasses.replace(tokens_of(gaussian(1, 30, 8), 15), crops=crops[None])
@@ -246,16 +207,6 @@ def test_per_crop_every_crop_gets_its_share(pruner):
 def test_ties_go_to_the_lowest_index(pruner):
     tokens = VisualTokens(gaussian(1, 40, 4), 4, next_attention=torch.ones(1, 40, 2), rater_attention=torch.ones(1, 40))
     assert pruner.indices(tokens)[0].tolist() == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("pruner", METHODS)
-def test_attention_that_is_missing_or_nan_is_refused(pruner):
-    need = next(iter(pruner.needs))
-    with pytest.raises(ValueError, match=need):
-        pruner.reduce(VisualTokens(gaussian(1, 9, 4), 3))
-    nan = {"next_attention": torch.full((1, 9, 2), torch.nan), "rater_attention": torch.full((1, 9), torch.nan)}
-    with pytest.raises(ValueError, match=f"{need}.*NaN"):
-        pruner.reduce(VisualTokens(gaussian(1, 9, 4), 3, **{need: nan[need]}))
 
 
 @pytest.mark.parametrize("pruner", [*METHODS, pytest.param(VTW(), id="vtw")])

@@ -345,21 +345,6 @@ def test_hiprune_keeps_small_differences_of_attention_apart():
 # ---- what holds for all three
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", [None, NEWLINES], ids=["square", "newlines"])
-@pytest.mark.parametrize("method", METHODS)
-def test_every_image_is_its_own(method, layout, dtype):
-    n = 36 if layout is None else 34
-    for k in (1, 2, 7, n - 4, n - 1):
-        tokens = scene(batch=3, k=k, dtype=dtype, layout=layout)
-        kept = method().reduce(tokens)
-        assert kept.features.dtype == dtype and kept.features.shape == (3, k, 12)
-        for index in range(3):
-            alone = method().reduce(row(tokens, index))
-            assert torch.equal(kept.indices[index], alone.indices[0])
-            torch.testing.assert_close(kept.features[index], alone.features[0])
-
-
 @pytest.mark.parametrize("kind", ["duplicates", "zeros"])
 @pytest.mark.parametrize("method", METHODS)
 def test_tokens_that_are_all_alike_are_taken_once_each(method, kind):
@@ -428,18 +413,6 @@ def test_ties_go_to_the_lowest_index(method):
     )
     options = {VisionZip: {"contextual_share": 0.0}, VisPruner: {"important_ratio": 1.0}, HiPrune: {}}[method]
     assert method(**options).indices(tokens).tolist() == [[0, 1, 2]]
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_missing_or_not_finite_is_named(method):
-    (need, *_) = sorted(method().needs)
-    with pytest.raises(ValueError, match=need):
-        method().reduce(VisualTokens(torch.zeros(1, 9, 4), 3))
-    tokens = scene()
-    broken = getattr(tokens, need).clone()
-    broken[0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=need):
-        method().reduce(dataclasses.replace(tokens, **{need: broken}))
 
 
 @pytest.mark.parametrize(

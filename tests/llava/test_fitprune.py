@@ -16,11 +16,11 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from golden import golden_root
+from llava import flops
 from llava.constants import IGNORE_INDEX
-from llava.eval import flops
-from llava.eval.flops import SHAPES, ModelShape, exact_flops
 from llava.eval.flops.__main__ import main as flops_command
 from llava.fitting.fitprune.search import Found, Walk, search, visual_flops
+from llava.flops import SHAPES, ModelShape, exact_flops
 from llava.model.language_model.kv_cache import CACHE
 from llava.model.language_model.observed_attention import observed_attention
 from llava.pruning import PruningConfig, VisualTokens, pruning
@@ -231,8 +231,8 @@ class TestRecipes:
             ({"deleted": "4 5 1 0"}, "must list"),
             ({"deleted": [4, 5, 6, 1]}, "16 of 16 visual tokens leave"),
             ({"tokens": None}, "of None visual tokens"),
-            ({"model": {"layers": 4}}, "does not say visual_tokens"),
-            ({"model": None}, "does not say layers"),
+            ({"model": {"layers": 4}}, "does not state visual_tokens"),
+            ({"model": None}, "does not state layers"),
         ],
     )
     def test_what_is_no_recipe_is_told_why(self, changes, said):

@@ -139,30 +139,6 @@ class TestPublishedTokens:
 
 
 class TestEveryMergingMethod:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("layout", [None, ANYRES], ids=["grid", "anyres"])
-    @pytest.mark.parametrize("method", METHODS)
-    def test_exactly_k_tokens_go_on(self, method, layout, dtype):
-        n = 64 if layout is None else sum(map(len, layout))
-        tokens = scene(n=n, dtype=dtype, layout=layout)
-        before = tokens.features.clone()
-        for k in (*range(1, n, 5), n - 1, n):
-            kept = method().reduce(with_k(tokens, k))
-            assert kept.features.shape == (2, k, 12) and kept.features.dtype == dtype
-            assert kept.indices.shape == (2, k)
-            assert all(len(set(row)) == k for row in kept.indices.tolist())
-            assert torch.isfinite(kept.features).all()
-        assert torch.equal(tokens.features, before)
-
-    @pytest.mark.parametrize("method", METHODS)
-    def test_an_image_is_not_changed_by_its_neighbours_in_the_batch(self, method):
-        tokens = scene(batch=3, n=49, k=12)
-        together = method().reduce(tokens)
-        for row in range(3):
-            alone = method().reduce(rows(tokens, row))
-            assert alone.indices[0].tolist() == together.indices[row].tolist()
-            torch.testing.assert_close(alone.features[0], together.features[row], rtol=1e-5, atol=1e-5)
-
     @pytest.mark.parametrize("method", METHODS)
     def test_half_precision_only_rounds_the_result(self, method):
         tokens = scene(n=49, k=12)

@@ -361,6 +361,7 @@ def test_exactly_k_distinct_tokens_go_on(method, request):
             }
             alone = pruner.reduce(VisualTokens(**own, k=k))
             assert torch.equal(alone.indices[0], kept.indices[image]), (dtype, kind, k, layout, per_crop)
+            torch.testing.assert_close(alone.features[0], kept.features[image])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
