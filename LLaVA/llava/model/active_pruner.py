@@ -22,15 +22,11 @@ class ActivePruner:
     Attributes
     ----------
     pruner : Pruner or None
+        None that merges tokens may drop after the attention, whose output it does not see: a `ValueError`.
     schedule : tuple of (layer, fraction)
         See `Pruner.schedule_for`; empty where the method has yet to be fitted to the model.
     config : PruningConfig or None
         None for a method that was put there by hand.
-
-    Raises
-    ------
-    ValueError
-        For a method that merges tokens after the attention, whose output it does not see.
     """
 
     pruner: Pruner | None = None
@@ -96,12 +92,9 @@ class ActivePruner:
 def accepted(model: Any, config: PruningConfig) -> ActivePruner:
     """A configuration as it prunes a model of this package.
 
-    Raises
-    ------
-    ValueError
-        If its layer is not one of the model's, its budget cannot be met by a decoder of this depth, its options belong
-        to another model, or it cannot read the vision tower. Begins with what was set and it would not be raised
-        without.
+    Raises a `ValueError`, which begins with what was set and it would not be raised without, if the layer is not one of
+    the model's, its decoder cannot meet the budget, the options belong to another model, or the vision tower cannot
+    serve them.
     """
     config, tower = config.for_width(model.config.hidden_size), model.get_vision_tower()
     config = config.for_encoder(has_cls=True)  # every tower of this package is CLIP's
@@ -118,13 +111,7 @@ def accepted(model: Any, config: PruningConfig) -> ActivePruner:
 
 
 def fitted(model: Any, active: ActivePruner) -> ActivePruner:
-    """The same with a schedule that the method has learnt from the model, where it has to; `Pruner.fit`.
-
-    Raises
-    ------
-    ValueError
-        If it cannot.
-    """
+    """The same with a schedule that the method has learnt from the model, where it has to; see `Pruner.fit`."""
     if active.config is None or active.schedule:
         return active
     pruner: Any = active.pruner  # with `fit`: it has no schedule yet

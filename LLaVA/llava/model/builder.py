@@ -72,7 +72,7 @@ def load_pretrained_model(
     model_base : str or None
         The language model that a projector-only or LoRA checkpoint goes onto, or the LLaVA that adapters go onto.
     model_name : str
-        Usually the last part of the path; not looked at. What the checkpoint is, its files say: ``adapter_config.json``
+        Usually the last part of the path; ignored. The files decide what the checkpoint is: ``adapter_config.json``
         marks adapters, ``mm_projector.bin`` without other weights a projector, ``mm_vision_tower`` in ``config.json`` a
         LLaVA. Anything else loads as a plain language model.
     load_8bit, load_4bit : bool
@@ -207,7 +207,7 @@ def _is_llava(raw_config: dict[str, Any]) -> bool:
 
 
 def _classes(raw_config: dict[str, Any], path: str):
-    """Configuration and model class by what the checkpoint says of itself, not by the name of its folder."""
+    """Configuration and model class by the checkpoint's own configuration, not by the name of its folder."""
     if "text_config" in raw_config:
         raise ValueError(
             f"{path} is in transformers' own layout ({raw_config.get('model_type')}), as checkpoints under llava-hf/ "
@@ -337,7 +337,7 @@ def _tidy_generation_config(model: PreTrainedModel) -> None:
 
 
 def announce_pruning(model: PreTrainedModel) -> None:
-    """Say in one line on stderr what the model prunes, if it does, and what its method has to remark."""
+    """Print one line on stderr about what prunes the model, if anything does, and its method's advice."""
     if model.pruning is not None and is_main_process():
         print(f"llava: {model.pruning.describe()}", file=sys.stderr)
         for line in model.pruning.build_pruner().advice(model):

@@ -17,7 +17,7 @@ import llava
 
 EMBEDDED_MODEL = "llava-mini"
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-"""Arguments of ``from_pretrained`` that say which files of a hub id are meant, and how they come here."""
+"""Arguments of ``from_pretrained`` that choose files of a hub id, and how they are fetched."""
 ADAPTERS, PROJECTOR, EXTRAS = "adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"
 _SMALL_FILES = ["*.json", "*.txt", "*.model", PROJECTOR, EXTRAS, "adapter_model.*"]
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
@@ -54,7 +54,7 @@ class Checkpoint:
         tower = read_config(str(self.folder)).get("mm_vision_tower")
         inside = [f"{tower}/*"] if isinstance(tower, str) and (self.folder / tower).is_dir() else []
         for pattern in _WEIGHTS:
-            _fetch(self.name, self.hub, [pattern, *inside])
+            fetch(self.name, self.hub, [pattern, *inside])
             if self.has(pattern):
                 return
 
@@ -74,7 +74,7 @@ class Checkpoint:
         if self.has(ADAPTERS) and (with_base or not full):
             if with_base:
                 return "adapters"
-            base = _read_json(self.folder / ADAPTERS).get("base_model_name_or_path")
+            base = read_json(self.folder / ADAPTERS).get("base_model_name_or_path")
             raise ValueError(
                 f"{self.name} holds LoRA adapters alone: give the model they were trained on as model_base"
                 + (f" ({ADAPTERS} says {base})" if base else "")
@@ -104,66 +104,39 @@ def resolve_model_path(path: str) -> str:
 def open_checkpoint(path: str, hub: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint in a folder, or of a hub id after all but its weights has been fetched, of one commit.
 
-    Parameters
-    ----------
-    path : str
-        A folder, a hub id, or "llava-mini".
-    hub : mapping
-        `HUB_OPTIONS`.
-
-    Raises
-    ------
-    OSError
-        If there is no such checkpoint, or a file holds git-LFS's note in place of its content.
+    ``path`` may also be "llava-mini"; ``hub`` holds `HUB_OPTIONS`. An OSError if there is no such checkpoint, or a file
+    is a git-LFS pointer.
     """
     path = resolve_model_path(path)
     folder = Path(path)
     if not folder.is_dir():
-        _refuse_paths(path)
-        folder = _fetch(path, hub, _SMALL_FILES)
+        refuse_paths(path)
+        folder = fetch(path, hub, _SMALL_FILES)
         return Checkpoint(path, folder, {**hub, "revision": folder.name})
     refuse_lfs_notes(folder)
     return Checkpoint(path, folder)
 
 
 def read_config(path: str, hub: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """A checkpoint's config.json as it stands; AutoConfig takes model_type "llava" for an unrelated architecture.
+    """The config.json of a folder or hub id as it stands; AutoConfig takes "llava" for an unrelated architecture.
 
-    Parameters
-    ----------
-    path : str
-        A folder or a hub id.
-    hub : mapping, optional
-        `HUB_OPTIONS`.
-
-    Raises
-    ------
-    OSError
-        If the folder, or the file on the hub, is not there.
-    ValueError
-        If the file is no JSON object.
+    ``hub`` holds `HUB_OPTIONS`. An OSError or ValueError if the file is not there, or no JSON object.
     """
     if Path(path).is_dir():
         file = Path(path) / "config.json"
         if not file.is_file():
             raise OSError(f"{path} is no checkpoint: it has no config.json")
     else:
-        _refuse_paths(path)
+        refuse_paths(path)
         try:
             file = Path(cached_file(path, "config.json", **(hub or {})))
         except OSError as error:
             raise _not_on_hub(path, error) from error
-    return _read_json(file)
+    return read_json(file)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read a tensor dictionary that torch wrote; code in it is not run.
-
-    Raises
-    ------
-    OSError
-        If there is no such file, or it holds anything else.
-    """
+    """A tensor dictionary that torch wrote; no code in it is run. An OSError if the file holds anything else."""
     if not file.is_file():
         raise OSError(f"{file.parent} has no {file.name}")
     try:
@@ -183,26 +156,28 @@ def unreadable(what: str, error: Exception) -> OSError:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in its first line, or what kind it is of."""
+    """The first line of an error's message, or its type."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def refuse_lfs_notes(folder: Path) -> None:
-    """Raise an OSError if a file in a folder holds git-LFS's note in place of its content."""
+    """Raise an OSError if a file in a folder is a git-LFS pointer."""
     for file in sorted(item for item in folder.iterdir() if item.suffix in (".safetensors", ".bin", ".model", ".json")):
         with file.open("rb") as content:
             if content.read(len(_LFS_MARK)) == _LFS_MARK:
-                raise OSError(f"{file} is git-LFS's note on a file, not the file: run 'git lfs pull' in {folder}")
+                raise OSError(f"{file} is a git-LFS pointer, not the file itself: run 'git lfs pull' in {folder}")
 
 
-def _refuse_paths(path: str) -> None:
+def refuse_paths(path: str) -> None:
+    """Raise an OSError for what is neither a folder nor looks like a hub id."""
     if Path(path).is_file():
         raise OSError(f"{path} is a file; a checkpoint is a folder or a hub id")
     if path.startswith((".", "/", "~")):
         raise OSError(f"There is no checkpoint folder {path}")
 
 
-def _fetch(path: str, hub: Mapping[str, Any], patterns: list[str]) -> Path:
+def fetch(path: str, hub: Mapping[str, Any], patterns: list[str]) -> Path:
+    """The folder that files of a hub id lie in, once they are here; an OSError if the hub does not give them."""
     # huggingface_hub 1 asks the hub for the files of a commit in offline mode, too.
     here_only = hub.get("local_files_only") or is_offline_mode()
     try:
@@ -215,7 +190,8 @@ def _not_on_hub(path: str, error: Exception) -> OSError:
     return OSError(f"{path} is neither a folder nor a checkpoint that the hub gives: {first_line(error)}")
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError if it holds anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -32,7 +32,7 @@ def image_tokens(
     Raises
     ------
     ValueError
-        For images of another shape, fewer sizes than images of crops, or an unknown ``mm_patch_merge_type``.
+        See `check_images`; or for an unknown ``mm_patch_merge_type``.
     NotImplementedError
         For several crops of an image without anyres.
     """
@@ -68,14 +68,7 @@ def tokens_in_prompts(
 ) -> list[ImageTokens]:
     """`image_tokens` of the images that stand in prompts, in the order of their marks, with the prompts' signals.
 
-    Parameters
-    ----------
-    model, images, image_sizes
-        As for `image_tokens`.
-    rows : sequence of (ids (T,), labels (T,))
-        On the host.
-    images_of_rows : sequence of sequence of int
-        Which of ``images`` stand in each.
+    ``rows`` are ids (T,) and labels (T,) on the host, ``images_of_rows`` which of ``images`` stand in each.
     """
     numbers = [number for own in images_of_rows for number in own]
     if not numbers:
@@ -183,10 +176,7 @@ def join_crops(
 def check_images(images, image_sizes: Sequence | None) -> bool:
     """Whether images may consist of crops, which `image_sizes` is needed for; False for a plain batch (I, 3, H, W).
 
-    Raises
-    ------
-    ValueError
-        If they are not what `image_tokens` takes, or there are fewer sizes than images of crops.
+    A `ValueError` if they are not what `image_tokens` takes, or there are fewer sizes than images of crops.
     """
     allowed = "a tensor (I, 3, H, W) or (I, T, 3, H, W), or a list of (3, H, W) or (T, 3, H, W)"
     if isinstance(images, torch.Tensor):
@@ -219,14 +209,9 @@ def unpad_image(tensor: torch.Tensor, original_size: tuple[int, int]) -> torch.T
 
 
 def crop_grid(crops: int, size: tuple[int, int] | None, config, tower) -> tuple[int, int]:
-    """Columns and rows of an anyres image's crops.
+    """Columns and rows of an anyres image's crops, by its size (width, height).
 
-    Raises
-    ------
-    NotImplementedError
-        For several crops without anyres.
-    ValueError
-        Without the image's size (width, height).
+    A `NotImplementedError` for several crops without anyres, a `ValueError` without the size.
     """
     aspect = getattr(config, "image_aspect_ratio", None)
     if aspect != "anyres":
@@ -241,7 +226,7 @@ def crop_grid(crops: int, size: tuple[int, int] | None, config, tower) -> tuple[
 def merge_crops(
     values: torch.Tensor, size: tuple[int, int] | None, grid: tuple[int, int] | None, newline: torch.Tensor | None
 ) -> torch.Tensor:
-    """One image's crops as one sequence: base view, then the map of the other crops row by row.
+    """One image's crops as one sequence (N, C): base view, then the map of the other crops row by row.
 
     Parameters
     ----------
@@ -253,10 +238,6 @@ def merge_crops(
         Of the crops; None for a base view alone.
     newline : Tensor (C,), or None
         Ends every row of the map (or a base view alone); with it, rows and columns of padding are cut off.
-
-    Returns
-    -------
-    Tensor (N, C)
     """
     if grid is None:
         return values[0] if newline is None else torch.cat([values[0], newline[None]])
@@ -275,18 +256,10 @@ def merge_crops(
 def token_grid(
     crops: int, patches: int, size: tuple[int, int] | None, grid: tuple[int, int] | None, spatial: bool, newline: bool
 ) -> Layout | None:
-    """How `merge_crops`' sequence lies on the image, or crops that are simply strung together.
+    """How `merge_crops`' sequence of T ``crops`` of P ``patches`` lies on the image.
 
-    Parameters
-    ----------
-    crops, patches : int
-        T and P.
-    size, grid
-        As for `merge_crops`.
-    spatial : bool
-        Whether the crops were merged into one map.
-    newline : bool
-        Whether newline vectors were added.
+    With ``spatial`` the crops were merged into one map, with newline vectors or without; otherwise they are simply
+    strung together. None where the patches are no square.
     """
     side = int(patches**0.5)
     if side**2 != patches:

@@ -23,6 +23,9 @@ from llava.pruning.kernels import EXHAUSTED, SMALLEST_NORM, fused, gram
 from llava.pruning.reduce import reduce_images
 from llava.pruning.tokens import ImageTokens, VisualTokens
 
+Mixin: Any = object
+"""What is mixed into a model of transformers sees its attributes, which no type checker knows."""
+
 GAMMA = 0.01
 GAMMA_WIDTH = 4096
 """Width of the visual tokens that the paper chose `GAMMA` for."""
@@ -196,7 +199,7 @@ class OTPrune(Pruner):
         return torch.tensor(chosen, dtype=torch.int64).to(tokens.features.device, non_blocking=True)
 
 
-class LlavaMetaModel:
+class LlavaMetaModel(Mixin):
     """Adds vision tower, projector and the anyres newline to a decoder-only language model.
 
     Parameters
@@ -226,7 +229,7 @@ class LlavaMetaModel:
         initialize_vision_modules(self, model_args, fsdp)
 
 
-class LlavaMetaForCausalLM:
+class LlavaMetaForCausalLM(Mixin):
     """The multimodal half of a LLaVA model: images to visual tokens, pruning, and the splice into the text.
 
     A class that mixes this in provides ``get_model()``.

@@ -49,10 +49,7 @@ def find_marks(
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[list[int]]]:
     """Each row's ids and labels on the host, without padding, and which of so many images stand in it.
 
-    Raises
-    ------
-    IndexError, ValueError
-        See `assign_images`.
+    Raises what `assign_images` does.
     """
     ids = input_ids.cpu()  # one look at a batch, instead of several at each row
     valid = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
@@ -65,21 +62,8 @@ def assign_images(marks_of_rows: Sequence[int], available: int) -> list[list[int
     """Which images stand in each row: rows take them in order, a row without a mark passes over one.
 
     Images that a single prompt has no mark for are ignored, as in the original LLaVA. Of several prompts they are
-    refused: nothing says whose they are, and a row that is short of a mark would shift the images of all later rows.
-
-    Parameters
-    ----------
-    marks_of_rows : sequence of int
-        Image marks in each row.
-    available : int
-        How many images there are.
-
-    Raises
-    ------
-    IndexError
-        If the rows take more.
-    ValueError
-        If several rows take fewer.
+    refused with a ValueError: nothing says whose they are, and a row that is short of a mark would shift the images of
+    all later rows. An IndexError if the rows take more images than there are.
     """
     rows, taken = [], 0
     for marks in marks_of_rows:
@@ -174,13 +158,8 @@ def embed(
 ) -> torch.Tensor:
     """The embeddings (B, T, D) of a batch, zero where there is padding; each is written into its place once.
 
-    Parameters
-    ----------
-    prompts : Prompts
-    kept : sequence of KeptTokens
-        The images' tokens, in the order of their numbers.
-    embed_tokens : callable
-        Ids (M,) on the host -> (M, D); asked once.
+    ``kept`` are the images' tokens in the order of their numbers; ``embed_tokens`` makes ids (M,) on the host to (M,
+    D), and is asked once.
     """
     ids = prompts.ids.flatten()
     places = (ids != IMAGE_TOKEN_INDEX).nonzero().flatten()
@@ -200,15 +179,8 @@ def rotary_positions(
 ) -> torch.Tensor | None:
     """Rotary positions (B, T) after what a cache holds, 0 at padding; None where they need not be stated.
 
-    Parameters
-    ----------
-    mask : Tensor (B, T), bool
-        Of the prompts, on the device that positions are wanted on.
-    asked : bool
-        Whether the caller states positions, so that new ones are wanted.
-    gaps : bool
-        Whether everything stands where it would if nothing had been dropped.
-    cache : Cache or None
+    ``mask`` (B, T) is the prompts', on the device that positions are wanted on; ``asked`` says that the caller states
+    positions, so that new ones are wanted; with ``gaps`` everything stands where it would if nothing had been dropped.
     """
     if gaps:
         positions = prompts.positions.to(mask.device, non_blocking=True)

@@ -9,15 +9,16 @@ published conventions (``legacy`` in ``tokenizer_config.json``).
 
 from __future__ import annotations
 
-import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from llava.model.checkpoint import fetch, read_json, refuse_paths
 
 FILES = [
     "tokenizer.model",
@@ -35,14 +36,7 @@ PROBES = ("What is shown in the image?", " two  spaces ", "line\n\nbreak\ttab", 
 
 
 def load_tokenizer(
-    path: str | os.PathLike,
-    *,
-    padding_side: str | None = None,
-    model_max_length: int | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    local_files_only: bool = False,
+    path: str | os.PathLike, *, padding_side: str | None = None, model_max_length: int | None = None, **hub: Any
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint.
 
@@ -57,8 +51,8 @@ def load_tokenizer(
         Overrides the checkpoint's; "right" if neither says.
     model_max_length : int, optional
         In tokens; overrides the checkpoint's.
-    revision, token, cache_dir, local_files_only
-        For a Hub id, as in ``huggingface_hub``.
+    **hub
+        For a Hub id: ``revision``, ``cache_dir`` and so on, as in ``huggingface_hub``.
 
     Returns
     -------
@@ -68,62 +62,36 @@ def load_tokenizer(
 
     Raises
     ------
-    FileNotFoundError
-        If the folder does not exist or has no tokenizer.
     OSError
-        If the Hub cannot be reached or has no such checkpoint.
+        If there is no such folder or checkpoint on the Hub, or it has no tokenizer.
     ValueError
         If a file cannot be parsed, or is not the kind of tokenizer that Llama uses.
     """
     path = os.fspath(path)
-    folder = _local_folder(path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    sentencepiece_file = os.path.join(folder, "tokenizer.model")
-    json_file = os.path.join(folder, "tokenizer.json")
-    if not os.path.isfile(sentencepiece_file) and not os.path.isfile(json_file):
+    folder = Path(path)
+    if not folder.is_dir():
+        refuse_paths(path)
+        folder = fetch(path, hub, FILES)
+    sentencepiece_file, json_file = folder / "tokenizer.model", folder / "tokenizer.json"
+    if not sentencepiece_file.is_file() and not json_file.is_file():
         raise FileNotFoundError(f"{path!r} has no tokenizer: neither tokenizer.model nor tokenizer.json is there")
-    config = _read_json(folder, "tokenizer_config.json")
-    options = _named_tokens(config, _read_json(folder, "special_tokens_map.json"))
+
+    def read(name: str) -> dict[str, Any]:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
+    config = read("tokenizer_config.json")
+    options = _named_tokens(config, read("special_tokens_map.json"))
     for key in ("add_bos_token", "add_eos_token", "chat_template", "truncation_side", "use_default_system_prompt"):
         if config.get(key) is not None:
             options[key] = config[key]
     options["padding_side"] = padding_side or config.get("padding_side") or "right"
     options["model_max_length"] = model_max_length or config.get("model_max_length")
     options["name_or_path"] = path
-    if not os.path.isfile(sentencepiece_file):
-        return _from_json(json_file, options)
-    added = _added_tokens(config, _read_json(folder, "added_tokens.json"))
+    if not sentencepiece_file.is_file():
+        return _from_json(str(json_file), options)
+    added = _added_tokens(config, read("added_tokens.json"))
     # A file without the key comes from before the key existed, when only the legacy convention did.
-    return _from_sentencepiece(sentencepiece_file, added, options, legacy=config.get("legacy") is not False)
-
-
-def _local_folder(path: str, **hub: Any) -> str:
-    """The folder itself, or the cached one of a Hub id, after its tokenizer files have been fetched."""
-    if os.path.isdir(path):
-        return path
-    if os.path.exists(path):
-        raise ValueError(f"{path!r} is a file; a tokenizer is loaded from a folder or a Hub id")
-    if os.path.isabs(path) or path.startswith((".", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"{path!r} does not exist; expected a folder or a Hub id such as 'owner/name'")
-    try:
-        return snapshot_download(path, allow_patterns=FILES, **hub)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise OSError(f"{path!r} is no folder here and could not be fetched from the Hub: {reason}") from error
-
-
-def _read_json(folder: str, name: str) -> dict[str, Any]:
-    """The object in a file; empty if the checkpoint has no such file."""
-    file = os.path.join(folder, name)
-    if not os.path.isfile(file):
-        return {}
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
-    return content
+    return _from_sentencepiece(str(sentencepiece_file), added, options, legacy=config.get("legacy") is not False)
 
 
 def _token(value: str | dict[str, Any], special: bool = True) -> AddedToken:

@@ -28,12 +28,7 @@ def content_digests(images: Sequence[torch.Tensor]) -> list[Hashable]:
 
     On a CPU it is `content_key`; on a GPU two sums of the values' bits with random weights, modulo 2^64. Images that
     differ agree in both once in 2^60 times or less, and nobody chooses images that do: for telling images apart, not
-    for signing them.
-
-    Parameters
-    ----------
-    images : sequence of Tensor, floating
-        Shape, dtype and device are not part of a digest, and one of a GPU is none of a CPU.
+    for signing them. Shape, dtype and device are not part of a digest, and one of a GPU is none of a CPU.
     """
     if any(image.device.type == "cpu" for image in images):
         return [content_key(image) for image in images]
@@ -100,19 +95,10 @@ class VisualCache:
         names: Sequence[Hashable],
         encode: Callable[[torch.Tensor], Mapping[Hashable, torch.Tensor]],
     ) -> dict[Hashable, torch.Tensor]:
-        """The encoder's outputs for a batch; only images that are not known with all of them are encoded.
+        """The encoder's outputs for images (B, 3, H, W) by name; only images that lack one of them are encoded.
 
-        Parameters
-        ----------
-        images : Tensor (B, 3, H, W)
-        names : sequence
-            Outputs that are wanted. A name stands for all that an output depends on besides image and tower.
-        encode : callable
-            Pixels (b, 3, H, W) -> at least those outputs, (b, N, ...) each; all that it gives is remembered.
-
-        Returns
-        -------
-        dict of name to Tensor (B, N, ...)
+        A name stands for all that an output depends on besides image and tower. ``encode`` makes pixels (b, 3, H, W) at
+        least those outputs, (b, N, ...) each; all that it gives is remembered.
         """
         shape_and_type = (*images.shape[1:], str(images.dtype))
         keys = [(digest, *shape_and_type) for digest in content_digests(list(images))]

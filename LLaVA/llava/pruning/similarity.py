@@ -49,19 +49,10 @@ def greedy_map(kernel: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def text_similarity(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """Cosine between every patch and a text, averaged over the text's pieces.
+    """Cosine (..., N), float32, between every patch and a text, averaged over the text's pieces.
 
-    Parameters
-    ----------
-    image_embeds : Tensor (..., N, C), floating
-        Patches in a space that they share with the text.
-    text_embeds : Tensor (M, C), floating
-        Pieces of the text: segments, or tokens.
-
-    Returns
-    -------
-    Tensor (..., N), float32
-        0 for a text without pieces.
+    Patches (..., N, C) are in a space that they share with the text (M, C), whose pieces are segments, or tokens; 0 for
+    a text without pieces.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):
         patches = torch.nn.functional.normalize(image_embeds.float(), dim=-1)

@@ -16,7 +16,7 @@ def build_vision_tower(
     """Build the tower named by ``mm_vision_tower`` (or ``vision_tower``) of a configuration.
 
     The name is taken as a folder relative to the current directory, then as a folder inside the checkpoint, then as a
-    hub id of a known publisher.
+    hub id of a known publisher; a `ValueError` if it is none of these.
 
     Parameters
     ----------
@@ -28,11 +28,6 @@ def build_vision_tower(
         ``cache_dir``, ``token`` and so on for a hub id.
     **kwargs
         Go to the tower.
-
-    Raises
-    ------
-    ValueError
-        If the name is none of these, or the configuration asks for features at several scales (``s2``).
     """
     # transformers is imported with the tower, and not where tokens are only selected.
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower

@@ -57,7 +57,6 @@ class CLIPVisionTower(nn.Module):
     delay_load : bool
         Build the modules from the tower's configuration only; the weights follow from the LLaVA checkpoint or from
         `load_model`. Not with ``args.unfreeze_mm_vision_tower``, unless a checkpoint is just being loaded.
-
     hub : mapping, optional
         ``cache_dir``, ``token`` and so on for a hub id.
 
@@ -98,12 +97,7 @@ class CLIPVisionTower(nn.Module):
     def load_model(self, device_map=None, dtype: torch.dtype | None = None) -> None:
         """Read weights and image processor from the tower's own folder; does nothing when they are loaded.
 
-        Parameters
-        ----------
-        device_map : str, dict, or None
-            Passed to ``CLIPVisionModel.from_pretrained``.
-        dtype : torch.dtype or None
-            Floating-point type of the weights; None means float32.
+        ``device_map`` goes to ``CLIPVisionModel.from_pretrained``; a ``dtype`` of None means float32.
         """
         if self.is_loaded:
             return
@@ -150,13 +144,7 @@ class CLIPVisionTower(nn.Module):
 
     @property
     def depth(self) -> int:
-        """How many of the tower's layers run.
-
-        Raises
-        ------
-        ValueError
-            If ``select_layer`` is outside the tower.
-        """
+        """How many of the tower's layers run; a ValueError if ``select_layer`` is outside the tower."""
         layers = self.config.num_hidden_layers
         depth = self.select_layer if self.select_layer >= 0 else layers + 1 + self.select_layer
         if not 0 <= depth <= layers:
@@ -186,18 +174,7 @@ class CLIPVisionTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor | list[torch.Tensor]):
-        """Encode pixels.
-
-        Parameters
-        ----------
-        images : Tensor (B, 3, H, W), or list of Tensor (3, H, W)
-            Normalised pixels of any floating dtype.
-
-        Returns
-        -------
-        Tensor (B, N, D), or a list of Tensor (1, N, D)
-            Features in the dtype of the images.
-        """
+        """Normalised pixels (B, 3, H, W) -> features (B, N, D) in their dtype; a list of (3, H, W): of (1, N, D)."""
         if isinstance(images, list):
             return [self(image.unsqueeze(0)) for image in images]
         features = self.hidden_state(images.to(device=self.device, dtype=self.dtype))
@@ -207,19 +184,10 @@ class CLIPVisionTower(nn.Module):
     def observe(
         self, images: torch.Tensor, wanted: Iterable[Output]
     ) -> tuple[torch.Tensor, dict[Output, torch.Tensor]]:
-        """Encode pixels (B, 3, H, W), and note down what pruning methods need.
+        """Encode pixels (B, 3, H, W), and record what pruning methods need.
 
-        Returns
-        -------
-        features : Tensor (B, N, D)
-            As from `forward`.
-        outputs : dict of Output to Tensor (B, N, ...)
-            Zeros at [CLS] where ``select_feature`` is "cls_patch".
-
-        Raises
-        ------
-        ValueError
-            If a layer that is asked for does not run.
+        Returns the features as from `forward`, and {output: (B, N, ...)}, zeros at [CLS] where ``select_feature`` is
+        "cls_patch". A ValueError if a layer that is asked for does not run.
         """
         observer = EncoderObserver(wanted, self.depth)
         hidden = self.hidden_state(images.to(device=self.device, dtype=self.dtype), observer)
@@ -258,7 +226,7 @@ class CLIPVisionTower(nn.Module):
 
 
 class CLIPVisionTowerS2(CLIPVisionTower):
-    """The tower at several scales: the name exists, and says that it is not supported."""
+    """The tower at several scales: the name exists, and refuses to work."""
 
     def __init__(self, *args, **kwargs):
         raise NotImplementedError("s2 is not supported; no published checkpoint has a vision tower at several scales")

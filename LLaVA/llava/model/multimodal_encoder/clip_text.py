@@ -16,13 +16,9 @@ _SEPARATOR = re.compile(r"###|</s>|<\|im_end\|>")
 
 
 def question_text(prompt: str) -> str:
-    """The user's last words in the text after an image.
+    """The user's last words in the text after an image, in any of the conversation templates.
 
-    Parameters
-    ----------
-    prompt : str
-        In any of the conversation templates, with or without their special tokens; without any role marks it is the
-        question itself.
+    Special tokens may be left in or out; without any role marks the text is the question itself.
     """
     last_turn = _BEGINS_USER.split(prompt)[-1]
     return _SEPARATOR.sub("", _BEGINS_ASSISTANT.split(last_turn)[0]).strip()
@@ -101,17 +97,9 @@ class ClipText:
             return self._image(encoder_hidden.float())
 
     def similarity(self, encoder_hidden: torch.Tensor, text: str) -> torch.Tensor:
-        """Cosine between patches and a text, averaged over the text's segments.
+        """Cosine (B, N), float32, between patches and a text, averaged over the text's segments.
 
-        Parameters
-        ----------
-        encoder_hidden : Tensor (B, N, C), floating
-            Patches as the vision tower hands them to the projector.
-        text : str
-
-        Returns
-        -------
-        Tensor (B, N), float32
+        The patches (B, N, C) are as the vision tower hands them to the projector.
         """
         self._text.to(encoder_hidden.device)
         self._image.to(encoder_hidden.device)

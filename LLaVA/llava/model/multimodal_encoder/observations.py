@@ -22,18 +22,9 @@ def _split(projected: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def cls_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Attention of [CLS] to each patch in a CLIP layer.
+    """Attention of [CLS] to each patch in a CLIP layer with input (B, 1 + P, C), [CLS] first: (B, P, H), float32.
 
-    Parameters
-    ----------
-    layer : CLIPEncoderLayer
-    hidden : Tensor (B, 1 + P, C)
-        The layer's input, [CLS] first.
-
-    Returns
-    -------
-    Tensor (B, P, H), float32
-        Rows of the softmax over [CLS] and patches, without [CLS]'s own column.
+    Rows of the softmax over [CLS] and patches, without [CLS]'s own column.
     """
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     query = _split(attention.q_proj(normed[:, :1]), attention.num_heads)
@@ -43,12 +34,7 @@ def cls_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def received_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """How much attention each patch gets in a CLIP layer, averaged over heads and over all queries.
-
-    Returns
-    -------
-    Tensor (B, P), float32
-    """
+    """How much attention each patch gets in a CLIP layer, averaged over heads and queries: (B, P), float32."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     queries = _split(attention.q_proj(normed), attention.num_heads)
     keys = _split(attention.k_proj(normed), attention.num_heads)

@@ -33,15 +33,10 @@ class SimpleResBlock(nn.Module):
 
 
 def build_vision_projector(config, delay_load: bool = False, **kwargs) -> nn.Module:
-    """Build the projector that ``config.mm_projector_type`` names.
+    """Build the projector from ``config.mm_hidden_size`` to ``config.hidden_size``.
 
-    "linear" (the default), "mlp<n>x_gelu" (n linear layers with GELU between them) or "identity"; maps
-    ``config.mm_hidden_size`` to ``config.hidden_size``.
-
-    Raises
-    ------
-    ValueError
-        For any other type.
+    ``config.mm_projector_type`` is "linear" (the default), "mlp<n>x_gelu" (n linear layers with GELU between them) or
+    "identity"; a ValueError for any other.
     """
     projector_type = getattr(config, "mm_projector_type", "linear")
     if projector_type == "identity":

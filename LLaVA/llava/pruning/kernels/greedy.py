@@ -57,7 +57,7 @@ def greedy_select(kernel: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def select_in_shape(kernel: torch.Tensor, k: int, shape: Shape, images: int) -> torch.Tensor:
-    """`greedy_select` with the work spread as told, so many images a launch."""
+    """`greedy_select` with the work spread in this shape, so many images per launch."""
     batch, n, _ = kernel.shape
     kernel = kernel.contiguous()
     pitch = 32 * triton.cdiv(n, 32)  # a row begins where a wide load can
@@ -155,7 +155,7 @@ def _agree(bid, bids, block, blocks, LANES: tl.constexpr):
 
     A bid is never 0, which stands for one that has not come yet. One thread reads one bid, with LANES threads a block.
     """
-    # Released behind the barrier, the bid says that this block's rows of the factor are written.
+    # Released after the barrier, the bid says that this block's rows of the factor are written.
     tl.atomic_xchg(bids + block, bid, sem="release")
     lanes = tl.arange(0, LANES)
     there = lanes < blocks

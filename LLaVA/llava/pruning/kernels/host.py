@@ -73,7 +73,7 @@ def facility_select(
 
 
 def greedy_order(gain: np.ndarray, rows: Callable[[torch.Tensor], torch.Tensor], k: int) -> list[int]:
-    """Greedy MAP over a kernel of which only the rows that are read are computed.
+    """Greedy MAP over a kernel of which only the rows that are read are computed; ties go to the lowest index.
 
     They are computed in blocks: with the row of the token that was chosen come those of the tokens that gain most
     beside it, which are the likeliest to be chosen next.
@@ -86,11 +86,6 @@ def greedy_order(gain: np.ndarray, rows: Callable[[torch.Tensor], torch.Tensor],
         Rows of the kernel.
     k : int
         1 <= k <= N.
-
-    Returns
-    -------
-    list of int
-        In greedy order; ties go to the lowest index.
     """
     exhausted = EXHAUSTED * gain.max()
     factor = torch.empty(k, len(gain), dtype=torch.float32)
@@ -131,16 +126,8 @@ def max_min_order(distance: np.ndarray, k: int) -> list[int]:
 def facility_order(similarity: np.ndarray, weight: np.ndarray, served: np.ndarray, k: int) -> list[int]:
     """Greedy facility location over symmetric similarities (N, N), by the least work.
 
-    Gains only fall: a token whose gain of now exceeds the earlier gains of all others is the next.
-
-    Parameters
-    ----------
-    similarity : array (N, N)
-    weight : array (N,)
-        Of each token as a choice.
-    served : array (N,)
-        How well each token is served before anything is taken.
-    k : int
+    Gains only fall: a token whose gain of now exceeds the earlier gains of all others is the next. ``weight`` (N,) is
+    of each token as a choice, ``served`` (N,) how well it is served before anything is taken.
     """
     served, few = served.copy(), min(LEADING, len(similarity))
     order: list[int] = []

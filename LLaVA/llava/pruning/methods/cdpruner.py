@@ -24,20 +24,9 @@ def min_max(scores: torch.Tensor, among: torch.Tensor | None = None) -> torch.Te
 
 
 def conditional_kernel(similarity: torch.Tensor, relevance: torch.Tensor) -> torch.Tensor:
-    """``K_ij = r_i L_ij r_j``.
+    """``K_ij = r_i L_ij r_j``: (B, N, N), symmetric and positive semi-definite as L is.
 
-    Parameters
-    ----------
-    similarity : Tensor (B, N, N), floating
-        L: cosines between tokens.
-    relevance : Tensor (B, N), floating
-        r: relevance of each token to the question, > 0.
-
-    Returns
-    -------
-    Tensor (B, N, N)
-        Symmetric and positive semi-definite as L is.
-
+    L are the cosines between tokens, and r (B, N), > 0, the relevance of each token to the question.
     Source: CDPruner, NeurIPS 2025, arXiv 2506.10967.
     """
     return (relevance.unsqueeze(2) * similarity).mul_(relevance.unsqueeze(1))

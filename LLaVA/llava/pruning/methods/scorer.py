@@ -23,14 +23,7 @@ EMBEDDED = "llava-mini"
 
 
 class TokenScorer(nn.Module):
-    """One score per token, from its features and from their mean over the image.
-
-    Parameters
-    ----------
-    width : int
-        Of the vision encoder's features.
-    hidden : int
-    """
+    """One score per token, from its features, which are of this ``width``, and from their mean over the image."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -41,18 +34,7 @@ class TokenScorer(nn.Module):
         self.score = nn.Linear(hidden, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Score.
-
-        Parameters
-        ----------
-        features : Tensor (B, N, C)
-            Zeros for what is no patch: newline tokens and padding.
-
-        Returns
-        -------
-        Tensor (B, N)
-            ``-inf`` for what is no patch.
-        """
+        """Scores (B, N) of features (B, N, C); ``-inf`` for those of zeros: newline tokens and padding."""
         inner = nn.functional.gelu(self.project(self.norm(features)))  # (B, N, H)
         present = features.any(dim=-1)
         share = present.to(inner.dtype) / present.sum(dim=1, keepdim=True)
@@ -125,15 +107,7 @@ class Scorer(Pruner):
 
 
 def read_scorer_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a scorer's folder.
-
-    Raises
-    ------
-    OSError
-        If there is none.
-    ValueError
-        If it describes something else.
-    """
+    """A scorer's ``config.json``; an OSError or ValueError if there is none, or it describes something else."""
     config = read_config(folder, MODEL_TYPE, "a scorer")
     for name in ("width", "hidden"):
         if type(config.get(name)) is not int or config[name] < 1:

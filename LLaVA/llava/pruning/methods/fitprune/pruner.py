@@ -25,14 +25,7 @@ def importance(visual_attention: torch.Tensor, text_attention: torch.Tensor) -> 
 
 
 def expendable(attention: torch.Tensor, least: float) -> torch.Tensor:
-    """The tokens with the least attention which may go while what the others receive adds up to ``least``.
-
-    Parameters
-    ----------
-    attention : Tensor (N,), floating, >= 0
-        Received by each token.
-    least : float
-        What is to be left of the sum.
+    """The tokens with the least attention (N,) which may go while what the others receive adds up to ``least``.
 
     Returns
     -------
@@ -53,21 +46,10 @@ def expendable(attention: torch.Tensor, least: float) -> torch.Tensor:
 def deletable(
     visual_attention: torch.Tensor, text_attention: torch.Tensor, unpruned: tuple[float, float], alpha: float
 ) -> torch.Tensor:
-    """What a layer can lose while both kinds of attention keep the share 1 - alpha of the unpruned model's.
+    """What a layer can lose while both kinds of attention keep the share 1 - alpha of the unpruned model's: (N,), bool.
 
-    Parameters
-    ----------
-    visual_attention, text_attention : Tensor (N,)
-        Received by the tokens that are left.
-    unpruned : (float, float)
-        Sums of the two in the unpruned model.
-    alpha : float
-        0 to 1.
-
-    Returns
-    -------
-    Tensor (N,), bool
-        Tokens that are `expendable` to both.
+    The tokens that are `expendable` to both. The attention is (N,), received by the tokens that are left; ``unpruned``
+    are the sums of the two in the unpruned model.
     """
     visual, text = ((1 - alpha) * total for total in unpruned)
     return expendable(visual_attention, visual) & expendable(text_attention, text)
@@ -93,7 +75,7 @@ class FitPrune(Pruner):
     scale : bool
         Scale the recipe to SUBSET_RATIO, as `llava.pruning.schedule.scaled` does with other methods' schedules.
     samples : int
-        Pictures with a question that a recipe is fitted on.
+        Images with a question each that a recipe is fitted on.
     """
 
     where: ClassVar[str] = INSIDE

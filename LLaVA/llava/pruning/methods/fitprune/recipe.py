@@ -32,18 +32,13 @@ class Recipe:
     name : str
         What errors call it: a file, or a known name.
     deleted : tuple of int
-        One number a layer.
+        One number a layer; a ValueError if there are none, or they leave no token.
     tokens : int
         Visual tokens of an image before any leaves, which the numbers are of.
     fixed : bool
         Whether every image of the model has so many. Else images differ, and the numbers are shares of ``tokens``.
     metadata : mapping
         The whole file: model, data, budget, versions, what was predicted.
-
-    Raises
-    ------
-    ValueError
-        If the numbers are none, or leave no token.
     """
 
     name: str
@@ -148,10 +143,7 @@ def known_recipes() -> list[str]:
 def read_recipe(name: str) -> Recipe:
     """A recipe by its file, or by a known name such as "llava-1.5-7b/60" (per cent of the FLOPs saved).
 
-    Raises
-    ------
-    ValueError
-        If there is none, or the file is no recipe.
+    A ValueError if there is none, or the file is no recipe.
     """
     file = Path(name).expanduser()
     if not file.is_file():
@@ -169,13 +161,7 @@ def read_recipe(name: str) -> Recipe:
 
 
 def parse_recipe(metadata: Any, name: str) -> Recipe:
-    """A recipe from the content of its file.
-
-    Raises
-    ------
-    ValueError
-        Names what is missing or wrong.
-    """
+    """A recipe from the content of its file; a ValueError names what is missing or wrong."""
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         found = metadata.get("format") if isinstance(metadata, dict) else type(metadata).__name__
         raise ValueError(f"{name} is no recipe: it must be a JSON object with format {FORMAT}, not {found!r}")
@@ -183,7 +169,7 @@ def parse_recipe(metadata: Any, name: str) -> Recipe:
     for part, keys in ((metadata, ("deleted", "tokens")), (model, ("layers", "visual_tokens"))):
         missing = [key for key in keys if not isinstance(part, dict) or key not in part]
         if missing:
-            raise ValueError(f"the recipe {name} does not say {', '.join(missing)}")
+            raise ValueError(f"the recipe {name} does not state {', '.join(missing)}")
     deleted = metadata["deleted"]
     recipe = Recipe(
         name=name,
@@ -204,13 +190,7 @@ def recipe_digest(recipe: Recipe) -> str:
 
 
 def scalable(recipe: Recipe) -> Schedule:
-    """The drops that scaling can change: those before the last layer's attention.
-
-    Raises
-    ------
-    ValueError
-        If the recipe drops nothing there.
-    """
+    """The drops that scaling can change, before the last layer's attention; a ValueError if there are none."""
     schedule = tuple((layer, fraction) for layer, fraction in recipe.schedule if layer < recipe.layers)
     if not schedule or mean_fraction(schedule, recipe.layers) == 1:
         raise ValueError(f"the recipe {recipe.name} drops nothing before the last layer, so it cannot be scaled")

@@ -19,15 +19,7 @@ EMBEDDED = "llava-mini"
 
 @dataclasses.dataclass(frozen=True)
 class PrunerFiles:
-    """A pruner on the disk.
-
-    Attributes
-    ----------
-    path : Path
-        A folder of ours, or a file of the published code.
-    sizes : Path or None
-        The published code's configuration file beside it.
-    """
+    """A pruner on the disk: a folder of ours, or a file of the published code with, maybe, the ``sizes`` beside it."""
 
     path: Path
     sizes: Path | None = None
@@ -36,12 +28,7 @@ class PrunerFiles:
     def find(cls, checkpoint: str, config: str | None = None) -> PrunerFiles:
         """The files that the method's options ``checkpoint`` and ``config`` name.
 
-        Raises
-        ------
-        OSError
-            If one is missing.
-        ValueError
-            If a folder, which has a configuration of its own, is given another.
+        An OSError if one is missing, a ValueError if a folder, which has a configuration of its own, is given another.
         """
         path = Path(checkpoint)
         if checkpoint == EMBEDDED and not path.is_dir():

@@ -16,17 +16,13 @@ MODEL_TYPE, KIND = "ocvtp", "an OC-VTP pruner"
 
 @dataclass(frozen=True)
 class SlotConfig:
-    """A pruner network; the defaults are the published sizes for CLIP-L.
+    """A pruner network; the defaults are the published sizes for CLIP-L. A ValueError for a size below 1.
 
     Attributes
     ----------
-    width : int
-        Of the vision encoder's features.
-    hidden : int
-        Of the projection before the slots.
-    slot_width : int
-    feed_forward : int
-        Of the slots' feed-forward block.
+    width, hidden, slot_width, feed_forward : int
+        Of the vision encoder's features, of the projection before the slots, of a slot, and of the slots' feed-forward
+        block.
     iterations : int
         Of slot attention.
     dropout : float
@@ -41,11 +37,6 @@ class SlotConfig:
         Sizes of the decoder that it was trained with (`llava.fitting.ocvtp.objective.DecoderConfig`).
     trained_on : dict
         Where the features came from, and how long the network was trained.
-
-    Raises
-    ------
-    ValueError
-        For a size below 1.
     """
 
     width: int = 1024
@@ -68,15 +59,7 @@ class SlotConfig:
 
     @classmethod
     def load(cls, folder: Path) -> SlotConfig:
-        """Read a folder's ``config.json``.
-
-        Raises
-        ------
-        OSError
-            If there is none.
-        ValueError
-            If it describes something else.
-        """
+        """A folder's ``config.json``; an OSError if there is none, a ValueError if it describes something else."""
         values = read_config(folder, MODEL_TYPE, KIND)
         try:
             return cls(**values)
@@ -119,21 +102,10 @@ class SlotAttention(nn.Module):
     def forward(
         self, tokens: torch.Tensor, slots: torch.Tensor, visible: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Divide tokens among slots.
+        """Divide tokens (B, N, D) among initial slots (B, S, D).
 
-        Parameters
-        ----------
-        tokens : Tensor (B, N, D)
-        slots : Tensor (B, S, D)
-            Initial slots.
-        visible : Tensor (B, N), bool, optional
-            Tokens that take part; all by default.
-
-        Returns
-        -------
-        slots : Tensor (B, S, D)
-        attention : Tensor (B, S, N)
-            Of the last iteration: how the slots share each token, 1 in sum over them (0 where it is not visible).
+        Returns the slots, and the attention of the last iteration (B, S, N): how they share each token, 1 in sum over
+        them (0 where it is not ``visible`` (B, N), bool).
         """
         tokens = self.norm_tokens(tokens)
         keys, values = self.key(tokens), self.value(tokens)
@@ -180,25 +152,11 @@ class SlotPruner(nn.Module):
     def forward(
         self, features: torch.Tensor, noise: torch.Tensor, visible: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots of images.
+        """Slots (B, S, D) of images, and their attention (B, S, N).
 
-        Parameters
-        ----------
-        features : Tensor (B, N, C)
-            Output of the encoder layer that the network reads, without [CLS].
-        noise : Tensor (B, S, D) or (1, S, D)
-            Standard normal draws, which tell the slots apart.
-        visible : Tensor (B, N), bool, optional
-            See `SlotAttention`.
-
-        Returns
-        -------
-        slots (B, S, D), attention (B, S, N)
-
-        Raises
-        ------
-        ValueError
-            If the features have another width, or there are more slots than tokens.
+        Features (B, N, C) are the output of the encoder layer that the network reads, without [CLS]; noise (B, S, D) or
+        (1, S, D), standard normal draws, tells the slots apart; ``visible`` as in `SlotAttention`. A ValueError if the
+        features have another width, or there are more slots than tokens.
         """
         if features.shape[-1] != self.config.width:
             raise ValueError(f"the pruner reads features of width {self.config.width}, not {features.shape[-1]}")
@@ -211,12 +169,7 @@ class SlotPruner(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> SlotPruner:
         """The float32 network in a folder of training, in eval mode.
 
-        Raises
-        ------
-        OSError
-            If a file is missing or unreadable.
-        ValueError
-            If the weights are not those of the configuration.
+        An OSError if a file is missing or unreadable, a ValueError if the weights are not those of the configuration.
         """
         folder = Path(folder)
         return cls.from_weights(SlotConfig.load(folder), read_weights(folder, KIND), str(folder / WEIGHTS))

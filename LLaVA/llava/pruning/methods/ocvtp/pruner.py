@@ -15,19 +15,10 @@ from llava.pruning.tokens import VisualTokens
 
 
 def claims(slot_attention: torch.Tensor, top_k: int) -> torch.Tensor:
-    """How strongly each token of an image is claimed: by the slots that have it among their ``top_k``.
+    """How strongly each token of an image is claimed, (N,): by the slots that have it among their ``top_k``.
 
-    Parameters
-    ----------
-    slot_attention : Tensor (S, N)
-        Higher is more; ties go to the lowest index. ``-inf`` where a token cannot be claimed.
-    top_k : int
-        1 <= top_k.
-
-    Returns
-    -------
-    Tensor (N,)
-        The largest attention of a slot that claims the token; ``-inf`` for a token that none claims.
+    The largest attention (S, N) of a slot that claims it; ``-inf`` for a token that none claims, or that cannot be
+    claimed because its attention is. Ties go to the lowest index.
     """
     left = slot_attention.clone()
     claimed = torch.full_like(left[0], -torch.inf)
@@ -39,7 +30,7 @@ def claims(slot_attention: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def fill(claimed: torch.Tensor, padding: torch.Tensor | None, k: int) -> torch.Tensor:
-    """Claimed tokens, and others up to the budget.
+    """Claimed tokens first, and others up to the budget: (k,), int64; ties go to the lowest index.
 
     Parameters
     ----------
@@ -49,11 +40,6 @@ def fill(claimed: torch.Tensor, padding: torch.Tensor | None, k: int) -> torch.T
         What the others are ranked by, descending; ``-inf`` comes last. None leaves the rest of the budget empty.
     k : int
         1 <= k <= N.
-
-    Returns
-    -------
-    Tensor (k,), int64, or fewer without ``padding``
-        Claimed tokens first; ties go to the lowest index.
 
     Source: OC-VTP, arXiv 2511.20439.
     """
@@ -84,7 +70,7 @@ class OCVTP(Pruner):
         The pruner: a folder that ``python -m llava.fitting.ocvtp train`` wrote, a file of the published code, or
         "llava-mini", which ships with the package and fits the model of that name.
     config : str or None
-        The published code's configuration file beside its checkpoint; the weights tell the sizes without it.
+        The published code's configuration file beside its checkpoint; without it the sizes are those of the weights.
     encoder_layer : int or None
         Vision-encoder layer whose output the network reads, 0-based or from the end of those that run; None for the one
         that it was trained on.
@@ -163,7 +149,7 @@ class OCVTP(Pruner):
 
     @property
     def varies(self) -> bool:
-        """Whether the kept ratio does not say how many tokens are kept."""
+        """Whether the number of kept tokens may differ from the kept ratio's."""
         return self.target is not None or self.pad == "none"
 
     def check_model(self, image_tokens: int | None, encoder_width: int | None) -> None:

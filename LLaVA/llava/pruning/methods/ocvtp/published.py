@@ -50,25 +50,9 @@ def renamed(weights: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> di
 def load_published(file: Path, sizes: Path | None = None) -> SlotPruner:
     """A published pruner; the decoder's weights, where there are any, are left out.
 
-    Parameters
-    ----------
-    file : Path
-        ``torch.save`` of a state dict.
-    sizes : Path, optional
-        The JSON or YAML file that the published code builds the network from. Without it the sizes are those of the
-        weights, and the iterations three.
-
-    Returns
-    -------
-    SlotPruner
-        Its configuration does not know the encoder layer.
-
-    Raises
-    ------
-    OSError
-        If a file is missing or unreadable.
-    ValueError
-        If it holds something else.
+    ``file`` is a ``torch.save`` of a state dict; ``sizes`` the JSON or YAML file that the published code builds the
+    network from. Without it the sizes are those of the weights, and the iterations three. The configuration does not
+    know the encoder layer. An OSError or ValueError if a file is missing, unreadable, or holds something else.
     """
     weights = renamed(_read_weights(file), PRUNER_NAMES)
     try:

@@ -17,16 +17,8 @@ _ATTENTION = {"meanq": "mean", "cls": "cls"}
 def translated(environ: Mapping[str, str]) -> Mapping[str, str]:
     """An environment with ``OCL_...`` variables, as one with ``BASELINE`` and ``OCVTP_...``.
 
-    Parameters
-    ----------
-    environ : mapping
-        As it stands; returned unchanged where it has no such variable, or only empty ones.
-
-    Raises
-    ------
-    ValueError
-        For an unknown variable, a value that is not allowed, variables without the switch, or a second switch beside
-        it.
+    It is returned unchanged where it has no such variable, or only empty ones. A ValueError for an unknown variable, a
+    value that is not allowed, variables without the switch, or a second switch beside it.
     """
     given = {name: value for name, value in environ.items() if name.startswith("OCL_") and value}
     if not given:
