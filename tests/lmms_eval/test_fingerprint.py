@@ -132,6 +132,7 @@ class TestCode:
             ("llava", "model/llava_arch.py", True),
             ("llava", "pruning/methods/fastv.py", True),
             ("llava", "fitting/fitprune/fit.py", True),
+            ("llava", "fitting/prompts.py", True),
             ("llava", "eval/table.py", False),
             ("llava", "serve/cli.py", False),
             ("models", "prompts.py", True),

@@ -16,7 +16,7 @@ from lmms_eval_otprune.models.digests import file_digests
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow")
 """Whose version an answer may depend on."""
-_NOT_ANSWERING = ("eval", "fitting", "mini", "serve", "train")
+_NOT_ANSWERING = ("benchmark_tasks.py", "eval", "fitting", "flops", "mini", "serve", "train")
 _CHECKPOINT_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
 
 
@@ -64,7 +64,7 @@ def _sources() -> Iterator[Path]:
     for path in sorted(package.rglob("*.py")):
         inside = path.relative_to(package).parts
         # FitPrune's recipes are fitted when a model is loaded.
-        if inside[0] not in _NOT_ANSWERING or inside[:2] == ("fitting", "fitprune"):
+        if inside[0] not in _NOT_ANSWERING or inside[:2] in (("fitting", "fitprune"), ("fitting", "prompts.py")):
             yield path
 
 
