@@ -67,7 +67,7 @@ def task_manager(tasks: Iterable[str], model: str = "llava", kind: str = "simple
         def load_config(self, config: dict[str, Any]) -> Mapping[str, Any]:
             return self._load_individual_task_or_group(config, task_type=kind)
 
-    found = {benchmark_of(task) for task in tasks} - {None}
+    found = {benchmark for task in tasks if (benchmark := benchmark_of(task)) is not None}
     builtin = sorted(str(definition_file(benchmark).parent) for benchmark in found)
     return OfOneKind(include_defaults=False, include_path=[*task_folders(), *builtin], model_name=model)
 
@@ -75,7 +75,7 @@ def task_manager(tasks: Iterable[str], model: str = "llava", kind: str = "simple
 def task_folders() -> list[str]:
     """Where lmms-eval finds the plug-in's tasks, beside its own; none without the plug-in."""
     plugin = find_spec(PLUGIN)
-    return [str(Path(folder, "tasks")) for folder in plugin.submodule_search_locations] if plugin else []
+    return [str(Path(folder, "tasks")) for folder in (plugin and plugin.submodule_search_locations) or ()]
 
 
 def task_entry(name: str, all_metrics: bool) -> dict[str, Any]:

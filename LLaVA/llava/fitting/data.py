@@ -219,7 +219,8 @@ def _task_questions(name: str, count: int, seed: int) -> Source:
 
 
 def _task_images(name: str) -> Source:
-    tasks, first_use = _tasks(name), {}
+    tasks = _tasks(name)
+    first_use: dict[str, tuple[str, int, int]] = {}
     # A benchmark asks many questions about one image.
     for task, docs in tasks.items():
         for row in range(len(docs.eval_docs)):

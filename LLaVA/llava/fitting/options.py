@@ -16,7 +16,7 @@ def steps_of(parser: Parser, metavar: str) -> Callable[..., Parser]:
     """Gives a command its steps, which the function adds: (action, name, help, **options of the parser)."""
     steps = parser.add_subparsers(required=True, metavar=metavar, parser_class=Parser)
 
-    def step(action: Callable[[argparse.Namespace], object], name: str, text: str, **options: str) -> Parser:
+    def step(action: Callable[[argparse.Namespace], object], name: str, text: str, **options: Any) -> Parser:
         one = steps.add_parser(name, help=text, description=text, prog=f"{parser.prog} {name}", **options)
         one.set_defaults(action=action)
         return one

@@ -43,7 +43,10 @@ _WHERE_MISSING = {
     "projector": f"neither model_base nor {PROJECTOR} has them",
     "adapters": f"neither model_base nor {EXTRAS} has them",
 }
-_CLASSES = {"llama": (LlavaConfig, LlavaLlamaForCausalLM), "mistral": (LlavaMistralConfig, LlavaMistralForCausalLM)}
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlavaConfig, LlavaLlamaForCausalLM),
+    "mistral": (LlavaMistralConfig, LlavaMistralForCausalLM),
+}
 
 
 def load_pretrained_model(
@@ -293,11 +296,11 @@ def _merge_lora(model: PreTrainedModel, checkpoint: Checkpoint) -> PreTrainedMod
 
 def _check_filled(model: PreTrainedModel, missing: set[str], path: str, layout: Layout) -> None:
     """Nothing but a vision tower may be missing: what is missing would be left at random values."""
-    missing = sorted(key for key in missing if ".vision_tower." not in key)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    names = sorted(key for key in missing if ".vision_tower." not in key)
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
-            f"{path} does not hold all weights of {type(model).__name__}: {', '.join(missing[:3])}{more} missing "
+            f"{path} does not hold all weights of {type(model).__name__}: {', '.join(names[:3])}{more} missing "
             f"({_WHERE_MISSING[layout]})"
         )
 

@@ -191,6 +191,7 @@ class OTPrune(Pruner):
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         gamma = self.for_width(tokens.features.shape[-1]).gamma
+        assert gamma is not None  # for_width's
         if not self.compat:
             return ot_select(tokens.features, tokens.k, gamma)
         from llava.pruning.methods.otprune_published import published_order

@@ -116,7 +116,7 @@ def _named_tokens(config: dict[str, Any], special_tokens_map: dict[str, Any]) ->
     """
     order = [config, special_tokens_map] if "added_tokens_decoder" not in config else [special_tokens_map, config]
     found = {key: value for source in order for key, value in source.items() if value is not None}
-    named = {key: _token(found[key]) for key in NAMED_TOKENS if key in found}
+    named: dict[str, Any] = {key: _token(found[key]) for key in NAMED_TOKENS if key in found}
     extra = found.get("extra_special_tokens") or found.get("additional_special_tokens") or []
     if isinstance(extra, list) and extra:
         named["extra_special_tokens"] = [_token(value) for value in extra]

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -101,12 +102,10 @@ class VisualCache:
         least those outputs, (b, N, ...) each; all that it gives is remembered.
         """
         shape_and_type = (*images.shape[1:], str(images.dtype))
-        keys = [(digest, *shape_and_type) for digest in content_digests(list(images))]
-        found: dict[Hashable, Mapping[Hashable, torch.Tensor] | None] = {}
-        for key in keys:
-            if key not in found:
-                found[key] = self.get(key, names)
-        missing = [key for key, entry in found.items() if entry is None]
+        keys: list[Hashable] = [(digest, *shape_and_type) for digest in content_digests(list(images))]
+        known = {key: self.get(key, names) for key in dict.fromkeys(keys)}
+        found = {key: entry for key, entry in known.items() if entry is not None}
+        missing = [key for key in known if key not in found]
         self.misses += len(missing)
         self.hits += len(keys) - len(missing)
         if missing:
@@ -217,7 +216,7 @@ class VisualStore(VisualCache):
             used.write_text(str(self.nbytes))
 
 
-def encoder_fingerprint(tower: torch.nn.Module) -> str:
+def encoder_fingerprint(tower: Any) -> str:
     """Sixteen hexadecimal digits of all that a vision tower's outputs depend on besides the pixels.
 
     Weights, sizes and the layer that is read, dtype, attention and device, this code, and the libraries' versions.

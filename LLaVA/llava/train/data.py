@@ -86,7 +86,8 @@ def find_faults(
     mark : str
         See `tokenize_conversation`.
     """
-    faults, seen = {}, set()
+    faults: dict[int, str] = {}
+    seen: set[str] = set()
     for number, entry in enumerate(entries):
         try:
             _check_entry(entry)
@@ -96,7 +97,7 @@ def find_faults(
                 for name in set(_image_names(entry)) - seen:
                     open_image(Path(images) / name).close()
                     seen.add(name)
-            if tokenizer is not None and max_length is not None:
+            if tokenizer is not None and max_length is not None and template is not None:
                 _check_length(entry["conversations"], tokenizer, template, max_length, mark)
         except (OSError, ValueError) as error:
             faults[number] = str(error)
@@ -276,7 +277,7 @@ class ConversationDataset(Dataset):
         usable = (
             other % len(self.entries)
             for other in range(number, number + len(self.entries))
-            if other == number or other % len(self.entries) not in self.skip
+            if other == number or other % len(self.entries) not in (self.skip or ())
         )
         for place in usable:
             try:
@@ -316,9 +317,9 @@ class Collator:
         A ValueError if an example has another number of images than of marks: the rows after it would see its images.
         """
         for place, example in enumerate(examples):
-            marks, images = int((example["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(example["images"])
-            if marks != images:
-                raise ValueError(f"example {place} of the batch has {marks} image marks, but {images} images")
+            marks, count = int((example["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(example["images"])
+            if marks != count:
+                raise ValueError(f"example {place} of the batch has {marks} image marks, but {count} images")
         blank = torch.zeros(3, self.image_size, self.image_size)
         ids, labels = [e["input_ids"] for e in examples], [e["labels"] for e in examples]
         images = [image for e in examples for image in (e["images"] or [blank])]

@@ -265,7 +265,7 @@ class Trainer:
             torch.manual_seed(seed_of(self.run.seed, self.run.name, self.step, part, accelerator.process_index))
             with accelerator.accumulate(self.task):
                 losses = self.losses(self.task(**batch) if isinstance(batch, Mapping) else self.task(*batch))
-                loss = sum(value for name, value in losses.items() if "/" not in name)
+                loss: Any = sum(value for name, value in losses.items() if "/" not in name)
                 accelerator.backward(loss)
                 report = {"loss": loss.detach()}
                 report |= {name: value.detach() for name, value in losses.items() if name != "loss"}
@@ -282,8 +282,8 @@ class Trainer:
         mean, late, *values = torch.cat([accelerator.reduce(shared, "mean"), torch.stack(own)]).tolist()
         means = {**dict(zip(names, values, strict=True)), "loss": mean}
         if not math.isfinite(means["loss"]):
-            part = next((part for part, report in enumerate(reports) if not report["loss"].isfinite()), None)
-            raise NonFiniteLoss(self.step, part, means["loss"])
+            failed = (number for number, report in enumerate(reports) if not report["loss"].isfinite())
+            raise NonFiniteLoss(self.step, next(failed, None), means["loss"])
         for name, value in means.items():
             if math.isfinite(value):  # an accuracy over nothing is not a number
                 total, count = self._sums.get(name, (0.0, 0))

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from llava.command import Parser, positive
 from llava.conversation import image_mark
@@ -126,7 +125,7 @@ def _vision_settings(arguments: argparse.Namespace) -> SimpleNamespace:
     )
 
 
-def _with_adapters(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
+def _with_adapters(model: Any, arguments: argparse.Namespace) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -142,7 +141,7 @@ def _with_adapters(model: nn.Module, arguments: argparse.Namespace) -> nn.Module
     return get_peft_model(model, settings)
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def _inner(model: Any) -> Any:
     """The decoder stack with its vision modules, with or without adapters around it."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).get_model()
 
@@ -156,7 +155,7 @@ def _order(entries: int, epochs: float, seed: int) -> list[int]:
     return order[: round(epochs * entries)]
 
 
-def save_result(model: nn.Module, arguments: argparse.Namespace) -> None:
+def save_result(model: Any, arguments: argparse.Namespace) -> None:
     """Write what was trained to ``arguments.output``, in the layout of the stage."""
     folder, source = Path(arguments.output), Path(arguments.model)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

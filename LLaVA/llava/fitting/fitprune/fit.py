@@ -53,12 +53,16 @@ class Budget:
     @property
     def share(self) -> float:
         """Of the unpruned cost, what may be spent."""
-        return self.subset_ratio if self.reduction_ratio is None else 1 - self.reduction_ratio
+        if self.subset_ratio is not None:
+            return self.subset_ratio
+        assert self.reduction_ratio is not None
+        return 1 - self.reduction_ratio
 
     @property
     def name(self) -> str:
         """As a file's name has it: 60 for a reduction ratio of 0.6, kept40 for a subset ratio of 0.4."""
-        kept, ratio = ("", self.reduction_ratio) if self.subset_ratio is None else ("kept", self.subset_ratio)
+        kept, ratio = ("kept", self.subset_ratio) if self.reduction_ratio is None else ("", self.reduction_ratio)
+        assert ratio is not None
         return f"{kept}{100 * ratio:.8g}".replace(".", "_")
 
     def cost(self, shape: ModelShape) -> Cost:

@@ -62,7 +62,7 @@ class Statistics:
         """What is left after each layer if all drop what is `deletable` at ``alpha``."""
         unpruned = self.unpruned()
 
-        def observe(number: int, prompt: Prompt) -> list[float]:
+        def observe(number: int, prompt: Prompt) -> list[int]:
             kept: list[int] = []
 
             def look(layer: int, visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -121,7 +121,7 @@ class Statistics:
     def _send(self, prompt: Prompt, look: Look) -> None:
         send(self.model, self.image_processor, prompt, look)
 
-    def _pass(self, name: str, observe: Callable[[int, Prompt], list[float]]) -> np.ndarray:
+    def _pass(self, name: str, observe: Callable[[int, Prompt], Sequence[float]]) -> np.ndarray:
         """What ``observe`` makes of every prompt: (S, ...), float64; those on the disk are not sent again."""
         file = self.folder / f"{name}.npy"
         rows = np.load(file).tolist() if file.is_file() else []

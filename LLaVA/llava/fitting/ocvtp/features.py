@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -125,7 +127,7 @@ def extract(
                     for i in range(0, len(members), batch)
                 ]
                 tensors = {TENSOR: torch.cat(parts).to(torch.float16).contiguous()}
-                atomic_write(file, lambda part, t=tensors, n=names: save_file(t, part, metadata={"names": n}))
+                atomic_write(file, partial(save_file, tensors, metadata={"names": names}))
             elif _opened(file).metadata().get("names") != names:
                 raise ValueError(f"{file} holds features of other images: give another --output")
             bar.update(len(members))
@@ -146,7 +148,7 @@ class Features(torch.utils.data.Dataset):
             raise ValueError(
                 f"{folder} holds {there} of {len(self._shards)} shards: run extract again, it continues where it was"
             )
-        self._open = {}
+        self._open: dict[int, Any] = {}
 
     def __len__(self) -> int:
         return self.description.count

@@ -32,6 +32,12 @@ class DecoderConfig:
     feed_forward: int = 4096
     context: int = 24
 
+    @classmethod
+    def of(cls, config: SlotConfig) -> DecoderConfig:
+        """Those of a pruner that has a decoder."""
+        assert config.decoder is not None
+        return cls(**config.decoder)
+
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"the decoder's {self.heads} heads do not divide its width, {self.width}")
@@ -92,7 +98,7 @@ class Reconstruction(nn.Module):
     def __init__(self, config: SlotConfig):
         super().__init__()
         self.pruner = SlotPruner(config)
-        self.decoder = RandomOrderDecoder(config.width, config.slot_width, DecoderConfig(**config.decoder))
+        self.decoder = RandomOrderDecoder(config.width, config.slot_width, DecoderConfig.of(config))
 
     def forward(
         self, features: torch.Tensor, noise: torch.Tensor, order: torch.Tensor, shown: torch.Tensor
@@ -125,11 +131,12 @@ class Draws:
     @classmethod
     def sample(cls, generator: torch.Generator, batch: int, slots: int, config: SlotConfig) -> Draws:
         """Draw for a batch."""
-        tokens = config.decoder["tokens"]
+        decoder = DecoderConfig.of(config)
+        tokens = decoder.tokens
         noise = torch.randn(batch, slots, config.slot_width, generator=generator)
         order = torch.rand(batch, tokens, generator=generator).argsort(dim=-1)
         drawn = torch.randint(max(1, tokens - 1), (batch, 1), generator=generator)
-        fixed = torch.full_like(drawn, min(DecoderConfig(**config.decoder).context, max(0, tokens - 2)))
+        fixed = torch.full_like(drawn, min(decoder.context, max(0, tokens - 2)))
         shown = torch.where(torch.rand(batch, 1, generator=generator) < 0.5, drawn, fixed)
         return cls(noise, order, shown)
 

@@ -13,7 +13,7 @@ import torch
 
 from llava.files import atomic_write
 from llava.fitting.ocvtp.features import Description, Features
-from llava.fitting.ocvtp.objective import Draws, Reconstruction, seeded
+from llava.fitting.ocvtp.objective import DecoderConfig, Draws, Reconstruction, seeded
 from llava.pruning.methods.ocvtp.network import MODEL_TYPE, SlotConfig, SlotPruner
 from llava.pruning.methods.trained import save_network
 from llava.train.loop import Run, Trainer, read_log, seed_of
@@ -110,7 +110,7 @@ def train(
     """
     features = Features(folder)
     described, config = features.description, sizes(features.description)
-    choices = recipe.slot_choices(config.decoder["tokens"])
+    choices = recipe.slot_choices(DecoderConfig.of(config).tokens)
     training, held_out = split(len(features), recipe)
     epoch_steps = len(training) // recipe.batch
     torch.manual_seed(seed_of(recipe.seed, "weights"))

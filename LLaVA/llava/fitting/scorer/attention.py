@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,7 +44,7 @@ def gather(model, image_processor, prompts: Prompts, folder: Path, name: str, qu
                 "features": encoder_features(model, image_processor, prompt).to(torch.float16).cpu().contiguous(),
                 "attention": text_attention(model, image_processor, prompt),
             }
-            atomic_write(file, lambda part, tensors=tensors: save_file(tensors, part))
+            atomic_write(file, partial(save_file, tensors))
 
 
 def sample_file(folder: Path, number: int) -> Path:

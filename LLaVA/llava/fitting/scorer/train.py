@@ -67,7 +67,9 @@ class Prediction(nn.Module):
 
 def collate(examples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Images of different sizes, padded."""
-    return tuple(torch.nn.utils.rnn.pad_sequence(parts, batch_first=True) for parts in zip(*examples, strict=True))
+    features, attention = zip(*examples, strict=True)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(list(features), batch_first=True), pad(list(attention), batch_first=True)
 
 
 def train(folder: Path, recipe: Recipe, run: Run, dtype: str = "bfloat16") -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,9 @@ from llava.model.language_model.observed_attention import asked_of, observed_att
 from llava.model.offload import execution_device
 from llava.model.prefill import Prefill
 from llava.pruning.attention import attention_of_queries
+from llava.pruning.base import Pruner
 from llava.pruning.rows import KeptColumns, Rows, choose_raters, drop_image_tokens, refuse_images_without_text
+from llava.pruning.tokens import ImageTokens
 
 Mixin: Any = object
 """See `llava.model.llava_arch.Mixin`."""
@@ -31,11 +34,11 @@ class DroppingDecoder(Mixin):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         prefill: Prefill | None = None,
         prompt_mask: torch.Tensor | None = None,
@@ -71,7 +74,7 @@ class DroppingDecoder(Mixin):
         if inputs_embeds is None and (noted is None or (prepared and not noted.left)):
             # Ids of text alone, or a step in a static cache, which a look at the cache's length would interrupt.
             return super().forward(attention_mask=attention_mask, position_ids=position_ids, **call)
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         n = tokens.shape[1]
         before = Filling.of(cache, tokens.device)
         new = before.new_content(attention_mask, n)
@@ -79,13 +82,14 @@ class DroppingDecoder(Mixin):
             # A first prompt's padding counts, as in transformers.
             position_ids = before.new_positions(n, new if before.length else None)
         after = before.grown(n, new, position_ids)
-        drops = prefill is not None and prefill.active.inside_decoder
-        if drops and before.length and prefill.images:
+        dropping = prefill if prefill is not None and prefill.active.inside_decoder else None
+        if dropping is not None and before.length and dropping.images:
             raise NotImplementedError("LAYER_INDEX > 0 does not take images after a filled KV cache")
-        if before.left or (drops and not before.length):
+        if before.left or (dropping is not None and not before.length):
             embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            rows = None if before.left else _start(embeds, new, position_ids, prefill, prompt_mask)
-            return self._forward_in_stages(embeds, rows, position_ids, cache, after, use_cache, prefill, **kwargs)
+            dropping = None if before.left else dropping
+            rows = None if dropping is None else _start(embeds, new, position_ids, dropping, prompt_mask)
+            return self._forward_in_stages(embeds, rows, position_ids, cache, after, use_cache, dropping, **kwargs)
         if before.length and not prepared:
             attention_mask = after.mask
         outputs = super().forward(attention_mask=attention_mask, position_ids=position_ids, **call)
@@ -120,16 +124,18 @@ class DroppingDecoder(Mixin):
             cache = DynamicCache(config=self.config)
         position_ids = position_ids.expand(len(hidden), -1)
         left, raters = dict(filling.left), None
-        stages, compact = left, filling.compact
+        stages: dict[int, Any] = left
+        compact, states = filling.compact, list[torch.Tensor]()
         if rows is not None:
-            active, pruner = prefill.active, prefill.active.pruner
+            assert prefill is not None
+            active, images = prefill.active, prefill.images
+            pruner: Any = active.pruner
             stages, compact = dict(active.schedule), active.compact
-            totals = [len(image) for image in prefill.images]
+            totals = [len(image) for image in images]
             if "rater_attention" in pruner.needs:
                 raters = choose_raters(rows, pruner)
         rotary = self.rotary_emb(hidden, position_ids=position_ids)
         mask = self._causal_mask(hidden, filling.mask, cache, 0)
-        states = []
         for depth, layer in enumerate(self.layers):
             if depth in stages:
                 hidden = hidden.to(execution_device(layer))
@@ -138,7 +144,7 @@ class DroppingDecoder(Mixin):
                         rows = replace(rows, hidden=hidden).to(hidden.device)
                         before = None if depth == 0 else (self.layers[depth - 1], states[-1])
                         seen = _attention_signals(pruner.needs, rows, before, layer, rotary, raters)
-                        rows = drop_image_tokens(rows, prefill.images, pruner, stages[depth], seen)
+                        rows = drop_image_tokens(rows, images, pruner, stages[depth], seen)
                         hidden = rows.hidden
                     left[depth] = rows.valid
                     position_ids = rows.side["position_ids"]
@@ -150,7 +156,7 @@ class DroppingDecoder(Mixin):
             states.append(hidden)
             if rows is not None and active.drops_after_attention(depth, totals):
                 rows = replace(rows, hidden=hidden).to(execution_device(layer))
-                rows = _layer_that_drops(layer, rows, rotary, cache, prefill, stages[depth + 1])
+                rows = _layer_that_drops(layer, rows, rotary, cache, pruner, images, stages[depth + 1])
                 hidden = rows.hidden
                 continue
             hidden = layer(
@@ -162,7 +168,7 @@ class DroppingDecoder(Mixin):
                 **{CACHE: cache},
                 **kwargs,
             )
-        if rows is not None:
+        if prefill is not None and rows is not None:
             prefill.left = KeptColumns(rows.column, rows.valid)
             if len(self.layers) in stages:
                 left[len(self.layers)] = rows.valid
@@ -199,39 +205,40 @@ def _start(
     valid = torch.ones_like(image_id, dtype=torch.bool) if content is None else content
     positions = position_ids.expand(len(embeds), -1)
     rows = Rows.start(embeds, valid, image_id, prompt, position_ids=positions)
-    if prefill.active.needs("text_attention"):
-        refuse_images_without_text(rows, prefill.active.pruner)
+    pruner = prefill.active.pruner
+    if pruner is not None and "text_attention" in pruner.needs:
+        refuse_images_without_text(rows, pruner)
     return rows
 
 
 def _layer_that_drops(
-    layer: torch.nn.Module,
+    layer: Any,
     rows: Rows,
     rotary: tuple[torch.Tensor, torch.Tensor],
     cache: Cache | None,
-    prefill: Prefill,
+    pruner: Pruner,
+    images: Sequence[ImageTokens],
     fraction: float,
 ) -> Rows:
     """One layer in which tokens leave between the attention and its output projection.
 
     All rows give keys and values; projection and feed-forward block see what is kept.
     """
-    pruner = prefill.active.pruner
-    rotary = tuple(part.to(rows.hidden.device) for part in rotary)
+    cos, sin = (part.to(rows.hidden.device) for part in rotary)
     heads, visual_attention, text_attention = observed_attention(
-        layer.self_attn, layer.input_layernorm(rows.hidden), rotary, rows.valid, rows.image_id, rows.text, cache
+        layer.self_attn, layer.input_layernorm(rows.hidden), (cos, sin), rows.valid, rows.image_id, rows.text, cache
     )
     observed = {"visual_attention": visual_attention, "text_attention": text_attention}
     seen = {name: values for name, values in observed.items() if name in pruner.needs}
     rows = replace(rows, side={**rows.side, "heads": heads})
-    rows = drop_image_tokens(rows, prefill.images, pruner, fraction, seen)
+    rows = drop_image_tokens(rows, images, pruner, fraction, seen)
     side = dict(rows.side)
     hidden = rows.hidden + layer.self_attn.o_proj(side.pop("heads"))
     return replace(rows, hidden=hidden + layer.mlp(layer.post_attention_layernorm(hidden)), side=side)
 
 
 def _attention_signals(
-    needs: frozenset[str], rows: Rows, before, layer: torch.nn.Module, rotary, raters
+    needs: frozenset[str], rows: Rows, before: tuple[Any, torch.Tensor] | None, layer: Any, rotary: Any, raters: Any
 ) -> dict[str, torch.Tensor]:
     """The attention signals that a method needs, at the rows' present places: name -> (B, T, ...)."""
     ahead = frozenset({"next_attention"})

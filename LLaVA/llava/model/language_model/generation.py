@@ -37,12 +37,12 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
 
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values=None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -196,11 +196,12 @@ class LlavaGenerationMixin(LlavaMetaForCausalLM):
         before = Filling.of(cache, mask.device)
         if before.length:
             # transformers takes a prompt as a whole and cuts off what the cache holds.
-            content = before.grown(mask.shape[1], mask.bool())
+            content = before.grown(mask.shape[1], mask.bool()).mask
+            assert content is not None  # there is one from the first mask on
             if position_ids is None:
                 position_ids = before.new_positions(mask.shape[1], mask.bool())
             position_ids = nn.functional.pad(position_ids.expand(mask.shape), (before.length, 0))
-            mask = content.mask.to(mask.dtype)
+            mask = content.to(mask.dtype)
             embeds = nn.functional.pad(embeds, (0, 0, before.cached, 0))
         if position_ids is not None:
             kwargs["position_ids"] = position_ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import distributed
 from transformers.cache_utils import Cache
@@ -14,7 +16,7 @@ from llava.pruning.tokens import gather_tokens
 
 
 def observed_attention(
-    attention: torch.nn.Module,
+    attention: Any,
     normed: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     valid: torch.Tensor,
@@ -80,7 +82,7 @@ def observed_attention(
 
 @torch.no_grad()
 def query_attention(
-    layer: torch.nn.Module,
+    layer: Any,
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     valid: torch.Tensor,
@@ -126,7 +128,7 @@ def query_attention(
     return torch.cat(parts, dim=1)
 
 
-def ranks_of_heads(attention: torch.nn.Module, heads: int) -> distributed.ProcessGroup | None:
+def ranks_of_heads(attention: Any, heads: int) -> distributed.ProcessGroup | None:
     """The tensor parallel ranks that share a layer's heads, of which this one has so many; None where it has them all.
 
     Each must see all heads, or they would drop different tokens: a NotImplementedError if they are shared in another
@@ -145,15 +147,13 @@ def ranks_of_heads(attention: torch.nn.Module, heads: int) -> distributed.Proces
     return ranks
 
 
-def asked_of(
-    layer: torch.nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], valid: torch.Tensor
-) -> Ask:
+def asked_of(layer: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], valid: torch.Tensor) -> Ask:
     """`query_attention` of some rows of a batch, where the layer computes, which may be another device than theirs."""
     device = execution_device(layer)
 
     def ask(own: slice, queries: torch.Tensor) -> torch.Tensor:
-        turned = tuple((part if len(part) == 1 else part[own]).to(device) for part in rotary)
-        seen = query_attention(layer, hidden[own].to(device), turned, valid[own].to(device), queries.to(device))
+        cos, sin = ((part if len(part) == 1 else part[own]).to(device) for part in rotary)
+        seen = query_attention(layer, hidden[own].to(device), (cos, sin), valid[own].to(device), queries.to(device))
         return seen.to(valid.device)
 
     return ask

@@ -83,10 +83,12 @@ class ClipText:
     @torch.no_grad()
     def embed_text(self, text: str) -> torch.Tensor:
         """A text in CLIP's common space: (M, C), float32, one row a segment."""
+        encoder: Any
+        projection: Any
         encoder, projection = self._text
         device = projection.weight.device
         segments = [torch.tensor(ids).to(device, non_blocking=True) for ids in self.segments(text)]
-        with torch.autocast(projection.weight.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             pooled = [encoder(input_ids=ids[None]).pooler_output for ids in segments]
             return projection(torch.cat(pooled))
 

@@ -7,13 +7,16 @@ itself runs on its fast kernels, in every layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
 
 from llava.pruning.base import Pruner
 from llava.pruning.signals import ENCODER_SIGNALS, SIGNALS
 from llava.pruning.similarity import products
+
+Layer = Any
+"""A CLIPEncoderLayer; what a module of transformers has, no type checker knows."""
 
 
 def _split(projected: torch.Tensor, heads: int) -> torch.Tensor:
@@ -21,7 +24,7 @@ def _split(projected: torch.Tensor, heads: int) -> torch.Tensor:
     return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def cls_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def cls_attention(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     """Attention of [CLS] to each patch in a CLIP layer with input (B, 1 + P, C), [CLS] first: (B, P, H), float32.
 
     Rows of the softmax over [CLS] and patches, without [CLS]'s own column.
@@ -33,7 +36,7 @@ def cls_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return rows[:, :, 0, 1:].transpose(1, 2)
 
 
-def received_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def received_attention(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     """How much attention each patch gets in a CLIP layer, averaged over heads and queries: (B, P), float32."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     queries = _split(attention.q_proj(normed), attention.num_heads)
@@ -43,7 +46,7 @@ def received_attention(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return torch.stack([each.mean(dim=(0, 1))[1:] for each in maps])
 
 
-def cls_affinity(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def cls_affinity(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     """How alike the values of each patch and of [CLS] are in a CLIP layer: (B, P), float32.
 
     Per head the softmax, over [CLS] and patches, of the products of their values; averaged over the heads.
@@ -53,20 +56,20 @@ def cls_affinity(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return products(values[:, :, :1], values).softmax(dim=-1).mean(dim=1)[:, 0, 1:]
 
 
-def value_norms(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def value_norms(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     """L1 norm of each patch's value in a CLIP layer, averaged over the heads before: (B, P), float32."""
     attention = layer.self_attn
     values = _split(attention.v_proj(layer.layer_norm1(hidden)), attention.num_heads)
     return values.float().mean(dim=1).abs().sum(dim=-1)[:, 1:]
 
 
-def mean_keys(layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def mean_keys(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     """Each patch's key in a CLIP layer, averaged over the heads: (B, P, C / H), float32."""
     attention = layer.self_attn
     return _split(attention.k_proj(layer.layer_norm1(hidden)), attention.num_heads).float().mean(dim=1)[:, 1:]
 
 
-def wide_head(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def wide_head(layer: Layer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A CLIP layer's keys (B, P, C), and [CLS]'s attention (B, P), float32, if all heads were one."""
     attention, normed = layer.self_attn, layer.layer_norm1(hidden)
     query, keys = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
@@ -131,7 +134,7 @@ class EncoderObserver:
         self._depth = depth
         self.outputs: dict[Output, torch.Tensor] = {}
 
-    def before_layer(self, number: int, layer: nn.Module, hidden: torch.Tensor) -> None:
+    def before_layer(self, number: int, layer: Layer, hidden: torch.Tensor) -> None:
         """Look at a layer and its input (B, 1 + P, C)."""
         self._note(("received_attention", number), lambda: received_attention(layer, hidden))
         self._note(("layer_cls_attention", number), lambda: cls_attention(layer, hidden).mean(dim=-1))
@@ -142,7 +145,7 @@ class EncoderObserver:
             self._note(("cls_attention", None), lambda: cls_attention(layer, hidden))
             self._note(("encoder_keys", None), lambda: mean_keys(layer, hidden))
 
-    def finish(self, last: nn.Module, hidden: torch.Tensor) -> None:
+    def finish(self, last: Layer, hidden: torch.Tensor) -> None:
         """Look at the output (B, 1 + P, C) of the last layer that ran, and at the layer that would come next."""
         self._note(("encoder_features", None), lambda: hidden[:, 1:])
         self._note(("layer_features", self._depth - 1), lambda: hidden[:, 1:])
