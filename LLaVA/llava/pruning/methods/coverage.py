@@ -37,16 +37,11 @@ def facility_select(
     similarity : Tensor (B, N, N), floating
         Symmetric.
     k : int
-        1 <= k <= N.
+        1 <= k <= N -> (B, k), int64, in the order of selection; ties go to the lowest index.
     weight : Tensor (B, N), floating, optional
         Of each token as a choice, >= 0; 1 unless given.
     served : Tensor (B, N), floating, optional
         How well each token is served before anything is taken; 0 unless given.
-
-    Returns
-    -------
-    Tensor (B, k), int64
-        In the order of selection; ties go to the lowest index.
 
     Source: Nemhauser, Wolsey and Fisher, "An analysis of approximations for maximizing submodular set functions",
     Mathematical Programming 14, 1978.

@@ -18,19 +18,8 @@ def max_min_select(distance: torch.Tensor, k: int) -> torch.Tensor:
     """Greedy max-min diversity: every step takes the token that is farthest from those already taken.
 
     The first one is the token whose nearest neighbour is farthest. O(k N) after the distances, with a running minimum
-    and no host synchronisation.
-
-    Parameters
-    ----------
-    distance : Tensor (B, N, N), floating
-        Symmetric; the diagonal is not read.
-    k : int
-        1 <= k <= N.
-
-    Returns
-    -------
-    Tensor (B, k), int64
-        In the order of selection; ties go to the lowest index.
+    and no host synchronisation. Distances (B, N, N), symmetric, the diagonal is not read; 1 <= k <= N -> (B, k), int64,
+    in the order of selection; ties go to the lowest index.
 
     Source: DivPrune, CVPR 2025.
     """

@@ -18,21 +18,10 @@ def shares(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
 
 
 def drops_now(attention: torch.Tensor, count: torch.Tensor, k: int, to_come: int) -> torch.Tensor:
-    """How many tokens leave at a stage: more where the attention is concentrated, and where fewer layers are to come.
+    """How many tokens leave at a stage, (B,): more where the attention is concentrated or few layers are to come.
 
-    Parameters
-    ----------
-    attention : Tensor (B, N), float32
-        Adds up to 1.
-    count : Tensor (B,), int64
-        Tokens that are present.
-    k : int
-    to_come : int
-        Layers after this one; after the last one all above k leave.
-
-    Returns
-    -------
-    Tensor (B,), int64
+    Of ``count`` (B,) tokens that are present, whose ``attention`` (B, N) adds up to 1; ``to_come`` are the layers after
+    this one. After the last one all above k leave.
     """
     above = (count - k).clamp_min(0)
     if to_come == 0:
@@ -44,7 +33,7 @@ def drops_now(attention: torch.Tensor, count: torch.Tensor, k: int, to_come: int
 def staged_flow(
     attention: torch.Tensor, content: torch.Tensor | None, values: torch.Tensor, k: int, every: int = 2
 ) -> torch.Tensor:
-    """Tokens that stay through all stages.
+    """Tokens that stay through all stages: (B, k), int64.
 
     A layer's score of a token is its share of the attention, plus that of the similarity to [CLS] by content, times
     the L1 norm of its value. Half of it and half of what was cumulated before rank the tokens; every second layer the
@@ -58,14 +47,8 @@ def staged_flow(
         How alike its value and that of [CLS] are.
     values : Tensor (B, N, E), float32
         L1 norm of its value.
-    k : int
-        1 <= k <= N.
-    every : int
-        Layers from one stage to the next.
-
-    Returns
-    -------
-    Tensor (B, k), int64
+    k, every : int
+        1 <= k <= N; and layers from one stage to the next.
 
     Source: FlowCut, NeurIPS 2025.
     """

@@ -13,26 +13,20 @@ def select_by_quota(
     k: int,
     last: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The first tokens of every group up to its quota; what is left of the budget goes round, one a group.
+    """The first tokens of every group up to its quota: (B, k), int64.
+
+    What is left of the budget goes round, one a group.
 
     Parameters
     ----------
-    order : Tensor (B, N), int64
-        Every token once, the best first.
-    group : Tensor (B, N), int64
-        Of each token, 0 to G - 1.
+    order, group : Tensor (B, N), int64
+        Every token once, the best first; and the group of each token, 0 to G - 1.
     quota : Tensor (B, G), integer
-        Adds up to at most k.
+        Adds up to at most k, 1 <= k <= N.
     favour : Tensor (B, G)
         The groups with the largest come first in every round; ties go to the lowest group.
-    k : int
-        1 <= k <= N.
     last : Tensor (B, N), bool, optional
         Tokens that come after all others, whatever their group; in ``order`` they do already.
-
-    Returns
-    -------
-    Tensor (B, k), int64
     """
     groups = quota.shape[1]
     turn = favour.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)  # (B, G)

@@ -13,20 +13,11 @@ from llava.pruning.tokens import Layout, VisualTokens
 
 
 def grid_neighbours(places: torch.Tensor, compat: bool = False) -> torch.Tensor:
-    """The tokens left, right, above and below of every token of a grid.
+    """The tokens left, right, above and below of every token of a grid: (rows * columns, 4), int64.
 
-    Parameters
-    ----------
-    places : Tensor (rows, columns), int64
-        Where each patch stands among the tokens.
-    compat : bool
-        The published neighbourhood, which counts along the raster: the end of a row is beside the start of the next,
-        and whoever is outside the grid is replaced by its first or its last token.
-
-    Returns
-    -------
-    Tensor (rows * columns, 4), int64
-        A token itself stands for a neighbour that is not there.
+    ``places`` (rows, columns) says where each patch stands among the tokens; a token itself stands for a neighbour that
+    is not there. With ``compat`` the published neighbourhood, which counts along the raster: the end of a row is beside
+    the start of the next, and whoever is outside the grid is replaced by its first or its last token.
     """
     rows, columns = places.shape
     if compat:
@@ -66,7 +57,9 @@ def anchors_buffers_registers(
     anchors: int,
     k: int,
 ) -> torch.Tensor:
-    """Anchors first, then their buffers while there is room, then registers up to exactly ``k``.
+    """Anchors first, then their buffers while there is room, then registers up to exactly ``k``: (B, k), int64.
+
+    Anchors and buffers are by the object layer's attention, registers by the deep layer's; ties go to the lowest index.
 
     Parameters
     ----------
@@ -75,15 +68,8 @@ def anchors_buffers_registers(
         which come after all patches.
     beside : Tensor (N, 4), int64
         The neighbours of each token.
-    anchors : int
-        0 <= anchors <= k.
-    k : int
-        1 <= k <= N.
-
-    Returns
-    -------
-    Tensor (B, k), int64
-        Anchors and buffers by the object layer's attention, registers by the deep layer's; ties to the lowest index.
+    anchors, k : int
+        0 <= anchors <= k <= N.
 
     Source: HiPrune, arXiv 2508.00553.
     """

@@ -32,17 +32,9 @@ def strip_table(n: int, strips: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 def variety(features: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Variance of a token's cosines to the others of its strip.
+    """Variance of a token's cosines to the others of its strip, (B, S, L), float32; 0 for a token alone.
 
-    Parameters
-    ----------
-    features : Tensor (B, S, L, D), float32
-    valid : Tensor (S, L), bool
-
-    Returns
-    -------
-    Tensor (B, S, L), float32
-        0 for a token alone.
+    Features are (B, S, L, D), of which ``valid`` (S, L), bool, are there.
     """
     unit = torch.nn.functional.normalize(features, dim=-1)
     cosine = unit @ unit.mT  # (B, S, L, L)

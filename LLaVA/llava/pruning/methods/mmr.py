@@ -18,22 +18,9 @@ def marginal_relevance_select(
 ) -> torch.Tensor:
     """Greedily the token of the largest ``balance * importance_j - (1 - balance) * max_{i taken} similarity_ij``.
 
-    The first token is the most important one. O(k N), no host synchronisation.
-
-    Parameters
-    ----------
-    importance : Tensor (B, N), floating
-    similarity : Tensor (B, N, N), floating
-        Symmetric.
-    k : int
-        1 <= k <= N.
-    balance : float
-        0 to 1.
-
-    Returns
-    -------
-    Tensor (B, k), int64
-        In the order of selection; ties go to the lowest index.
+    The first token is the most important one. O(k N), no host synchronisation. Importance (B, N) and symmetric
+    similarity (B, N, N), floating; 1 <= k <= N and 0 <= balance <= 1 -> (B, k), int64, in the order of selection; ties
+    go to the lowest index.
 
     Source: Carbonell and Goldstein, "The use of MMR", SIGIR 1998.
     """

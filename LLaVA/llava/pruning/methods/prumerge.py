@@ -16,11 +16,7 @@ NEIGHBOURS = 32
 
 
 def outlier_count(attention: torch.Tensor) -> int:
-    """How many of an image's attention values lie above ``Q3 + 1.5 (Q3 - Q1)``.
-
-    Parameters
-    ----------
-    attention : Tensor (N,), floating
+    """How many of an image's attention values (N,) lie above ``Q3 + 1.5 (Q3 - Q1)``.
 
     Source: PruMerge, arXiv 2403.15388.
     """
@@ -38,21 +34,11 @@ def grid_step(n: int, outliers: int) -> int:
 
 
 def evenly_spaced(taken: torch.Tensor, seen: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` evenly spaced ones of every image's tokens that are seen and not taken.
+    """``count`` evenly spaced ones of every image's tokens that are seen and not taken: (B, count), int64, distinct.
 
     Number ``floor((i + 1/2) c / count)`` of an image's c candidates, in raster order, for i = 0 .. count - 1. Where
-    there are too few of them, tokens that are not seen follow, the lowest first.
-
-    Parameters
-    ----------
-    taken, seen : Tensor (B, N), bool
-    count : int
-        0 <= count <= tokens that are not taken.
-
-    Returns
-    -------
-    Tensor (B, count), int64
-        Distinct indices.
+    there are too few of them, tokens that are not seen follow, the lowest first; at most as many as are not taken.
+    ``taken`` and ``seen`` are (B, N), bool.
     """
     if count == 0:
         return torch.empty(len(taken), 0, dtype=torch.int64, device=taken.device)
@@ -78,7 +64,7 @@ def merge_into(
     Parameters
     ----------
     features : Tensor (B, N, D), floating
-        x: what is merged.
+        x: what is merged, into (B, m + 1, D) of the same dtype.
     keys : Tensor (B, N, C), floating
         Of the encoder's last layer. A token whose key is zero, as a newline's is, has no neighbours and is none.
     attention : Tensor (B, N), floating
@@ -87,10 +73,6 @@ def merge_into(
         0 <= m <= N.
     neighbours : int
         How many are merged into a kept token, or all others where there are not so many.
-
-    Returns
-    -------
-    Tensor (B, m + 1, D), in the dtype of ``features``
 
     Source: PruMerge, arXiv 2403.15388.
     """

@@ -20,19 +20,9 @@ ITERATIONS = 4
 def principal_loadings(features: torch.Tensor, count: int) -> torch.Tensor:
     """How strongly each token belongs to each of the leading principal components of ``sigmoid(features)``.
 
-    The features are the samples and the tokens the variables: every token is centred over its features. The components
-    are found by subspace iteration from a fixed start, as close to the exact ones as their spectrum lets it come.
-
-    Parameters
-    ----------
-    features : Tensor (B, N, D), floating
-    count : int
-        1 <= count <= min(N, D).
-
-    Returns
-    -------
-    Tensor (B, N, count), float32
-        Absolute loadings, the strongest component first.
+    The features (B, N, D) are the samples and the tokens the variables: every token is centred over its features. The
+    components are found by subspace iteration from a fixed start, as close to the exact ones as their spectrum lets it
+    come. Absolute loadings (B, N, count), float32, the strongest component first; 1 <= count <= min(N, D).
 
     Source: Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53, 2011.
     """
@@ -48,21 +38,10 @@ def principal_loadings(features: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def suppress(similarity: torch.Tensor, order: torch.Tensor, group: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Non-maximum suppression in every group: who is too similar to a better one that stays goes.
+    """Non-maximum suppression in every group (B, N): who is too similar to a better one that stays goes.
 
-    Parameters
-    ----------
-    similarity : Tensor (B, N, N), floating
-    order : Tensor (B, N), int64
-        Every token once, the best first.
-    group : Tensor (B, N), int64
-    limit : Tensor (B,), floating
-        A similarity above it is too similar.
-
-    Returns
-    -------
-    Tensor (B, N), bool
-        Whether a token stays.
+    ``order`` (B, N) has every token once, the best first; a similarity (B, N, N) above ``limit`` (B,) is too similar.
+    Returns whether a token stays, (B, N), bool.
     """
     rows = torch.arange(len(order), device=order.device)
     rivals = (similarity > limit[:, None, None]) & (group.unsqueeze(-1) == group.unsqueeze(-2))

@@ -24,19 +24,10 @@ RANKED = {
 
 
 def select_raters(visual: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Text tokens that the image speaks to more than to the average one.
+    """Text tokens (T, D) that the image (n, D) speaks to more than to the average one: (T,), bool.
 
-    p = mean over visual tokens of softmax over text tokens of (visual text^T); raters have p > mean(p).
-
-    Parameters
-    ----------
-    visual : Tensor (n, D), floating
-    text : Tensor (T, D), floating
-
-    Returns
-    -------
-    Tensor (T,), bool
-        All of them where none stands out (a single text token, or equal ones).
+    p = mean over visual tokens of softmax over text tokens of (visual text^T); raters have p > mean(p). All of them
+    where none stands out (a single text token, or equal ones).
     """
     with torch.autocast(visual.device.type, enabled=False):
         p = (visual.float() @ text.float().T).softmax(dim=-1).mean(dim=0)
@@ -51,22 +42,12 @@ def recycled_counts(dropped: int) -> tuple[int, int]:
 
 
 def split_budget(n: int, k: int) -> tuple[int, int, int]:
-    """How many of ``n`` tokens are kept, recycled, and what the recycled ones are merged into, within a budget.
+    """How many of ``n`` tokens are kept, recycled, and what the recycled ones are merged into, within a budget k < n.
 
     The largest number kept, and thus the fewest merged, for which kept + merged = k, where kept tokens leave
     `recycled_counts` of the others to be merged, into at most a fifth of the budget. The published stages, where the
     merged ones come on top, are met (300 + 9 of 576 for k = 309) and stay within that fifth (at most 16 of 82); without
-    it, a small budget would all be spent on merged tokens.
-
-    Parameters
-    ----------
-    n, k : int
-        1 <= k < n.
-
-    Returns
-    -------
-    kept, candidates, merged : int
-        0 candidates where nothing is merged.
+    it, a small budget would all be spent on merged tokens. 0 are recycled where nothing is merged.
     """
     for kept in range(k, -1, -1):
         candidates, merged = recycled_counts(n - kept)
@@ -79,27 +60,15 @@ def split_budget(n: int, k: int) -> tuple[int, int, int]:
 def density_peaks(
     x: torch.Tensor, clusters: int, noise: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cluster tokens around density peaks (DPC-KNN).
+    """Cluster tokens (B, M, D) around density peaks (DPC-KNN): centres (B, clusters) by falling score, and assignment.
 
     With d the Euclidean distance over sqrt(D): the density of a token is exp(-mean of d^2 to its ``clusters`` nearest,
     itself included); its parent distance is that to the closest denser token (the largest distance there is for the
-    densest); centres are the tokens with the largest product of both, and the others go to the nearest centre.
+    densest); centres are the tokens with the largest product of both, and the others go to the nearest centre, whose
+    position among the centres is their assignment (B, M).
 
-    Parameters
-    ----------
-    x : Tensor (B, M, D), floating
-    clusters : int
-        1 <= clusters <= M.
-    noise : Tensor (B, M), optional
-        1e-6 of it is added to the densities, which is how the published code breaks ties. Without it, the lower index
-        counts as the denser.
-
-    Returns
-    -------
-    centres : Tensor (B, clusters), int64
-        By falling score.
-    assignment : Tensor (B, M), int64
-        Position among the centres.
+    1e-6 of ``noise`` (B, M) is added to the densities, which is how the published code breaks ties. Without it, the
+    lower index counts as the denser.
     """
     # Products of norms would lose the zero between duplicates.
     distance = torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5

@@ -23,7 +23,7 @@ def patch_counts(attention: torch.Tensor) -> list[int]:
 def contextual_tokens(
     hidden: torch.Tensor, metric: torch.Tensor, rest: torch.Tensor, count: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge what is not dominant in an image into evenly spaced targets.
+    """Merge what is not dominant in an image into evenly spaced targets: tokens (count, D), and places of the targets.
 
     Targets are ``count`` evenly spaced places of ``rest``. Every other one joins the target whose metric has the
     largest cosine with its own. A contextual token is the target *plus* the mean of those that joined it, as in the
@@ -31,20 +31,12 @@ def contextual_tokens(
 
     Parameters
     ----------
-    hidden : Tensor (N, D), floating
-        What is merged.
-    metric : Tensor (N, c), floating
-        What likeness is measured on.
+    hidden, metric : Tensor (N, D) and (N, c), floating
+        What is merged, and what likeness is measured on.
     rest : Tensor (R,), int64
         Ascending places of the tokens that are not dominant.
     count : int
         1 <= count <= R.
-
-    Returns
-    -------
-    tokens : Tensor (count, D), in the dtype of ``hidden``
-    targets : Tensor (count,), int64
-        Places of the targets, ascending.
 
     Source: VisionZip, CVPR 2025.
     """

@@ -16,11 +16,12 @@ REMOVED_PER_ROUND = 8
 
 
 def remove_duplicates(similarity: torch.Tensor, ranked: torch.Tensor, count: int) -> torch.Tensor:
-    """Drop the most redundant of an image's tokens, a few a round, until ``count`` are left.
+    """Drop the most redundant of an image's tokens, a few a round, until ``count`` are left: (count,), int64.
 
     Each round deals the list into its even and its odd places and drops up to eight of the even ones, those with the
     most similar odd one. The even ones that stay then lead the list, the most similar first, and the odd ones follow.
-    A list of odd length has one more even place than odd ones.
+    A list of odd length has one more even place than odd ones. Of equally redundant ones the earlier in the list goes
+    first, as in the published code.
 
     Parameters
     ----------
@@ -29,12 +30,6 @@ def remove_duplicates(similarity: torch.Tensor, ranked: torch.Tensor, count: int
         The list: distinct tokens, the most important first.
     count : int
         1 <= count <= R.
-
-    Returns
-    -------
-    Tensor (count,), int64
-        What is left, in the order of the last round. Of equally redundant ones the earlier in the list goes first, as
-        in the published code.
 
     Source: VisPruner, ICCV 2025.
     """
