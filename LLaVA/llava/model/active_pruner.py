@@ -111,9 +111,8 @@ def accepted(model: Any, config: PruningConfig) -> ActivePruner:
 
 
 def fitted(model: Any, active: ActivePruner) -> ActivePruner:
-    """The same with a schedule that the method has learnt from the model, where it has to; see `Pruner.fit`."""
-    if active.config is None or active.schedule:
-        return active
+    """The same with a schedule that the method, which has none yet, has learnt from the model; see `Pruner.fit`."""
+    assert active.config is not None
     pruner: Any = active.pruner  # with `fit`: it has no schedule yet
     model.active_pruner = ActivePruner()
     try:

@@ -266,7 +266,8 @@ class LlavaMetaForCausalLM(Mixin):
 
     def fit_pruning(self) -> None:
         """Let the active method learn from this model where to drop, if it has to; done at the first use otherwise."""
-        self.active_pruner = fitted(self, self.active_pruner)
+        if self.active_pruner.config is not None and not self.active_pruner.schedule:
+            self.active_pruner = fitted(self, self.active_pruner)
 
     def get_vision_tower(self):
         return self.get_model().get_vision_tower()
