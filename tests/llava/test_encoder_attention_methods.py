@@ -345,24 +345,6 @@ def test_hiprune_keeps_small_differences_of_attention_apart():
 # ---- what holds for all three
 
 
-@pytest.mark.parametrize("kind", ["duplicates", "zeros"])
-@pytest.mark.parametrize("method", METHODS)
-def test_tokens_that_are_all_alike_are_taken_once_each(method, kind):
-    for n, k in [(36, 1), (36, 9), (36, 35), (37, 20), (2, 1)]:
-        ones = torch.ones if kind == "duplicates" else torch.zeros
-        tokens = VisualTokens(
-            ones(2, n, 4),
-            k,
-            encoder_features=ones(2, n, 5),
-            encoder_keys=ones(2, n, 3),
-            cls_attention=ones(2, n, 2),
-            received_attention=ones(2, n, 2),
-        )
-        kept = method().reduce(tokens)
-        assert all(len(set(image)) == k for image in kept.indices.tolist())
-        assert torch.isfinite(kept.features).all()
-
-
 @pytest.mark.parametrize("known", [True, False], ids=["layout", "no-layout"])
 @pytest.mark.parametrize("method", METHODS)
 def test_newlines_go_on_only_when_every_patch_does(method, known):

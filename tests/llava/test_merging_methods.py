@@ -148,20 +148,6 @@ class TestEveryMergingMethod:
         assert rounded.indices.tolist() == exact.indices.tolist()
         assert torch.equal(rounded.features, exact.features.half())
 
-    @pytest.mark.parametrize("method", METHODS)
-    @pytest.mark.parametrize("content", ["zeros", "duplicates", "one in two"])
-    def test_pictures_without_content(self, method, content):
-        tokens = scene(n=36, k=35)
-        for value in (tokens.features, tokens.final_keys, tokens.final_cls_attention):
-            if content == "one in two":
-                value[:, 1::2] = value[:, ::2]
-            else:
-                value[:] = 0 if content == "zeros" else value[:, :1].clone()
-        for k in (1, 2, 9, 35):
-            kept = method().reduce(with_k(tokens, k))
-            assert torch.isfinite(kept.features).all()
-            assert all(len(set(row)) == k for row in kept.indices.tolist())
-
 
 class TestPruMerge:
     def test_a_kept_token_takes_in_its_neighbours_and_the_last_one_the_rest(self):

@@ -301,8 +301,8 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
     for value in values.values():
         if kind == "duplicates":
             value[:, n // 2 : 2 * (n // 2)] = value[:, : n // 2]
-        elif kind == "zeros":
-            value[:] = 0
+        elif kind != "normal":
+            value[:] = {"zeros": 0, "equal": 1.5}[kind]
     newlines = torch.cat([part.is_newline() for part in layout])
     encoded = ("encoder_features", "layer_features", "encoder_keys", "final_keys")
     for name in (*encoded, "cls_attention", *OF_LAYERS):
@@ -325,7 +325,7 @@ CROPS = (TokenGrid(4, 4), TokenGrid(8, 7, "row", 4, 0, 0))
 CASES = list(
     itertools.product(
         (torch.float32, torch.bfloat16, torch.float16),
-        ("normal", "duplicates", "zeros"),
+        ("normal", "duplicates", "zeros", "equal"),
         (1, 3, 9, -1, 0),
         (SQUARE, CROPS),
         (False, True),
