@@ -84,10 +84,11 @@ class Parser(argparse.ArgumentParser):
             of = "language model that a LoRA or projector-only checkpoint is put on"
             self.add_argument("--model-base", metavar="MODEL", help=of)
 
-    def add_image(self, dest: str = "image", required: bool = True, about: str = "") -> None:
-        """``--image``, which LLaVA's scripts call ``--image-file``."""
-        about = about or "a local file or an http(s) address"
-        self.add_argument("--image", "--image-file", dest=dest, required=required, metavar="FILE", help=about)
+    def add_image(self, dest: str = "image", required: bool = True, about: str = "", several: bool = False) -> None:
+        """``--image``, which LLaVA's scripts call ``--image-file``; ``several`` for a list."""
+        about = about or f"a local file or an http(s) address{', or several in one prompt' if several else ''}"
+        more: dict[str, Any] = {"nargs": "+"} if several else {}
+        self.add_argument("--image", "--image-file", dest=dest, required=required, metavar="FILE", help=about, **more)
 
     def add_method(self, default: str | None, about: str = "") -> None:
         """``--method``: one or more, with options; read with `read_methods`."""
@@ -95,6 +96,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             "--method", default=default, metavar="NAME[,NAME]", help=f"{about}{help_}default: {default or 'none'})"
         )
+
+    def add_query(self) -> None:
+        """``--query``, for methods that look at the question."""
+        about = "question, for methods that look at it (default: %(default)s)"
+        self.add_argument("--query", default="Describe the image.", type=text, help=about)
 
     def add_ratio(self, default: float | None = RATIO) -> None:
         """``--ratio``: the kept ratio of every method that has none of its own."""

@@ -7,9 +7,13 @@ import io
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+MADE = "suite.json"
+"""The file in a folder of `make_once` that says which version it holds, and the sizes of its files."""
 
 
 def atomic_write(path: Path | str, content: str | bytes | Callable[[Path], object]) -> None:
@@ -61,6 +65,93 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "otprune"
     except RuntimeError:
         raise FileNotFoundError("this user has no home folder for a cache") from None
+
+
+def made_folder(name: str, what: str) -> Path:
+    """Where something that this package makes at first use lies: in ``$LLAVA_MINI_CACHE``, or in `cache_folder`.
+
+    Raises
+    ------
+    OSError
+        If that variable is not set and the user has no cache; names ``what`` has no place.
+    """
+    try:
+        base = Path(os.environ.get("LLAVA_MINI_CACHE") or cache_folder()).expanduser()
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(f"no place for {what} ({error}): set LLAVA_MINI_CACHE to a folder") from None
+    return base.absolute() / name
+
+
+def make_once(
+    folder: Path, version: str, what: str, make: Callable[[Path], object], force: bool = False, ours: bool = False
+) -> None:
+    """Make a folder of files unless it is there and whole.
+
+    It appears at once: it is made beside its place and then renamed. Of several processes that want it at the same
+    time, one makes it and the others wait.
+
+    Parameters
+    ----------
+    folder : Path
+        Absolute.
+    version : str
+        Of the content; another one's folder is replaced.
+    what : str
+        For errors: "the mini suite".
+    make : callable
+        Is given a folder that is not there yet, and fills it.
+    force : bool
+        Make it anew even if it is there.
+    ours : bool
+        Whether a folder of this name is replaced whatever it holds; otherwise only if it is empty or holds `MADE`.
+
+    Raises
+    ------
+    FileExistsError
+        If something else is there.
+    OSError
+        If it cannot be written.
+    """
+    if _is_whole(folder, version) and not force:
+        return
+    from filelock import FileLock
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{what} cannot be built in {folder.parent} ({error.strerror}): set LLAVA_MINI_CACHE anew"
+        ) from None
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if _is_whole(folder, version) and not force:
+            return
+        # Of a folder that somebody has emptied in part, its name or its marker is left.
+        ours = folder.is_dir() and (ours or (folder / MADE).exists() or not any(folder.iterdir()))
+        if folder.exists() and not ours:
+            raise FileExistsError(f"{folder} is there and is not {what}; choose another folder or remove it")
+        building = folder.with_name(f".{folder.name}-{secrets.token_hex(16)}")
+        try:
+            make(building)
+            write_json(building / MADE, {"version": version, "files": _sizes(building)})
+            if folder.exists():
+                outdated = folder.with_name(f".{folder.name}-{secrets.token_hex(16)}")
+                folder.rename(outdated)
+                shutil.rmtree(outdated)
+            building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _is_whole(folder: Path, version: str) -> bool:
+    """Whether all files of this version are there, of the size that they were written with."""
+    marker = read_json(folder / MADE)
+    marker = marker if isinstance(marker, dict) else {}
+    return marker.get("version") == version and marker.get("files") == _sizes(folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MADE)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def read_json(path: Path) -> Any:

@@ -341,7 +341,8 @@ class TestWhatACheckpointIs:
 
     @pytest.mark.parametrize("model_type", ["llava", "llava_next"])
     def test_the_layout_of_transformers_itself(self, checkpoint, model_type):
-        edit_config(checkpoint, model_type=model_type, text_config={"model_type": "llama"}, vision_config={})
+        own = {"model_type": model_type, "text_config": {"model_type": "llama"}, "vision_config": {}}
+        edit_config(checkpoint, mm_vision_tower=None, **own)
         with pytest.raises(ValueError, match=rf"transformers' own layout \({model_type}\).*liuhaotian/llava-v1.5-7b"):
             load(checkpoint)
 

@@ -384,7 +384,7 @@ def test_a_failed_build_leaves_nothing(monkeypatch, tmp_path):
 
 def test_a_folder_with_something_else_is_left_alone(quick, tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match="no mini suite"):
+    with pytest.raises(FileExistsError, match="not the mini suite"):
         suite.prepare(tmp_path, force=True)
     assert (tmp_path / "thesis.tex").exists() and not quick
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -234,3 +235,29 @@ def test_a_real_checkpoint_answers(name, monkeypatch, capsys):
     )
     assert code == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_one_command_for_both_kinds_of_models_and_any_method(capsys):
+    """llava-mini in LLaVA's own format and in transformers' gives one answer, and keeps the same number of tokens."""
+    image = str(Path(__file__).parents[2] / "LLaVA" / "docs" / "scene.png")
+    said = []
+    for model in ("llava-mini", "llava-mini-hf"):
+        options = ["--model-path", model, "--image-file", image, "--query", "Is there a red triangle?"]
+        assert run_llava.main([*options, "--temperature", "0", "--method", "otprune", "--device", "cpu"]) == 0
+        captured = capsys.readouterr()
+        said.append((captured.out, captured.err.splitlines()[-1]))
+    assert said == [("yes\n", "otprune: 56 of 576 visual tokens kept")] * 2
+
+
+def test_parts_of_a_question_follow_its_places():
+    red, blue = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    mark = "<image-placeholder>"
+    assert run_llava._content("What?", [red, blue]) == [red, "What?"]
+    assert run_llava._content(f"{mark} or {mark}?", [red, blue]) == [red, " or ", blue, "?"]
+
+
+@pytest.mark.parametrize("option", [["--conv-mode", "vicuna_v1"], ["--model-base", "x/base"]])
+def test_what_only_llavas_own_checkpoints_have_is_refused_for_others(option, capsys):
+    given = ["--model-path", "llava-mini-hf", "--image-file", str(ROOT / "images/im2_97x61.png"), "--query", "What?"]
+    assert run_llava.main([*given, *option]) == 2
+    assert f"{option[0]} is for LLaVA's own checkpoints" in capsys.readouterr().err

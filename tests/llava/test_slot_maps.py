@@ -36,7 +36,7 @@ def test_a_slot_map_covers_the_patches_and_shows_what_is_kept(anyres, tmp_path):
     image = Image.effect_noise((84, 112), 80).convert("RGB")
     config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path)})
     encoder = Encoder(anyres, anyres.get_vision_tower().image_processor)
-    found, views = slot_map(encoder, image, config), encoder.views(image)
+    found, views = slot_map(encoder, image, config), encoder.views([image])[0]
     patches = np.concatenate([view.patches.ravel() for view in views])
     newlines = np.setdiff1d(np.arange(len(found.slot)), patches)
     assert (found.slot[patches] >= 0).all() and (found.slot[newlines] == NONE).all()

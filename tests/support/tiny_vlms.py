@@ -341,6 +341,17 @@ def _glm46v(attention: str) -> TinyModel:
     return TinyModel(model, _grid_tokens, _grids, types="mm_token_type_ids")
 
 
+def _glm4v_moe(attention: str) -> TinyModel:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = tf.Glm4vMoeConfig(
+        vision_config=_GRID_TOWER | {"image_size": 32},
+        text_config=_text(rope_parameters=_MROPE | {"partial_rotary_factor": 1.0}, **experts),
+        **_GLM_IDS,
+    )
+    model = _built(tf.Glm4vMoeForConditionalGeneration, config, attention)
+    return TinyModel(model, _grid_tokens, _grids, types="mm_token_type_ids")
+
+
 def _internvl(attention: str) -> TinyModel:
     config = tf.InternVLConfig(
         vision_config=tf.InternVLVisionConfig(**_TOWER, image_size=[32, 32], patch_size=[4, 4]),
@@ -474,6 +485,7 @@ TINY: dict[str, Callable[[str], TinyModel]] = {
     "gemma3": _gemma3,
     "glm46v": _glm46v,
     "glm4v": _glm4v,
+    "glm4v_moe": _glm4v_moe,
     "idefics3": _idefics3,
     "internvl": _internvl,
     "llava": _llava,

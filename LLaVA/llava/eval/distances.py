@@ -2,7 +2,7 @@
 
     python -m llava.eval.distances --image cat.jpg --method otprune,divprune,random --ratio 0.098
 
-Methods that need a question, or attention inside the decoder, keep nothing before the decoder, and are refused.
+Methods that drop inside the decoder are refused: before it, everything is there.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Measured:
     log_det: float
 
 
-def measure(encoder: Encoder, image: Image.Image, config: PruningConfig) -> Measured:
-    """A method's distances on an image; a `ValueError` for a method that needs more than the image."""
-    tokens, kept = encoder.reduce(image, config)
+def measure(encoder: Encoder, image: Image.Image, config: PruningConfig, query: str = "") -> Measured:
+    """A method's distances on an image; a `ValueError` for a method that drops inside the decoder."""
+    tokens, kept = encoder.reduce(image, config, query)
     return Measured(
         len(kept.features),
         wasserstein(tokens.features, kept.features),
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_model()
     parser.add_method("otprune,divprune,random,uniform")
     parser.add_ratio()
+    parser.add_query()
     parser.add_device()
     return parser.run(_compare, argv)
 
@@ -66,12 +67,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     configs = read_methods(arguments.method, arguments.ratio, {})
     image = load_image(arguments.image)
     encoder = Encoder.load(arguments.model, find_device(arguments.device))
-    features = encoder.encode(image, next(iter(configs.values()))).features
+    features = encoder.encode(image, next(iter(configs.values())), arguments.query).features
     wide = max(map(len, ("method", *configs))) + 2
     print(f"{len(features)} visual tokens, kept ratio {arguments.ratio:g}")
     print(f"{'method':{wide}}{'kept':>6}{'exact W2':>12}{'Gaussian W2':>14}{'log det':>12}")
     for text, config in configs.items():
-        found = measure(encoder, image, config)
+        found = measure(encoder, image, config, arguments.query)
         print(f"{text:{wide}}{found.kept:6}{found.wasserstein:12.4f}{found.gaussian:14.4f}{found.log_det:12.4f}")
     sure = guarantee(objective_kernel(features), kept_count(len(features), arguments.ratio))
     print(f"greedy: log det {sure.value:.4f}, the best has at most {sure.bound:.4f} ({100 * sure.share:.1f} %)")

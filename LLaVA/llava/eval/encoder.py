@@ -1,10 +1,11 @@
-"""A model up to its projector: what a method keeps of an image, and the images to look at."""
+"""What methods keep of images in a model of either kind, and the images to look at."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
+from llava import hf
+from llava.adapters.transformers.images import tiles as tiles_of
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.conversation import choose_conv_mode, conv_templates, image_mark
+from llava.eval.places import Tile, locate
 from llava.eval.results.rows import Row
-from llava.eval.views import View, views_of
+from llava.eval.views import Part, View, parts_of, pictures_of, views_of
 from llava.images import load_rgb
-from llava.mm_utils import get_model_name_from_path, process_images
-from llava.model.llava_arch import ot_select
+from llava.mm_utils import get_model_name_from_path, images_to, process_images, tokenizer_image_token
+from llava.model.image_tokens import tokens_in_prompts
+from llava.model.llava_arch import OTPrune, ot_select
 from llava.model.visual_cache import VisualCache
-from llava.pruning import PruningConfig, kept_count, pruning
+from llava.pruning import PruningConfig, pruning
+from llava.pruning.base import INSIDE
 from llava.pruning.reduce import reduce_images
 from llava.pruning.signals import ENCODER_SIGNALS
 from llava.pruning.tokens import ImageTokens, KeptTokens
@@ -29,57 +37,193 @@ IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Encoder:
-    """A LLaVA and its image processor, of which only what comes before the decoder is used."""
+    """A LLaVA and its image processor, and what methods keep of images."""
 
-    def __init__(self, model: torch.nn.Module, processor: Any):
+    def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
-        if model.visual_cache is None:  # methods differ in what they want of one image
+        if getattr(model, "visual_cache", self) is None:  # methods differ in what they want of one image
             model.visual_cache = VisualCache(ENCODED_BYTES)
 
-    @classmethod
+    @staticmethod
     @lru_cache(maxsize=1)  # figures and token maps of a report look through one model
-    def load(cls, path: str, device: str = "cpu") -> Encoder:
-        """The model of a checkpoint folder, a hub id or "llava-mini"; float32 on a CPU, float16 elsewhere."""
+    def load(path: str, device: str = "cpu") -> Encoder:
+        """The model of a checkpoint folder or a hub id, or an embedded one; float32 on a CPU, float16 elsewhere."""
+        dtype = torch.float32 if device == "cpu" else torch.float16
+        logging.disable_progress_bar()
+        if hf.holds(path):
+            return TransformersEncoder(*hf.load(path, device, dtype))
         from llava.model.builder import load_pretrained_model
 
-        dtype = torch.float32 if device == "cpu" else torch.float16
         name = get_model_name_from_path(path)
-        logging.disable_progress_bar()
         _, model, processor, _ = load_pretrained_model(path, None, name, device=device, dtype=dtype, multimodal=True)
-        return cls(model, processor)
+        return Encoder(model, processor)
 
-    def views(self, image: Image.Image) -> list[View]:
-        """The pictures that the image's visual tokens cover."""
-        return views_of(image, self.model.config, self.model.get_vision_tower())
+    def views(self, images: Sequence[Image.Image]) -> list[list[View]]:
+        """The pictures that each image's visual tokens cover."""
+        return [views_of(image, self.model.config, self.model.get_vision_tower()) for image in images]
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """What the vision tower is given."""
-        return process_images([image], self.processor, self.model.config)[0].to(self.model.device, self.model.dtype)
-
-    @torch.no_grad()
-    def encode(self, image: Image.Image, config: PruningConfig) -> ImageTokens:
+    def encode(self, image: Image.Image, config: PruningConfig, query: str = "") -> ImageTokens:
         """An image's visual tokens, with what the method specifies of the encoder; a `ValueError` if it has none."""
+        [units], _, _ = self._encoded([image], config, query)
+        return _joined(units, reduce_images(None, units, 1.0))[0]
+
+    def reduce(self, image: Image.Image, config: PruningConfig, query: str = "") -> tuple[ImageTokens, KeptTokens]:
+        """All visual tokens, and those that go on; a `ValueError` for a method that drops inside the decoder."""
+        [units], pruner, fraction = self._encoded([image], config, query)
+        return _joined(units, reduce_images(pruner, units, fraction))
+
+    def kept_order(self, image: Image.Image, config: PruningConfig, query: str = "") -> list[int]:
+        """`kept` of one image, without the total."""
+        return self.kept([image], config, query)[0][1]
+
+    def kept(
+        self, images: Sequence[Image.Image], config: PruningConfig, query: str = ""
+    ) -> list[tuple[int, list[int]]]:
+        """How many visual tokens each image of a prompt has, and which of them a method keeps.
+
+        In greedy order for OTPrune, as they go on for the others; of a method that drops inside the decoder, what is
+        left in the end.
+        """
+        if _drops_inside(config):
+            return self._left_inside(images, config, query)
+        encoded, pruner, fraction = self._encoded(images, config, query)
+        return [_end_to_end(map(len, own), [_order(pruner, unit, fraction) for unit in own]) for own in encoded]
+
+    @torch.no_grad()
+    def _encoded(
+        self, images: Sequence[Image.Image], config: PruningConfig, query: str
+    ) -> tuple[list[list[ImageTokens]], Any, float]:
+        """Of each image what has a budget of its own; the method; the fraction that it keeps."""
+        _refuse_inside(config)
         with pruning(self.model, config):
-            tokens = self.model.image_tokens([self.pixels(image)], [image.size])[0]
-        if not len(tokens.features):
+            active = self.model.active_pruner
+            reads = active.needs("question") or active.needs("text_similarity")
+            ids = self._ids(images, query) if reads else torch.empty(0)
+            row, sizes = (ids, torch.full_like(ids, IGNORE_INDEX)), [image.size for image in images]
+            found = tokens_in_prompts(self.model, self._pixels(images), sizes, [row], [range(len(images))])
+        if not all(map(len, found)):
             raise ValueError("the image has no visual tokens")
-        return tokens
+        return [[one] for one in found], active.pruner, active.schedule[0][1]
 
     @torch.no_grad()
-    def reduce(self, image: Image.Image, config: PruningConfig) -> tuple[ImageTokens, KeptTokens]:
-        """All visual tokens, and those that go on; a `ValueError` for a method that needs more than the image."""
-        tokens = self.encode(image, config)
-        return tokens, reduce_images(config.build_pruner(), [tokens], config.ratio)[0]
+    def _left_inside(
+        self, images: Sequence[Image.Image], config: PruningConfig, query: str
+    ) -> list[tuple[int, list[int]]]:
+        """What is left after the last layer that drops."""
+        with pruning(self.model, config):
+            ids = self._ids(images, query)[None].to(self.model.device)
+            self.model(ids, images=self._pixels(images), image_sizes=[image.size for image in images])
+            prefill = self.model.latest_prefill
+        left = [prefill.tokens_left(number).tolist() for number in range(len(images))]
+        return [(total, own) for (total, _), own in zip(prefill.token_counts, left, strict=True)]
+
+    def _pixels(self, images: Sequence[Image.Image]) -> Any:
+        pixels = process_images(list(images), self.processor, self.model.config)
+        return images_to(pixels, self.model.device, self.model.dtype)
+
+    def _ids(self, images: Sequence[Image.Image], query: str) -> torch.Tensor:
+        """A prompt (T,) with marks, on the host."""
+        config, tokenizer = self.model.config, self.model.prompt_tokenizer
+        conversation = conv_templates[choose_conv_mode(config.name_or_path, None, config, tokenizer)].copy()
+        conversation.append_message(conversation.roles[0], f"{image_mark(config)}\n" * len(images) + query)
+        conversation.append_message(conversation.roles[1], None)
+        return tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+
+
+class TransformersEncoder(Encoder):
+    """The same of a model of transformers and its processor."""
 
     @torch.no_grad()
-    def kept_order(self, image: Image.Image, config: PruningConfig) -> list[int]:
-        """Tokens that a method keeps: in greedy order for OTPrune, as they go on for the others; see `reduce`."""
-        pruner = config.build_pruner()
-        if config.method != "otprune" or pruner.compat or pruner.per_crop:
-            return self.reduce(image, config)[1].indices.tolist()
-        features = self.encode(image, config).features
-        gamma = pruner.for_width(features.shape[-1]).gamma
-        return ot_select(features, kept_count(len(features), config.ratio), gamma).tolist()
+    def views(self, images: Sequence[Image.Image]) -> list[list[View]]:
+        with pruning(self.model, "first_k", ratio=1.0) as session:
+            inputs, units = session.encode(self._inputs(images))
+        parts: list[list[Part]] = [[] for _ in images]
+        first = [0] * len(images)
+        for unit, tiles in zip(units, self._tiles(images, inputs, units), strict=True):
+            number, tokens = _image_of(tiles), unit.tokens
+            parts[number] += parts_of(tokens.layout, tiles, images[number].size, first[number])
+            first[number] += len(tokens)
+        return [pictures_of(image, own) for image, own in zip(images, parts, strict=True)]
+
+    @torch.no_grad()
+    def _encoded(
+        self, images: Sequence[Image.Image], config: PruningConfig, query: str
+    ) -> tuple[list[list[ImageTokens]], Any, float]:
+        _refuse_inside(config)
+        with pruning(self.model, config) as session:
+            inputs, units = session.encode(self._inputs(images, query))
+        own = self._by_image(images, inputs, units, [unit.tokens for unit in units])
+        return own, session.pruner, session.schedule[0][1]
+
+    @torch.no_grad()
+    def _left_inside(
+        self, images: Sequence[Image.Image], config: PruningConfig, query: str
+    ) -> list[tuple[int, list[int]]]:
+        with pruning(self.model, config) as session:
+            inputs, units = session.encode(self._inputs(images, query))
+            self.model(**inputs)
+            left = [(len(unit.tokens), indices.tolist()) for unit, indices in zip(units, session.kept, strict=True)]
+        return [_end_to_end(*zip(*own, strict=True)) for own in self._by_image(images, inputs, units, left)]
+
+    def _inputs(self, images: Sequence[Image.Image], query: str = "") -> dict[str, Any]:
+        return dict(hf.prompt(self.processor, [*images, query]).to(self.model.device, self.model.dtype))
+
+    def _by_image(self, images: Sequence[Image.Image], inputs: dict, units: Sequence[Any], values: Sequence) -> list:
+        """What there is of each unit, by image."""
+        if len(images) == 1:
+            return [list(values)]
+        numbers = list(map(_image_of, self._tiles(images, inputs, units)))
+        return [
+            [value for value, own in zip(values, numbers, strict=True) if own == number]
+            for number in range(len(images))
+        ]
+
+    def _tiles(self, images: Sequence[Image.Image], inputs: dict, units: Sequence[Any]) -> list[list[Tile | None]]:
+        """What the tiles of each unit, which has a budget of its own, show."""
+        base, entries = self.model.base_model, len(inputs["mm_encoder_outputs"]["image"].encoding.entries)
+        found = locate(lambda shown: tiles_of(base, self._inputs(shown), entries), [image.size for image in images])
+        if any(unit.tokens.layout is None for unit in units):
+            raise ValueError(f"how the tokens of {self.model.config.model_type} lie on an image is not known")
+        if len(units) == len(found):
+            return found
+        every = chain.from_iterable(found)  # a unit for each tile, or for several
+        return [list(islice(every, len(unit.tokens.layout))) for unit in units]
+
+
+def _image_of(tiles: Sequence[Tile | None]) -> int:
+    return next(tile.image for tile in tiles if tile is not None)
+
+
+def _drops_inside(config: PruningConfig) -> bool:
+    return config.build_pruner().where == INSIDE or bool(config.layer)
+
+
+def _refuse_inside(config: PruningConfig) -> None:
+    if _drops_inside(config):
+        raise ValueError(f"{config.method} drops tokens inside the decoder, and none before it")
+
+
+def _order(pruner: Any, unit: ImageTokens, fraction: float) -> list[int]:
+    """What a method keeps of a unit: in greedy order for OTPrune."""
+    if not isinstance(pruner, OTPrune) or pruner.compat or pruner.per_crop:
+        return reduce_images(pruner, [unit], fraction)[0].indices.tolist()
+    gamma = pruner.for_width(unit.features.shape[-1]).gamma
+    return ot_select(unit.features, pruner.budget(len(unit), fraction), gamma).tolist()
+
+
+def _end_to_end(lengths: Iterable[int], indices: Iterable[Sequence[int]]) -> tuple[int, list[int]]:
+    """How long units are together, and indices into each as indices into all of them."""
+    *starts, total = accumulate(lengths, initial=0)
+    return total, [start + index for start, own in zip(starts, indices, strict=True) for index in own]
+
+
+def _joined(units: Sequence[ImageTokens], kept: Sequence[KeptTokens]) -> tuple[ImageTokens, KeptTokens]:
+    """Units as one image."""
+    if len(units) == 1:
+        return units[0], kept[0]
+    _, indices = _end_to_end(map(len, units), [one.indices.tolist() for one in kept])
+    every = ImageTokens(torch.cat([unit.features for unit in units]))
+    return every, KeptTokens(torch.cat([one.features for one in kept]), torch.tensor(indices))
 
 
 def image_configs(row: Row) -> list[PruningConfig]:

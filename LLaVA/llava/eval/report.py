@@ -179,7 +179,7 @@ def _cards(rows: Sequence[Row], own: Example | None, device: str) -> tuple[list[
         kept: dict[str, list[int] | None] = dict.fromkeys(_name(row) for row in shown)
         kept |= {_name(row): encoder.kept_order(example.image, config) for row, config in drawn}
         answers = {_name(row): answer for row, answer in zip([*shown, *others], example.answers, strict=False)}
-        maps = selection_html(encoder.views(example.image), kept, example.question, answers)
+        maps = selection_html(encoder.views([example.image])[0], kept, example.question, answers)
         card = {name: getattr(example, name) for name in ("kind", "benchmark", "question", "truth")}
         cards.append(card | {"maps": maps, "others": [pair for pair in answers.items() if pair[0] not in kept]})
     return cards, missing

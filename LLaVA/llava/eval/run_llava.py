@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 
-from llava.command import Parser, positive, text
+from llava import hf
+from llava.command import RATIO, Parser, positive, text
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import (
@@ -22,6 +24,7 @@ from llava.mm_utils import (
     tokenizer_image_token,
 )
 from llava.model.builder import EMBEDDED_MODEL, load_pretrained_model
+from llava.pruning import PruningConfig, pruning
 from llava.utils import disable_torch_init
 
 __all__ = ["eval_model", "image_parser", "load_image", "load_images", "main"]
@@ -47,7 +50,8 @@ def eval_model(args: Any) -> str:
     args : object
         With the attributes ``model_path``, ``model_base``, ``image_file`` (paths or http(s) addresses), ``query``,
         ``conv_mode`` (None: the checkpoint's; the choice is stored there), ``sep``, ``temperature`` (0: greedy),
-        ``top_p``, ``num_beams``, ``max_new_tokens``; optionally ``device``. Every ``<image-placeholder>`` in the
+        ``top_p``, ``num_beams``, ``max_new_tokens``; optionally ``device``, ``method`` and ``ratio``.
+        Every ``<image-placeholder>`` in the
         query stands for one image; without any, the first image goes in front of the query.
 
     Returns
@@ -60,12 +64,11 @@ def eval_model(args: Any) -> str:
     OSError
         If an image or the checkpoint cannot be read.
     ValueError
-        If an image is damaged, ``conv_mode`` is unknown, or the checkpoint has no vision.
+        If an image is damaged, ``conv_mode`` is unknown, the checkpoint has no vision, or the method cannot work in it.
     IndexError
         If the query has more places for images than there are images; the model says so.
     """
     disable_torch_init()
-    model_name = get_model_name_from_path(args.model_path)
     check_conv_mode(args.conv_mode)
     images = load_images(image_parser(args))
     if _places(args.query) < len(images):
@@ -76,7 +79,16 @@ def eval_model(args: Any) -> str:
             IMAGE_PLACEHOLDER,
         )
 
-    device = getattr(args, "device", None)
+    asked = getattr(args, "method", None)
+    method = PruningConfig.from_text(asked, getattr(args, "ratio", RATIO)) if asked else None
+    ask = _ask_transformers if hf.holds(args.model_path) else _ask_llava
+    answer = ask(args, images, method)
+    print(answer)
+    return answer
+
+
+def _ask_llava(args: Any, images: list[Image.Image], method: PruningConfig | None) -> str:
+    model_name, device = get_model_name_from_path(args.model_path), getattr(args, "device", None)
     options = {"device": device} if device else {}
     tokenizer, model, image_processor, _ = load_pretrained_model(
         args.model_path, args.model_base, model_name, **options
@@ -93,22 +105,58 @@ def eval_model(args: Any) -> str:
     input_ids = tokenizer_image_token(conv.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
     pixels = process_images(images, image_processor, model.config)
 
-    with torch.inference_mode():
-        output_ids = model.generate(
-            input_ids.unsqueeze(0).to(model.device),
-            images=images_to(pixels, model.device, getattr(model, "dtype", torch.float16)),
-            image_sizes=[image.size for image in images],
-            do_sample=args.temperature > 0,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            num_beams=args.num_beams,
-            max_new_tokens=args.max_new_tokens,
-            use_cache=True,
-        )
+    output_ids = _generate(
+        model,
+        method,
+        input_ids.unsqueeze(0).to(model.device),
+        images=images_to(pixels, model.device, getattr(model, "dtype", torch.float16)),
+        image_sizes=[image.size for image in images],
+        do_sample=args.temperature > 0,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        num_beams=args.num_beams,
+        max_new_tokens=args.max_new_tokens,
+        use_cache=True,
+    )
     # Not stopped there, only cut: what `generate` is called with is the original's.
-    answer = AnswerEnd.of(conv, tokenizer).cut(tokenizer.batch_decode(output_ids, skip_special_tokens=True)[0]).strip()
-    print(answer)
-    return answer
+    return AnswerEnd.of(conv, tokenizer).cut(tokenizer.batch_decode(output_ids, skip_special_tokens=True)[0]).strip()
+
+
+def _ask_transformers(args: Any, images: list[Image.Image], method: PruningConfig | None) -> str:
+    for option in ("model_base", "conv_mode"):
+        if getattr(args, option, None):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for LLaVA's own checkpoints, and {args.model_path} is one of transformers")
+    method = method or PruningConfig.from_env()
+    device = getattr(args, "device", None) or "cuda"
+    model, processor = hf.load(args.model_path, device if torch.cuda.is_available() or device != "cuda" else "cpu")
+    inputs = hf.prompt(processor, _content(args.query, images)).to(model.device, model.dtype)
+    sampling = {"temperature": args.temperature, "top_p": args.top_p} if args.temperature > 0 else {}
+    settings = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
+    output_ids = _generate(model, method, **inputs, do_sample=args.temperature > 0, **sampling, **settings)
+    answer = output_ids[:, inputs["input_ids"].shape[1] :]
+    return processor.batch_decode(answer, skip_special_tokens=True)[0].strip()
+
+
+def _generate(model: Any, method: PruningConfig | None, *ids: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    """What a model writes, and on standard error what a method kept."""
+    with torch.inference_mode():
+        if method is None:
+            return model.generate(*ids, **arguments)
+        with pruning(model, method) as report:
+            output_ids = model.generate(*ids, **arguments)
+            counts = ", ".join(f"{kept} of {total}" for total, kept in report.visual_token_counts)
+    print(f"{method.method}: {counts} visual tokens kept", file=sys.stderr)
+    return output_ids
+
+
+def _content(query: str, images: list[Image.Image]) -> list[str | Image.Image]:
+    """The parts of a question, an image in each of its places."""
+    if IMAGE_PLACEHOLDER not in query:
+        query = IMAGE_PLACEHOLDER + query
+    texts = query.replace(DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER).split(IMAGE_PLACEHOLDER)
+    every = [texts[0], *(part for image, text in zip(images, texts[1:], strict=False) for part in (image, text))]
+    return [part for part in every if part != ""]
 
 
 def _places(query: str) -> int:
@@ -133,11 +181,15 @@ def _with_image_marks(query: str, mark: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = Parser("llava.eval.run_llava", "Ask a LLaVA checkpoint one question about one or more images.")
+    parser = Parser(
+        "llava.eval.run_llava", "Ask a checkpoint, LLaVA's or transformers', one question about one or more images."
+    )
     parser.add_model(dest="model_path", base=True)
     parser.add_image("image_file", about="local files or http(s) addresses, separated by --sep")
     where = f"{IMAGE_PLACEHOLDER} says where an image goes"
     parser.add_argument("--query", required=True, type=text, help=f"the question; {where}")
+    parser.add_method(None)
+    parser.add_ratio()
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
     parser.add_argument("--sep", default=",", help="what separates the images (default: a comma)")
     parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")

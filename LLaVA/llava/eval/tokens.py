@@ -2,8 +2,9 @@
 
     python -m llava.eval.tokens --image cat.jpg --method otprune,random --ratio 0.098 --output maps/
 
-writes one PNG with the methods side by side, a CSV with every kept token, for ocvtp a PNG of its slots, and with --html
-a page that steps through the selection. Options that --method leaves out come from a method's environment variables.
+writes one PNG per image with the methods side by side, a CSV with every kept token, for ocvtp a PNG of its slots, and
+with --html a page that steps through the selection. Of methods that drop inside the decoder it shows what is left in
+the end. Options that --method leaves out come from a method's environment variables.
 """
 
 from __future__ import annotations
@@ -88,10 +89,11 @@ def write_csv(path: Path, views: Sequence[View], kept: Mapping[str, Sequence[int
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = Parser("llava.eval.tokens", __doc__)
-    parser.add_image()
+    parser.add_image(several=True)
     parser.add_model()
     parser.add_method("otprune")
     parser.add_ratio()
+    parser.add_query()
     parser.add_argument("--order", action="store_true", help="number the tokens (OTPrune: in greedy order)")
     parser.add_argument("--html", action="store_true", help="also write a page that steps through the selection")
     parser.add_device()
@@ -101,27 +103,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _draw_maps(arguments: argparse.Namespace) -> None:
     configs, device = read_methods(arguments.method, arguments.ratio), find_device(arguments.device)
-    stem = arguments.output / f"{Path(arguments.image).stem}_{arguments.ratio:g}"
-    written = [f"{stem}.png", f"{stem}.csv"]
-    check_writable(written[0])
-    image = load_image(arguments.image)
+    stems = [f"{arguments.output / Path(file).stem}_{arguments.ratio:g}" for file in arguments.image]
+    if twice := next((stem for number, stem in enumerate(stems) if stem in stems[:number]), None):
+        raise ValueError(f"two images would both be drawn as {twice}.png: give their files other names")
+    for stem in stems:
+        check_writable(f"{stem}.png")
+    images = list(map(load_image, arguments.image))
     encoder = Encoder.load(arguments.model, device)
-    views = encoder.views(image)
-    kept = {name: encoder.kept_order(image, config) for name, config in configs.items()}
-    total = len(encoder.encode(image, next(iter(configs.values()))).features)
+    kept = {name: encoder.kept(images, config, arguments.query) for name, config in configs.items()}
+    slots = next((config for config in configs.values() if config.method == "ocvtp"), None)
+    written = []
+    for number, (stem, image, views) in enumerate(zip(stems, images, encoder.views(images), strict=True)):
+        own = {name: of_images[number][1] for name, of_images in kept.items()}
+        _save(f"{stem}.png", draw(views, own, arguments.order))
+        write_csv(Path(f"{stem}.csv"), views, own)
+        written += [f"{stem}.png", f"{stem}.csv"]
+        if slots:
+            from llava.eval.slot_maps import draw_slots, slot_map
 
-    _save(written[0], draw(views, kept, arguments.order))
-    write_csv(Path(written[1]), views, kept)
-    if slots := next((config for config in configs.values() if config.method == "ocvtp"), None):
-        from llava.eval.slot_maps import draw_slots, slot_map
-
-        written.append(f"{stem}_slots.png")
-        _save(written[-1], draw_slots(views, slot_map(encoder, image, slots)))
-    if arguments.html:
-        written.append(f"{stem}.html")
-        atomic_write(written[-1], token_page(views, kept, Path(arguments.image).name))
-    for method, indices in kept.items():
-        print(f"{method}: {len(indices)} of {total} visual tokens kept")
+            written.append(f"{stem}_slots.png")
+            _save(written[-1], draw_slots(views, slot_map(encoder, image, slots)))
+        if arguments.html:
+            written.append(f"{stem}.html")
+            atomic_write(written[-1], token_page(views, own, Path(arguments.image[number]).name))
+        for method, of_images in kept.items():
+            total, indices = of_images[number]
+            where = f" in {Path(arguments.image[number]).name}" if len(images) > 1 else ""
+            print(f"{method}: {len(indices)} of {total} visual tokens kept{where}")
     print(f"written: {', '.join(written)}")
 
 

@@ -15,9 +15,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from llava.benchmarks import BENCHMARKS, Benchmark
-from llava.files import cache_folder, read_json, write_json
+from llava.files import MADE, made_folder, make_once, write_json
 from llava.mini.benchmarks import BUILDERS, Table
 from llava.mini.seeded_random import WORLD_VERSION
 from llava.runtime import print_everything
@@ -33,7 +30,7 @@ from llava.runtime import print_everything
 __all__ = ["TASKS", "VERSION", "default_root", "prepare", "rows_of", "table_hash"]
 
 RECORD_FILE = Path(__file__).with_name("suite.json")
-MARKER = "suite.json"
+MARKER = MADE
 
 
 TASKS: dict[str, Benchmark] = {benchmark.mini: benchmark for benchmark in BENCHMARKS if benchmark.data}
@@ -68,18 +65,13 @@ def default_root() -> Path:
     OSError
         If that variable is not set and the user has no cache.
     """
-    try:
-        base = Path(os.environ.get("LLAVA_MINI_CACHE") or cache_folder()).expanduser()
-    except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(f"no place for the mini suite ({error}): set LLAVA_MINI_CACHE to a folder") from None
-    return base.absolute() / NAME
+    return made_folder(NAME, "the mini suite")
 
 
 def prepare(root: str | Path | None = None, force: bool = False) -> Path:
     """Build the suite unless it is there and whole, and say where.
 
-    The suite appears at once and whole: it is built in a folder beside `root` and then renamed. Of several processes
-    that want it at the same time, one builds and the others wait.
+    The suite appears at once and whole; see `llava.files.make_once`.
 
     Parameters
     ----------
@@ -103,47 +95,8 @@ def prepare(root: str | Path | None = None, force: bool = False) -> Path:
         If this machine makes other rows or pixels than those on record.
     """
     root = default_root() if root is None else Path(root).expanduser().absolute()
-    if _is_suite(root) and not force:
-        return root
-    from filelock import FileLock
-
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"the mini suite cannot be built in {root.parent} ({error.strerror}): set LLAVA_MINI_CACHE anew"
-        ) from None
-    with FileLock(root.with_name(f".{root.name}.lock")):
-        if _is_suite(root) and not force:
-            return root
-        # Of a suite that somebody has deleted in part, its name or its marker is left.
-        ours = root.is_dir() and (root.name == NAME or (root / MARKER).exists() or not any(root.iterdir()))
-        if root.exists() and not ours:
-            raise FileExistsError(f"{root} is there and is no mini suite; choose another folder or remove it")
-        building = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
-        try:
-            _build(building)
-            write_json(building / MARKER, {"version": VERSION, "files": _sizes(building)})
-            if root.exists():
-                outdated = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
-                root.rename(outdated)
-                shutil.rmtree(outdated)
-            building.rename(root)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    make_once(root, VERSION, "the mini suite", _build, force, ours=root.name == NAME)
     return root
-
-
-def _is_suite(root: Path) -> bool:
-    """Whether all files of this version are there, of the size that they were written with."""
-    marker = read_json(root / MARKER)
-    marker = marker if isinstance(marker, dict) else {}
-    return marker.get("version") == VERSION and marker.get("files") == _sizes(root)
-
-
-def _sizes(root: Path) -> dict[str, int]:
-    files = (path for path in root.rglob("*") if path.is_file() and path.name != MARKER)
-    return {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
 
 
 def _build(folder: Path) -> None:

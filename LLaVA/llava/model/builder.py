@@ -22,6 +22,7 @@ from llava.model.checkpoint import (
     PROJECTOR,
     Checkpoint,
     Layout,
+    is_of_transformers,
     open_checkpoint,
     read_config,
     read_tensors,
@@ -127,6 +128,12 @@ def load_pretrained_model(
     # Adapters that were trained on a whole model come without a configuration of their own.
     described = base if base and checkpoint.has(ADAPTERS) and not checkpoint.has("config.json") else checkpoint
     raw_config = read_config(str(described.folder))
+    if is_of_transformers(raw_config):
+        kind = raw_config.get("model_type")
+        raise ValueError(
+            f"{checkpoint.name} is in transformers' own layout ({kind}), as checkpoints under llava-hf/ are: give the "
+            "original one, such as liuhaotian/llava-v1.5-7b, or load and prune it with transformers"
+        )
     if not _is_llava(raw_config):
         if multimodal:
             raise ValueError(f"{checkpoint.name} is a language model without vision: give a LLaVA, such as llava-mini")
@@ -211,11 +218,6 @@ def _is_llava(raw_config: dict[str, Any]) -> bool:
 
 def _classes(raw_config: dict[str, Any], path: str):
     """Configuration and model class by the checkpoint's own configuration, not by the name of its folder."""
-    if "text_config" in raw_config:
-        raise ValueError(
-            f"{path} is in transformers' own layout ({raw_config.get('model_type')}), as checkpoints under llava-hf/ "
-            "are: give the original one, such as liuhaotian/llava-v1.5-7b, or load and prune it with transformers"
-        )
     described = f"{raw_config.get('model_type', '')} {' '.join(raw_config.get('architectures') or [])}".lower()
     if "mpt" in described:
         raise ValueError(f"{path}: LLaVA on MPT is not supported (the original could not run it with images either)")

@@ -135,6 +135,11 @@ def read_config(path: str, hub: Mapping[str, Any] | None = None) -> dict[str, An
     return read_json(file)
 
 
+def is_of_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of a vision-language model in transformers' own format, and not in LLaVA's."""
+    return "vision_config" in config and "mm_vision_tower" not in config
+
+
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """A tensor dictionary that torch wrote; no code in it is run. An OSError if the file holds anything else."""
     if not file.is_file():

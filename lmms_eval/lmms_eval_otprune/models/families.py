@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llava.model.checkpoint import is_of_transformers
+
 WRAPPERS = (
     "gemma3",
     "glm4v",
@@ -29,7 +31,7 @@ _OF_FAMILY = {
 
 def wrapper_of(config: Mapping[str, Any]) -> str | None:
     """The id of the wrapper for a checkpoint with this config.json; None for a checkpoint in LLaVA's own format."""
-    if "vision_config" not in config or "mm_vision_tower" in config:
+    if not is_of_transformers(config):
         return None
     family = config.get("model_type")
     name = _OF_FAMILY.get(family, family)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from llava import hf
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import read_config, resolve_model_path
@@ -168,7 +169,7 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
     for method in suite.methods if options.methods is None else options.methods:
         prunings += _prunings(method, options, environ)
     names: dict[str, str] = {}
-    for model in options.models or suite.models:
+    for model in map(hf.path_of, options.models or suite.models):
         _check_model(model)
         if Path(model).is_dir():
             # Without .., and the same from every working folder.
@@ -226,7 +227,7 @@ def _prunings(text: str, options: Options, environ: Mapping[str, str]) -> list[P
 def _check_model(model: str, option: str = "--model") -> None:
     if model in SUITES["mini"].models or Path(model).is_dir() or _is_hub_id(model):
         return
-    raise ValueError(f"{option} {model}: neither a folder, nor a Hub id (owner/name), nor llava-mini")
+    raise ValueError(f"{option} {model}: neither a folder, nor a Hub id (owner/name), nor llava-mini or {hf.EMBEDDED}")
 
 
 def _wrapper(model: str) -> str | None:

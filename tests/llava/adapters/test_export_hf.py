@@ -108,6 +108,7 @@ def test_logits_and_counts_are_llavas_own(pair, method):
         with pruning(own, method) as mine, pruning(other, method) as theirs:
             here, there = both()
             assert list(mine.visual_token_counts) == theirs.visual_token_counts
+            assert mine.latest_prefill.tokens_left(0).tolist() == theirs.kept[0].tolist()
     torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
 
 

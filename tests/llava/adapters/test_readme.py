@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from llava.serve.export_hf import main
-
 ROOT = Path(__file__).parents[3]
 
 
@@ -14,6 +12,5 @@ def test_the_example_prunes_and_answers(tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(from transformers .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "LLaVA").symlink_to(ROOT / "LLaVA")
-    assert main(["llava-mini", "llava-mini-hf"]) == 0
     exec(code, {})
     assert capsys.readouterr().out.splitlines()[-1] == "yes [(576, 56)]"

@@ -198,6 +198,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family("entry", square, pooled),
     "glm46v": Family("entry", grid_thw, merged),
     "glm4v": Family("entry", grid_thw, merged),
+    "glm4v_moe": Family("entry", grid_thw, merged),
     "idefics3": Family(layouts=square_tiles, to_tokens=idefics_tokens),
     "internvl": Family(layouts=square, to_tokens=internvl_tokens),
     "llava": Family("entry", square_or_stated_size, packed),

@@ -161,6 +161,35 @@ def _layout_by_span(layouts: Sequence[Layout | None], lengths: Sequence[int]) ->
     return layout_of
 
 
+def tiles(base: Model, inputs: Inputs, entries: int) -> list[list[torch.Tensor]]:
+    """The pixels that each entry of an encoder's output was made of, as tiles (3, H, W).
+
+    Parameters
+    ----------
+    base : model
+    inputs : mapping
+        Arguments of ``get_image_features``.
+    entries : int
+        How many there are.
+    """
+    own = _pixels(inputs, entries)
+    if inputs.get("image_grid_thw") is not None:
+        vision = base.config.vision_config
+        return [
+            [_unpatched(pixels, grid, vision.spatial_merge_size, vision.temporal_patch_size)]
+            for pixels, grid in zip(own, inputs["image_grid_thw"].tolist(), strict=True)
+        ]
+    return [list(pixels) if pixels.ndim == 4 else [pixels] for pixels in own]
+
+
+def _unpatched(pixels: torch.Tensor, grid: Sequence[int], merge: int, frames: int) -> torch.Tensor:
+    """Qwen and GLM: an image (3, H, W) from its patches (N, 3 * frames * P * P), in squares of merged ones."""
+    _, rows, columns = grid
+    side = round((pixels.shape[1] / (3 * frames)) ** 0.5)
+    first = pixels.view(-1, rows // merge, columns // merge, merge, merge, 3, frames, side, side)[0, ..., 0, :, :]
+    return first.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * side, columns * side)
+
+
 def _pixels(inputs: Inputs, entries: int) -> list[torch.Tensor]:
     """The pixels of each entry, without what pads them to the others' size."""
     pixels, grid, sizes = inputs["pixel_values"], inputs.get("image_grid_thw"), inputs.get("image_sizes")

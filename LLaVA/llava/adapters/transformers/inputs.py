@@ -62,6 +62,14 @@ def kept_rotary(columns: KeptColumns, values: torch.Tensor) -> torch.Tensor:
     return columns.to(values.device).take(values.expand(len(columns.source), -1, -1))
 
 
+def tokens_left(columns: KeptColumns, row: int, places: torch.Tensor) -> torch.Tensor:
+    """Which tokens of an image, at ``places`` (N,) of a row, are among ``columns``, in their order: (k,), int64."""
+    left = columns.source[row][columns.present[row]]
+    places = places.to(left.device)
+    index = torch.searchsorted(places, left).clamp(max=len(places) - 1)
+    return index[places[index] == left]
+
+
 def spread(logits: torch.Tensor, columns: KeptColumns, length: int) -> torch.Tensor:
     """Logits (B, T', V) where the caller counts ``length`` columns: (B, T, V), zeros at what was dropped."""
     full = logits.new_zeros(len(logits), length + 1, logits.shape[-1])

@@ -22,6 +22,7 @@ from llava.adapters.transformers.inputs import (
     kept_positions,
     kept_types,
     spread,
+    tokens_left,
 )
 from llava.adapters.transformers.inside import InsideDecoder, KeptInside
 from llava.constants import IGNORE_INDEX
@@ -106,6 +107,8 @@ class Session:
         self._prompt: KeptPrompt | None = None
         self._inside_prompt: tuple[int, torch.Tensor] | None = None
         self._labels: torch.Tensor | None = None
+        self._places: list[tuple[int, torch.Tensor]] = []
+        self._left: list[torch.Tensor] | KeptColumns = []
         self.inside: InsideDecoder | None = None
         self._refuse_what_cannot_work()
 
@@ -127,6 +130,13 @@ class Session:
             self.inside = InsideDecoder(self.model, self.pruner, self.schedule)
         if self._multimodal_rope and self.pruner.position_ids == "compact":
             raise ValueError(f"{kind} has rotary positions of several axes, which cannot be renumbered (compact)")
+
+    @property
+    def kept(self) -> list[torch.Tensor]:
+        """Which tokens of each image of the latest prompts are left after the last drop: (k,), int64."""
+        if isinstance(self._left, KeptColumns):
+            return [tokens_left(self._left, *place) for place in self._places]
+        return self._left
 
     @property
     def _multimodal_rope(self) -> bool:
@@ -248,28 +258,47 @@ class Session:
 
     def _prefill(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Drop what the pruner does not keep of every image."""
-        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        ids = inputs.get("input_ids")
         if ids is None:
             raise NotImplementedError("pruning reads input_ids beside the images, not inputs_embeds")
-        _refuse_prepared_mask(mask)
+        _refuse_prepared_mask(inputs.get("attention_mask"))
         positions = inputs.get("position_ids")
         if positions is None:
             positions = self.model._prepare_position_ids_for_generation(ids, inputs) + self.family.first_position
-        inputs = self._encoded(inputs)
+        inputs, images = self.encode(inputs)
+        valid = _valid(inputs)
+        self._length = ids.shape[1]
+        if self.inside is not None:
+            return self._start_inside(inputs, images, valid, positions)
+        kept = self._reduce(images)
+        return self._without_dropped(inputs, inputs["mm_encoder_outputs"]["image"], images, kept, valid, positions)
+
+    def encode(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[PromptImage]]:
+        """Encode the images of prompts, with what the pruner looks at.
+
+        Parameters
+        ----------
+        inputs : dict
+            Arguments of ``forward``.
+
+        Returns
+        -------
+        inputs : dict
+            With the encoders' outputs in the place of pixels.
+        images : list of PromptImage
+            Row by row.
+        """
+        ids, inputs = inputs["input_ids"], self._encoded(inputs)
         output = inputs["mm_encoder_outputs"]["image"]
         if not hasattr(output, "encoding"):
             raise NotImplementedError("the images were encoded elsewhere, or the prefill is cut into chunks")
-        valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        valid = _valid(inputs)
         marks = ((ids == self.model.config.image_token_id) & valid).cpu()
         images = output.encoding.images(output, marks, self.family)
-        self._length = ids.shape[1]
         if "question" in self.pruner.needs:
             for image in images:
                 image.tokens.signals["question"] = self._question(image, images, ids, valid, inputs.get("labels"))
-        if self.inside is not None:
-            return self._start_inside(inputs, images, valid, positions)
-        kept = self._kept(images)
-        return self._without_dropped(inputs, output, images, kept, valid, positions)
+        return inputs, images
 
     def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs with the encoders' outputs in the place of pixels, as ``generate`` does it."""
@@ -303,6 +332,8 @@ class Session:
         self._count([(n, kept_per_layer(self.schedule, n, depth, self.pruner.budget)[-1]) for n in totals])
         types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
         self.inside.start(valid, images, prompt, types)
+        self._left = [torch.arange(n) for n in totals]
+        self._places = [(image.row, image.columns) for image in images]
         self._labels, self._inside_prompt = labels, (valid.shape[1], positions[..., -1:] + 1)
         return inputs | _as_it_came(inputs) | {"attention_mask": valid.long(), "position_ids": positions}
 
@@ -311,9 +342,10 @@ class Session:
         total, left = (sum(one) for one in zip(*counts, strict=True))
         self.seen.update(images=len(counts), total=total, kept=left)
 
-    def _kept(self, images: list[PromptImage]) -> list[KeptTokens]:
+    def _reduce(self, images: list[PromptImage]) -> list[KeptTokens]:
         kept = reduce_images(self.pruner, [image.tokens for image in images], self.schedule[0][1])
         self._count([(len(image.tokens.features), len(left.indices)) for image, left in zip(images, kept, strict=True)])
+        self._left = [left.indices for left in kept]
         return kept
 
     def _question(
@@ -384,7 +416,7 @@ class Session:
         if left:
             assert self._inside_prompt is not None
             length, next_position = self._inside_prompt
-            columns = left[max(left)]
+            columns = self._left = left[max(left)]
             prompt = KeptInside(length, 0 if cache is None else cache.get_seq_length(), left, next_position)
         if self._labels is not None:
             output.loss = self._loss(output.logits, columns, self._labels)
@@ -425,6 +457,12 @@ def _family(model: Model) -> Family:
     if reason is not None:
         raise ValueError(f"{kind!r} models cannot be pruned: {reason}. Supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind]
+
+
+def _valid(inputs: dict[str, Any]) -> torch.Tensor:
+    """False at padding: (B, T), bool."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
 def _refuse_prepared_mask(mask: Any) -> None:
