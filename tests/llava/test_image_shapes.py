@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from llava.eval import tokens
+from llava.eval.encoder import Encoder
 from llava.eval.token_page import token_page
-from llava.eval.views import views_of
 from llava.mm_utils import process_images
 from llava.model.image_tokens import merge_crops, token_grid
 from llava.pruning import available_methods, kept_count, pruning
@@ -99,7 +99,8 @@ def test_every_method_prunes_an_image_of_any_shape(anyres, options, size):
 @SHAPES
 def test_a_token_map_shows_every_patch_of_an_image_of_any_shape(anyres, size, tmp_path):
     total = len(anyres.visual_tokens(pixels_of(anyres, size), [size])[0])
-    views = views_of(Image.new("RGB", size), anyres.config, anyres.get_vision_tower())
+    looking = Encoder(anyres, anyres.get_vision_tower().image_processor)
+    [views] = looking.views([Image.new("RGB", size)])
     placed = np.concatenate([view.patches.ravel() for view in views])
     newlines = sum(part.is_newline().sum() for part in anyres.image_tokens(pixels_of(anyres, size), [size])[0].layout)
     assert len(set(placed)) == len(placed) == total - newlines and placed.max() < total

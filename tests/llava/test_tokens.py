@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,47 +12,50 @@ from transformers import CLIPImageProcessor
 from llava.eval import tokens
 from llava.eval.encoder import Encoder
 from llava.eval.transport import objective_kernel
-from llava.eval.views import View, views_of
-from llava.mm_utils import process_images
+from llava.eval.views import View
 from llava.model.llava_arch import greedy_select
 from llava.pruning import PruningConfig
 from tiny_llava import build, save_tower
 
-TOWER = SimpleNamespace(num_patches_per_side=24, config=SimpleNamespace(image_size=336))
-GRID = [[336, 672], [672, 336], [672, 672]]
+GRID = [[56, 112], [112, 56], [112, 112]]
+SIZE = (640, 427)
+"""Fits the 112 x 112 grid: 8 columns of patches, and 6 rows once the bars are cut off."""
 
 
-def anyres(merge: str) -> SimpleNamespace:
-    return SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=GRID, mm_patch_merge_type=merge)
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    return save_tower(tmp_path_factory.mktemp("tower"))
 
 
-def test_anyres_patches_skip_the_newlines():
-    """640 x 427 fits the 672 x 672 grid: 48 columns of patches and a newline, 32 rows once the bars are cut off."""
-    base, crops = views_of(Image.new("RGB", (640, 427)), anyres("spatial_unpad"), TOWER)
-    assert base.patches.shape == (24, 24) and crops.patches.shape == (32, 48)
-    assert crops.patches[0, 0] == 576 and crops.patches[1, 0] - crops.patches[0, -1] == 2
+def views(tower, size, **settings):
+    """Of an image in a model of these settings, and how many visual tokens it has."""
+    looking, image = (
+        Encoder(build(tower, **settings), CLIPImageProcessor.from_pretrained(tower)),
+        Image.new("RGB", size),
+    )
+    return looking.views([image])[0], len(looking.encode(image, PruningConfig("first_k", 1.0)))
 
 
-def test_anyres_without_unpadding_has_no_newlines():
-    _, crops = views_of(Image.new("RGB", (640, 427)), anyres("spatial"), TOWER)
-    assert crops.patches.shape == (48, 48) and crops.patches[1, 0] - crops.patches[0, -1] == 1
+def anyres(merge: str) -> dict:
+    return {"image_aspect_ratio": "anyres", "image_grid_pinpoints": GRID, "mm_patch_merge_type": merge}
+
+
+def test_anyres_patches_skip_the_newlines(tower):
+    (base, crops), _ = views(tower, SIZE, **anyres("spatial_unpad"))
+    assert base.patches.shape == (4, 4) and crops.patches.shape == (6, 8)
+    assert crops.patches[0, 0] == 16 and crops.patches[1, 0] - crops.patches[0, -1] == 2
+
+
+def test_anyres_without_unpadding_has_no_newlines(tower):
+    (_, crops), _ = views(tower, SIZE, **anyres("spatial"))
+    assert crops.patches.shape == (8, 8) and crops.patches[1, 0] - crops.patches[0, -1] == 1
 
 
 @pytest.mark.parametrize("size", [(100, 50), (64, 64), (40, 90)])
-def test_the_patches_are_all_of_the_models_tokens(tmp_path, size):
-    grid = [[56, 112], [112, 56], [112, 112]]
-    model = build(
-        save_tower(tmp_path),
-        image_aspect_ratio="anyres",
-        mm_patch_merge_type="spatial_unpad",
-        image_grid_pinpoints=grid,
-    )
-    image = Image.new("RGB", size)
-    views = views_of(image, model.config, model.get_vision_tower())
-    pixels = process_images([image], model.get_vision_tower().image_processor, model.config)[0]
-    total = len(model.visual_tokens([pixels], [size])[0])
-    placed = np.concatenate([view.patches.ravel() for view in views])
-    newlines = views[1].patches.shape[0]
+def test_the_patches_are_all_of_the_models_tokens(tower, size):
+    found, total = views(tower, size, **anyres("spatial_unpad"))
+    placed = np.concatenate([view.patches.ravel() for view in found])
+    newlines = found[1].patches.shape[0]
     assert len(set(placed)) == len(placed) == total - newlines and placed.max() < total
 
 
@@ -64,8 +66,7 @@ def test_dropped_patches_are_faded_and_kept_ones_are_not():
     assert (drawn[0, 0] > 150).all() and (drawn[0, -1] > 150).all() and (drawn[-1, 0] > 150).all()
 
 
-def test_otprune_is_listed_in_greedy_order(tmp_path):
-    tower = save_tower(tmp_path)
+def test_otprune_is_listed_in_greedy_order(tower):
     encoder = Encoder(build(tower), CLIPImageProcessor.from_pretrained(tower))
     image = Image.effect_noise((56, 56), 80).convert("RGB")
     config = PruningConfig("otprune", 0.25)
@@ -75,13 +76,13 @@ def test_otprune_is_listed_in_greedy_order(tmp_path):
     assert order == greedy_select(objective_kernel(everything.features), 4).tolist()
 
 
-def test_the_csv_has_one_line_a_token(tmp_path):
-    views = views_of(Image.new("RGB", (640, 427)), anyres("spatial_unpad"), TOWER)
-    tokens.write_csv(tmp_path / "map.csv", views, {"first_k": [0, 25, 576, 624]})
+def test_the_csv_has_one_line_a_token(tower, tmp_path):
+    found, _ = views(tower, SIZE, **anyres("spatial_unpad"))
+    tokens.write_csv(tmp_path / "map.csv", found, {"first_k": [0, 5, 16, 24]})
     rows = list(csv.reader((tmp_path / "map.csv").open()))[1:]
     assert rows == [
         ["first_k", "1", "0", "base view", "0", "0"],
-        ["first_k", "2", "25", "base view", "1", "1"],
-        ["first_k", "3", "576", "crops", "0", "0"],
-        ["first_k", "4", "624", "newline", "", ""],
+        ["first_k", "2", "5", "base view", "1", "1"],
+        ["first_k", "3", "16", "crops", "0", "0"],
+        ["first_k", "4", "24", "newline", "", ""],
     ]

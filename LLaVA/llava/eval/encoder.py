@@ -19,7 +19,7 @@ from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates, image_mark
 from llava.eval.places import Tile, locate
 from llava.eval.results.rows import Row
-from llava.eval.views import Part, View, parts_of, pictures_of, views_of
+from llava.eval.views import Part, View, parts_of, pictures_of
 from llava.images import load_rgb
 from llava.mm_utils import get_model_name_from_path, images_to, process_images, tokenizer_image_token
 from llava.model.image_tokens import tokens_in_prompts
@@ -29,10 +29,11 @@ from llava.pruning import PruningConfig, pruning
 from llava.pruning.base import INSIDE
 from llava.pruning.reduce import reduce_images
 from llava.pruning.signals import ENCODER_SIGNALS
-from llava.pruning.tokens import ImageTokens, KeptTokens
+from llava.pruning.tokens import ImageTokens, KeptTokens, Layout
 
 ENCODED_BYTES = 2**26
 """Of encoded images that are remembered: those of one image, and some more."""
+EVERYTHING = PruningConfig("first_k", 1.0)
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -41,8 +42,6 @@ class Encoder:
 
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
-        if getattr(model, "visual_cache", self) is None:  # methods differ in what they want of one image
-            model.visual_cache = VisualCache(ENCODED_BYTES)
 
     @staticmethod
     @lru_cache(maxsize=1)  # figures and token maps of a report look through one model
@@ -56,11 +55,18 @@ class Encoder:
 
         name = get_model_name_from_path(path)
         _, model, processor, _ = load_pretrained_model(path, None, name, device=device, dtype=dtype, multimodal=True)
+        if model.visual_cache is None:  # methods differ in what they want of one image
+            model.visual_cache = VisualCache(ENCODED_BYTES)
         return Encoder(model, processor)
 
     def views(self, images: Sequence[Image.Image]) -> list[list[View]]:
         """The pictures that each image's visual tokens cover."""
-        return [views_of(image, self.model.config, self.model.get_vision_tower()) for image in images]
+        encoded, _, _ = self._encoded(images, EVERYTHING, "")
+        tiles = locate(self._tiles_of, [image.size for image in images])
+        return [
+            pictures_of(image, parts_of(_known(tokens), own, image.size))
+            for image, [tokens], own in zip(images, encoded, tiles, strict=True)
+        ]
 
     def encode(self, image: Image.Image, config: PruningConfig, query: str = "") -> ImageTokens:
         """An image's visual tokens, with what the method specifies of the encoder; a `ValueError` if it has none."""
@@ -121,6 +127,10 @@ class Encoder:
         pixels = process_images(list(images), self.processor, self.model.config)
         return images_to(pixels, self.model.device, self.model.dtype)
 
+    def _tiles_of(self, images: Sequence[Image.Image]) -> list[list[torch.Tensor]]:
+        pixels = process_images(list(images), self.processor, self.model.config)
+        return [list(own) if own.ndim == 4 else [own] for own in pixels]
+
     def _ids(self, images: Sequence[Image.Image], query: str) -> torch.Tensor:
         """A prompt (T,) with marks, on the host."""
         config, tokenizer = self.model.config, self.model.prompt_tokenizer
@@ -135,13 +145,13 @@ class TransformersEncoder(Encoder):
 
     @torch.no_grad()
     def views(self, images: Sequence[Image.Image]) -> list[list[View]]:
-        with pruning(self.model, "first_k", ratio=1.0) as session:
+        with pruning(self.model, EVERYTHING) as session:
             inputs, units = session.encode(self._inputs(images))
         parts: list[list[Part]] = [[] for _ in images]
         first = [0] * len(images)
         for unit, tiles in zip(units, self._tiles(images, inputs, units), strict=True):
             number, tokens = _image_of(tiles), unit.tokens
-            parts[number] += parts_of(tokens.layout, tiles, images[number].size, first[number])
+            parts[number] += parts_of(_known(tokens), tiles, images[number].size, first[number])
             first[number] += len(tokens)
         return [pictures_of(image, own) for image, own in zip(images, parts, strict=True)]
 
@@ -181,13 +191,20 @@ class TransformersEncoder(Encoder):
     def _tiles(self, images: Sequence[Image.Image], inputs: dict, units: Sequence[Any]) -> list[list[Tile | None]]:
         """What the tiles of each unit, which has a budget of its own, show."""
         base, entries = self.model.base_model, len(inputs["mm_encoder_outputs"]["image"].encoding.entries)
-        found = locate(lambda shown: tiles_of(base, self._inputs(shown), entries), [image.size for image in images])
-        if any(unit.tokens.layout is None for unit in units):
-            raise ValueError(f"how the tokens of {self.model.config.model_type} lie on an image is not known")
+        found = locate(
+            lambda shown: tiles_of(base, hf.prompt(self.processor, [*shown, ""]), entries),
+            [image.size for image in images],
+        )
         if len(units) == len(found):
             return found
         every = chain.from_iterable(found)  # a unit for each tile, or for several
-        return [list(islice(every, len(unit.tokens.layout))) for unit in units]
+        return [list(islice(every, len(_known(unit.tokens)))) for unit in units]
+
+
+def _known(tokens: ImageTokens) -> Layout:
+    if tokens.layout is None:
+        raise ValueError("how the visual tokens of this model lie on an image is not known")
+    return tokens.layout
 
 
 def _image_of(tiles: Sequence[Tile | None]) -> int:

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
-import torch
 from PIL import Image
 
 from llava.eval.places import Box, Tile
-from llava.images import REDUCING_GAP, pad_to_square
-from llava.mm_utils import get_anyres_image_grid_shape
-from llava.model.image_tokens import unpad_image
+from llava.images import REDUCING_GAP
 from llava.pruning.tokens import Layout, TokenGrid
 
 NOTHING = -1
@@ -58,42 +55,6 @@ class View:
         return values.repeat(self.scale, 0).repeat(self.scale, 1)
 
 
-def views_of(image: Image.Image, config, tower) -> list[View]:
-    """The pictures that an image's visual tokens cover, in the order of the tokens.
-
-    Parameters
-    ----------
-    image : PIL.Image
-        RGB.
-    config
-        The model's configuration (``image_aspect_ratio``, ``image_grid_pinpoints``, ``mm_patch_merge_type``).
-    tower : CLIPVisionTower
-
-    Returns
-    -------
-    list of View
-        One for a model that pads or squares its images; base view and crops for anyres. Newline tokens belong to no
-        patch.
-    """
-    side = tower.num_patches_per_side
-    base = np.arange(side * side).reshape(side, side)
-    aspect = getattr(config, "image_aspect_ratio", None)
-    if aspect == "pad":
-        return [View("image", pad_to_square(image, (122, 116, 104), tower.config.image_size), base)]
-    square = image.resize((tower.config.image_size,) * 2, reducing_gap=REDUCING_GAP)
-    if aspect != "anyres":
-        return [View("image", square, base)]
-    columns, rows = get_anyres_image_grid_shape(image.size, config.image_grid_pinpoints, tower.config.image_size)
-    grid = torch.zeros(1, rows * side, columns * side)
-    newline = 0
-    if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
-        grid, newline = unpad_image(grid, image.size), 1
-    height, width = grid.shape[1:]
-    crops = side * side + np.arange(height * (width + newline)).reshape(height, width + newline)
-    views = [View("base view", square, base), View("crops", image, crops[:, :width])]
-    return [view for view in views if view.patches.size]  # unpadding leaves no patch of the crops of a very thin image
-
-
 @dataclass(frozen=True)
 class Part:
     """A grid of an image's tokens on the image.
@@ -131,12 +92,9 @@ def parts_of(layout: Layout, tiles: Sequence[Tile | None], size: tuple[int, int]
     """
     parts = []
     for number, grid in enumerate(layout):
-        if len(layout) == len(tiles):
-            tile = tiles[number]
-            box = None if tile is None else tile.box
-        else:
-            box = _box_of_crops(grid, tiles[1:], size) if number else tiles[0].box
-        if box is not None and grid.columns:
+        alone = number == 0 or len(layout) == len(tiles)
+        box = (tiles[number] and tiles[number].box) if alone else _box_of_crops(grid, tiles[1:], size)
+        if box and grid.columns:
             ends = grid.columns + (grid.newline == "row")
             patches = first + np.arange(grid.rows * ends).reshape(grid.rows, ends)
             parts.append(Part(patches[:, : grid.columns], box))
@@ -146,16 +104,15 @@ def parts_of(layout: Layout, tiles: Sequence[Tile | None], size: tuple[int, int]
 
 def _box_of_crops(grid: TokenGrid, tiles: Sequence[Tile | None], size: tuple[int, int]) -> Box:
     """What a map of several tiles covers, by the tile that shows most of the image."""
-    if not grid.crop_side:  # shrunk to fit: the whole image
-        return (0.0, 0.0, float(size[0]), float(size[1]))
-    number, tile = max(
-        ((number, tile) for number, tile in enumerate(tiles) if tile is not None), key=lambda pair: pair[1].content
-    )
+    shown = [(tile.content, number, tile) for number, tile in enumerate(tiles) if tile is not None]
+    if not grid.crop_side or not shown:  # shrunk to fit, or next to nothing: the whole image
+        return 0.0, 0.0, float(size[0]), float(size[1])
+    _, number, tile = max(shown, key=lambda each: each[0])
     row, column = divmod(number, ceil((2 * grid.left + grid.columns) / grid.crop_side))
-    width, height = Part(np.empty((0, 0)), tile.box).size
-    across, down = width / grid.crop_side, height / grid.crop_side  # of a patch
-    left = tile.box[0] + (grid.left - column * grid.crop_side) * across
-    top = tile.box[1] + (grid.top - row * grid.crop_side) * down
+    left, top, right, bottom = tile.box
+    across, down = (right - left) / grid.crop_side, (bottom - top) / grid.crop_side  # of a patch
+    left += (grid.left - column * grid.crop_side) * across
+    top += (grid.top - row * grid.crop_side) * down
     return left, top, left + grid.columns * across, top + grid.rows * down
 
 

@@ -25,9 +25,9 @@ from transformers.generation.streamers import BaseStreamer
 from llava.command import Parser, find_device, positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates, image_mark
+from llava.eval.encoder import Encoder
 from llava.eval.token_page import data_uri
 from llava.eval.tokens import dimmed
-from llava.eval.views import views_of
 from llava.flops import ModelShape, exact_flops, tokens_per_layer
 from llava.images import load_rgb
 from llava.mm_utils import AnswerEnd, get_model_name_from_path, images_to, process_images, tokenizer_image_token
@@ -221,7 +221,7 @@ def build_page(model: Model) -> Any:
             _told("Unpruned", unpruned),
             _told(config.method, pruned, unpruned),
             gr.update(visible=True),
-            _map(model.model, picture, pruned),
+            _map(model, picture, pruned),
             gr.update(maximum=pruned.total, value=len(pruned.indices)),
             (picture, question, config, pruned.total),
         ]
@@ -231,7 +231,7 @@ def build_page(model: Model) -> Any:
         picture, question, config, total = asked
         try:
             config = replace(config, ratio=count / total)
-            return gr.skip(), _map(model.model, picture, model.ask(picture, question, config, 1, cached=True))
+            return gr.skip(), _map(model, picture, model.ask(picture, question, config, 1, cached=True))
         except (OSError, ValueError, RuntimeError) as error:
             return _refusal(error), gr.skip()
 
@@ -319,10 +319,10 @@ def _told(name: str, answer: Answer, unpruned: Answer | None = None) -> str:
     )
 
 
-def _map(model: Any, image: Image.Image, answer: Answer) -> str:
+def _map(model: Model, image: Image.Image, answer: Answer) -> str:
     """The image's views with the tokens that were dropped faded."""
     figures = []
-    for view in views_of(image, model.config, model.get_vision_tower()):
+    for view in Encoder(model.model, model.processor).views([image])[0]:
         buffer = io.BytesIO()
         Image.fromarray(dimmed(view, answer.indices)).save(buffer, "PNG")
         address = data_uri(buffer.getvalue(), "image/png")

@@ -1,4 +1,4 @@
-"""What is painted into an image changes the tokens that are drawn there, and no others: every family's layout is right.
+"""What is painted into an image changes the tokens that are drawn there and no others, in LLaVA and in every family.
 
 Attention in the vision encoder is switched off, so that a token depends on its own pixels alone.
 """
@@ -12,15 +12,38 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessor
 
-from llava.adapters.transformers.encoder import EncoderView
-from llava.eval.encoder import TransformersEncoder
+from llava.eval.encoder import EVERYTHING, Encoder, TransformersEncoder
 from llava.eval.views import NOTHING
 from llava.pruning import PruningConfig, pruning
+from tiny_llava import build, save_tower
 from tiny_processors import PROCESSORS, tiny_processor
 from tiny_vlms import tiny
 
-EVERYTHING = PruningConfig("first_k", 1.0)
+OWN = {
+    "padded": {"image_aspect_ratio": "pad"},
+    "cropped": {},
+    "anyres": {
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial_unpad",
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+    },
+    "anyres with padding": {
+        "image_aspect_ratio": "anyres",
+        "mm_patch_merge_type": "spatial",
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
+    },
+}
+"""Ways in which this package's own LLaVA prepares images."""
+
+
+@pytest.fixture(scope="module")
+def looking(request, tmp_path_factory):
+    if request.param not in OWN:
+        return encoder(request.param)
+    tower = save_tower(tmp_path_factory.mktemp("tower"))
+    return Encoder(build(tower, **OWN[request.param]), CLIPImageProcessor.from_pretrained(tower))
 
 
 def encoder(name: str) -> TransformersEncoder:
@@ -36,14 +59,15 @@ def without_attention(model):
             return tuple(part * 0 if isinstance(part, torch.Tensor) else part for part in output)
         return output * 0
 
-    modules = EncoderView(model, PruningConfig("first_k", 0.5).build_pruner()).attention.values()
+    tower = model.get_vision_tower() if hasattr(model, "get_vision_tower") else model.get_encoder("image")
     with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_hook(nothing).remove)
+        for module in tower.modules():
+            if type(module).__name__.endswith("Attention"):
+                stack.callback(module.register_forward_hook(nothing).remove)
         yield
 
 
-def features(looking: TransformersEncoder, images) -> list[np.ndarray]:
+def features(looking: Encoder, images) -> list[np.ndarray]:
     """All tokens (N, D) of each image."""
     encoded, _, _ = looking._encoded(images, EVERYTHING, "")
     return [torch.cat([unit.features for unit in own]).float().numpy() for own in encoded]
@@ -71,10 +95,9 @@ def cells(view) -> np.ndarray:
     return pixels.reshape(rows, pixels.shape[0] // rows, columns, -1, 3).mean(axis=(1, 3))
 
 
-@pytest.mark.parametrize("name", sorted(PROCESSORS))
-def test_paint_changes_the_tokens_that_are_drawn_there(name, request):
-    looking = encoder(name)
-    draw, seen = random.Random(name), 0
+@pytest.mark.parametrize("looking", [*OWN, *sorted(PROCESSORS)], indirect=True)
+def test_paint_changes_the_tokens_that_are_drawn_there(looking, request):
+    draw, seen = random.Random(request.node.name), 0
     with without_attention(looking.model):
         for _ in range(4 * request.config.getoption("fuzz")):
             images = [noise(draw) for _ in range(draw.choice((1, 1, 2)))]
