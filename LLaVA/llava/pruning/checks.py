@@ -49,12 +49,8 @@ class deferred_checks:
     def verify(self) -> None:
         """Wait for the device, and raise the first error that would have been raised inside the block.
 
-        Raises
-        ------
-        ValueError
-            For tokens, or something that a method ranks by, that are not finite.
-        RuntimeError
-            If a method chose a token twice, or one that is not there.
+        A ValueError for tokens, or something that a method ranks by, that are not finite; a RuntimeError if a method
+        chose a token twice, or one that is not there.
         """
         _raise_first(self.conditions)
 

@@ -26,18 +26,9 @@ def kept_count(n: int, ratio: float) -> int:
 
 
 def apportion(k: int, sizes: list[int]) -> list[int]:
-    """Split a budget in proportion to sizes, in whole numbers that add up to ``k`` (largest remainders first).
+    """Split a budget 0 <= k <= sum(sizes) in proportion to sizes, in whole numbers that add up to ``k``.
 
-    Parameters
-    ----------
-    k : int
-        0 <= k <= sum(sizes).
-    sizes : list of int
-
-    Returns
-    -------
-    list of int
-        No share is larger than its size.
+    Largest remainders first; no share is larger than its size.
     """
     total = sum(sizes)
     shares = [k * size // total for size in sizes]
@@ -84,24 +75,20 @@ def at_relative_depth(
     published_layers: int = PUBLISHED_LAYERS,
     forward: float = 1.0,
 ) -> Schedule:
-    """A published schedule in a decoder of another depth.
+    """A published schedule in a decoder of ``num_layers`` layers.
+
+    Layers are rounded and strictly ascending; drops that would come after the last layer are left out.
 
     Parameters
     ----------
     published : tuple of (layer, fraction)
         For a decoder of ``published_layers`` layers.
     num_layers : int
-        Layers of this decoder.
     first_layer : int
         No drop comes before the input of this layer.
     published_layers : int
     forward : float
         Factor on all layers, at most 1.
-
-    Returns
-    -------
-    tuple of (layer, fraction)
-        Layers are rounded and strictly ascending; drops that would come after the last layer are left out.
     """
     schedule, lowest = [], first_layer
     for layer, fraction in published:
@@ -119,7 +106,7 @@ def scaled(
     first_layer: int = 0,
     published_layers: int = PUBLISHED_LAYERS,
 ) -> Schedule:
-    """The published schedule, scaled to a budget.
+    """The published schedule, scaled to a budget in a decoder of ``num_layers`` layers.
 
     Layers stay at their relative depth and every fraction f becomes f ** a, with the a for which the mean over the
     layers is ``ratio``: a = 1 is the published schedule. Where a would have to be above `STEEPEST`, all layers move
@@ -134,19 +121,9 @@ def scaled(
     ratio : float
         Mean over the layers of the fraction of visual tokens present, 0 < ratio <= 1.
     num_layers : int
-        Layers of this decoder.
     first_layer : int
-        No drop comes before the input of this layer.
+        No drop comes before the input of this layer; a ValueError if the layers before it alone exceed the budget.
     published_layers : int
-
-    Returns
-    -------
-    tuple of (layer, fraction)
-
-    Raises
-    ------
-    ValueError
-        If the layers before the earliest possible drop alone exceed the budget.
     """
     if ratio * num_layers <= first_layer:
         raise ValueError(

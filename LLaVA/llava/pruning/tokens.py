@@ -146,19 +146,11 @@ class VisualTokens(Signals):
         left: torch.Tensor | None = None,
         **seen: Any,
     ) -> VisualTokens:
-        """A batch of images with the same number of tokens.
+        """A batch of images with the same number of tokens and the same signals.
 
-        Parameters
-        ----------
-        images : sequence of B ImageTokens
-            With the same signals; the layout is handed on where all have the same.
-        k : int
-        features : Tensor (B, N, D), optional
-            Their tokens now, by default as they were encoded.
-        left : Tensor (B, N), int64, optional
-            Which of each image's tokens these are, where some are gone.
-        **seen
-            Further signals.
+        ``features`` (B, N, D) are their tokens now, by default as they were encoded; ``left`` (B, N) says which of each
+        image's tokens these are, where some are gone; ``seen`` are further signals. The layout is handed on where all
+        have the same.
         """
         if features is None:
             features = torch.stack([image.features for image in images])

@@ -35,17 +35,7 @@ _UNUSABLE: set[tuple[str, torch.device]] = set()
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
-    """``x x^T`` of every image, by half the work where the device allows it.
-
-    Parameters
-    ----------
-    x : Tensor (B, N, D), floating
-
-    Returns
-    -------
-    Tensor (B, N, N)
-        In the dtype of x.
-    """
+    """``x x^T`` of every image, by half the work where possible: (B, N, D), floating -> (B, N, N), same dtype."""
     product = fused("gram", x)
     return x @ x.mT if product is None else product
 
