@@ -41,7 +41,7 @@ def test_a_client_may_prune(tmp_path):
     environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_HOST_IP": "127.0.0.1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", SERVE, str(tmp_path / "served"), str(tmp_path / "content.json")]
-    output = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=500)
+    output = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=1500)
     assert output.returncode == 0, output.stderr[-3000:]
     found = json.loads(output.stdout.splitlines()[-1])
     assert found == own_answer(image, question)

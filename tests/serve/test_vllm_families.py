@@ -9,6 +9,18 @@ from served import RATIO, Reference, Served
 from tiny_served import FAMILIES, checkpoint
 
 METHODS = ["otprune", "divprune", "downsample", "uniform"]
+LOOKING = {
+    "visionzip": {},
+    "vispruner": {},
+    "fastervlm": {},
+    "scope": {},
+    "holov": {},
+    "mmr": {},
+    "hiprune": {"object_layer": 1},
+    "vscan": {"local_layer": 1},
+    "flowcut": {"layers": 1},
+}
+"""Methods that look at the vision encoder, whose tiny tower has layers enough for these options."""
 TOKENS_AT_ONCE = 96
 
 
@@ -33,6 +45,17 @@ def test_answers_are_those_of_transformers(both, method, ratio):
     assert [one.prompt for one in found] == [one.prompt for one in expected]
     assert all(one.agrees(other) for one, other in zip(found, expected, strict=True)), (found, expected)
     assert sum(one.prompt for one in found) > TOKENS_AT_ONCE
+
+
+@pytest.mark.parametrize("both", [name for name in FAMILIES if name.startswith("llava")], indirect=True)
+@pytest.mark.parametrize("method", LOOKING)
+def test_methods_that_look_at_the_encoder_see_what_they_see_in_transformers(both, method):
+    served, reference = both
+    served.use(method, **LOOKING[method])
+    expected = reference.ask(CONVERSATIONS, method, **LOOKING[method])
+    found = served.ask(CONVERSATIONS)
+    assert [one.prompt for one in found] == [one.prompt for one in expected]
+    assert all(one.agrees(other) for one, other in zip(found, expected, strict=True)), (found, expected)
 
 
 def test_a_prefix_from_the_cache_answers_alike(both):
@@ -60,6 +83,13 @@ def test_positions_that_the_runner_puts_in_are_those_that_the_model_puts_in(both
             assert all(one.agrees(other) for one, other in zip(found, expected, strict=True)), (found, expected)
     finally:
         served.runner.is_multimodal_pruning_enabled = False
+
+
+def test_memory_is_profiled_with_unpruned_images(both):
+    """The vision tower works on all tokens, whatever is kept of them."""
+    served, _ = both
+    inputs = served.processor.get_dummy_inputs(512, {"image": 1}, mm_options={})
+    assert inputs.hf_processor_mm_kwargs["visual_token_ratio"] == 1.0
 
 
 def test_random_draws_the_same_again_though_not_what_transformers_draws(both):

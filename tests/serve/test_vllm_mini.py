@@ -57,7 +57,10 @@ def own_answers(conversations, method, ratio):
     return answers
 
 
-@pytest.mark.parametrize(("method", "ratio"), [("otprune", 0.098), ("downsample", 0.25)])
+METHODS = [("otprune", 0.098), ("downsample", 0.25), ("visionzip", 0.25), ("ocvtp", 0.25), ("scorer", 0.25)]
+
+
+@pytest.mark.parametrize(("method", "ratio"), METHODS)
 def test_answers_and_prompts_are_llavas_own(served, conversations, method, ratio):
     served.use(method)
     found = served.ask(conversations, ratio)

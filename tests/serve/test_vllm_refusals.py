@@ -24,7 +24,8 @@ def vllm_config(lora: bool = False, video: float = 0.0) -> SimpleNamespace:
     """As much of vLLM's configuration as is looked at before a model is built."""
     text = SimpleNamespace(hidden_size=64)
     settings = SimpleNamespace(video_pruning_rate=video)
-    model_config = SimpleNamespace(hf_config=SimpleNamespace(), hf_text_config=text, multimodal_config=settings)
+    whole = SimpleNamespace(model_type="tiny", vision_config=SimpleNamespace(model_type="tiny_vision"))
+    model_config = SimpleNamespace(hf_config=whole, hf_text_config=text, multimodal_config=settings)
     adapters = SimpleNamespace(enable_tower_connector_lora=True) if lora else None
     return SimpleNamespace(lora_config=adapters, model_config=model_config)
 
@@ -50,6 +51,14 @@ def test_settings_that_do_not_go_together(switch, kind, config, environ, sentenc
         switch.setenv(name, value)
     with pytest.raises(ValueError, match=sentence):
         kind(vllm_config=config)
+
+
+def test_the_vision_encoder_of_a_family_that_cannot_be_looked_into(switch):
+    switch.setenv("BASELINE", "HIPRUNE")
+    with pytest.raises(
+        ValueError, match="hiprune looks at the vision encoder, which is not available for tiny in vLLM"
+    ):
+        models.Qwen2_5_VLForConditionalGeneration(vllm_config=vllm_config())
 
 
 def test_checkpoints_with_pixtrals_tower():

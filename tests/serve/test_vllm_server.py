@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,13 +20,21 @@ from images_to_serve import CONVERSATIONS, IMAGES
 from served import NEW, Reference
 from tiny_served import checkpoint
 
-PRUNING = {"visual_token_pruning": {"method": "otprune", "ratio": 0.25, "options": {"gamma": 0.05}}}
+PRUNING = {"method": "otprune", "ratio": 0.25, "options": {"gamma": 0.05}}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """(address, folder, file of the log)"""
     folder = checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("tiny") / "qwen2_5_vl")
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with serving(folder, PRUNING, log) as address:
+        yield address, folder, log
+
+
+@contextmanager
+def serving(folder, pruning, log):
+    """A server of two ranks; yields its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -38,17 +47,16 @@ def server(tmp_path_factory):
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny", "--dtype", "float32"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "4", "--block-size", "32", "--tensor-parallel-size", "2"]
     command += ["--limit-mm-per-prompt", '{"image": 2}', "--trust-request-mm-kwargs"]
-    command += ["--hf-overrides", json.dumps(PRUNING)]
-    log = tmp_path_factory.mktemp("log") / "server.log"
+    command += ["--hf-overrides", json.dumps({"visual_token_pruning": pruning})]
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environ, stdout=file, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 500
+        deadline = time.monotonic() + 1500
         while not is_up(address):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(1)
-        yield address, folder, log
+        yield address
     finally:
         process.terminate()
         process.wait(60)
@@ -117,3 +125,13 @@ def test_the_log_says_that_pruning_is_on(server):
     assert len(lines) == 1  # of two ranks
     assert "otprune keeps 25 % of the visual tokens before the decoder (gamma=0.05" in lines[0]
     assert lines[0].endswith("of the largest image 9 of 36")
+
+
+def test_the_encoders_heads_may_be_on_two_ranks(tmp_path):
+    """VisionZip ranks by the attention of [CLS] and merges by keys, both of all heads."""
+    folder = checkpoint("llava_next", tmp_path / "llava_next")
+    expected = Reference(folder).ask(CONVERSATIONS, "visionzip", 0.25)
+    with serving(folder, {"method": "visionzip", "ratio": 0.25}, tmp_path / "server.log") as address:
+        found = [ask(address, content_of(*conversation))[1] for conversation in CONVERSATIONS]
+    assert [one["usage"]["prompt_tokens"] for one in found] == [wanted.prompt for wanted in expected]
+    assert [one["choices"][0]["token_ids"] for one in found] == [wanted.tokens for wanted in expected]

@@ -26,7 +26,6 @@ class Answer:
     first: dict[int, float] = field(repr=False)
     prompt: int
     cached: int = 0
-    ttft: float = 0.0
 
     def agrees(self, other: Answer) -> bool:
         """Whether lengths, tokens and log-probabilities are the same; ``other`` may hold more of the last."""
@@ -59,12 +58,12 @@ class Served:
 
     def use(self, method: str, **options: Any) -> None:
         """Prune with another method from now on, as an engine that was started with it would."""
+        from llava.adapters.vllm.processor import resolved
         from llava.pruning import PruningConfig
 
-        width = self.runner.model.config.get_text_config().hidden_size
-        config = PruningConfig(method, RATIO, options=options).for_width(width)
+        config = resolved(PruningConfig(method, RATIO, options=options), self.llm.llm_engine.model_config)
+        self.runner.model.prune_with(config.build_pruner())
         self.processor.pruning = config
-        self.runner.model._image_pruner = config.build_pruner()
 
     def ask(self, conversations: Sequence[Conversation], ratio: float | None = None) -> list[Answer]:
         from vllm import SamplingParams
@@ -89,7 +88,6 @@ class Served:
                 {token: value.logprob for token, value in one.outputs[0].logprobs[0].items()},
                 len(one.prompt_token_ids),
                 one.num_cached_tokens,
-                0.0 if one.metrics is None else one.metrics.first_token_latency,
             )
             for one in self.llm.chat(messages, sampling, use_tqdm=False, **own)
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -26,13 +27,9 @@ class EncoderView:
 
     def __init__(self, model: Model, pruner: Pruner):
         self.needs, self.pruner, kind = pruner.needs & ENCODER_SIGNALS, pruner, type(pruner).__name__
-        self.tower = model.get_encoder("image")
-        self.attention = {
-            name: module
-            for name, module in self.tower.named_modules()
-            if "Attention" in type(module).__name__ and hasattr(module, "config") and hasattr(module, "is_causal")
-        }
-        self.depth = _depth_read(model.config, len(self.attention))
+        self.tower = self._tower_of(model)
+        self.attention = self._attention_modules()
+        self.depth = self._depth_read(model.config)
         self.has_cls = has_cls_token(self.tower)
         if self.needs & CLS_SIGNALS and not self.has_cls:
             raise ValueError(
@@ -49,6 +46,29 @@ class EncoderView:
                 f"{kind} asks for the attention of layer {windowed[0]} of the vision encoder, which only looks at "
                 f"windows; layers {', '.join(map(str, whole))} look at the whole image"
             )
+
+    # Where a library keeps what is looked at: these four are transformers'.
+
+    def _tower_of(self, model: Model) -> Model:
+        return model.get_encoder("image")
+
+    def _attention_modules(self) -> dict[str, Model]:
+        """The attention of each layer, in order; the layer is the module above it."""
+        return {
+            name: module
+            for name, module in self.tower.named_modules()
+            if "Attention" in type(module).__name__ and hasattr(module, "config") and hasattr(module, "is_causal")
+        }
+
+    def _depth_read(self, config: Any) -> int:
+        """How many of the encoder's layers the language model's input went through."""
+        layer = getattr(config, "vision_feature_layer", None)
+        layer = layer if isinstance(layer, int) else -1
+        return layer if layer >= 0 else len(self.attention) + 1 + layer
+
+    def _watch(self, attention: Model, look: Callable[[Call], None]) -> Callable[[], None]:
+        """Call ``look`` with every `Call` of a module, until what is returned is called."""
+        return Watch(attention, look).remove
 
     @property
     def width(self) -> int:
@@ -89,7 +109,7 @@ class EncoderView:
                     for one in own:
                         self._note(signals, one(call))
 
-                stack.callback(Watch(modules[layer], look).remove)
+                stack.callback(self._watch(modules[layer], look))
             features = [("encoder_features", last), *(("layer_features", layer) for layer in self._feature_layer)]
             for name, layer in features:
                 if name in self.needs:
@@ -158,10 +178,3 @@ PER_LAYER: dict[str, Callable[[Call], torch.Tensor]] = {
     "value_norms": lambda call: call.value.float().mean(dim=1).abs().sum(dim=-1),
 }
 """Signals of several layers: what each layer's call makes of every token, (B, T)."""
-
-
-def _depth_read(config, layers: int) -> int:
-    """How many of the encoder's layers the language model's input went through."""
-    layer = getattr(config, "vision_feature_layer", None)
-    layer = layer if isinstance(layer, int) else -1
-    return layer if layer >= 0 else layers + 1 + layer

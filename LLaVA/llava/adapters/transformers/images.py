@@ -65,7 +65,7 @@ class Encoding:
         to_tokens: Any = family.to_tokens  # there are signals only where it is known
         signals = {name: to_tokens(base, calls, flat, inputs) for name, calls in patches.items()}
         digests = [content_key(own) for own in _pixels(inputs, len(flat))] if keys else None
-        return cls(entries, layouts, digests, _by_field(signals))
+        return cls(entries, layouts, digests, by_field(signals))
 
     def images(self, output: Any, marks: torch.Tensor, family: Family) -> list[PromptImage]:
         """The images of the prompts, row by row.
@@ -128,7 +128,7 @@ class Encoding:
         return {"image_keys": parts[0][0] if whole else hash(tuple(parts)) & (2**63 - 1)}
 
 
-def _by_field(signals: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
+def by_field(signals: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
     """Signals by their name in `llava.pruning.signals.Signals`: those of several layers side by side."""
     fields = {name: values for name, values in signals.items() if " " not in name}
     if "final_cls_attention" in fields:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isqrt
+from types import SimpleNamespace
 from typing import Any
 
-from llava.adapters.transformers.family import Entries, Inputs, anyres, grid_thw, square
+import torch
+
+from llava.adapters.transformers.family import Entries, Inputs, anyres, grid_thw, patches, square
 from llava.pruning.tokens import Layout, TokenGrid
 
 
@@ -30,6 +34,9 @@ class Family:
         known; as in the adapter for transformers.
     name : str
         Of vLLM's class, where it is not the architecture's.
+    to_tokens : callable, optional
+        (model, values (I, P, C) of the patches of each call of the vision tower, features of each image, inputs) -> for
+        each image the values (N, C) of its tokens. Without it, methods that look at the vision encoder are refused.
     mrope : bool
         Whether rotary positions have three axes.
     tower : str or None
@@ -42,6 +49,7 @@ class Family:
     layouts: Callable[[Any, Entries, Inputs], list[Layout | None]]
     flat: str = ""
     name: str = ""
+    to_tokens: Callable[[Any, list[torch.Tensor], Entries, Inputs], list[torch.Tensor]] | None = None
     mrope: bool = False
     tower: str | None = None
 
@@ -75,10 +83,25 @@ def _tiled(base: Any, entries: Entries, inputs: Inputs) -> list[Layout | None]:
     return [(TokenGrid(side, side),) * (len(entry) // side**2) for entry in entries]
 
 
+def _repacked(base: Any, calls: list[torch.Tensor], entries: Entries, inputs: Inputs) -> list[torch.Tensor]:
+    """vLLM's own packing of crops, with zeros for newline tokens."""
+    values = torch.cat(calls)
+    newline = values.new_zeros(values.shape[-1])
+    pack = type(base)._merge_image_patch_embeddings
+    of_class = SimpleNamespace(config=base.config, image_newline=newline)
+    more = {"image_newline": newline} if "image_newline" in inspect.signature(pack).parameters else {}
+    return [
+        pack(of_class, size, own, strategy="spatial_unpad", **more)
+        for size, own in zip(inputs["image_sizes"], values.split(_crops(inputs)), strict=True)
+    ]
+
+
 FAMILIES = {
-    "LlavaForConditionalGeneration": Family("llava", _crops, _clip_tokens, square, tower="pixtral"),
-    "LlavaNextForConditionalGeneration": Family("llava_next", _crops, _clip_tokens, anyres),
-    "LlavaOnevisionForConditionalGeneration": Family("llava_onevision", _crops, _clip_tokens, anyres),
+    "LlavaForConditionalGeneration": Family("llava", _crops, _clip_tokens, square, to_tokens=patches, tower="pixtral"),
+    "LlavaNextForConditionalGeneration": Family("llava_next", _crops, _clip_tokens, anyres, to_tokens=_repacked),
+    "LlavaOnevisionForConditionalGeneration": Family(
+        "llava_onevision", _crops, _clip_tokens, anyres, to_tokens=_repacked
+    ),
     "InternVLForConditionalGeneration": Family(
         "interns1", _tiles, _tile_tokens, _tiled, "pixel_values", name="InternS1ForConditionalGeneration"
     ),

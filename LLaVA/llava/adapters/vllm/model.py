@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -11,14 +12,17 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from llava.adapters.transformers.encoder import Signals
 from llava.adapters.transformers.family import Inputs
+from llava.adapters.transformers.images import by_field
 from llava.adapters.vllm import mrope
+from llava.adapters.vllm.encoder import ServedEncoder
 from llava.adapters.vllm.families import Family
 from llava.adapters.vllm.processor import config_of
 from llava.adapters.vllm.switch import RATIO
-from llava.pruning import KeptTokens, deferred_checks, kept_count
+from llava.pruning import KeptTokens, Pruner, deferred_checks, kept_count
 from llava.pruning.reduce import reduce_images
-from llava.pruning.signals import content_key
+from llava.pruning.signals import ENCODER_SIGNALS, content_key
 from llava.pruning.tokens import ImageTokens
 
 logger = init_logger("vllm.otprune")  # vLLM shows only what is logged below its own name
@@ -38,17 +42,26 @@ class PrunedModel:
                 "LoRA on the vision tower or the connector counts unpruned tokens: switch it or BASELINE off"
             )
         config = config_of(vllm_config.model_config)
-        self._image_pruner = config.build_pruner()
-        if self._image_pruner.position_ids not in ("auto", self.positions):
-            raise ValueError(
-                f"position_ids={self._image_pruner.position_ids}: vLLM has {self.positions} positions here"
-            )
+        pruner = config.build_pruner()
+        if pruner.position_ids not in ("auto", self.positions):
+            raise ValueError(f"position_ids={pruner.position_ids}: vLLM has {self.positions} positions here")
+        if pruner.needs & ENCODER_SIGNALS and self.family.to_tokens is None:
+            kind = vllm_config.model_config.hf_config.model_type
+            raise ValueError(f"{config.method} looks at the vision encoder, which is not available for {kind} in vLLM")
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.prune_with(pruner)
         # The scheduler counts kept tokens, but the tower works on all: no more at once than were profiled.
         self._tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
         most = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).get_max_image_tokens()
         line = "%s: of the largest image %d of %d"
         logger.info_once(line, config.describe(), kept_count(most, config.ratio), most, scope="global")
+
+    def prune_with(self, pruner: Pruner) -> None:
+        """Let a method choose from the next image on; a `ValueError` if it needs what the vision encoder has not."""
+        encoder = ServedEncoder(self, pruner) if pruner.needs & ENCODER_SIGNALS else None
+        if encoder is not None:
+            pruner.check_model(None, encoder.width)
+        self._image_pruner, self._encoder = pruner, encoder
 
     def embed_multimodal(self, **inputs: Any) -> Sequence[torch.Tensor]:
         """Encode images, and let the pruner choose."""
@@ -58,7 +71,13 @@ class PrunedModel:
         kept: list[torch.Tensor] = []
         ratios = [float(ratio) for ratio in ratios]
         for part, some in self._batches(inputs, len(ratios)):
-            kept += self._kept(super().embed_multimodal(**some), some, ratios[part])
+            if min(ratios[part]) == 1:
+                kept += super().embed_multimodal(**some)
+                continue
+            nothing: AbstractContextManager[Signals] = nullcontext({})
+            with nothing if self._encoder is None else self._encoder.observed() as patches:
+                embeddings = super().embed_multimodal(**some)
+            kept += self._kept(embeddings, some, patches, ratios[part])
         return kept
 
     def _batches(self, inputs: Inputs, count: int) -> Iterator[tuple[slice, dict[str, Any]]]:
@@ -80,12 +99,17 @@ class PrunedModel:
             )
             first = last
 
-    def _kept(self, embeddings: Sequence[torch.Tensor], inputs: Inputs, ratios: Sequence[float]) -> list[torch.Tensor]:
-        """The kept rows (k_i, W) of each image's (N_i, W), of which the first columns are what the decoder reads."""
+    def _kept(
+        self, embeddings: Sequence[torch.Tensor], inputs: Inputs, patches: Signals, ratios: Sequence[float]
+    ) -> list[torch.Tensor]:
+        """The kept rows (k_i, W) of each image's (N_i, W), of which the first columns are what the decoder reads.
+
+        ``patches`` are the vision encoder's signals.
+        """
         width = self.config.get_text_config().hidden_size
         features = [one[:, :width] for one in embeddings]
         layouts = self.family.layouts(self, features, inputs)
-        signals = self._signals(inputs, len(features))
+        signals = self._signals(features, inputs, patches)
         images = [ImageTokens(*own) for own in zip(features, layouts, signals, strict=True)]
         kept: dict[int, KeptTokens] = {}
         for ratio in set(ratios):
@@ -98,14 +122,18 @@ class PrunedModel:
             for i, one in enumerate(embeddings)
         ]
 
-    def _signals(self, inputs: Inputs, count: int) -> list[dict[str, int]]:
-        """A digest of each image's pixels, where the method draws at random."""
-        if "image_keys" not in self._image_pruner.needs:
-            return [{}] * count
-        pixels = inputs["pixel_values"]
-        if self.family.flat:
-            pixels = inputs[self.family.flat].split(self.family.sizes(inputs))
-        return [{"image_keys": content_key(one)} for one in pixels]
+    def _signals(self, features: Sequence[torch.Tensor], inputs: Inputs, patches: Signals) -> list[dict[str, Any]]:
+        """What the method looks at beside each image's features (N_i, D)."""
+        to_tokens: Any = self.family.to_tokens  # there are signals only where it is known
+        seen = by_field({name: to_tokens(self, calls, features, inputs) for name, calls in patches.items()})
+        signals: list[dict[str, Any]] = [{name: own[i] for name, own in seen.items()} for i in range(len(features))]
+        if "image_keys" in self._image_pruner.needs:
+            pixels = inputs["pixel_values"]
+            if self.family.flat:
+                pixels = inputs[self.family.flat].split(self.family.sizes(inputs))
+            for own, values in zip(signals, pixels, strict=True):
+                own["image_keys"] = content_key(values)
+        return signals
 
 
 class PrunedMRopeModel(PrunedModel):

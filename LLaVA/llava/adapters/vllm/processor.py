@@ -19,9 +19,14 @@ from llava.pruning import PruningConfig
 
 
 def config_of(model_config: Any) -> PruningConfig:
-    """The configuration for a model of vLLM, with the options spelled out that depend on the tokens' width."""
-    config = configured(getattr(model_config.hf_config, OVERRIDE, None))
-    return config.for_width(model_config.hf_text_config.hidden_size)
+    """The configuration for a model of vLLM."""
+    return resolved(configured(getattr(model_config.hf_config, OVERRIDE, None)), model_config)
+
+
+def resolved(config: PruningConfig, model_config: Any) -> PruningConfig:
+    """A configuration with the options spelled out that depend on a model of vLLM."""
+    has_cls = model_config.hf_config.vision_config.model_type.startswith("clip")
+    return config.for_width(model_config.hf_text_config.hidden_size).for_encoder(has_cls)
 
 
 class ImagesOnly:

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from llava.pruning import PruningConfig
+from llava.pruning.signals import ENCODER_SIGNALS
 
 RATIO = "visual_token_ratio"
 """Key of a request's ``mm_processor_kwargs``, and field of an image's tensors: the kept ratio of its tokens."""
@@ -15,6 +16,8 @@ OVERRIDE = "visual_token_pruning"
 """Key of ``--hf-overrides``: the configuration for workers that do not inherit the environment."""
 PLUGIN = "otprune"
 """The entry point's name, for ``VLLM_PLUGINS``."""
+SERVED_SIGNALS = ENCODER_SIGNALS - {"final_keys", "final_cls_attention"} | {"image_keys"}
+"""What the plug-in computes; vLLM does not load the layers of the vision encoder after the one that is read."""
 RELEASES = ("0.32", "0.33")
 """Releases of vLLM that were tried."""
 
@@ -52,7 +55,7 @@ def check_servable(config: PruningConfig) -> None:
         )
     if pruner.varies:
         raise ValueError(f"{method} keeps as many tokens as the image needs, and vLLM must know the number beforehand")
-    missing = sorted(pruner.needs - {"image_keys"})
+    missing = sorted(pruner.needs - SERVED_SIGNALS)
     if missing:
         raise ValueError(f"{method} needs {', '.join(missing)}, which vLLM's models do not give")
 

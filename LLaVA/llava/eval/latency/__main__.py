@@ -1,4 +1,4 @@
-"""The command line: ``python -m llava.eval.latency select|prefill|generate|suite``."""
+"""The command line: ``python -m llava.eval.latency select|prefill|generate|suite|serve``."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
-from llava.command import Parser, find_device, positive
-from llava.eval.latency import pope, prefill, select, suite
+from llava.adapters.vllm.switch import check_servable
+from llava.command import EMBEDDED, Parser, find_device, positive
+from llava.eval.latency import pope, prefill, select, serve, suite
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import RANDOM, load
-from llava.eval.latency.report import Report, mebibytes, milliseconds, table
+from llava.eval.latency.report import NOT_MEASURED, Report, mebibytes, milliseconds, table
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -29,7 +31,7 @@ def _measure(arguments: argparse.Namespace, command: str) -> None:
     """Measure, write, print."""
     if getattr(arguments, "pope_one_by_one", None) and not arguments.pope:
         raise ValueError("--pope-one-by-one is for the run that --pope asks for")
-    arguments.device = torch.device(find_device(arguments.device))
+    arguments.device = torch.device(find_device(getattr(arguments, "device", None)))
     arguments.method = [name for text in arguments.method for name in text.split(",")]
     dtype = getattr(arguments, "dtype", None) or ("float16" if arguments.device.type == "cuda" else "float32")
     settings = {
@@ -123,6 +125,37 @@ def _suite(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str
     return rows, table(_run_columns(), rows)
 
 
+def _serve(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
+    if arguments.url and (arguments.model or arguments.server_options or len(arguments.method) > 1):
+        raise ValueError("--url measures a server that runs, with its own model, options and one method")
+    names = ("concurrency", "requests", "repetitions", "new_tokens")
+    width, height = arguments.image
+    load = serve.Load(**{name: getattr(arguments, name) for name in names}, width=width, height=height)
+    rows = []
+    for name, config in read_methods(arguments.method, arguments.ratio).items():
+        check_servable(config)
+        if arguments.url:
+            server = nullcontext(arguments.url.rstrip("/"))
+        else:
+            log = report.folder / f"serve_{name.replace(':', '_')}.log"
+            server = serve.started(
+                arguments.vllm, arguments.model or serve.RANDOM, config, arguments.server_options, log
+            )
+        with server as url:
+            rows += serve.measure(url, arguments.vllm, name, config.ratio, load)
+    columns = {
+        "method": lambda row: row["method"],
+        "kept": lambda row: f"{100 * row['ratio']:.3g} %",
+        "at once": lambda row: str(row["concurrency"]),
+        "requests/s / unpruned": lambda row: f"{row['times_unpruned']:.2f}",
+        "requests/s": lambda row: f"{row['requests_per_second']:.3g}",
+        "TTFT p50 / p95, ms": lambda row: f"{row['ttft_ms']['p50']:.0f} / {row['ttft_ms']['p95']:.0f}",
+        "tokens per prompt": lambda row: f"{row['prompt_tokens']:.0f}",
+        "KV blocks": lambda row: NOT_MEASURED if row["kv_blocks"] is None else str(row["kv_blocks"]),
+    }
+    return rows, table(columns, rows)
+
+
 def _run_columns() -> dict[str, Any]:
     return {
         "method": lambda row: row["method"],
@@ -135,7 +168,7 @@ def _run_columns() -> dict[str, Any]:
     }
 
 
-COMMANDS = {"select": _select, "prefill": _prefill, "generate": _prefill, "suite": _suite}
+COMMANDS = {"select": _select, "prefill": _prefill, "generate": _prefill, "suite": _suite, "serve": _serve}
 
 
 def _part(name: str):
@@ -154,6 +187,13 @@ def _pope(text: str) -> tuple[int, int]:
     return int(images), int(questions)
 
 
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 336x336, not {text!r}")
+    return int(width), int(height)
+
+
 def _parser() -> Parser:
     parser = Parser(
         "llava.eval.latency",
@@ -162,16 +202,18 @@ def _parser() -> Parser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, text: str, methods: list[str], repetitions: int | None) -> Parser:
+    def command(name: str, text: str, methods: list[str], repetitions: int | None, here: bool = True) -> Parser:
         one = commands.add_parser(name, help=text, description=text, prog=f"{parser.prog} {name}")
         named = "methods with their options, such as fastv:layer=2, or published (OTPrune's published code); default: "
         one.add_argument(
             "--method", "--methods", nargs="+", default=methods, metavar="NAME[,NAME]", help=named + ",".join(methods)
         )
-        one.add_device()
         one.add_output("latency", folder=True, force="replace a finished measurement")
-        if repetitions is not None:  # measured in this process
+        if here:
+            one.add_device()
+        if here and repetitions is not None:  # measured in this process
             one.add_argument("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
+        if repetitions is not None:
             one.add_argument("--repetitions", type=positive, default=repetitions, help=f"default: {repetitions}")
         return one
 
@@ -207,6 +249,19 @@ def _parser() -> Parser:
     for_model(one, [16], "llava-mini")
     one.add_argument("--tasks", nargs="+", default=suite.TASKS, help=f"default: {suite.TASKS}")
     one.add_argument("--limit", type=positive, help="samples per task; default: all")
+
+    one = command("serve", "requests per second of vLLM with the plug-in", ["otprune"], 3, here=False)
+    one.add_argument("--url", metavar="ADDRESS", help="a server that runs, with BASELINE and --trust-request-mm-kwargs")
+    of = f"what to serve otherwise: folder, hub id, {EMBEDDED} or {serve.RANDOM} (152 M parameters; default)"
+    one.add_argument("--model", metavar="MODEL", help=of)
+    one.add_argument("--vllm", default=serve.program(), metavar="PROGRAM", help="default: the one of this environment")
+    one.add_ratio()
+    at_once = {"type": positive, "nargs": "+", "default": [1, 8, 32], "metavar": "N"}
+    one.add_argument("--concurrency", **at_once, help="requests at once; default: 1 8 32")
+    one.add_argument("--requests", type=positive, default=32, help="of each measurement, at least; default: 32")
+    one.add_argument("--image", type=_size, default=(336, 336), metavar="WxH", help="their size; default: 336x336")
+    one.add_argument("--new-tokens", type=positive, default=16, help="default: 16")
+    one.add_argument("server_options", nargs="*", metavar="-- OPTION", help="of vllm serve, after --")
     return parser
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def measure(
     names = list(dict.fromkeys([UNPRUNED, *configs]))
     with tqdm(total=len(names) * len(settings), desc="suite", unit=" runs") as bar:
         for method in names:
-            switch = _switch(configs.get(method))
+            switch = switch_of(configs.get(method))
             for batch, cached in settings:
                 arguments = f"pretrained={pretrained},device={device},visual_cache={2**28 if cached else 'off'}"
                 place = folder / f"{method}_batch{batch}_{'cache' if cached else 'no_cache'}"
@@ -85,7 +85,7 @@ def measure(
     return add_ratios(rows)
 
 
-def _switch(config: PruningConfig | None) -> dict[str, str]:
+def switch_of(config: PruningConfig | None) -> dict[str, str]:
     """The environment variables that say the same."""
     if config is None:
         return {"BASELINE": "ORIG"}
@@ -94,6 +94,15 @@ def _switch(config: PruningConfig | None) -> dict[str, str]:
     if config.layer is not None:
         switch["LAYER_INDEX"] = str(config.layer)
     return switch | {f"{name}_{option.upper()}": str(value) for option, value in config.options.items()}
+
+
+def environ_with(switch: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment for a process of its own with another switch."""
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
+    }
+    forget_place(kept)
+    return kept | switch
 
 
 def run_tasks(
@@ -109,12 +118,8 @@ def run_tasks(
     command += ["--include_path", *task_folders()]
     command += ["--tasks", ",".join(tasks), "--batch_size", str(batch), "--output_path", str(folder)]
     command += [] if limit is None else ["--limit", str(limit)]
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
-    }
-    forget_place(environment)
     done = subprocess.run(
-        command, env=environment | switch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command, env=environ_with(switch), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     files = sorted(folder.rglob("*_results.json"))
     if done.returncode or not files:
