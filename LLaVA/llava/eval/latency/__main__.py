@@ -131,6 +131,7 @@ def _serve(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str
     names = ("concurrency", "requests", "repetitions", "new_tokens")
     width, height = arguments.image
     load = serve.Load(**{name: getattr(arguments, name) for name in names}, width=width, height=height)
+    report.about = f"medians of {load.repetitions} measurements of {load.requests} requests or more"
     rows = []
     for name, config in read_methods(arguments.method, arguments.ratio).items():
         check_servable(config)

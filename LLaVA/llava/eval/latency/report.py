@@ -20,6 +20,9 @@ NOT_MEASURED = "not measured"
 class Report:
     """The folder of one measurement, and the name of its files; a finished one is replaced with ``force`` only."""
 
+    about = "times are median / worst"
+    """What the table's times are."""
+
     def __init__(self, folder: Path, name: str, force: bool):
         self._json, self._markdown = folder / f"{name}.json", folder / f"{name}.md"
         if self._json.exists() and not force:
@@ -30,7 +33,7 @@ class Report:
     def write(self, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], table: str) -> str:
         """Write both files, the JSON last, and return the Markdown."""
         machine = describe_machine(settings["device"])
-        where = f"{machine['name']}, PyTorch {machine['torch']}; times are median / worst"
+        where = f"{machine['name']}, PyTorch {machine['torch']}; {self.about}"
         text = f"`{settings['command']}`\n\n{where}\n\n{table}\n"
         atomic_write(self._markdown, text)
         content = {"settings": dict(settings), "machine": machine, "rows": list(rows)}
