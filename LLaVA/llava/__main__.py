@@ -12,6 +12,7 @@ COMMANDS = {
     "methods": ("llava.pruning", "the pruning methods and their options"),
     "tokens": ("llava.eval.tokens", "which visual tokens a method keeps, drawn on the image"),
     "distances": ("llava.eval.distances", "how far kept tokens are from all tokens"),
+    "rank": ("llava.eval.rank", "the effective rank of images, for budget=effective_rank"),
     "flops": ("llava.eval.flops", "what a prefill costs"),
     "latency": ("llava.eval.latency", "how long selection, prefill and answers take"),
     "table": ("llava.eval.table", "the table of finished runs"),

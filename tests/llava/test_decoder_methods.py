@@ -73,7 +73,7 @@ def test_pyramiddrop_keeps_the_published_tokens(case, arrays):
     attention = draw([10, number, stage], (case["H"], 1, first + case["n_in"] + 20), case["sha"])
     visual = attention[:, 0, first : first + case["n_in"]].T[None]  # (1, N, H)
     pruner = PyramidDrop(schedule="published")
-    k = pruner.budget(case["n0"], PUBLISHED[stage][1])
+    k = pruner.kept_count(case["n0"], PUBLISHED[stage][1])
     kept = pruner.reduce(VisualTokens(torch.zeros(1, case["n_in"], 1), k, next_attention=visual))
     assert k == case["n_keep"]
     assert kept.indices[0].tolist() == (arrays[f"{case['key']}/kept_abs"].astype(int) - first).tolist()
@@ -230,8 +230,8 @@ def test_pyramiddrop_in_32_layers_is_the_published_schedule_at_its_mean(schedule
 @pytest.mark.parametrize(("n", "left"), [(576, [288, 144, 72]), (579, [289, 144, 72]), (7, [3, 1, 1])])
 def test_pyramiddrop_rounds_the_published_budget_down(n, left):
     pruner = PyramidDrop(schedule="published")
-    assert [pruner.budget(n, fraction) for _, fraction in PUBLISHED] == left
-    assert PyramidDrop().budget(n, 0.5) == kept_count(n, 0.5)
+    assert [pruner.kept_count(n, fraction) for _, fraction in PUBLISHED] == left
+    assert PyramidDrop().kept_count(n, 0.5) == kept_count(n, 0.5)
 
 
 def test_sparsevlm_scales_the_schedule_called_192():

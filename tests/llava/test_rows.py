@@ -64,7 +64,7 @@ def test_each_image_keeps_what_it_would_alone(seed):
     left = drop_image_tokens(start, images, Uniform(), 0.4, {})
     for number, image in enumerate(images):
         own = left.original_position[left.image_id == number]
-        budget = Uniform().budget(len(image), 0.4)
+        budget = Uniform().kept_count(len(image), 0.4)
         assert own.tolist() == reduce(Uniform(), VisualTokens.of([image], budget)).indices[0].tolist()
     gone = drop_image_tokens(start, images, Uniform(), 0, {})
     assert (gone.image_id == TEXT).all() and torch.equal(gone.text.sum(1), start.text.sum(1))

@@ -27,6 +27,7 @@ from llava.model.llava_arch import OTPrune, ot_select
 from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig, pruning
 from llava.pruning.base import INSIDE
+from llava.pruning.own_budget import count_of
 from llava.pruning.reduce import reduce_images
 from llava.pruning.signals import ENCODER_SIGNALS
 from llava.pruning.tokens import ImageTokens, KeptTokens, Layout
@@ -222,10 +223,10 @@ def _refuse_inside(config: PruningConfig) -> None:
 
 def _order(pruner: Any, unit: ImageTokens, fraction: float) -> list[int]:
     """What a method keeps of a unit: in greedy order for OTPrune."""
-    if not isinstance(pruner, OTPrune) or pruner.compat or pruner.per_crop:
+    if not isinstance(pruner, OTPrune) or pruner.compat or pruner.per_crop or pruner.drop_duplicates:
         return reduce_images(pruner, [unit], fraction)[0].indices.tolist()
     gamma = pruner.for_width(unit.features.shape[-1]).gamma
-    return ot_select(unit.features, pruner.budget(len(unit), fraction), gamma).tolist()
+    return ot_select(unit.features, count_of(pruner, unit.features, fraction), gamma).tolist()
 
 
 def _end_to_end(lengths: Iterable[int], indices: Iterable[Sequence[int]]) -> tuple[int, list[int]]:

@@ -2,8 +2,8 @@
 
     python -m llava.eval.figures NAME RUN... [--output DIR]
 
-NAME is one of distance, relative_distance, ratios, gamma, time, synthetic (which needs no run), or all: every figure
-that the runs have the data for.
+NAME is one of distance, relative_distance, ratios, safe, gamma, time, synthetic (which needs no run), or all: every
+figure that the runs have the data for.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 from llava.command import Parser, find_device, positive
 from llava.eval.plots import distances
 from llava.eval.plots.drawing import Drawn
-from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
+from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_safe, draw_time
 from llava.eval.results.formats import read_table
 from llava.eval.results.rows import Row
 from llava.eval.results.runs import unfinished
-from llava.eval.table import Table, add_arguments, build_table, load_runs
+from llava.eval.results.safe import SAFE
+from llava.eval.table import Table, add_arguments, add_safe, build_table, load_runs
 from llava.files import check_writable
 
-FROM_SCORES = {"ratios": draw_ratios, "gamma": draw_gamma, "time": draw_time}
+FROM_SCORES = {"ratios": draw_ratios, "safe": draw_safe, "gamma": draw_gamma, "time": draw_time}
 FROM_DISTANCES = {
     "distance": distances.draw_distance,
     "relative_distance": distances.draw_relative_distance,
@@ -59,8 +60,10 @@ def draw_figures(
     folder: Path | None = None,
     device: str = "cpu",
     any_of: bool = False,
+    safe: float = SAFE,
 ) -> tuple[list[Drawn], list[str]]:
-    """Draw figures of a table's rows; ``images``, ``folder`` and ``device`` are those of `plots.distances.measure`.
+    """Draw figures of a table's rows; ``images``, ``folder`` and ``device`` are those of `plots.distances.measure`,
+    and ``safe`` is the share of the figure of safe ratios.
 
     With ``any_of`` a figure that the rows have no data for is left out, and the sentences say why; without it, it is a
     `ValueError`.
@@ -75,7 +78,7 @@ def draw_figures(
 
                 drawn.append(synthetic.draw(synthetic.run(progress=True)))
             elif name in FROM_SCORES:
-                drawn.append(FROM_SCORES[name](rows))
+                drawn.append(draw_safe(rows, safe) if name == "safe" else FROM_SCORES[name](rows))
             else:
                 if measured is None:
                     measured = distances.measure(rows, images, folder, device, progress=True)
@@ -93,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=(*NAMES, "all"), metavar="NAME", help=f"{', '.join(NAMES)}, all")
     add_arguments(parser)
     parser.add_output("figures", folder=True)
+    add_safe(parser, SAFE)
     parser.add_argument("--no-intervals", action="store_true", help="do not read the per-sample logs")
     add_image_arguments(parser)
     return parser.run(_draw, argv)
@@ -105,9 +109,8 @@ def _draw(found: argparse.Namespace) -> None:
         chosen = {"folded": found.fold_seeds, "allow_mixed": found.allow_mixed, "seed": found.seed}
         rows = complete_table(found.runs, intervals=not found.no_intervals, draws=found.draws, **chosen).rows
     names = NAMES if found.name == "all" else (found.name,)
-    drawn, left_out = draw_figures(
-        names, rows, found.images, found.image_folder, find_device(found.device), any_of=found.name == "all"
-    )
+    device, every = find_device(found.device), found.name == "all"
+    drawn, left_out = draw_figures(names, rows, found.images, found.image_folder, device, every, found.safe)
     for one in drawn:
         print(one.save(found.output))
         print(f"  {one.caption}")

@@ -26,7 +26,8 @@ from llava.eval.plots.drawing import Drawn
 from llava.eval.results.formats import best_is_marked, table_html
 from llava.eval.results.rows import UNPRUNED, Row, row_of
 from llava.eval.results.runs import differences
-from llava.eval.table import Table, add_arguments
+from llava.eval.results.safe import SAFE
+from llava.eval.table import Table, add_arguments, add_filter, add_safe
 from llava.eval.token_page import data_uri, script, selection_html, style
 from llava.files import atomic_write, check_writable
 from llava.mm_utils import load_image
@@ -43,6 +44,8 @@ def write_report(
     *,
     folded: bool = False,
     allow_mixed: bool = False,
+    filtered: bool = False,
+    safe: float = SAFE,
     seed: int = 0,
     draws: int = 2000,
     images: int = 16,
@@ -58,8 +61,10 @@ def write_report(
     ----------
     folders : sequence of path
     output : Path
-    folded, allow_mixed, seed, draws
+    folded, allow_mixed, filtered, seed, draws
         See `table.build_table`.
+    safe : float
+        The share of the figure of safe ratios.
     images, image_folder, device
         See `llava.eval.plots.distances.measure`.
     image : str, optional
@@ -90,8 +95,9 @@ def write_report(
 
     check_writable(output)
     own = Example("Image", "", Path(image).name, "", load_image(image), ()) if image else None
-    table = complete_table(folders, intervals=True, folded=folded, allow_mixed=allow_mixed, seed=seed, draws=draws)
-    figures, left_out = _figures(table.rows, images, image_folder, device, with_model, synthetic)
+    chosen = {"folded": folded, "allow_mixed": allow_mixed, "filtered": filtered, "seed": seed, "draws": draws}
+    table = complete_table(folders, intervals=True, **chosen)
+    figures, left_out = _figures(table.rows, images, image_folder, device, with_model, synthetic, safe)
     cards: list[dict[str, Any]] = []
     if with_model:
         try:
@@ -120,14 +126,20 @@ def write_report(
 
 
 def _figures(
-    rows: Sequence[Row], images: int, folder: Path | None, device: str, with_model: bool, synthetic: bool
+    rows: Sequence[Row],
+    images: int,
+    folder: Path | None,
+    device: str,
+    with_model: bool,
+    synthetic: bool,
+    safe: float,
 ) -> tuple[list[Drawn], list[str]]:
     """Every figure of every model that there are data for, and why others are missing."""
     models = list(dict.fromkeys(row.model for row in rows if not row.published))
     drawn, left_out = [], []
     for model in models:
         own = [row for row in rows if row.model == model and not row.published]
-        found, missing = draw_figures(tuple(FROM_SCORES), own, images, any_of=True)
+        found, missing = draw_figures(tuple(FROM_SCORES), own, images, any_of=True, safe=safe)
         if with_model:
             try:
                 more, lacking = draw_figures(tuple(FROM_DISTANCES), own, images, folder, device, any_of=True)
@@ -239,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = Parser("llava.eval.report", __doc__)
     add_arguments(parser)
+    add_filter(parser)
+    add_safe(parser, SAFE)
     parser.add_output("report.html")
     parser.add_image(required=False, about="the image of the token maps (default: three of the benchmarks')")
     parser.add_argument("--no-model", action="store_true", help="no distances and token maps, which load the model")
@@ -253,6 +267,8 @@ def _write(found: argparse.Namespace) -> None:
         found.output,
         folded=found.fold_seeds,
         allow_mixed=found.allow_mixed,
+        filtered=found.filter is not None,
+        safe=found.safe,
         seed=found.seed,
         draws=found.draws,
         images=found.images,

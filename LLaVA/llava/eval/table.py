@@ -9,11 +9,13 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llava.benchmarks import BENCHMARKS as COLUMNS
-from llava.command import Parser, positive, whole
+from llava.command import Parser, positive, ratio, whole
 from llava.eval.results.evidence import DRAWS, with_evidence
-from llava.eval.results.formats import BUDGET, FORMATS, named
+from llava.eval.results.filtered import CONTROL, with_filter
+from llava.eval.results.formats import BUDGET, FORMATS, named, plain_table
 from llava.eval.results.rows import (
     Row,
     fold_seeds,
@@ -25,6 +27,7 @@ from llava.eval.results.rows import (
     without_repeats,
 )
 from llava.eval.results.runs import Run, check_alike, differences, read_runs, unfinished
+from llava.eval.results.safe import safe_cells, safe_ratios
 from llava.files import atomic_write, check_writable
 
 __all__ = ["BUDGET", "COLUMNS", "Row", "Table", "build_table", "load_runs", "main", "published_rows"]
@@ -54,6 +57,16 @@ INTERVALS_REMARK = (
     "Intervals: 95 %, percentiles of {draws} bootstrap draws of the benchmark's units (seed {seed}). They hold for "
     "questions like these, not for other seeds or other trainings of the model."
 )
+FILTER_REMARK = (
+    "Filter: percent of right answers among the questions that the unpruned model answers right and downsample at the "
+    "same kept ratio does not (VTC-Bench, arXiv 2510.07143): unpruned has 100 there and downsample 0. A score between "
+    "0 and 1 is right from one half on; MME's and POPE's questions are counted one by one, captions not at all. Mean: "
+    "over the columns."
+)
+SAFE_REMARK = (
+    "Safe ratio: the smallest kept ratio of those run at which the 95 % interval of the score relative to unpruned, "
+    "drawn on the same questions, does not fall below {percent} %."
+)
 TESTS_REMARK = (
     "\N{DAGGER} differs from unpruned, \N{DOUBLE DAGGER} from Random at the same budget (mean of its seeds): paired "
     "bootstrap test, two-sided, p < 0.05, not corrected for the number of tests."
@@ -66,6 +79,12 @@ class Table:
 
     rows: tuple[Row, ...]
     remarks: tuple[str, ...]
+
+    def render_safe(self, name: str, share: float) -> str:
+        """Each method's safe ratios (`llava.eval.results.safe`) in one of the formats, from a table with intervals."""
+        header, lines = safe_cells(safe_ratios(self.rows, share))
+        remarks = [SAFE_REMARK.format(percent=f"{100 * share:g}"), *self.remarks]
+        return plain_table(name, header, lines, remarks)
 
     def render(self, name: str, intervals: bool = False) -> str:
         """The table as "markdown", "csv", "json", "latex" or "html"; a `ValueError` for anything else.
@@ -89,6 +108,7 @@ def build_table(
     intervals: bool = False,
     folded: bool = False,
     allow_mixed: bool = False,
+    filtered: bool = False,
     seed: int = 0,
     draws: int = DRAWS,
     remarks: Sequence[str] = (),
@@ -104,6 +124,8 @@ def build_table(
         One row of all seeds of a method.
     allow_mixed : bool
         Show runs of different versions, data or settings together, remarked upon, instead of a `ValueError`.
+    filtered : bool
+        Scores on the questions that ``downsample`` does not answer, too; see `llava.eval.results.filtered`.
     seed, draws : int
         Of the bootstrap.
     remarks : sequence of str
@@ -124,6 +146,9 @@ def build_table(
     why_not: list[str] = []
     if intervals:
         ordered, why_not = with_evidence(ordered, seed, draws)
+    if filtered:
+        ordered, more = with_filter(ordered, seed, draws)
+        why_not = [FILTER_REMARK, *dict.fromkeys([*why_not, *more])]
     said = [*_remarks(ordered, seed, draws), *why_not, *_mixed(runs), *remarks]
     return Table(tuple(ordered), tuple(said))
 
@@ -164,6 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--intervals", action="store_true", help="95 %% intervals and tests in the table (CSV and JSON: always)"
     )
+    kinds = parser.add_mutually_exclusive_group()
+    add_filter(kinds)
+    add_safe(kinds, None)
     parser.add_output(None)
     return parser.run(_show, arguments)
 
@@ -177,7 +205,8 @@ def _show(found: argparse.Namespace) -> None:
         raise ValueError(unreadable[0] if unreadable else f"no finished task in {', '.join(map(str, found.runs))}")
     table = build_table(
         rows,
-        intervals=found.intervals or found.format in ALWAYS_WITH_INTERVALS,
+        intervals=found.intervals or found.safe is not None or found.format in ALWAYS_WITH_INTERVALS,
+        filtered=found.filter is not None,
         folded=found.fold_seeds,
         allow_mixed=found.allow_mixed,
         seed=found.seed,
@@ -185,7 +214,10 @@ def _show(found: argparse.Namespace) -> None:
         remarks=[f"Left out: {sentence}." for sentence in unreadable]
         + [f"Incomplete: {sentence}." for sentence in unfinished(found.runs) if "failed" not in sentence],
     )
-    text = table.render(found.format, found.intervals)
+    if found.safe is None:
+        text = table.render(found.format, found.intervals)
+    else:
+        text = table.render_safe(found.format, found.safe)
     if found.output is None:
         print(text, end="")
     else:
@@ -206,6 +238,19 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--draws", type=positive, default=DRAWS, metavar="N", help=f"of the bootstrap (default: {DRAWS})"
     )
+
+
+def add_filter(parser: Any) -> None:
+    """``--filter``, of the table and the report."""
+    about = "scores on the questions that this row does not answer, too; unpruned and it must be among the runs"
+    parser.add_argument("--filter", choices=(CONTROL,), help=about)
+
+
+def add_safe(parser: Any, default: float | None) -> None:
+    """``--safe``, of all three."""
+    about = "in place of scores: " if default is None else f"of the figure (default: {default}): "
+    about += "the smallest kept ratio at which each method keeps this share of the unpruned score"
+    parser.add_argument("--safe", type=ratio, default=default, metavar="SHARE", help=about)
 
 
 if __name__ == "__main__":

@@ -26,15 +26,15 @@ def visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[l
     from llava.pruning.schedule import kept_after_attention, kept_per_layer
 
     pruner = config.build_pruner()
-    if pruner.varies:
+    if not pruner.count_is_known:
         raise ValueError(f"how many tokens {config.method} keeps with these options depends on the image")
     schedule = config.schedule(layers)
     if not schedule:
         raise ValueError(f"how many tokens {config.method} keeps in each layer is fitted to a model: give a recipe")
     pruner.check_model(visual, None)
-    entering = kept_per_layer(schedule, visual, layers, pruner.budget)
+    entering = kept_per_layer(schedule, visual, layers, pruner.kept_count)
     return entering, kept_after_attention(
-        schedule, visual, layers, pruner.budget
+        schedule, visual, layers, pruner.kept_count
     ) if pruner.after_attention else entering
 
 

@@ -73,20 +73,20 @@ class ActivePruner:
         if not self._method.after_attention or layer + 1 not in fractions:
             return False
         present = min((fraction for begin, fraction in self.schedule if begin <= layer), default=1.0)
-        left, budget = fractions[layer + 1], self._method.budget
+        left, budget = fractions[layer + 1], self._method.kept_count
         return self._method.varies or any(budget(n, left) < budget(n, present) for n in totals)
 
     def tokens_per_layer(self, total: int, kept: int, layers: int) -> tuple[int, ...]:
         """What each decoder layer sees of an image with ``total`` tokens, ``kept`` of which enter the decoder."""
         if not self.inside_decoder:
             return (kept,) * layers
-        return tuple(kept_per_layer(self.schedule, total, layers, self._method.budget))
+        return tuple(kept_per_layer(self.schedule, total, layers, self._method.kept_count))
 
     def tokens_after_attention(self, total: int, kept: int, layers: int) -> tuple[int, ...]:
         """The same in each layer's output projection and feed-forward block."""
         if self.pruner is None or not self.pruner.after_attention:
             return self.tokens_per_layer(total, kept, layers)
-        return tuple(kept_after_attention(self.schedule, total, layers, self._method.budget))
+        return tuple(kept_after_attention(self.schedule, total, layers, self._method.kept_count))
 
 
 def accepted(model: Any, config: PruningConfig) -> ActivePruner:

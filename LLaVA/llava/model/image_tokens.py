@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from llava.model.multimodal_encoder.observations import FEATURES, Output, encoder_outputs
 from llava.model.offload import execution_device, parameter_here
 from llava.model.prompt import question_after_image
 from llava.pruning.base import Pruner
+from llava.pruning.own_budget import NO_PATCH, patch_ids, patch_rows
 from llava.pruning.signals import SIGNALS, content_key
 from llava.pruning.tokens import ImageTokens, Layout, TokenGrid
 
@@ -119,9 +121,10 @@ def encode(model: Any, pixels: torch.Tensor, pruner: Pruner | None) -> tuple[tor
     """Projected features (B, N, D) of images or crops (B, 3, H, W), and the encoder's signals {name: (B, N, ...)}."""
     tower, needs = model.get_vision_tower(), encoder_outputs(pruner)
     wanted = dict.fromkeys(output for outputs in needs.values() for output in outputs)
+    signals = {"patch_ids": patches_of(tower, pixels)} if pruner is not None and pruner.drop_duplicates else {}
     cache = None if torch.is_grad_enabled() else model.visual_cache
     if cache is None and not wanted:
-        return model.encode_images(pixels), {}
+        return model.encode_images(pixels), signals
 
     def run(pixels: torch.Tensor) -> dict[Output, torch.Tensor]:
         every = wanted if cache is None else wanted | dict.fromkeys(cache.expected)
@@ -131,11 +134,17 @@ def encode(model: Any, pixels: torch.Tensor, pruner: Pruner | None) -> tuple[tor
         return {FEATURES: features, **outputs}
 
     found = run(pixels) if cache is None else cache.outputs(pixels, (FEATURES, *wanted), run)
-    signals = {
+    signals |= {
         need: torch.stack([found[output] for output in outputs], -1) if SIGNALS[need].per_layer else found[outputs[0]]
         for need, outputs in needs.items()
     }
     return project(model.get_model().mm_projector, found[FEATURES]), signals
+
+
+def patches_of(tower: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """The signal ``patch_ids`` (B, N) of images or crops (B, 3, H, W), whose ids are comparable."""
+    ids = patch_ids(patch_rows(pixels, tower.config.patch_size))
+    return F.pad(ids, (1, 0), value=NO_PATCH) if tower.select_feature == "cls_patch" else ids
 
 
 def project(projector: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from llava.pruning.config import PruningConfig
-from llava.pruning.schedule import kept_count
+from llava.pruning.own_budget import count_of
 from llava.pruning.signals import content_key
 from llava.pruning.tokens import VisualTokens
 
@@ -66,9 +66,11 @@ def select(
         ratio = 0.098 if k is None else 1.0
     config = PruningConfig(method=method, ratio=ratio, options=options)
     batch = features if features.ndim == 3 else features.unsqueeze(0)
-    budget = kept_count(batch.shape[1], ratio) if k is None else int(k)
     pruner = config.build_pruner()
-    tokens = VisualTokens(batch, budget)
+    budgets = {count_of(pruner, row, ratio) for row in batch} if k is None and batch.numel() else {int(k or 1)}
+    if len(budgets) > 1:
+        raise ValueError(f"with budget={pruner.budget} these rows keep {sorted(budgets)} tokens: give one at a time")
+    tokens = VisualTokens(batch, budgets.pop())
     if "image_keys" in pruner.needs:
         tokens = replace(tokens, image_keys=tuple(content_key(row) for row in batch))
     indices = pruner.indices(tokens)

@@ -28,6 +28,13 @@ class Pruner:
         renumbers them without gaps. "auto" is compact before the decoder, as published, and original inside it.
     per_crop : bool
         Give every crop of an anyres image its share of the budget and select in each crop alone.
+    budget : str
+        "fixed": the kept ratio holds for every image. "effective_rank": it holds in the mean over images, and an image
+        gets its share by `llava.pruning.own_budget.effective_rank` over ``reference_rank``.
+    reference_rank : float or None
+        Mean effective rank of the images that the ratio is to hold for.
+    drop_duplicates : bool
+        Of tokens whose patches have the same pixels, only the first is there to be chosen; see `own_budget.distinct`.
     where : str
         Where the method works: `BEFORE` the decoder, or `INSIDE` it.
     needs : frozenset of str
@@ -66,11 +73,15 @@ class Pruner:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "stage" in vars(cls):
-            raise TypeError(f"{cls.__name__}.stage is called `where` since 0.2")
+        for former, name in (("stage", "where"), ("budget", "kept_count")):
+            if former in vars(cls):
+                raise TypeError(f"{cls.__name__}.{former} is called `{name}` since 0.2")
 
     position_ids: Literal["auto", "original", "compact"] = "auto"
     per_crop: bool = False
+    budget: Literal["fixed", "effective_rank"] = "fixed"
+    reference_rank: float | None = None
+    drop_duplicates: bool = False
 
     # Attributes of the class in most methods; in some, they depend on the options.
 
@@ -166,7 +177,12 @@ class Pruner:
         assert layer is not None and ratio is not None  # check_budget's
         return ((layer, ratio),)
 
-    def budget(self, n: int, fraction: float) -> int:
+    @property
+    def count_is_known(self) -> bool:
+        """Whether the number of an image's tokens says how many are kept."""
+        return not self.varies and self.budget == "fixed" and not self.drop_duplicates
+
+    def kept_count(self, n: int, fraction: float) -> int:
         """How many of an image's ``n`` tokens are left where ``fraction`` of them is to be there."""
         return kept_count(n, fraction)
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from llava.pruning.base import Pruner
 from llava.pruning.methods.ocvtp.variables import SWITCH as OCL_SWITCH
 from llava.pruning.methods.ocvtp.variables import as_typed, translated
+from llava.pruning.own_budget import check_own_budget
 from llava.pruning.registry import method_class, method_names, resolve_name
 from llava.pruning.schedule import Schedule
 
@@ -84,7 +85,9 @@ class PruningConfig:
         object.__setattr__(self, "layer", cls.default_layer if layer is None else int(layer))
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
         try:
-            self.build_pruner().check_budget(self.ratio, layer)
+            pruner = self.build_pruner()
+            pruner.check_budget(self.ratio, layer)
+            check_own_budget(pruner, self.ratio, self.layer)
         except ValueError as error:
             raise ValueError(f"{method}: {error}") from None
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llava.pruning.checks import require
+from llava.pruning.own_budget import count_of, distinct
 from llava.pruning.schedule import apportion
 from llava.pruning.signals import SIGNALS
 from llava.pruning.tokens import ImageTokens, KeptTokens, VisualTokens, gather_tokens
@@ -20,17 +21,18 @@ if TYPE_CHECKING:
 def reduce_images(pruner: Pruner | None, images: Sequence[ImageTokens], fraction: float) -> list[KeptTokens]:
     """Drop visual tokens of each image: features (N_i, D) -> (k_i, D), and where they stood; none without a method.
 
-    Images with the same number of tokens and the same layout are reduced in one batch; each image's choice is its own.
+    Images with the same number of tokens, budget and layout are reduced in one batch; each image's choice is its own.
     """
     if pruner is None:
         return [KeptTokens.all_of(image.features) for image in images]
-    groups: dict[object, list[int]] = {}
+    alone = pruner.varies or pruner.drop_duplicates
+    groups: dict[Any, list[int]] = {}
     for number, image in enumerate(images):
-        groups.setdefault(number if pruner.varies else (len(image), image.layout), []).append(number)
+        kind = count_of(pruner, image.features, fraction), number if alone else (len(image), image.layout)
+        groups.setdefault(kind, []).append(number)
     kept: dict[int, KeptTokens] = {}
-    for members in groups.values():
-        batch = VisualTokens.of([images[i] for i in members], pruner.budget(len(images[members[0]]), fraction))
-        left = reduce(pruner, batch)
+    for (k, _), members in groups.items():
+        left = reduce(pruner, VisualTokens.of([images[i] for i in members], k))
         for number, features, indices in zip(members, left.features, left.indices, strict=True):
             kept[number] = KeptTokens(features, indices)
     return [kept[number] for number in range(len(images))]
@@ -48,12 +50,29 @@ def reduce(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
         If the method broke its contract.
     """
     _check_input(pruner, tokens)
+    if pruner.drop_duplicates:
+        return _reduce_distinct(pruner, tokens)
+    return _reduce(pruner, tokens)
+
+
+def _reduce(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
     if tokens.k >= tokens.features.shape[1] and not pruner.varies:
         return KeptTokens.all_of(tokens.features)
     if pruner.per_crop and tokens.crops is not None:
         kept = [_reduce_per_crop(pruner, tokens, image, crops) for image, crops in enumerate(tokens.crops)]
         return KeptTokens(torch.cat([one.features for one in kept]), torch.cat([one.indices for one in kept]))
     return _merge_checked(pruner, tokens)
+
+
+def _reduce_distinct(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
+    """Of one image the tokens of distinct patches are there to be chosen, and no more than these can be kept."""
+    if len(tokens.features) != 1:
+        raise ValueError("drop_duplicates keeps a number of its own of every image: give one image at a time")
+    places = distinct(tokens.patch_ids[0])
+    if len(places) == tokens.features.shape[1]:
+        return _reduce(pruner, tokens)
+    kept = _reduce(pruner, tokens.at(0, places, min(tokens.k, len(places))))
+    return KeptTokens(kept.features, places[kept.indices])
 
 
 def chosen(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
@@ -129,7 +148,8 @@ def _check_input(pruner: Pruner, tokens: VisualTokens) -> None:
     unknown = sorted(pruner.needs - SIGNALS.keys())
     if unknown:
         raise ValueError(f"{name} needs {', '.join(unknown)}, which is no signal; there are {', '.join(SIGNALS)}")
-    signals = {need: getattr(tokens, need) for need in sorted(pruner.needs)}
+    needs = pruner.needs | ({"patch_ids"} if pruner.drop_duplicates else set())
+    signals = {need: getattr(tokens, need) for need in sorted(needs)}
     missing = [need for need, values in signals.items() if values is None]
     if missing:
         raise ValueError(

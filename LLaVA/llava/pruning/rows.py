@@ -203,7 +203,7 @@ def drop_image_tokens(
         tokens = VisualTokens.of(
             [images[image] for _, image, _ in members],
             # Rounded as before the decoder: a fraction of what the image had, at most what is left of it.
-            min(now, pruner.budget(total, fraction)),
+            min(now, pruner.kept_count(total, fraction)),
             hidden[row, places],
             left=None if total == now else rows.original_position[row, places],
             **{name: values[row, places] for name, values in seen.items()},

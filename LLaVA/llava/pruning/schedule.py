@@ -54,7 +54,7 @@ def mean_fraction(schedule: Schedule, num_layers: int) -> float:
 def kept_per_layer(
     schedule: Schedule, n: int, num_layers: int, budget: Callable[[int, float], int] = kept_count
 ) -> list[int]:
-    """Visual tokens that every decoder layer sees of an image that has ``n``; see `Pruner.budget`."""
+    """Visual tokens that every decoder layer sees of an image that has ``n``; see `Pruner.kept_count`."""
     return [budget(n, fraction) for fraction in fractions_per_layer(schedule, num_layers)]
 
 

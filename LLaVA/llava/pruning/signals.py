@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-Source = Literal["encoder", "decoder", "prompt", "text encoder"]
+Source = Literal["encoder", "decoder", "prompt", "text encoder", "pixels"]
 
 # Signals have the types that a method finds which needs them: `reduce` refuses to call it without.
 _ABSENT: Any = None
@@ -34,6 +34,14 @@ class Signals:
     image_keys: tuple[int, ...] = field(
         default=_ABSENT,
         metadata=_row("prompt", "B integers", "digest of the image's content, for methods that draw at random"),
+    )
+    patch_ids: torch.Tensor = field(
+        default=_ABSENT,
+        metadata=_row(
+            "pixels",
+            "(B, N) int64",
+            "the same number where patches have the same pixels, 0 for newlines and [CLS]; for drop_duplicates",
+        ),
     )
     question: tuple[torch.Tensor, ...] = field(
         default=_ABSENT,

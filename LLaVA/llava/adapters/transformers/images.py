@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from llava.adapters.transformers.encoder import Signals
-from llava.adapters.transformers.family import Family, Inputs, Model
+from llava.adapters.transformers.family import Entries, Family, Inputs, Model
+from llava.pruning.own_budget import patch_ids, patch_rows
 from llava.pruning.signals import content_key
 from llava.pruning.tokens import ImageTokens, Layout, TokenGrid
 
@@ -54,10 +55,13 @@ class Encoding:
     signals: Mapping[str, Sequence[torch.Tensor]]
 
     @classmethod
-    def of(cls, base: Model, family: Family, output: Any, inputs: Inputs, patches: Signals, keys: bool) -> Encoding:
+    def of(
+        cls, base: Model, family: Family, output: Any, inputs: Inputs, patches: Signals, keys: bool, ids: bool
+    ) -> Encoding:
         """Describe an output of ``get_image_features``, whose ``pooler_output`` is a list.
 
-        ``patches`` are the encoder's signals; ``keys`` says whether pixels have to be told apart.
+        ``patches`` are the encoder's signals; ``keys`` says whether images have to be told apart by their pixels, and
+        ``ids`` whether patches have.
         """
         entries = output.pooler_output
         flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
@@ -65,7 +69,8 @@ class Encoding:
         to_tokens: Any = family.to_tokens  # there are signals only where it is known
         signals = {name: to_tokens(base, calls, flat, inputs) for name, calls in patches.items()}
         digests = [content_key(own) for own in _pixels(inputs, len(flat))] if keys else None
-        return cls(entries, layouts, digests, by_field(signals))
+        told_apart = {"patch_ids": _patch_ids(base, flat, layouts, inputs)} if ids else {}
+        return cls(entries, layouts, digests, by_field(signals) | told_apart)
 
     def images(self, output: Any, marks: torch.Tensor, family: Family) -> list[PromptImage]:
         """The images of the prompts, row by row.
@@ -188,6 +193,24 @@ def _unpatched(pixels: torch.Tensor, grid: Sequence[int], merge: int, frames: in
     side = round((pixels.shape[1] / (3 * frames)) ** 0.5)
     first = pixels.view(-1, rows // merge, columns // merge, merge, merge, 3, frames, side, side)[0, ..., 0, :, :]
     return first.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * side, columns * side)
+
+
+def _patch_ids(base: Model, entries: Entries, layouts: Sequence[Layout | None], inputs: Inputs) -> list[torch.Tensor]:
+    """The signal ``patch_ids`` of the tokens of each entry, comparable between entries."""
+    lengths, size = [len(entry) for entry in entries], base.config.vision_config.patch_size
+    side = size if isinstance(size, int) else size[0]
+    own = zip(tiles(base, inputs, len(entries)), lengths, layouts, strict=True)
+    return list(patch_ids(torch.cat([_token_pixels(*one, side) for one in own])).split(lengths))
+
+
+def _token_pixels(pixels: Sequence[torch.Tensor], tokens: int, layout: Layout | None, side: int) -> torch.Tensor:
+    """The pixels (N, values) of each token of an entry that has such tiles: a token covers a square of patches."""
+    patches, rows = pixels[0].shape[-2] // side, layout[0].rows if layout else 1
+    if patches % rows == 0:
+        found = patch_rows(torch.stack(list(pixels)), side * (patches // rows)).flatten(0, 1)
+        if len(found) == tokens:
+            return found
+    raise ValueError("drop_duplicates: the tokens of this image are no plain grid over its pixels")
 
 
 def _pixels(inputs: Inputs, entries: int) -> list[torch.Tensor]:

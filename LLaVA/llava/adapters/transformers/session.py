@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llava.adapters.transformers.encoder import EncoderView, Signals, has_cls_token
-from llava.adapters.transformers.family import FAMILIES, Family, Model, why_not
+from llava.adapters.transformers.family import FAMILIES, Family, Model, anyres, why_not
 from llava.adapters.transformers.images import Encoding, PromptImage
 from llava.adapters.transformers.inputs import (
     TOKEN_TYPES,
@@ -121,6 +121,8 @@ class Session:
         missing = sorted(others - DECODER_SIGNALS if drops_inside else others)
         if missing:
             raise ValueError(f"{method} needs {', '.join(missing)}, which is not available for {kind}")
+        if self.pruner.drop_duplicates and self.family.layouts in (None, anyres):
+            raise ValueError(f"drop_duplicates needs tokens on a plain grid of patches, which those of {kind} are not")
         if self.pruner.needs & ENCODER_SIGNALS:
             if self.family.to_tokens is None:
                 raise ValueError(f"{method} looks at the vision encoder, which is not available for {kind}")
@@ -186,8 +188,8 @@ class Session:
         """Hang on an encoder's output what is known of it only now."""
         listed = not isinstance(output.pooler_output, torch.Tensor)
         output.pooler_output = list(output.pooler_output)  # entries keep their identity in a list
-        keys = "image_keys" in self.pruner.needs
-        output.encoding = Encoding.of(self.model.base_model, self.family, output, inputs, patches, keys)
+        pixels = "image_keys" in self.pruner.needs, self.pruner.drop_duplicates
+        output.encoding = Encoding.of(self.model.base_model, self.family, output, inputs, patches, *pixels)
         output.listed = listed
 
     # Each call
@@ -329,7 +331,7 @@ class Session:
             # The first answer and all that follows it must not choose what is kept.
             prompt = valid & ((labels != IGNORE_INDEX).cumsum(dim=1) == 0)
         totals = [len(image.tokens.features) for image in images]
-        self._count([(n, kept_per_layer(self.schedule, n, depth, self.pruner.budget)[-1]) for n in totals])
+        self._count([(n, kept_per_layer(self.schedule, n, depth, self.pruner.kept_count)[-1]) for n in totals])
         types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
         self.inside.start(valid, images, prompt, types)
         self._left = [torch.arange(n) for n in totals]

@@ -53,7 +53,7 @@ def check_servable(config: PruningConfig) -> None:
             f"{method} drops tokens inside the decoder, and a paged KV cache has one length for all layers: vLLM "
             "serves methods that choose before the decoder"
         )
-    if pruner.varies:
+    if not pruner.count_is_known:
         raise ValueError(f"{method} keeps as many tokens as the image needs, and vLLM must know the number beforehand")
     missing = sorted(pruner.needs - SERVED_SIGNALS)
     if missing:

@@ -1,7 +1,8 @@
-"""Figures that are read from results alone: kept ratios, sensitivity to gamma, score against measured time."""
+"""Figures that are read from results alone: kept ratios, safe ratios, sensitivity to gamma, score against time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.eval.plots.drawing import Drawn, new_figure, new_grid, styles
 from llava.eval.results.rows import GREY, MEAN, Row, unpruned_of
+from llava.eval.results.safe import SAFE, keys_of, safe_ratios, shown
 from llava.model.llava_arch import GAMMA
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ def draw_ratios(rows: Sequence[Row]) -> Drawn:
     model, rows, full = _one_model(rows)
     measured = [row for row in rows if row.pruned and row.ratio is not None and row.relative is not None]
     series = {
-        name: sorted((row for row in measured if _series(row) == name), key=lambda row: row.ratio)
-        for name in dict.fromkeys(map(_series, measured))
+        name: sorted((row for row in measured if row.series == name), key=lambda row: row.ratio)
+        for name in dict.fromkeys(row.series for row in measured)
     }
     series = {name: several for name, several in series.items() if len({row.ratio for row in several}) > 1}
     if not series:
@@ -38,12 +40,12 @@ def draw_ratios(rows: Sequence[Row]) -> Drawn:
     records = []
     for axis, key in zip(axes, keys, strict=True):
         for name, several in series.items():
-            shown = [row for row in several if row.score(key) is not None]
-            _plot(axis, [row.ratio for row in shown], shown, key, markersize=4, label=name, **style[name])
+            scored = [row for row in several if row.score(key) is not None]
+            _plot(axis, [row.ratio for row in scored], scored, key, markersize=4, label=name, **style[name])
             records += [
                 {"model": model, "method": row.family, "configuration": row.method, "ratio": row.ratio}
                 | {"benchmark": key, **_numbers(row, key, "score")}
-                for row in shown
+                for row in scored
             ]
         axis.axhline(full.score(key), color="black", linestyle="--", linewidth=1)
         axis.set_title("Mean, % of unpruned" if key == MEAN else key)
@@ -55,6 +57,46 @@ def draw_ratios(rows: Sequence[Row]) -> Drawn:
         "bootstrap intervals, where the runs' logs were read. Methods that were run at one ratio only are left out."
     )
     return Drawn("ratios", "Methods across kept ratios", caption, records, figure)
+
+
+def draw_safe(rows: Sequence[Row], share: float = SAFE) -> Drawn:
+    """Each method's safe ratio in each benchmark: `llava.eval.results.safe`.
+
+    Raises
+    ------
+    ValueError
+        Without two kept ratios of one method, or intervals.
+    """
+    model, rows, _ = _one_model(rows)
+    found = safe_ratios(rows, share)
+    if not any(len(set(one.tried)) > 1 for one in found):
+        raise ValueError("the figure of safe ratios needs runs of one method at two ratios or more, and unpruned")
+    keys, highest = keys_of(found), max(max(one.tried) for one in found)
+    figure = new_figure(1.6 + 0.75 * len(keys) + 0.06 * max(len(one.method) for one in found), 1 + 0.32 * len(found))
+    axis = figure.subplots()
+    values = [[one.ratios.get(key) or math.nan for key in keys] for one in found]
+    axis.imshow(values, cmap="YlGn_r", vmin=0, vmax=1.2 * highest, aspect="auto")
+    for row, one in enumerate(found):
+        for column, key in enumerate(keys):
+            text = "" if key not in one.ratios else "none" if one.ratios[key] is None else f"{one.ratios[key]:g}"
+            axis.text(column, row, text, ha="center", va="center", color="0.55" if text == "none" else "black")
+    axis.set_xticks(range(len(keys)), keys)
+    axis.set_yticks(range(len(found)), [one.method for one in found])
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    records = [
+        {"model": model, "method": one.method, "ratios_run": " ".join(map(str, one.tried)), "share": share}
+        | {"benchmark": key, "safe_ratio": shown(one.ratios[key])}
+        for one in found
+        for key in keys
+        if key in one.ratios
+    ]
+    caption = (
+        f"{model}: the smallest kept ratio of those run at which the 95 % interval of the score relative to unpruned "
+        f"does not fall below {100 * share:g} %; none: none of those run."
+    )
+    return Drawn("safe", "Safe ratios", caption, records, figure)
 
 
 def draw_gamma(rows: Sequence[Row]) -> Drawn:
@@ -111,8 +153,8 @@ def draw_time(rows: Sequence[Row]) -> Drawn:
         raise ValueError("the figure of times needs two runs with measured times, and unpruned")
     figure = new_figure(8.5, 4.8)
     axis = figure.subplots()
-    for name, style in styles(_series(row) for row in rows).items():
-        own = [(time, row) for time, row in timed if _series(row) == name]
+    for name, style in styles(row.series for row in rows).items():
+        own = [(time, row) for time, row in timed if row.series == name]
         if own:
             _plot(axis, [time for time, _ in own], [row for _, row in own], MEAN, linewidth=1, label=name, **style)
     records = []
@@ -145,10 +187,6 @@ def _one_model(rows: Sequence[Row]) -> tuple[str, list[Row], Row]:
     if full is None:
         raise ValueError(f"there is no unpruned run of {models[0]} to compare with")
     return models[0], measured, full
-
-
-def _series(row: Row) -> str:
-    return row.method + (f", layer {row.layer}" if row.layer else "")
 
 
 def _pruning(row: Row) -> dict[str, Any]:

@@ -9,7 +9,7 @@ distribution of differences, shifted to no difference).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 from zlib import crc32
 
@@ -20,7 +20,14 @@ from llava.benchmarks import Benchmark as Column
 from llava.eval.results.cider import CaptionsCannotBeScored, cider_of_runs
 from llava.eval.results.rows import MEAN, UNPRUNED, Row, same_budget, unpruned_of
 from llava.eval.results.runs import Run
-from llava.eval.results.samples import Units, caption_texts, read_log, units_of
+from llava.eval.results.samples import (
+    Units,
+    caption_texts,
+    read_log,
+    right_answers,
+    units_of,
+    units_of_questions,
+)
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -55,12 +62,15 @@ class Evidence:
         Against the same model unpruned, and against Random at the same budget, by column key and "Mean".
     best_other : Comparison, or None
         Of the relative mean, against the best other row at the same budget.
+    shares : dict of (low, high)
+        Of the score relative to unpruned, in percent, by column key and "Mean".
     """
 
     intervals: Mapping[str, tuple[float, float]]
     unpruned: Mapping[str, Comparison]
     random: Mapping[str, Comparison]
     best_other: Comparison | None = None
+    shares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ class _Drawn:
         return cls(value, np.mean([one.draws for one in several], axis=0), several[0].asked)
 
 
-_Scores = dict[str, _Drawn]
+Scores = dict[str, _Drawn]
 """A row's drawn scores by column key, and "Mean"."""
 
 
@@ -137,36 +147,64 @@ def with_evidence(rows: Sequence[Row], seed: int = 0, draws: int = DRAWS) -> tup
         Why a column has none.
     """
     remarks: list[str] = []
-    scores: list[_Scores] = [{} for _ in rows]
+    return graded(rows, drawn_scores(rows, seed, draws, remarks)), list(dict.fromkeys(remarks))
+
+
+def drawn_scores(
+    rows: Sequence[Row], seed: int, draws: int, remarks: list[str], only: Mapping[str, Sequence[str]] | None = None
+) -> list[Scores]:
+    """Each row's scores and their draws, where it has a usable log, by column key.
+
+    With ``only``, the share of right answers in percent, among the questions of these names by column key.
+    """
+    scores: list[Scores] = [{} for _ in rows]
     for column in COLUMNS:
-        for number, found in _drawn(column, rows, seed, draws, remarks).items():
-            scores[number][column.key] = found
+        if only is None or only.get(column.key):
+            asked = None if only is None else only[column.key]
+            for number, found in _drawn(column, rows, seed, draws, remarks, asked).items():
+                scores[number][column.key] = found
+    return scores
+
+
+def graded(rows: Sequence[Row], scores: Sequence[Scores]) -> list[Row]:
+    """Rows with the evidence that their drawn scores give."""
     of_row = {id(row): own for row, own in zip(rows, scores, strict=True)}
     means = {id(row): _relative(row, rows, of_row) for row in rows}
     drawn = {key: own | ({MEAN: means[key]} if means[key] else {}) for key, own in of_row.items()}
     return [
         row if row.published or not of_row[id(row)] else replace(row, evidence=_evidence(row, rows, drawn))
         for row in rows
-    ], list(dict.fromkeys(remarks))
+    ]
 
 
-def _evidence(row: Row, rows: Sequence[Row], drawn: Mapping[int, _Scores]) -> Evidence:
+def _evidence(row: Row, rows: Sequence[Row], drawn: Mapping[int, Scores]) -> Evidence:
     def against(others: Sequence[Row | None]) -> dict[str, Comparison]:
         return _against(own, [drawn[id(other)] for other in others if other is not None and other is not row])
 
-    own = drawn[id(row)]
+    own, full = drawn[id(row)], unpruned_of(row, rows)
     groups = same_budget([other for other in rows if other.model == row.model])
     peers = [other for group in groups if any(one is row for one in group) for other in group]
     rivals = [other for other in peers if other is not row and other.relative is not None]
+    intervals = {key: interval(one.draws) for key, one in own.items() if key != MEAN or row.method != UNPRUNED}
     return Evidence(
-        {key: interval(one.draws) for key, one in own.items() if key != MEAN or row.method != UNPRUNED},
-        against([unpruned_of(row, rows)]),
+        intervals,
+        against([full]),
         {} if row.family == "random" else against([other for other in peers if other.family == "random"]),
         against([max(rivals, key=lambda other: other.relative, default=None)]).get(MEAN),
+        {} if full is None or full is row else _shares(own, drawn[id(full)]),
     )
 
 
-def _against(own: _Scores, others: Sequence[_Scores]) -> dict[str, Comparison]:
+def _shares(own: Scores, full: Scores) -> dict[str, tuple[float, float]]:
+    """Intervals of each score relative to the unpruned one, in percent; the relative mean's is its own."""
+    shares = {MEAN: interval(own[MEAN].draws)} if MEAN in own else {}
+    for key in own.keys() & full.keys() - {MEAN}:
+        if own[key].asked == full[key].asked and (full[key].draws > 0).all():
+            shares[key] = interval(100 * own[key].draws / full[key].draws)
+    return shares
+
+
+def _against(own: Scores, others: Sequence[Scores]) -> dict[str, Comparison]:
     """Comparisons with the mean of other rows, in the columns that were asked of all alike."""
     found = {}
     for key, mine in own.items():
@@ -177,7 +215,7 @@ def _against(own: _Scores, others: Sequence[_Scores]) -> dict[str, Comparison]:
     return found
 
 
-def _relative(row: Row, rows: Sequence[Row], drawn: Mapping[int, _Scores]) -> _Drawn | None:
+def _relative(row: Row, rows: Sequence[Row], drawn: Mapping[int, Scores]) -> _Drawn | None:
     """Draws of the relative mean, or None.
 
     It needs all the columns that the mean is taken over, on the same units, and no draw in which the unpruned model
@@ -195,10 +233,13 @@ def _relative(row: Row, rows: Sequence[Row], drawn: Mapping[int, _Scores]) -> _D
     return _Drawn(row.relative, 100 * np.mean(shares, axis=0), tuple(own[key].asked for key in keys))
 
 
-def _drawn(column: Column, rows: Sequence[Row], seed: int, draws: int, remarks: list[str]) -> dict[int, _Drawn]:
+def _drawn(
+    column: Column, rows: Sequence[Row], seed: int, draws: int, remarks: list[str], only: Sequence[str] | None
+) -> dict[int, _Drawn]:
     """A column's draws of each row that has a usable log: the mean over a row's runs."""
     runs = [(number, run) for number, row in enumerate(rows) for run in row.runs]
-    units = _units(column, [run for _, run in runs], remarks)
+    units = _units(column, [run for _, run in runs], remarks, only)
+    scale = column.scale if only is None else 100.0
     groups: dict[tuple, list[tuple[int, Units]]] = {}
     for (number, run), one in zip(runs, units, strict=True):
         if one is not None:
@@ -208,12 +249,17 @@ def _drawn(column: Column, rows: Sequence[Row], seed: int, draws: int, remarks: 
     for asked, members in groups.items():
         scores = draw_scores([one for _, one in members], column.key, seed, draws)
         for (number, one), drawn in zip(members, scores, strict=True):
-            found.setdefault(number, []).append(_Drawn(column.scale * one.value, column.scale * drawn, asked))
+            found.setdefault(number, []).append(_Drawn(scale * one.value, scale * drawn, asked))
     return {number: _Drawn.mean(parts) for number, parts in found.items() if len(parts) == len(rows[number].runs)}
 
 
-def _units(column: Column, runs: Sequence[Run], remarks: list[str]) -> list[Units | None]:
-    """A column's units of each run; None, and a remark, where there is no log that gives the recorded score."""
+def _units(
+    column: Column, runs: Sequence[Run], remarks: list[str], only: Sequence[str] | None = None
+) -> list[Units | None]:
+    """A column's units of each run; None, and a remark, where there is no log that gives the recorded score.
+
+    With ``only``, the questions of these names are the units.
+    """
 
     def tried(run: Run, read: Callable[[], _Read]) -> _Read | None:
         try:
@@ -243,7 +289,10 @@ def _units(column: Column, runs: Sequence[Run], remarks: list[str]) -> list[Unit
         log, cider = logs[id(run)], ciders.get(id(run))
         usable = log is not None and (cider is not None or not column.captions)
         one = tried(run, lambda log=log, cider=cider: units_of(column, log, cider)) if usable else None
-        units.append(one if one and _agrees(column, run, one, remarks) else None)
+        one = one if one and _agrees(column, run, one, remarks) else None
+        if one and only is not None:
+            one = tried(run, lambda log=log: units_of_questions(right_answers(column, log), only))
+        units.append(one)
     return units
 
 

@@ -71,6 +71,24 @@ def cells(rows: Sequence[Row], intervals: bool, published: str = "") -> tuple[li
     return header, lines
 
 
+def filtered_cells(rows: Sequence[Row], intervals: bool) -> tuple[list[str], list[list[str]]]:
+    """The same of `Row.filtered`, at each ratio below the numbers of questions; no lines without it."""
+    filtered = [row.filtered for row in rows if row.filtered]
+    columns = [column for column in BENCHMARKS if any(column.key in row.questions for row in filtered)]
+    header = ["Model", "Method", "Kept tokens", *(column.key for column in columns), "Mean"]
+    lines, before = [], None
+    for row in filtered:
+        if (row.model, row.ratio) != before:
+            before = row.model, row.ratio
+            counts = [row.questions.get(column.key, 0) for column in columns]
+            lines.append([row.model, f"questions at {row.ratio:g}", "", *map(str, counts), str(sum(counts))])
+        line = [row.model, row.label, _kept(row)]
+        for key in (*(column.key for column in columns), MEAN):
+            line.append(_shown(row.score(key), 1) + (_beside(row, key, 1) if intervals else ""))
+        lines.append(line)
+    return header, lines
+
+
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
     """A table, the first ``words`` columns aligned left and the others right."""
     rule = ["---"] * words + ["---:"] * (len(header) - words)
@@ -78,32 +96,50 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], words: int =
 
 
 def _markdown(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    text = markdown(*cells(rows, intervals, " *(published)*"), WORDS)
-    return text + "".join(f"\n{remark}\n" for remark in remarks)
+    tables = [cells(rows, intervals, " *(published)*"), filtered_cells(rows, intervals)]
+    texts = [markdown(header, lines, WORDS) for header, lines in tables if lines]
+    return "\n".join(texts) + "".join(f"\n{remark}\n" for remark in remarks)
 
 
 def _latex(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    """A tabular of the booktabs package, its remarks as comments."""
-    header, lines = cells(rows, intervals, " (published)")
+    """Tabulars of the booktabs package, their remarks as comments."""
+    tables = [cells(rows, intervals, " (published)"), filtered_cells(rows, intervals)]
+    return "".join(latex(*table) for table in tables if table[1]) + "".join(f"% {remark}\n" for remark in remarks)
+
+
+def latex(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A tabular of the booktabs package, the first columns aligned left."""
     body = [" & ".join(cell.translate(str.maketrans(_LATEX)) for cell in line) + r" \\" for line in [header, *lines]]
     text = [r"\begin{tabular}{lll" + "r" * (len(header) - WORDS) + "}", r"\toprule", body[0], r"\midrule", *body[1:]]
-    text += [r"\bottomrule", r"\end{tabular}", *(f"% {remark}" for remark in remarks)]
-    return "\n".join(text) + "\n"
+    return "\n".join([*text, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def table_html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    """The table and its remarks as a fragment of HTML."""
+    """The table (and that of the filter) and its remarks as a fragment of HTML."""
     header, lines = cells(rows, intervals, " (published)")
-    # Benchmarks that no row was asked take a place that a screen does not have.
+    best = best_of_columns(rows)
+    bold = [[name in best[number] for name in header] for number in range(len(rows))]
+    text = html_table(header, lines, bold, [row.published for row in rows])
+    header, lines = filtered_cells(rows, intervals)
+    text += html_table(header, lines) if lines else ""
+    return text + "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
+
+
+def html_table(
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    bold: Sequence[Sequence[bool]] = (),
+    published: Sequence[bool] = (),
+) -> str:
+    """A table of HTML without its empty columns: those that no row was asked take a place that a screen has not."""
     shown = [place for place in range(len(header)) if place < WORDS or any(line[place] != MISSING for line in lines)]
     head = "".join(f"<th>{html.escape(header[place])}</th>" for place in shown)
-    best = best_of_columns(rows)
     text = f'<table class="results">\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-    for number, (row, line) in enumerate(zip(rows, lines, strict=True)):
-        texts = [_two_lines(line[place], header[place] in best[number]) for place in shown]
-        mark = ' class="published"' * row.published
+    for number, line in enumerate(lines):
+        texts = [_two_lines(line[place], bool(bold) and bold[number][place]) for place in shown]
+        mark = ' class="published"' if published and published[number] else ""
         text += f"<tr{mark}>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>\n"
-    return text + "</tbody>\n</table>\n" + "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
+    return text + "</tbody>\n</table>\n"
 
 
 def best_is_marked(rows: Sequence[Row]) -> list[str]:
@@ -119,7 +155,11 @@ def _two_lines(cell: str, best: bool) -> str:
 
 def _html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     """A page of its own."""
-    fragment = table_html(rows, [*remarks, *best_is_marked(rows)], intervals)
+    return html_page(table_html(rows, [*remarks, *best_is_marked(rows)], intervals))
+
+
+def html_page(fragment: str) -> str:
+    """A page around a table."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -130,6 +170,7 @@ def _html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
 
 def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     lines, keys = [], [column.key for column in _columns(rows)]
+    filtered = any(row.filtered for row in rows)
     for row in rows:
         per_layer = None if row.kept_per_layer is None else " ".join(map(str, row.kept_per_layer))
         line = {name: getattr(row, name) for name in ("model", "method", "ratio", "layer", "source")}
@@ -139,9 +180,22 @@ def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
         for key in (*keys, MEAN):
             names = (f"{key}_low", f"{key}_high", f"{key}_p_unpruned", f"{key}_p_random")
             line |= dict(zip(names, _evidence_of(row, key), strict=True))
+            line |= dict(zip((f"{key}_share_low", f"{key}_share_high"), row.share_interval(key), strict=True))
+        if filtered:
+            line |= _filtered_of(row.filtered, keys)
         line |= {f"{key}_seed_std": (row.seed_spread or {}).get(key) for key in keys}
         lines.append(line | {"notes": "; ".join(row.notes)})
     return csv_text(list(lines[0]), [line.values() for line in lines]) if lines else ""
+
+
+def _filtered_of(row: Row | None, keys: Sequence[str]) -> dict[str, float | None]:
+    """Of a row's filtered scores: each with its interval and p against Random, and the number of questions."""
+    line: dict[str, float | None] = {}
+    for key in (*keys, MEAN):
+        low, high, _, p = (None,) * 4 if row is None else _evidence_of(row, key)
+        found = {"": row and row.score(key), "_low": low, "_high": high, "_p_random": p}
+        line |= {f"{key}_filtered{name}": value for name, value in found.items()}
+    return line | {f"{key}_filtered_questions": row and row.questions.get(key) for key in keys}
 
 
 def read_table(path: Path) -> list[Row]:
@@ -156,7 +210,14 @@ def read_table(path: Path) -> list[Row]:
 def _read_row(line: Mapping[str, str]) -> Row:
     numbers = {name: float(line[name]) for name in line if name not in WORDS_OF_CSV and line[name]}
     keys = [column.key for column in BENCHMARKS if column.key in numbers]
-    spans = {key: (numbers[f"{key}_low"], numbers[f"{key}_high"]) for key in (*keys, MEAN) if f"{key}_low" in numbers}
+    spans, shares = (
+        {
+            key: (numbers[low], numbers[f"{key}{kind}_high"])
+            for key in (*keys, MEAN)
+            if (low := f"{key}{kind}_low") in numbers
+        }
+        for kind in ("", "_share")
+    )
     return Row(
         model=line["model"],
         method=line["method"],
@@ -165,7 +226,7 @@ def _read_row(line: Mapping[str, str]) -> Row:
         scores={key: numbers[key] for key in keys},
         source=line["source"],
         notes=tuple(filter(None, line["notes"].split("; "))),
-        evidence=Evidence(spans, {}, {}),
+        evidence=Evidence(spans, {}, {}, shares=shares),
     )
 
 
@@ -183,6 +244,9 @@ def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
             "average_rank": row.rank,
             "seed_spread": row.seed_spread,
             "evidence": None if row.evidence is None else asdict(row.evidence),
+            "filtered": row.filtered
+            and {"questions": row.filtered.questions, "scores": row.filtered.scores}
+            | {"mean_percent": row.filtered.relative, "evidence": asdict(row.filtered.evidence)},
         }
         for row in rows
     ]
@@ -190,6 +254,20 @@ def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
 
 
 FORMATS = {"markdown": _markdown, "csv": _csv, "json": _json, "latex": _latex, "html": _html}
+
+
+def plain_table(name: str, header: Sequence[str], lines: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
+    """Another table than that of scores in one of the `FORMATS`."""
+    if name == "csv":
+        return csv_text(header, lines)
+    if name == "json":
+        content = {"rows": [dict(zip(header, line, strict=True)) for line in lines], "remarks": remarks}
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if name == "latex":
+        return latex(header, lines) + "".join(f"% {remark}\n" for remark in remarks)
+    if name == "html":
+        return html_page(html_table(header, lines) + "".join(f"<p>{html.escape(one)}</p>\n" for one in remarks))
+    return markdown(header, lines, WORDS) + "".join(f"\n{remark}\n" for remark in remarks)
 
 
 def _columns(rows: Sequence[Row]) -> Sequence[Benchmark]:

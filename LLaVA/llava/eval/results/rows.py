@@ -53,6 +53,9 @@ class Row:
         What the row was read from; several where seeds were folded.
     seed_spread : dict, or None
         Column key -> standard deviation over the folded seeds.
+    filtered : Row, or None
+        The same on the questions that a down-sampled image does not answer: scores are percent of right answers, and
+        ``questions`` their number by column key; see `llava.eval.results.filtered`.
     """
 
     model: str
@@ -68,6 +71,8 @@ class Row:
     runs: tuple[Run, ...] = ()
     seed_spread: Mapping[str, float] | None = None
     evidence: Evidence | None = None
+    filtered: Row | None = None
+    questions: Mapping[str, int] | None = None
 
     @property
     def published(self) -> bool:
@@ -88,7 +93,12 @@ class Row:
         if not self.pruned:
             return self.method
         ratio = "" if self.ratio is None else f" {self.ratio:g}"
-        return f"{self.method}{ratio}" + (f", layer {self.layer}" if self.layer else "")
+        return f"{self.method}{ratio}{self.series.removeprefix(self.method)}"
+
+    @property
+    def series(self) -> str:
+        """Method and place, without the ratio."""
+        return self.method + (f", layer {self.layer}" if self.layer else "")
 
     @property
     def texts(self) -> list[str]:
@@ -123,6 +133,10 @@ class Row:
     def interval(self, key: str) -> tuple[float, float] | tuple[None, None]:
         """The 95 % interval of a column or of `MEAN`, where there is one."""
         return (self.evidence.intervals.get(key) if self.evidence else None) or (None, None)
+
+    def share_interval(self, key: str) -> tuple[float, float] | tuple[None, None]:
+        """The same of the score relative to unpruned, in percent."""
+        return (self.evidence.shares.get(key) if self.evidence else None) or (None, None)
 
     def flops_ratio(self, convention: str) -> float | None:
         """The prefill's FLOPs relative to unpruned, by convention: "literature" or "exact" (see `llava.flops`)."""

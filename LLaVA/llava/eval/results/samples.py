@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ import numpy as np
 from llava.benchmarks import Benchmark as Column
 
 Samples = Sequence[Mapping[str, Any]]
+Questions = list[tuple[str, float]]
+HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -85,27 +87,48 @@ def units_of(column: Column, samples: Samples, cider: Sequence[float] | None = N
     if cider is not None:
         scored = sorted(zip(samples, cider, strict=True), key=lambda pair: pair[0]["doc_id"])
         return _means([_name(sample) for sample, _ in scored], [score for _, score in scored])
+    counted = _counted(column, samples)
+    if column.reader in _OTHER_UNITS:
+        return _OTHER_UNITS[column.reader](column, counted)
+    return _means(*zip(*_QUESTIONS[column.reader](column, counted), strict=True))
+
+
+def right_answers(column: Column, samples: Samples) -> dict[str, bool]:
+    """Which questions were answered right, by name, whatever the benchmark makes of them: empty for captions.
+
+    A score between 0 and 1 (OKVQA's share of annotators) counts from one half on; MMB's question has to be right in
+    every order of its options; MME's and POPE's are counted one by one.
+    """
+    if column.captions:
+        return {}
+    return {name: score >= HALF for name, score in _QUESTIONS[column.reader](column, _counted(column, samples))}
+
+
+def units_of_questions(right: Mapping[str, bool], names: Sequence[str]) -> Units:
+    """Some questions as units, whose score is the share that was answered right."""
+    return _means(names, [right[name] for name in names])
+
+
+def _counted(column: Column, samples: Samples) -> Samples:
     counted = [sample for sample in samples if column.metric in sample]
     if not counted:
         raise ValueError(f"{column.key}: no sample has {column.metric}")
-    return _READERS[column.reader](column, sorted(counted, key=lambda sample: sample["doc_id"]))
+    return sorted(counted, key=lambda sample: sample["doc_id"])
 
 
-def _answers(column: Column, samples: Samples) -> Units:
+def _answers(column: Column, samples: Samples) -> Questions:
     """Samples that carry their own score."""
-    return _means([_name(sample) for sample in samples], [float(sample[column.metric]) for sample in samples])
+    return [(_name(sample), float(sample[column.metric])) for sample in samples]
 
 
-def _letters(column: Column, samples: Samples) -> Units:
+def _letters(column: Column, samples: Samples) -> Questions:
     """SEED: the first letter of the answer."""
-    records = [sample[column.metric] for sample in samples]
-    right = [record["pred"].lower().strip() == record["answer"].lower().strip() for record in records]
-    return _means([_name(sample) for sample in samples], right)
+    records = [(_name(sample), sample[column.metric]) for sample in samples]
+    return [(name, record["pred"].lower().strip() == record["answer"].lower().strip()) for name, record in records]
 
 
-def _mmmu(column: Column, samples: Samples) -> Units:
-    records = [sample[column.metric] for sample in samples]
-    return _means([str(record["id"]) for record in records], [_mmmu_right(record) for record in records])
+def _mmmu(column: Column, samples: Samples) -> Questions:
+    return [(str(sample[column.metric]["id"]), _mmmu_right(sample[column.metric])) for sample in samples]
 
 
 def _mmmu_right(record: Mapping[str, Any]) -> bool:
@@ -116,13 +139,17 @@ def _mmmu_right(record: Mapping[str, Any]) -> bool:
     return evaluate_mmmu([record])[1]["acc"] == 1
 
 
-def _mmbench(column: Column, samples: Samples) -> Units:
+def _mmbench(column: Column, samples: Samples) -> Questions:
     """A question counts when it is answered right in every order of its options."""
     circles: dict[int, list[bool]] = defaultdict(list)
     for record in sorted((sample[column.metric] for sample in samples), key=lambda record: record["index"]):
         circles[int(record["index"]) % 1_000_000].append(_mmbench_letter(record) == record["answer"])
-    units = _means([str(index) for index in circles], [all(right) for right in circles.values()])
-    return Units(units.names, units.parts, lambda sums: 100 * _mean(sums), units.strata)
+    return [(str(index), all(right)) for index, right in circles.items()]
+
+
+def _mmbench_percent(column: Column, samples: Samples) -> Units:
+    units = _means(*zip(*_mmbench(column, samples), strict=True))
+    return replace(units, score=lambda sums: 100 * _mean(sums))
 
 
 def _mmbench_letter(record: Mapping[str, Any]) -> str | None:
@@ -139,6 +166,11 @@ def _mmbench_letter(record: Mapping[str, Any]) -> str | None:
     )
 
 
+def _yes_or_no(column: Column, samples: Samples) -> Questions:
+    records = [(_name(sample), sample[column.metric]) for sample in samples]
+    return [(name, record["ground_truth"] == record["prediction"]) for name, record in records]
+
+
 def _pope(column: Column, samples: Samples) -> Units:
     said = [(sample[column.metric]["ground_truth"], sample[column.metric]["prediction"]) for sample in samples]
     kinds = (("yes", "yes"), ("no", "yes"), ("yes", "no"))
@@ -150,6 +182,10 @@ def _f1(sums: np.ndarray) -> np.ndarray:
     true_positive, false_positive, false_negative = sums.T
     whole = 2 * true_positive + false_positive + false_negative
     return np.divide(2 * true_positive, whole, out=np.zeros_like(whole), where=true_positive > 0)
+
+
+def _scored(column: Column, samples: Samples) -> Questions:
+    return [(_name(sample), float(sample[column.metric]["score"])) for sample in samples]
 
 
 def _mme(column: Column, samples: Samples) -> Units:
@@ -183,11 +219,18 @@ def _name(sample: Mapping[str, Any]) -> str:
     return f"{sample['doc_id']}: {sample.get('target', '')}"
 
 
-_READERS = {
+_QUESTIONS: dict[str, Callable[[Column, Samples], Questions]] = {
     "answers": _answers,
     "letters": _letters,
     "mmbench": _mmbench,
-    "mme": _mme,
+    "mme": _scored,
     "mmmu": _mmmu,
+    "pope": _yes_or_no,
+}
+"""By a column's reader: each question and its own score, 0 to 1."""
+_OTHER_UNITS: dict[str, Callable[[Column, Samples], Units]] = {
+    "mmbench": _mmbench_percent,
+    "mme": _mme,
     "pope": _pope,
 }
+"""Where the benchmark's score is not the mean of those."""

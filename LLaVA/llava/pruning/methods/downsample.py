@@ -152,6 +152,10 @@ class Downsample(Pruner):
     source: ClassVar[str] = "average pooling of the patch grid"
     cost: ClassVar[str] = "O(N D)"
 
+    def __post_init__(self):
+        if self.drop_duplicates:
+            raise ValueError("downsample averages whole maps: drop_duplicates would tear holes into them")
+
     def merge(self, tokens: VisualTokens) -> KeptTokens:
         batch, n, _ = tokens.features.shape
         owner, places = pooled_layout(tokens.layout or square_or_row(n), tokens.k)

@@ -57,8 +57,8 @@ class PyramidDrop(ScheduledPruner):
     def published(self, name: str) -> Schedule:
         return PUBLISHED
 
-    def budget(self, n: int, fraction: float) -> int:
-        return max(1, int(n * fraction)) if self.schedule == "published" else super().budget(n, fraction)
+    def kept_count(self, n: int, fraction: float) -> int:
+        return max(1, int(n * fraction)) if self.schedule == "published" else super().kept_count(n, fraction)
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
         return rank(tokens.next_attention)[:, : tokens.k]
