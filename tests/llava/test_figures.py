@@ -11,7 +11,7 @@ import pytest
 from llava.eval import figures, table
 from llava.eval.plots.distances import MEAN, Distance, draw_distance, draw_relative_distance
 from llava.eval.plots.drawing import spearman
-from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_time
+from llava.eval.plots.scores import draw_gamma, draw_ratios, draw_safe, draw_time
 from llava.eval.table import build_table, load_runs
 from llava.mini.scenes import render, sample_scene
 from run_folders import job, write_run
@@ -109,6 +109,22 @@ class TestRatios:
         assert one == other and one[0]["low"]
 
 
+class TestSafe:
+    def test_shows_the_smallest_ratio_that_keeps_the_score_also_from_a_csv_table(self, tmp_path):
+        jobs = {"unpruned": job(FULL)}
+        for method, ratio, right in (("otprune", 0.05, 0.4), ("otprune", 0.2, None), ("uniform", 0.2, 0.3)):
+            answers = {"method": method, "kept": 576 * ratio, "ratio": ratio}
+            jobs[f"{method}-{ratio}"] = job(FULL, **answers) if right is None else answered(right, **answers)
+        run = write_run(tmp_path / "run", jobs)
+        assert table.main([str(run), "--format", "csv", "--output", str(tmp_path / "table.csv")]) == 0
+        for given, name in ((run, "a"), (tmp_path / "table.csv", "b")):
+            assert figures.main(["safe", str(given), "--output", str(tmp_path / name)]) == 0
+        one, other = (lines_of(tmp_path / name / "safe.csv") for name in "ab")
+        assert one == other
+        safe = {(line["method"], line["benchmark"]): line["safe_ratio"] for line in one}
+        assert safe["otprune", "GQA"] == "0.2" and safe["uniform", "Mean"] == "none of those run"
+
+
 class TestGamma:
     def test_orders_its_values(self, tmp_path):
         jobs = {
@@ -154,11 +170,12 @@ class TestTime:
     ("draw", "said"),
     [
         (draw_ratios, "at two ratios or more"),
+        (draw_safe, "safe ratios need pruned runs with their logs"),
         (draw_gamma, "two values of gamma"),
         (lambda rows: draw_distance(of_rows(rows)), "needs 3 methods at one kept ratio"),
         (lambda rows: draw_relative_distance(of_rows(rows)), "needs otprune and another method"),
     ],
-    ids=["ratios", "gamma", "distance", "relative_distance"],
+    ids=["ratios", "safe", "gamma", "distance", "relative_distance"],
 )
 def test_a_figure_of_one_configuration_is_refused(tmp_path, draw, said):
     rows = rows_of(tmp_path, {"otprune": answered(0.5, method="otprune", options={"gamma": 0.01})})

@@ -183,20 +183,6 @@ class TestSafe:
         said = capsys.readouterr().out
         assert "Ratios run" in said and "none of those run" in said
 
-    @pytest.mark.parametrize(
-        ("given", "said"),
-        [
-            (["--safe", "1.5"], "must be a number with 0 < r <= 1, not 1.5"),
-            (["--safe", "most"], "must be a number with 0 < r <= 1, not most"),
-            (["--safe", "0.99", "--filter", "downsample"], "not allowed with argument"),
-            (["--filter", "grey"], "invalid choice: 'grey'"),
-        ],
-    )
-    def test_wrong_values_are_answered_in_one_sentence(self, tmp_path, capsys, given, said):
-        with pytest.raises(SystemExit) as ended:
-            table.main([str(tmp_path), *given])
-        assert ended.value.code == 2 and said in capsys.readouterr().err
-
     def test_without_logs_it_says_what_it_needs(self, tmp_path, capsys):
         assert table.main([str(write_run(tmp_path, {"unpruned": job(drawn(0, 0.8))})), "--safe", "0.99"]) == 2
         assert "safe ratios need pruned runs with their logs" in capsys.readouterr().err

@@ -65,8 +65,8 @@ class TestReport:
 
     def test_holds_the_table_with_intervals_and_the_figures(self, text):
         assert re.search(r"<td>40\.00<br><small>\[\d+\.\d+, \d+\.\d+\]\u2020</small></td>", text)
-        assert '<h2 id="ratios">' in text and '<h2 id="time">' in text
-        assert text.count("data:image/png;base64,") == 2
+        assert '<h2 id="ratios">' in text and '<h2 id="safe">' in text and '<h2 id="time">' in text
+        assert text.count("data:image/png;base64,") == 3
 
     def test_says_what_is_not_in_it_in_one_folded_line(self, text):
         assert '<details id="left-out"><summary>Not in this report: ' in text
@@ -87,6 +87,13 @@ class TestReport:
         marked = re.findall(r"<strong>(.*?)</strong>", text)
         assert marked[0] == "60.00" and len(marked) == 3 and marked[2] == "1.25"
         assert "Bold: the best of the rows of one model that keep equally many tokens" in text
+
+    def test_holds_the_scores_on_the_filter_s_questions_where_asked(self, tmp_path):
+        jobs = JOBS | {"downsample": job({**WORSE, "mini_gqa": [False] * 50}, method="downsample", kept=56)}
+        given = [str(write_run(tmp_path / "run", jobs)), "--no-model", "--output", str(tmp_path / "report.html")]
+        assert report.main([*given, "--filter", "downsample"]) == 0
+        text = (tmp_path / "report.html").read_text()
+        assert "<td>questions at 0.098</td><td></td><td>40</td><td>20</td><td>60</td>" in text
 
     def test_holds_the_numbers_as_files(self, text):
         [address] = re.findall(r'download="table.json" href="data:application/json;base64,([^"]+)"', text)

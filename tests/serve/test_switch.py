@@ -54,6 +54,12 @@ def test_every_family_is_registered_by_name(vllm, monkeypatch, environ):
         ("0.31.9", SWITCH, "tried with vLLM 0.32.* and 0.33.*, not 0.31.9"),
         ("0.33.0", {"BASELINE": "FASTV", "SUBSET_RATIO": "0.1"}, "fastv drops tokens inside the decoder"),
         ("0.33.0", {**SWITCH, "LAYER_INDEX": "2"}, "otprune drops tokens inside the decoder"),
+        ("0.33.0", {**SWITCH, "OTPRUNE_DROP_DUPLICATES": "1"}, "vLLM must know the number beforehand"),
+        (
+            "0.33.0",
+            {**SWITCH, "OTPRUNE_BUDGET": "effective_rank", "OTPRUNE_REFERENCE_RANK": "9"},
+            "otprune keeps as many tokens as the image needs, and vLLM must know the number beforehand",
+        ),
         ("0.33.0", {"BASELINE": "OURS"}, "a kept ratio is needed"),
         ("0.33.0", {"BASELINE": "OUR", "SUBSET_RATIO": "0.1"}, "unknown method 'OUR'"),
     ],

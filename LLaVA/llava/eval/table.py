@@ -82,9 +82,8 @@ class Table:
 
     def render_safe(self, name: str, share: float) -> str:
         """Each method's safe ratios (`llava.eval.results.safe`) in one of the formats, from a table with intervals."""
-        header, lines = safe_cells(safe_ratios(self.rows, share))
         remarks = [SAFE_REMARK.format(percent=f"{100 * share:g}"), *self.remarks]
-        return plain_table(name, header, lines, remarks)
+        return plain_table(name, safe_cells(safe_ratios(self.rows, share)), remarks)
 
     def render(self, name: str, intervals: bool = False) -> str:
         """The table as "markdown", "csv", "json", "latex" or "html"; a `ValueError` for anything else.

@@ -206,8 +206,8 @@ class PrunedWrapper(RowsInTurn):
                 yield ImageCount.of(total, [kept] * layers)
         else:
             for total, _ in session.visual_token_counts:
-                seen = kept_per_layer(session.schedule, total, layers, session.pruner.budget)
-                left = kept_after_attention(session.schedule, total, layers, session.pruner.budget)
+                seen = kept_per_layer(session.schedule, total, layers, session.pruner.kept_count)
+                left = kept_after_attention(session.schedule, total, layers, session.pruner.kept_count)
                 yield ImageCount.of(total, seen, 1, left if session.pruner.after_attention else None)
 
     def model_shape(self) -> None:

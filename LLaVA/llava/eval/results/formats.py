@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ _LATEX = {character: rf"\{character}" for character in "%_&#"} | {
     _DAGGER: r"\textsuperscript{\dag}",
     _DOUBLE_DAGGER: r"\textsuperscript{\ddag}",
 }
+Cells = tuple[list[str], list[list[str]]]
+"""A table for a person: its header, and its lines as text."""
 _STYLE = (
     ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:1rem}"
     ".wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.3rem .6rem;white-space:nowrap;"
@@ -50,7 +52,7 @@ def named(row: Row) -> str:
     return f"{row.model} (untrained)" if "untrained" in row.notes else row.model
 
 
-def cells(rows: Sequence[Row], intervals: bool, published: str = "") -> tuple[list[str], list[list[str]]]:
+def cells(rows: Sequence[Row], intervals: bool, published: str = "") -> Cells:
     """The table for a person: its header, and its lines as text.
 
     ``published`` stands after the method of rows that are published figures.
@@ -71,8 +73,8 @@ def cells(rows: Sequence[Row], intervals: bool, published: str = "") -> tuple[li
     return header, lines
 
 
-def filtered_cells(rows: Sequence[Row], intervals: bool) -> tuple[list[str], list[list[str]]]:
-    """The same of `Row.filtered`, at each ratio below the numbers of questions; no lines without it."""
+def filtered_cells(rows: Sequence[Row], intervals: bool) -> Cells:
+    """The same of `Row.filtered`, at each ratio below the numbers of questions."""
     filtered = [row.filtered for row in rows if row.filtered]
     columns = [column for column in BENCHMARKS if any(column.key in row.questions for row in filtered)]
     header = ["Model", "Method", "Kept tokens", *(column.key for column in columns), "Mean"]
@@ -81,8 +83,8 @@ def filtered_cells(rows: Sequence[Row], intervals: bool) -> tuple[list[str], lis
         if (row.model, row.ratio) != before:
             before = row.model, row.ratio
             counts = [row.questions.get(column.key, 0) for column in columns]
-            lines.append([row.model, f"questions at {row.ratio:g}", "", *map(str, counts), str(sum(counts))])
-        line = [row.model, row.label, _kept(row)]
+            lines.append([named(row), f"questions at {row.ratio:g}", "", *map(str, counts), str(sum(counts))])
+        line = [named(row), row.label, _kept(row)]
         for key in (*(column.key for column in columns), MEAN):
             line.append(_shown(row.score(key), 1) + (_beside(row, key, 1) if intervals else ""))
         lines.append(line)
@@ -95,34 +97,41 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], words: int =
     return "".join(f"| {' | '.join(line)} |\n" for line in [header, rule, *lines])
 
 
+def text_of(tables: Iterable[Cells], remarks: Sequence[str], name: str) -> str:
+    """Tables and their remarks as "markdown", or as "latex": tabulars of the booktabs package, remarks as comments."""
+    if name == "markdown":
+        return "\n".join(markdown(*table, WORDS) for table in tables) + "".join(f"\n{remark}\n" for remark in remarks)
+    text = []
+    for header, lines in tables:
+        body = [
+            " & ".join(cell.translate(str.maketrans(_LATEX)) for cell in line) + r" \\" for line in [header, *lines]
+        ]
+        text += [r"\begin{tabular}{lll" + "r" * (len(header) - WORDS) + "}", r"\toprule", body[0], r"\midrule"]
+        text += [*body[1:], r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*text, *(f"% {remark}" for remark in remarks)]) + "\n"
+
+
 def _markdown(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    tables = [cells(rows, intervals, " *(published)*"), filtered_cells(rows, intervals)]
-    texts = [markdown(header, lines, WORDS) for header, lines in tables if lines]
-    return "\n".join(texts) + "".join(f"\n{remark}\n" for remark in remarks)
+    return text_of(_tables(rows, intervals, " *(published)*"), remarks, "markdown")
 
 
 def _latex(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    """Tabulars of the booktabs package, their remarks as comments."""
-    tables = [cells(rows, intervals, " (published)"), filtered_cells(rows, intervals)]
-    return "".join(latex(*table) for table in tables if table[1]) + "".join(f"% {remark}\n" for remark in remarks)
+    return text_of(_tables(rows, intervals, " (published)"), remarks, "latex")
 
 
-def latex(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A tabular of the booktabs package, the first columns aligned left."""
-    body = [" & ".join(cell.translate(str.maketrans(_LATEX)) for cell in line) + r" \\" for line in [header, *lines]]
-    text = [r"\begin{tabular}{lll" + "r" * (len(header) - WORDS) + "}", r"\toprule", body[0], r"\midrule", *body[1:]]
-    return "\n".join([*text, r"\bottomrule", r"\end{tabular}"]) + "\n"
+def _tables(rows: Sequence[Row], intervals: bool, published: str) -> list[Cells]:
+    """The table, and that of the filter where there is one."""
+    filtered = [filtered_cells(rows, intervals)] if any(row.filtered for row in rows) else []
+    return [cells(rows, intervals, published), *filtered]
 
 
 def table_html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
     """The table (and that of the filter) and its remarks as a fragment of HTML."""
-    header, lines = cells(rows, intervals, " (published)")
+    (header, lines), *filtered = _tables(rows, intervals, " (published)")
     best = best_of_columns(rows)
     bold = [[name in best[number] for name in header] for number in range(len(rows))]
     text = html_table(header, lines, bold, [row.published for row in rows])
-    header, lines = filtered_cells(rows, intervals)
-    text += html_table(header, lines) if lines else ""
-    return text + "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
+    return text + "".join(html_table(*table) for table in filtered) + _paragraphs(remarks)
 
 
 def html_table(
@@ -140,6 +149,10 @@ def html_table(
         mark = ' class="published"' if published and published[number] else ""
         text += f"<tr{mark}>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>\n"
     return text + "</tbody>\n</table>\n"
+
+
+def _paragraphs(remarks: Iterable[str]) -> str:
+    return "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
 
 
 def best_is_marked(rows: Sequence[Row]) -> list[str]:
@@ -256,18 +269,15 @@ def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
 FORMATS = {"markdown": _markdown, "csv": _csv, "json": _json, "latex": _latex, "html": _html}
 
 
-def plain_table(name: str, header: Sequence[str], lines: Sequence[Sequence[str]], remarks: Sequence[str]) -> str:
+def plain_table(name: str, table: Cells, remarks: Sequence[str]) -> str:
     """Another table than that of scores in one of the `FORMATS`."""
+    header, lines = table
     if name == "csv":
         return csv_text(header, lines)
     if name == "json":
         content = {"rows": [dict(zip(header, line, strict=True)) for line in lines], "remarks": remarks}
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    if name == "latex":
-        return latex(header, lines) + "".join(f"% {remark}\n" for remark in remarks)
-    if name == "html":
-        return html_page(html_table(header, lines) + "".join(f"<p>{html.escape(one)}</p>\n" for one in remarks))
-    return markdown(header, lines, WORDS) + "".join(f"\n{remark}\n" for remark in remarks)
+    return html_page(html_table(*table) + _paragraphs(remarks)) if name == "html" else text_of([table], remarks, name)
 
 
 def _columns(rows: Sequence[Row]) -> Sequence[Benchmark]:

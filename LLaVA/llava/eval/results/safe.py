@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava.benchmarks import shown_columns
-from llava.eval.results.formats import MISSING
+from llava.eval.results.formats import MISSING, Cells
 from llava.eval.results.rows import MEAN, Row
 
 SAFE = 0.99
@@ -77,8 +77,8 @@ def keys_of(found: Sequence[SafeRatios]) -> list[str]:
     return [key for key in (*(column.key for column in shown_columns(known)), MEAN) if key in known]
 
 
-def safe_cells(found: Sequence[SafeRatios]) -> tuple[list[str], list[list[str]]]:
-    """A table for a person: its header, and its lines as text."""
+def safe_cells(found: Sequence[SafeRatios]) -> Cells:
+    """The table of safe ratios."""
     keys = keys_of(found)
     lines = []
     for one in found:
