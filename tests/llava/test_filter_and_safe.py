@@ -178,7 +178,8 @@ class TestSafe:
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_stands_in_every_format(self, tmp_path, capsys, name):
-        run = write_run(tmp_path, self.jobs(0))
+        jobs = {"unpruned": job(drawn(0, 0.9)), "otprune": job(drawn(1, 0.3), **settings("otprune", 0.1))}
+        run = write_run(tmp_path, jobs)
         assert table.main([str(run), "--safe", "0.99", "--draws", "50", "--format", name]) == 0
         said = capsys.readouterr().out
         assert "Ratios run" in said and "none of those run" in said
