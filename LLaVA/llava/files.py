@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and where they are kept."""
+"""Writes files atomically, and knows the cache folder."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,20 @@ MADE = "suite.json"
 
 
 def atomic_write(path: Path | str, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: nobody reads half of it, and what was there stays where writing fails.
+    """Write a file atomically: nobody reads an incomplete file, and the old content stays if writing fails.
 
     Parameters
     ----------
     path : path
-        Its folder is made where it is missing. A link's target is written; a device or a pipe is written to.
+        A missing folder is created. Of a link, the target is written; devices and pipes are written to directly.
     content : str, bytes or callable
-        Text is written as UTF-8, a name's bytes that are none as escapes, which JSON can read. A callable writes the
-        file that it is given.
+        Text is written as UTF-8, with lone surrogates (from names that are not UTF-8) as escapes that JSON can read. A
+        callable gets the path to write to.
 
     Raises
     ------
     OSError
-        In one sentence: the file, and why it cannot be written.
+        One sentence with the file and the reason.
     """
     path = Path(path)
     try:
@@ -40,7 +42,7 @@ def atomic_write(path: Path | str, content: str | bytes | Callable[[Path], objec
         target = path.resolve()
         _refuse_what_cannot_be(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Not the process's number: the processes of two machines may write into one folder.
+        # Not the process id: processes of two machines may write into one folder.
         part = target.with_name(f".{secrets.token_hex(8)}.part")
         try:
             _fill(part, content)
@@ -53,13 +55,28 @@ def atomic_write(path: Path | str, content: str | bytes | Callable[[Path], objec
         raise type(error)(_sentence(path, error)) from error
 
 
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise an `OSError` where safetensors or PyTorch raise errors of their own because the system cannot write."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        if "inline_container.cc" in str(error):  # PyTorch's writer
+            raise OSError(None, "not all of it could be written; the disk may be full") from error
+        raise
+
+
 def cache_folder() -> Path:
-    """Where what can be made again is kept for this user: ``otprune`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``.
+    """The user's cache folder: ``otprune`` in ``$XDG_CACHE_HOME``, or in ``~/.cache``.
 
     Raises
     ------
     OSError
-        If neither that variable is set nor a home folder known.
+        If the variable is not set and the user has no home folder.
     """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "otprune"
@@ -155,7 +172,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def read_json(path: Path) -> Any:
-    """The file's content, or None when there is none that can be read."""
+    """The file's content, or None if it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -163,7 +180,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path | str, content: Any) -> None:
-    """`atomic_write` of JSON for people to read, too; what JSON does not know is written as text."""
+    """`atomic_write` of indented JSON; values of other types are written as text."""
     atomic_write(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
@@ -182,7 +199,7 @@ def csv_text(header: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 
 def check_writable(path: Path | str) -> None:
-    """Refuse, before the work, a file that cannot be written after it. Nothing is made.
+    """Check before long work that a file can be written after it. Nothing is created.
 
     Raises
     ------
@@ -198,13 +215,14 @@ def check_writable(path: Path | str) -> None:
 
 def _fill(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
     if callable(content):
-        content(path)
+        with system_errors():
+            content(path)
     else:
         path.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 def _refuse_what_cannot_be(path: Path) -> None:
-    """Raise what the system would say, without trying: a file's folder would be made, a read-only file replaced."""
+    """Raise the error of writing without trying, which would create folders and replace read-only files."""
     if path.is_dir():
         raise IsADirectoryError(None, "it is a folder")
     if path.exists() and not _may(path, os.W_OK):

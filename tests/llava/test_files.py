@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from llava.files import atomic_write, check_writable, write_json
 from run_folders import job, write_run
@@ -80,14 +82,20 @@ def ordinary_folder():
 
 
 class TestNotWritten:
-    @pytest.mark.parametrize("content", ["x" * 5000, lambda path: path.write_text("x" * 5000)], ids=["text", "called"])
-    def test_half_a_file_is_no_file_and_takes_nothing_s_place(self, tmp_path, content):
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ("x" * 5000, "File too large"),
+            (lambda path: path.write_text("x" * 5000), "File too large"),
+            (lambda path: save_file({"x": torch.ones(5000)}, path), "File too large"),
+            (lambda path: torch.save(torch.ones(5000), path), "not all of it could be written; the disk may be full"),
+        ],
+        ids=["text", "called", "safetensors", "torch"],
+    )
+    def test_half_a_file_is_no_file_and_takes_nothing_s_place(self, tmp_path, content, said):
         (tmp_path / "old").write_text("old")
         for name in ("old", "new"):
-            with (
-                small_disk(),
-                pytest.raises(OSError, match=f"{tmp_path / name} cannot be written: File too large"),
-            ):
+            with small_disk(), pytest.raises(OSError, match=f"^{tmp_path / name} cannot be written: {said}$"):
                 atomic_write(tmp_path / name, content)
         assert names(tmp_path) == ["old"]
         assert (tmp_path / "old").read_text() == "old"

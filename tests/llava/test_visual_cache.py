@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from llava.model.multimodal_encoder.observations import encoder_outputs
 from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
@@ -112,7 +113,7 @@ class TestFiles:
 
     def test_a_disk_that_is_full_stops_nothing(self, tmp_path, monkeypatch, caplog):
         def full(*_):
-            raise OSError(28, "No space left on device")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
 
         monkeypatch.setattr("llava.model.visual_cache.save_file", full)
         store = VisualStore(tmp_path, 10**6)
@@ -120,7 +121,7 @@ class TestFiles:
         store.put("b", entry(3))
         assert store.get("a", ["features"]) is None
         assert [record.message for record in caplog.records] == [
-            "encoded images are not stored any more: [Errno 28] No space left on device"
+            "encoded images are not stored any more: I/O error: No space left on device (os error 28)"
         ]
 
 

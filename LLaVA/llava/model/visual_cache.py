@@ -190,7 +190,11 @@ class VisualStore(VisualCache):
                 path = self._path(key, name)
                 if not self._full and not path.exists():
                     self._write(path, values)
-        except (OSError, NotImplementedError) as error:  # the latter without locks, as on some network file systems
+        except (
+            OSError,
+            SafetensorError,
+            NotImplementedError,
+        ) as error:  # the last without locks
             self._full = True
             _logger.warning("encoded images are not stored any more: %s", error)
 
