@@ -1,4 +1,4 @@
-"""The frame of every command line: options that mean the same everywhere, and a wrong value answered in one sentence.
+"""The frame of every command line: options that mean the same everywhere, and one sentence for a wrong value.
 
 Imports nothing beyond the standard library, so that ``--help`` and a wrong value do not wait for PyTorch.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from llava.files import system_errors
 from llava.runtime import print_everything
 
 if TYPE_CHECKING:
@@ -20,20 +21,20 @@ if TYPE_CHECKING:
 EMBEDDED = "llava-mini"
 RATIO = 0.098
 WRONG, INTERRUPTED = 2, 130
-"""Exit statuses: something that was asked for cannot be had; Ctrl-C."""
+"""Exit statuses: a request that cannot be met; Ctrl-C."""
 EXPECTED = (ImportError, OSError, ValueError, IndexError, FloatingPointError)
-"""What a command raises, with a sentence for the user; everything else is a defect and keeps its traceback."""
+"""Errors whose message is for the user; any other exception is a defect and keeps its traceback."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a wrong value with one sentence and status 2.
+    """An argument parser that reports a wrong value in one sentence and exits with status 2.
 
     Parameters
     ----------
     module : str
-        The command's module, ``llava.eval.tokens``: errors begin with its name, or with ``llava tokens``.
+        The command's module, such as ``llava.eval.tokens``; errors begin with its name, or with ``llava tokens``.
     description : str
-        Shown by ``--help``; of a docstring the first line.
+        Its first line is shown by ``--help``.
     """
 
     def __init__(self, module: str = "", description: str | None = "", **options: Any):
@@ -54,18 +55,19 @@ class Parser(argparse.ArgumentParser):
         return spelt + equals + value if name.startswith("--") and spelt in self._option_string_actions else text
 
     def run(self, action: Callable[[argparse.Namespace], object], argv: Sequence[str] | None = None) -> int:
-        """Parse the command line and act on it.
+        """Parse the command line and call ``action`` with the result.
 
         Returns
         -------
         int
-            The status that ``action`` returns, 0 for anything but a whole number; 2 after a wrong value, which is
-            named on standard error; 130 after Ctrl-C.
+            The status that ``action`` returns, 0 if it is not an int; 2 after an error, which is printed on standard
+            error; 130 after Ctrl-C.
         """
         print_everything()
         arguments = self.parse_args(argv)
         try:
-            status = action(arguments)
+            with system_errors():
+                status = action(arguments)
         except EXPECTED as error:
             print(f"{self.prog}: {error}", file=sys.stderr)
             return WRONG
@@ -77,7 +79,7 @@ class Parser(argparse.ArgumentParser):
     def add_model(
         self, default: str | None = EMBEDDED, also: str = "", dest: str = "model", base: bool = False
     ) -> None:
-        """``--model``, which LLaVA's scripts call ``--model-path``, and where asked ``--model-base``."""
+        """``--model`` (``--model-path`` in LLaVA's scripts), and with ``base`` also ``--model-base``."""
         about = f"{also}checkpoint folder, hub id or {EMBEDDED} (default: {default})"
         self.add_argument("--model", "--model-path", dest=dest, default=default, metavar="MODEL", help=about)
         if base:
@@ -85,13 +87,13 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--model-base", metavar="MODEL", help=of)
 
     def add_image(self, dest: str = "image", required: bool = True, about: str = "", several: bool = False) -> None:
-        """``--image``, which LLaVA's scripts call ``--image-file``; ``several`` for a list."""
+        """``--image`` (``--image-file`` in LLaVA's scripts); ``several`` for a list."""
         about = about or f"a local file or an http(s) address{', or several in one prompt' if several else ''}"
         more: dict[str, Any] = {"nargs": "+"} if several else {}
         self.add_argument("--image", "--image-file", dest=dest, required=required, metavar="FILE", help=about, **more)
 
     def add_method(self, default: str | None, about: str = "") -> None:
-        """``--method``: one or more, with options; read with `read_methods`."""
+        """``--method``: one or more methods with options, for `read_methods`."""
         help_ = "methods with their options, such as otprune:gamma=0.05,random:seed=1 (see llava methods; "
         self.add_argument(
             "--method", default=default, metavar="NAME[,NAME]", help=f"{about}{help_}default: {default or 'none'})"
@@ -103,17 +105,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--query", default="Describe the image.", type=text, help=about)
 
     def add_ratio(self, default: float | None = RATIO) -> None:
-        """``--ratio``: the kept ratio of every method that has none of its own."""
+        """``--ratio``: the kept ratio of methods that do not state one."""
         help_ = f"kept ratio, 0 < r <= 1 (default: {default})" if default else "kept ratio, 0 < r <= 1"
         self.add_argument("--ratio", type=ratio, default=default, metavar="R", help=help_)
 
     def add_device(self, default: str | None = None, about: str = "") -> None:
-        """``--device``; None is a GPU where there is one (`find_device`)."""
+        """``--device``; None means a GPU if there is one (`find_device`)."""
         help_ = f"{about}cpu, cuda or cuda:1 (default: {default or 'a GPU if there is one'})"
         self.add_argument("--device", type=device, default=default, help=help_)
 
     def add_output(self, default: str | None, folder: bool = False, force: str = "") -> None:
-        """``--output``, and where something finished is not replaced unasked ``--force``."""
+        """``--output``, and with ``force`` (its help text) also ``--force``."""
         kind, help_ = ("DIR", "folder for the results") if folder else ("FILE", "file to write")
         help_ = f"{help_} (default: {default or 'standard output'})"
         self.add_argument(
@@ -124,21 +126,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_methods(text: str, kept: float | None, environ: dict[str, str] | None = None) -> dict[str, PruningConfig]:
-    """The configurations that ``--method`` names, by their text: see `PruningConfig.from_text`.
+    """The configurations in the value of ``--method``, by their text; see `PruningConfig.from_text`.
 
     Parameters
     ----------
     text : str
-        Methods, with commas between.
+        Methods, separated by commas.
     kept : float, optional
-        Kept ratio of those that state none.
+        Kept ratio of methods that do not state one.
     environ : dict, optional
-        Options that the text leaves out; the environment unless given.
+        Options not in the text; default: the environment.
 
     Raises
     ------
     ValueError
-        Names what is wrong, and what is allowed.
+        For an unknown method or option, or a wrong value.
     """
     from llava.pruning import PruningConfig
 
@@ -147,7 +149,7 @@ def read_methods(text: str, kept: float | None, environ: dict[str, str] | None =
 
 
 def find_device(name: str | None) -> str:
-    """A device that is there: the one named, or a GPU if there is one.
+    """The named device, or else a GPU if there is one.
 
     Raises
     ------
@@ -170,18 +172,20 @@ def device(text: str) -> str:
     return text
 
 
-def positive(text: str) -> int:
-    """A whole number >= 1."""
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, not {text}")
-    return int(text)
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from ``low`` to ``high``."""
+
+    def read(text: str) -> int:
+        # int also takes 1_0 for 10, and digits of every script.
+        if text.isascii() and text.isdecimal() and low <= int(text) and (high is None or int(text) <= high):
+            return int(text)
+        allowed = f">= {low}" if high is None else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"must be a whole number {allowed}, not {text}")
+
+    return read
 
 
-def whole(text: str) -> int:
-    """A whole number >= 0."""
-    if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, not {text}")
-    return int(text)
+positive, whole = whole_number(1), whole_number(0)
 
 
 def above_zero(text: str) -> float:
@@ -201,7 +205,7 @@ def ratio(text: str) -> float:
 
 
 def text(argument: str) -> str:
-    """Text that was UTF-8: other bytes come from the system as lone surrogates, which no tokenizer takes."""
+    """Valid UTF-8 text: other bytes arrive as lone surrogates, which tokenizers do not accept."""
     try:
         argument.encode()
     except UnicodeEncodeError:

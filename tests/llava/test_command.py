@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +87,8 @@ WRONG = {
     "ocvtp extract --images no-such-folder": "no-such-folder",
     "train --stage finetune --model m --data no-such.json --output o": "no-such.json",
     "ocvtp train --epochs 0": "--epochs: must be a whole number >= 1, not 0",
+    "train --stage pretrain --model x --data x": "required: --output",
+    "train --stage finetune --model x --data x.json --output out": "x.json",
     "export llava-mini": "required: folder",
     "export llava-mini . --conv-mode v9": "is not empty",
 }
@@ -145,3 +149,24 @@ def test_methods_are_read_with_their_options():
 
 def test_a_device_that_is_named_is_taken():
     assert find_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("name", llava.COMMANDS)
+def test_every_command_is_a_module_that_runs(name):
+    found = importlib.util.find_spec(llava.COMMANDS[name][0].partition(":")[0])
+    if found.submodule_search_locations is not None:
+        found = importlib.util.find_spec(f"{found.name}.__main__")
+    assert 'if __name__ == "__main__":' in Path(found.origin).read_text()
+
+
+def test_a_command_runs_as_its_module(run):
+    status, said = run("methods")
+    assert not status and "otprune\n    OTPrune, arXiv 2602.20205" in said.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_all_commands(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["llava", *arguments])
+    llava.main()
+    printed = capsys.readouterr().out
+    assert all(f"  {name}" in printed for name in llava.COMMANDS)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava.command import RATIO, Parser, ratio
+from llava.command import RATIO, Parser, positive, ratio, whole, whole_number
 
 from .suites import SUITES, suite_with
 
@@ -92,7 +92,14 @@ def _parser() -> Parser:
     about = "mini: the embedded model and data sets, minutes on a CPU; others: published checkpoints and benchmarks"
     add("suite", nargs="?", choices=tuple(SUITES), help=about)
     about = "checkpoint folder or hub id, of a LLaVA or a model of transformers, or llava-mini; may be given repeatedly"
-    add("--model", action="append", dest="models", metavar="PATH", help=f"{about} (default: the suite's)")
+    add(
+        "--model",
+        "--model-path",
+        action="append",
+        dest="models",
+        metavar="PATH",
+        help=f"{about} (default: the suite's)",
+    )
     add("--model-base", metavar="PATH", help="language model that LoRA or projector-only checkpoints are put on")
     about = "pruning methods, with options as random:seed=1, a ratio or layer of their own as fastv:ratio=0.2:layer=3"
     about = f"{about}; none: unpruned only (default: {method or defaults})"
@@ -103,7 +110,7 @@ def _parser() -> Parser:
     add("--ratio", dest="ratios", type=_ratios, default=kept, metavar="R[,R]", help=about)
     about = "prune at the input of decoder layer L, with every method that states no layer; 0: before the decoder"
     layer = switch.get("LAYER_INDEX") or None
-    add("--layer", type=_whole(0), default=layer, metavar="L", help=f"{about} (default: the method's, 0 for most)")
+    add("--layer", type=whole, default=layer, metavar="L", help=f"{about} (default: the method's, 0 for most)")
     add("--no-unpruned", dest="unpruned", action="store_false", help="leave the unpruned run out")
     about = "also run the unpruned model on grey images: what it knows without seeing"
     add("--grey", action="store_true", help=about)
@@ -111,18 +118,18 @@ def _parser() -> Parser:
     add("--tasks", type=_names, default="", metavar="TASK[,TASK]", help=about)
     about = "of captions, also the metrics that the table does not show (BLEU, METEOR, ROUGE-L): about 15 s a task"
     add("--all-metrics", action="store_true", help=about)
-    add("--limit", type=_whole(1), metavar="N", help="only the first N documents of each task")
+    add("--limit", type=positive, metavar="N", help="only the first N documents of each task")
     about = "prompts generated together (default: the device's)"
-    add("--batch-size", type=_whole(1), metavar="N", help=about)
+    add("--batch-size", type=positive, metavar="N", help=about)
     about = "on this machine (default: one a GPU; mini on a CPU: one a core)"
-    add("--num-processes", type=_whole(1), metavar="N", help=about)
-    add("--num-machines", type=_whole(1), default=1, metavar="N", help="start the command on each of them")
-    add("--machine-rank", type=_whole(0), default=0, metavar="N", help="this machine, counted from 0")
+    add("--num-processes", type=positive, metavar="N", help=about)
+    add("--num-machines", type=positive, default=1, metavar="N", help="start the command on each of them")
+    add("--machine-rank", type=whole, default=0, metavar="N", help="this machine, counted from 0")
     add("--main-process-ip", metavar="ADDRESS", help="address of the machine of rank 0")
     about = "default: %(default)s"
-    add("--main-process-port", type=_whole(1, 65535), default=29511, metavar="PORT", help=about)
+    add("--main-process-port", type=whole_number(1, 65535), default=29511, metavar="PORT", help=about)
     about = "of Python, NumPy and torch (default: %(default)s)"
-    add("--seed", type=_whole(0, LARGEST_SEED), default=1234, metavar="N", help=about)
+    add("--seed", type=whole_number(0, LARGEST_SEED), default=1234, metavar="N", help=about)
     add("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, float16 on a GPU")
     about = "conversation template of the prompts, a name of llava.conversation's (default: each checkpoint's)"
     add("--conv-template", default="auto", metavar="NAME", help=about)
@@ -165,19 +172,6 @@ def _visual_cache(text: str) -> float | str:
     if text == OFF or 0 <= value < float("inf"):
         return text if text == OFF else value
     raise ArgumentTypeError(f"must be a number >= 0, or {OFF}, not {text}")
-
-
-def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A whole number from ``low`` to ``high``."""
-
-    def read_number(text: str) -> int:
-        # int also takes 1_0 for 10, and digits of every script.
-        if text.isascii() and text.isdecimal() and low <= int(text) and (high is None or int(text) <= high):
-            return int(text)
-        allowed = f">= {low}" if high is None else f"from {low} to {high}"
-        raise ArgumentTypeError(f"must be a whole number {allowed}, not {text}")
-
-    return read_number
 
 
 if __name__ == "__main__":
