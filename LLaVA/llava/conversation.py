@@ -139,10 +139,12 @@ class Conversation(GradioConversation):
     @property
     def turn_end(self) -> str:
         """What ends the assistant's turns: ``</s>`` of the v1 family, ``###`` of v0."""
-        return self.sep2 if self.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2) else self.sep
+        return self.sep2 or "" if self.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2) else self.sep
 
     def append_message(self, role: str, message: str | tuple | None) -> None:
-        """Add a turn, in place; templates refuse (their messages are a tuple): :meth:`copy` them first."""
+        """Add a turn, in place. A template, whose messages are a tuple, refuses: :meth:`copy` it first."""
+        if isinstance(self.messages, tuple):
+            raise AttributeError("a template takes no messages: copy() it first")
         self.messages.append([role, message])
 
     def copy(self) -> Conversation:

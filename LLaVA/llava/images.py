@@ -1,7 +1,4 @@
-"""Images from files and from the web as RGB, and padded to a square.
-
-What comes from outside may be anything: every limit is one sentence, before memory or time is spent.
-"""
+"""Reads images from files and the web as RGB, within limits of memory and time, and pads them to a square."""
 
 from __future__ import annotations
 
@@ -30,13 +27,15 @@ __all__ = [
 MAX_DOWNLOAD = 128 * 2**20
 """Bytes of an image from the web."""
 DOWNLOAD_SECONDS = 60
-"""For all of it, redirects included."""
+"""For the whole download, redirects included."""
 SILENCE_SECONDS = (10, 30)
-"""Until a connection stands, and without a byte."""
+"""Time limits to connect, and between two bytes."""
 MAX_PADDING = 2**25
-"""Pixels (128 MiB) that padding to a square may take; above, the image is resized first."""
+"""Pixels (128 MiB) that padding to a square may add; beyond, the image is resized first."""
+ROWS_AT_ONCE = 1024
+"""To limit memory during padding and resizing."""
 REDUCING_GAP = 64.0
-"""For Pillow's resize: a side that is 128 times too long and more is averaged by whole numbers first."""
+"""Of Pillow's resize: a side at least 128 times too long is first reduced by a whole number."""
 
 
 def load_rgb(
@@ -51,14 +50,14 @@ def load_rgb(
     Parameters
     ----------
     source : PIL.Image.Image, path or binary file
-        An RGB image that is already decoded is returned as it is. A file is refused when it is cut off; an image
-        that somebody else opened follows the process's Pillow setting for that (lmms-eval accepts cut-off images,
-        because published data sets hold some).
+        An RGB image that is already decoded is returned as it is. A truncated file is refused; an image that the
+        caller opened follows Pillow's process-wide setting (lmms-eval accepts truncated images, because published
+        data sets contain some).
     name : str, optional
-        What error messages call the image; the path or the image's format and size by default.
+        Name of the image in error messages; default: its path, or its format and size.
     upright : bool
-        Turn the image of a file as its EXIF orientation states; the original LLaVA takes it as it is stored. A
-        `PIL.Image.Image` is taken as it is: its size may be known elsewhere already.
+        Apply the EXIF orientation of a file; the original LLaVA ignores it. A `PIL.Image.Image` is never turned,
+        because its size may be known elsewhere already.
 
     Returns
     -------
@@ -70,10 +69,10 @@ def load_rgb(
     FileNotFoundError, IsADirectoryError
         If there is no such file.
     ValueError
-        If the content is no image, is cut off or damaged, has more pixels than Pillow allows, or holds numbers that
-        have no defined brightness (floating point, or integers outside 0..65535).
+        If the content is not an image, is truncated or damaged, has more pixels than Pillow allows, or has values of
+        undefined brightness (floating point, or integers outside 0..65535).
     TypeError
-        If ``source`` is none of the above.
+        If ``source`` is of another type.
     """
     if isinstance(source, Image.Image):
         image = source
@@ -109,7 +108,7 @@ def _read(source: str | os.PathLike | BinaryIO, name: str, upright: bool) -> Ima
         return image
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # of any kind, where the metadata is damaged; it says nothing about the image then
+    except Exception:  # damaged metadata raises errors of any kind
         return image
 
 
@@ -122,7 +121,7 @@ def _decode(image: Image.Image, name: str) -> None:
 
 @contextmanager
 def _strict_decoding() -> Iterator[None]:
-    """Have Pillow refuse cut-off files inside the block, whatever another package has set for the whole process."""
+    """Let Pillow refuse truncated files inside the block, whatever another package has set for the process."""
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -169,15 +168,14 @@ def load_image(image_file: str, upright: bool = True) -> Image.Image:
     image_file : str
         A path, or an address that begins with ``http://`` or ``https://``.
     upright : bool
-        Follow the EXIF orientation; False for the image as the original LLaVA reads it.
+        Apply the EXIF orientation, which the original LLaVA ignores.
 
     Raises
     ------
     OSError
-        If the file does not exist, or the address cannot be fetched, not within `DOWNLOAD_SECONDS`, or is larger than
-        `MAX_DOWNLOAD`.
+        If the file does not exist, or the address cannot be fetched within `DOWNLOAD_SECONDS` and `MAX_DOWNLOAD`.
     ValueError
-        If what was read is not a sound image.
+        If the content is not a valid image.
     """
     if not image_file.startswith(("http://", "https://")):
         return load_rgb(image_file, upright=upright)
@@ -185,10 +183,10 @@ def load_image(image_file: str, upright: bool = True) -> Image.Image:
 
 
 def _download(address: str) -> BytesIO:
-    """What stands at an address.
+    """The content at an address.
 
-    A timeout of requests is for each silence: a server that sends a byte now and then is never timed out. Hence the
-    thread, which gives up by itself when nobody waits for it.
+    The timeout of requests only limits pauses between bytes. A thread limits the whole download; it stops once nobody
+    waits for it.
     """
     answer: SimpleQueue[BytesIO | Exception] = SimpleQueue()
     given_up = threading.Event()
@@ -220,7 +218,7 @@ def _fetched(address: str, given_up: threading.Event) -> BytesIO:
         response.raise_for_status()
         stated = response.headers.get("Content-Length", "")
         _check_size(int(stated) if stated.isdecimal() else 0)
-        # Small pieces: a slow server's come in when they are full.
+        # Small pieces, because a piece of a slow server arrives only when it is full.
         for piece in response.iter_content(4096):
             _check_size(content.tell() + len(piece))
             if given_up.is_set():
@@ -236,7 +234,7 @@ def _check_size(size: int) -> None:
 
 
 def load_image_from_base64(image: str | bytes, upright: bool = True) -> Image.Image:
-    """Read an image that was sent as base64 text; its mode is left as it is. Errors as of `load_rgb`."""
+    """Read an image from base64 text; its mode is kept. Errors as of `load_rgb`."""
     return _read(BytesIO(base64.b64decode(image)), "the image", upright)
 
 
@@ -257,55 +255,44 @@ def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...])
     return square
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int], side: int) -> Image.Image:
-    """`expand2square`, for an image that is resized to ``side`` next: where padding is too large, it is so already.
+def pad_to_square(image: Image.Image, colour: tuple[int, ...], side: int) -> Image.Image:
+    """`expand2square` for an image that is resized to ``side`` next; if the square would be too large, do both at once.
 
-    Then no canvas of the longer side squared is made, and what comes is
-    ``expand2square(image, colour).resize((side, side))`` up to rounding, one level of 255.
+    The result is then ``expand2square(image, colour).resize((side, side))`` up to rounding (one level of 255), without
+    the memory for the square.
 
     Parameters
     ----------
     image : PIL.Image.Image
         Mode "RGB".
     colour : tuple of int
-        Of the padding.
+        Colour of the padding.
     side : int
         In pixels.
     """
     shorter, longer = sorted(image.size)
     if longer * (longer - shorter) <= MAX_PADDING or longer <= 4 * side:
         return expand2square(image, colour)
-    wide = image.width > image.height
     # As Pillow does: the width first, then the height, each rounded to 8 bits.
-    if wide:
-        image = image.resize((side, shorter), reducing_gap=REDUCING_GAP)
-        padded = _padded_and_resized(np.asarray(image).swapaxes(0, 1), colour, side, longer).swapaxes(0, 1)
-        return Image.fromarray(np.ascontiguousarray(padded))
-    averaged = math.ceil(longer / (REDUCING_GAP * 2 * side))
-    pixels = np.asarray(image.reduce((1, averaged)) if averaged > 1 else image)
-    padded = Image.fromarray(_padded_and_resized(pixels, colour, side, longer))
-    return padded.resize((side, side))
+    if image.width > image.height:
+        narrow = image.resize((side, shorter), reducing_gap=REDUCING_GAP).transpose(Image.Transpose.TRANSPOSE)
+        return _padded_and_resized(narrow, colour, side, longer).transpose(Image.Transpose.TRANSPOSE)
+    averaged = image.reduce((1, math.ceil(longer / (REDUCING_GAP * 2 * side))))
+    return _padded_and_resized(averaged, colour, side, longer).resize((side, side))
 
 
-def _padded_and_resized(pixels: np.ndarray, colour: tuple[int, int, int], side: int, padded: int) -> np.ndarray:
-    """Rows (n, w, 3), centred in rows of ``padded`` pixels of a colour and resized to (n, side, 3), uint8 all.
-
-    Bicubic as Pillow has it. What a weight does not give to the image it gives to the colour.
-    """
-    width = pixels.shape[1]
-    scale = padded / side
-    places = (np.arange(width) + (padded - width) // 2 + 0.5) / scale
-    x = np.abs(places - (np.arange(side)[:, None] + 0.5))  # (side, w)
-    weights = (
-        np.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, np.where(x < 2, ((-0.5 * x + 2.5) * x - 4) * x + 2, 0)) / scale
-    )
-    reached = weights.any(axis=1)
-    weights = weights[reached].T.astype(np.float32)  # (w, columns that the image reaches)
-    background = np.asarray(colour, dtype=np.float32)
-    result = np.empty((len(pixels), side, 3), dtype=np.uint8)
-    result[:] = colour
-    for start in range(0, len(pixels), 256):
-        block = pixels[start : start + 256] - background
-        value = np.tensordot(block, weights, axes=(1, 0)).swapaxes(1, 2) + background  # (rows, columns, 3)
-        result[start : start + 256, reached] = np.rint(value).clip(0, 255)
+def _padded_and_resized(image: Image.Image, colour: tuple[int, ...], side: int, padded: int) -> Image.Image:
+    """Centre an image in ``padded`` columns and resize to ``side`` columns, with only the padding near it in memory."""
+    scale, left = padded / side, (padded - image.width) // 2
+    # Bicubic reaches two columns of the result to each side.
+    first, last = math.floor(left / scale) - 3, math.ceil((left + image.width) / scale) + 3
+    start, end = math.floor(max(0, first - 3) * scale), math.ceil(min(side, last + 3) * scale)
+    first, last = max(0, first), min(side, last)
+    result = Image.new("RGB", (side, image.height), colour)
+    for top in range(0, image.height, ROWS_AT_ONCE):
+        rows = min(ROWS_AT_ONCE, image.height - top)
+        near = Image.new("RGB", (min(end, padded) - start, rows), colour)
+        near.paste(image.crop((0, top, image.width, top + rows)), (left - start, 0))
+        box = (first * scale - start, 0, last * scale - start, rows)
+        result.paste(near.resize((last - first, rows), box=box), (first, top))
     return result

@@ -139,6 +139,9 @@ def auto_upgrade(config: str) -> None:
 class GradioConversation:
     """What the original's web page asks of a conversation."""
 
+    messages: list | tuple
+    offset: int
+
     def process_image(
         self,
         image: Image.Image,
@@ -201,7 +204,7 @@ class GradioConversation:
 
     def to_gradio_chatbot(self) -> list[list[str | None]]:
         """The dialogue as ``[user, assistant]`` pairs, images as inline ``<img>`` tags in front of the text."""
-        pairs = []
+        pairs: list[list[str | None]] = []
         for index, (_, message) in enumerate(self.messages[self.offset :]):
             if index % 2 == 1:
                 pairs[-1][1] = message

@@ -6,6 +6,7 @@ import ast
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -63,15 +64,16 @@ def select_best_resolution(
     (int, int) or None
         None if there is nothing to choose from.
     """
-    width, height = original_size
-    best, best_key = None, None
-    for candidate_width, candidate_height in possible_resolutions:
-        scale = min(candidate_width / width, candidate_height / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        key = (effective, effective - candidate_width * candidate_height)
-        if best_key is None or key > best_key:
-            best, best_key = (candidate_width, candidate_height), key
-    return best
+    candidates = [(width, height) for width, height in possible_resolutions]
+    return max(candidates, key=partial(_fit, original_size)) if candidates else None
+
+
+def _fit(size: tuple[int, int], resolution: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of an image that a resolution keeps, and, negative, those that it wastes."""
+    (width, height), (across, down) = size, resolution
+    scale = min(across / width, down / height)
+    kept = min(int(width * scale) * int(height * scale), width * height)
+    return kept, kept - across * down
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int]) -> Image.Image:
@@ -139,7 +141,7 @@ def get_anyres_image_grid_shape(
     patch_size : int
         Side of a crop in pixels.
     """
-    width, height = select_best_resolution(image_size, _pinpoints(grid_pinpoints))
+    width, height = max(_pinpoints(grid_pinpoints), key=partial(_fit, image_size))
     return width // patch_size, height // patch_size
 
 
@@ -164,7 +166,7 @@ def process_anyres_image(
         are the image fitted into the best resolution.
     """
     image = load_rgb(image)
-    best = select_best_resolution(image.size, _pinpoints(grid_pinpoints))
+    best = max(_pinpoints(grid_pinpoints), key=partial(_fit, image.size))
     crops = divide_to_patches(resize_and_pad_image(image, best), processor.crop_size["height"])
     side = processor.size["shortest_edge"]
     views = [image.resize((side, side), reducing_gap=REDUCING_GAP), *crops]
@@ -352,7 +354,7 @@ class KeywordsStoppingCriteria(StoppingCriteria):
 
     def __call__(
         self, output_ids: torch.LongTensor, scores: torch.FloatTensor | None = None, **kwargs: Any
-    ) -> bool | torch.BoolTensor:
+    ) -> bool | torch.Tensor:
         """Whether generation is to stop.
 
         Parameters

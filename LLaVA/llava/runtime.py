@@ -1,4 +1,4 @@
-"""Facts about the running process and its machine."""
+"""The running process and its machine."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def is_main_process() -> bool:
 
 
 def forget_place(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Take out what gives a process its place in another launch: a worker would wait for processes that never come."""
+    """Remove the variables of another launch, because of which a worker would wait for processes that never come."""
     for name in [name for name in environ if name in PLACE or name.startswith(PLACES)]:
         del environ[name]
 
 
 def print_everything() -> None:
-    """Let standard output and error show what the terminal's encoding lacks as escapes, instead of failing on it."""
+    """Print characters that the terminal's encoding lacks as escapes, instead of failing on them."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
