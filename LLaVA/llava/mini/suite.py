@@ -1,12 +1,12 @@
-"""Eleven small benchmarks in the real ones' columns: built once, in seconds, into the user's cache folder.
+"""Eleven small benchmarks with the columns of the real ones, built in seconds into the user's cache folder.
 
-Every benchmark is a folder of parquet files that ``datasets.load_dataset(folder, ...)`` reads without a network, and
-that lmms-eval's builtin task of the real benchmark scores unchanged. The folders carry the real data sets' names below
-the suite's root: a process whose working directory is that root finds them in place of the hub's, which also
-serves a task whose code names a data set itself (GQA's second load, of the images).
+Every benchmark is a folder of parquet files that ``datasets.load_dataset(folder, ...)`` reads offline and that
+lmms-eval's builtin task scores unchanged. The folders have the names of the real data sets below the suite's root: a
+process whose working directory is that root finds them instead of the Hub's, even for a task whose code names a data
+set (GQA's images).
 
-Building checks every row and pixel against recorded hashes, so a suite is the same on every machine or not there at
-all. Run ``python -m llava.mini.suite --help`` for the command line.
+Building checks every row and pixel against recorded hashes, so that a suite is the same on every machine. For the
+command line, see ``python -m llava.mini.suite --help``.
 """
 
 from __future__ import annotations
@@ -15,31 +15,33 @@ import argparse
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from llava.benchmarks import BENCHMARKS, Benchmark
+from llava.benchmarks import BENCHMARKS, Benchmark, Data
+from llava.command import Parser
 from llava.files import MADE, made_folder, make_once, write_json
 from llava.mini.benchmarks import BUILDERS, Table
 from llava.mini.seeded_random import WORLD_VERSION
-from llava.runtime import print_everything
 
-__all__ = ["TASKS", "VERSION", "default_root", "prepare", "rows_of", "table_hash"]
+__all__ = ["DATA", "TASKS", "VERSION", "default_root", "prepare", "rows_of", "table_hash"]
 
 RECORD_FILE = Path(__file__).with_name("suite.json")
 MARKER = MADE
 
 
-TASKS: dict[str, Benchmark] = {benchmark.mini: benchmark for benchmark in BENCHMARKS if benchmark.data}
+TASKS: dict[str, Benchmark] = {task: benchmark for benchmark in BENCHMARKS if (task := benchmark.mini)}
 """Embedded task -> its benchmark."""
+DATA: dict[str, Data] = {task: benchmark.data for task, benchmark in TASKS.items() if benchmark.data}
+"""Embedded task -> its data set."""
 
 
 def rows_of(task: str) -> int:
     """Number of questions of an embedded task."""
-    data = TASKS[task].data
+    data = DATA[task]
     return _recorded()[f"{data.folder}/{data.config}/{data.split}"]["rows"]
 
 
@@ -69,16 +71,16 @@ def default_root() -> Path:
 
 
 def prepare(root: str | Path | None = None, force: bool = False) -> Path:
-    """Build the suite unless it is there and whole, and say where.
+    """Build the suite unless it is complete, and return its folder.
 
-    The suite appears at once and whole; see `llava.files.make_once`.
+    It appears complete or not at all; see `llava.files.make_once`.
 
     Parameters
     ----------
     root : path, optional
         The suite's own folder; by default `default_root()`.
     force : bool
-        Build anew even if it is there.
+        Rebuild it in any case.
 
     Returns
     -------
@@ -88,11 +90,11 @@ def prepare(root: str | Path | None = None, force: bool = False) -> Path:
     Raises
     ------
     FileExistsError
-        If `root` is a file, or a folder that is not empty and holds no suite.
+        If `root` is a file, or a folder that is not empty and not a suite.
     OSError
         If it cannot be written.
     RuntimeError
-        If this machine makes other rows or pixels than those on record.
+        If this machine produces other rows or pixels than recorded.
     """
     root = default_root() if root is None else Path(root).expanduser().absolute()
     make_once(root, VERSION, "the mini suite", _build, force, ours=root.name == NAME)
@@ -103,14 +105,14 @@ def _build(folder: Path) -> None:
     from tqdm import tqdm
 
     recorded = _recorded()
-    for benchmark in tqdm(TASKS.values(), desc=f"building the mini suite {VERSION}", unit="benchmark", disable=None):
-        tables = BUILDERS[benchmark.name]()
+    for task, data in tqdm(DATA.items(), desc=f"building the mini suite {VERSION}", unit="benchmark", disable=None):
+        tables = BUILDERS[TASKS[task].name]()
         for table in tables:
-            name = f"{benchmark.data.folder}/{table.config}/{table.split}"
+            name = f"{data.folder}/{table.config}/{table.split}"
             found = table_hash(table.rows)
             if found != recorded[name]["sha256"]:
                 raise RuntimeError(f"{name}: the rows made here have the hash {found}, not {recorded[name]['sha256']}")
-        _write_tables(folder / benchmark.data.folder, tables)
+        _write_tables(folder / data.folder, tables)
 
 
 def table_hash(rows: Iterable[dict[str, Any]]) -> str:
@@ -178,9 +180,9 @@ def _stored(value: Any, pngs: dict[int, bytes]) -> Any:
 
 
 def _record() -> None:
-    """Write the hashes of what the builders make now; for whoever changes the world or a benchmark on purpose."""
+    """Record the hashes of what the builders make now, after an intended change of the world or a benchmark."""
     tables = {
-        f"{TASKS[f'mini_{name}'].data.folder}/{table.config}/{table.split}": {
+        f"{DATA[f'mini_{name}'].folder}/{table.config}/{table.split}": {
             "rows": len(table.rows),
             "sha256": table_hash(table.rows),
         }
@@ -190,20 +192,20 @@ def _record() -> None:
     write_json(RECORD_FILE, tables)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line: build the suite and print where it lies."""
-    parser = argparse.ArgumentParser(prog="python -m llava.mini.suite", description=__doc__.split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: build the suite and print its folder."""
+    parser = Parser("llava.mini.suite", __doc__)
     parser.add_argument("--output", metavar="DIR", help="the suite's folder (default: in the user's cache folder)")
-    parser.add_argument("--force", action="store_true", help="build anew even if the suite is there")
+    parser.add_argument("--force", action="store_true", help="rebuild the suite")
     parser.add_argument("--record", action="store_true", help="record new content hashes in the package, build nothing")
-    options = parser.parse_args(arguments)
-    if options.record:
+    return parser.run(_make, argv)
+
+
+def _make(arguments: argparse.Namespace) -> None:
+    if arguments.record:
         _record()
-        print(RECORD_FILE)
-    else:
-        print(prepare(options.output, options.force))
+    print(RECORD_FILE if arguments.record else prepare(arguments.output, arguments.force))
 
 
 if __name__ == "__main__":
-    print_everything()
-    main()
+    raise SystemExit(main())

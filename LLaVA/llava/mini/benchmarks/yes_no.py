@@ -7,7 +7,7 @@ from collections import Counter
 from llava.mini.benchmarks.table import SOURCE, Row, Table, columns, image_of, scenes_of, table
 from llava.mini.captions import an
 from llava.mini.forms import FORMS, Fact
-from llava.mini.forms.perception import absent_kind
+from llava.mini.forms.perception import absent_kinds
 from llava.mini.questions import as_open
 from llava.mini.scenes import COLORS, SHAPES, Scene
 from llava.mini.seeded_random import SeededRandom
@@ -24,18 +24,18 @@ def pope() -> list[Table]:
     for scene in scenes_of(split):
         # Three kinds of at least two colours and two shapes: else there is nothing tempting to ask for.
         kinds = _kinds(scene)
-        if len(kinds) >= 3 and absent_kind(scene, SeededRandom("pope", scene.seed), with_color=True, tempting=True):
+        if len(kinds) >= 3 and absent_kinds(scene, with_color=True, tempting=True):
             scenes.append(scene)
         if len(scenes) == 36:
             break
     shown_in = Counter(kind for scene in scenes for kind in _kinds(scene))
     every = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
     popular = sorted(every, key=lambda kind: -shown_in[kind])[: len(every) // 3]
-    rows = []
+    rows: list[tuple[str, Row]] = []
     for scene in scenes:
         rng = SeededRandom("rows", split, scene.seed)
         kinds = _kinds(scene)
-        absent = {"adversarial": absent_kind(scene, rng, with_color=True, tempting=True)}
+        absent = {"adversarial": rng.choice(absent_kinds(scene, with_color=True, tempting=True))}
         for category, pool in (("popular", popular), ("random", every)):
             absent[category] = rng.choice([k for k in pool if k not in kinds and k not in absent.values()])
         for (category, missing), present in zip(absent.items(), rng.sample(kinds, 3), strict=True):

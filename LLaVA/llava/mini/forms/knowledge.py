@@ -8,7 +8,7 @@ from functools import wraps
 
 from llava.mini.captions import an
 from llava.mini.forms.facts import Fact, named, near_numbers, other_than, yes_no
-from llava.mini.forms.naming import some_phrase
+from llava.mini.forms.naming import about_one
 from llava.mini.scenes import CATEGORIES, NUMBERS, WORDS, Scene, SceneObject
 from llava.mini.seeded_random import SeededRandom
 
@@ -88,20 +88,14 @@ def _is_french(sign: SceneObject, rng: SeededRandom) -> Fact:
     return yes_no("is_french", f'Is "{stated}" the French translation of the word in the image?', yes)
 
 
-def _fruit(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, scene.shapes, hide=("color",))
-    if named is None:
-        return None
-    thing, phrase = named
+@about_one(lambda scene: scene.shapes, hide=("color",))
+def _fruit(thing: SceneObject, phrase: str, scene: Scene, rng: SeededRandom) -> Fact:
     answer = FRUITS[thing.color]
     return Fact("fruit", f"Which fruit has the color of the {phrase}?", answer, other_than(FRUITS.values(), answer))
 
 
-def _corners(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, [o for o in scene.shapes if o.shape in CORNERS], hide=("shape",))
-    if named is None:
-        return None
-    thing, phrase = named
+@about_one(lambda scene: [o for o in scene.shapes if o.shape in CORNERS], hide=("shape",))
+def _corners(thing: SceneObject, phrase: str, scene: Scene, rng: SeededRandom) -> Fact:
     answer = str(CORNERS[thing.shape])
     return Fact("corners", f"How many corners does the {phrase} have?", answer, other_than(CORNER_COUNTS, answer))
 

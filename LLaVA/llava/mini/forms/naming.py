@@ -6,8 +6,10 @@ Questions about an object have to name it without giving away the answer, and so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 from llava.mini.captions import at
+from llava.mini.forms.facts import Fact
 from llava.mini.scenes import IMAGE_SIZE, SIGN, Scene, SceneObject
 from llava.mini.seeded_random import SeededRandom
 
@@ -57,6 +59,25 @@ def some_phrase(
         if phrase is not None:
             return thing, phrase
     return None
+
+
+def about_one(
+    things: Callable[[Scene], Sequence[SceneObject]], hide: Sequence[str]
+) -> Callable[[Callable[..., Fact]], Callable[[Scene, SeededRandom], Fact | None]]:
+    """Makes a form of a function that states a fact about one of ``things``, given with a phrase and the scene.
+
+    The form states nothing where none of them can be named without an attribute in ``hide``.
+    """
+
+    def wrap(state: Callable[..., Fact]) -> Callable[[Scene, SeededRandom], Fact | None]:
+        @wraps(state)
+        def form(scene: Scene, rng: SeededRandom) -> Fact | None:
+            found = some_phrase(scene, rng, things(scene), hide)
+            return None if found is None else state(*found, scene, rng)
+
+        return form
+
+    return wrap
 
 
 def two_phrases(

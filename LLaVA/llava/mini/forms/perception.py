@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from llava.mini.captions import an
 from llava.mini.forms.facts import Fact, named, other_than, yes_no
-from llava.mini.forms.naming import APART, INSIDE, firmly_placed, phrase_for, some_phrase, two_phrases
+from llava.mini.forms.naming import APART, INSIDE, about_one, firmly_placed, phrase_for, some_phrase, two_phrases
 from llava.mini.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -28,33 +29,33 @@ def _exists(scene: Scene, rng: SeededRandom) -> Fact | None:
         return None
     yes, with_color = rng.chance(50), rng.chance(65)
     if yes:
-        kind = present_kind(scene, rng, with_color)
+        kinds = present_kinds(scene, with_color)
     else:
-        tempting = absent_kind(scene, rng, with_color, tempting=True) if rng.chance(60) else None
-        kind = tempting or absent_kind(scene, rng, with_color, tempting=False)
+        kinds = absent_kinds(scene, with_color, tempting=True) if rng.chance(60) else []
+        kinds = kinds or absent_kinds(scene, with_color, tempting=False)
+    if not kinds:
+        return None
+    kind = rng.choice(kinds)
     wordings = ("Is there {} in the image?", "Is there {} in this image?", "Is there {}?")
-    return None if kind is None else yes_no("exists", rng.choice(wordings).format(an(kind)), yes)
+    return yes_no("exists", rng.choice(wordings).format(an(kind)), yes)
 
 
-def present_kind(scene: Scene, rng: SeededRandom, with_color: bool) -> str:
-    """A kind of shape that the scene shows, such as "star" or "red star"."""
-    thing = rng.choice(scene.shapes)
-    return f"{thing.color} {thing.shape}" if with_color else thing.shape
+def present_kinds(scene: Scene, with_color: bool) -> list[str]:
+    """The kind of each shape in the scene, such as "star" or "red star"."""
+    return [f"{thing.color} {thing.shape}" if with_color else thing.shape for thing in scene.shapes]
 
 
-def absent_kind(scene: Scene, rng: SeededRandom, with_color: bool, tempting: bool) -> str | None:
-    """A kind of shape that the scene does not show, or None when there is none of that sort.
+def absent_kinds(scene: Scene, with_color: bool, tempting: bool) -> list[str]:
+    """Kinds of shapes that the scene does not show.
 
-    A tempting one has a colour and a shape that are both in the image, only not together.
+    Tempting ones with a colour have a colour and a shape that are both in the image, only not together.
     """
     shown = {(o.color, o.shape) for o in scene.shapes}
     if not with_color:
-        missing = [s for s in SHAPES if s not in {shape for _, shape in shown}]
-        return rng.choice(missing) if missing else None
+        return [s for s in SHAPES if s not in {shape for _, shape in shown}]
     colors = sorted({c for c, _ in shown}) if tempting else list(COLORS)
     shapes = sorted({s for _, s in shown}) if tempting else list(SHAPES)
-    missing_pairs = [f"{c} {s}" for c in colors for s in shapes if (c, s) not in shown]
-    return rng.choice(missing_pairs) if missing_pairs else None
+    return [f"{c} {s}" for c in colors for s in shapes if (c, s) not in shown]
 
 
 def _both(scene: Scene, rng: SeededRandom) -> Fact | None:
@@ -72,11 +73,8 @@ def _asks_for(
 ) -> Callable[[Scene, SeededRandom], Fact | None]:
     """The form that asks for an attribute of one shape, or also of a sign."""
 
-    def form(scene: Scene, rng: SeededRandom) -> Fact | None:
-        found = some_phrase(scene, rng, scene.objects if signs else scene.shapes, hide=(attribute,))
-        if found is None:
-            return None
-        thing, phrase = found
+    @about_one(lambda scene: scene.objects if signs else scene.shapes, hide=(attribute,))
+    def form(thing: SceneObject, phrase: str, scene: Scene, rng: SeededRandom) -> Fact:
         answer = getattr(thing, attribute)
         return Fact(attribute, rng.choice(wordings).format(phrase), answer, other_than(options, answer))
 
@@ -92,15 +90,15 @@ _shape = _asks_for("shape", SHAPES, "What is the {}?", "What shape is the {}?", 
 _size = _asks_for("size", SIZES, "How big is the {}?", "What size is the {}?")
 
 
-def _is_color(scene: Scene, rng: SeededRandom) -> Fact | None:
-    found = some_phrase(scene, rng, scene.objects, hide=("color",))
-    if found is None:
-        return None
-    thing, phrase = found
+@about_one(lambda scene: scene.objects, hide=("color",))
+def _is_color(thing: SceneObject, phrase: str, scene: Scene, rng: SeededRandom) -> Fact:
     yes = rng.chance(50)
     nearby = other_than(sorted({o.color for o in scene.objects}), thing.color)
     others = nearby if nearby and rng.chance(50) else other_than(COLORS, thing.color)
     return yes_no("is_color", f"Is the {phrase} {thing.color if yes else rng.choice(others)}?", yes)
+
+
+Relation = Callable[[SceneObject, SceneObject], bool]
 
 
 def _left_of(a: SceneObject, b: SceneObject) -> bool:
@@ -111,7 +109,11 @@ def _above(a: SceneObject, b: SceneObject) -> bool:
     return b.center[1] - a.center[1] >= APART
 
 
-RELATIONS = (
+def _the_other_way_round(holds: Relation, a: SceneObject, b: SceneObject) -> bool:
+    return holds(b, a)
+
+
+RELATIONS: tuple[tuple[str, str, str, str, Relation], ...] = (
     ("left", "right", "to the left of", "to the right of", _left_of),
     ("above", "below", "above", "below", _above),
 )
@@ -138,7 +140,7 @@ def _related(scene: Scene, rng: SeededRandom) -> Fact | None:
     """What is the one object on a side of another."""
     _, _, preposition, opposite, holds = rng.choice(RELATIONS)
     if rng.chance(50):
-        preposition, holds = opposite, lambda a, b, forward=holds: forward(b, a)
+        preposition, holds = opposite, partial(_the_other_way_round, holds)
     for anchor in rng.shuffled(scene.objects):
         others = [o for o in scene.objects if o is not anchor]
         there = [o for o in others if holds(o, anchor)]
@@ -173,20 +175,14 @@ def _side(scene: Scene, rng: SeededRandom) -> Fact | None:
     return Fact("side", wording.format(phrase), answer, (wrong,))
 
 
-def _place(scene: Scene, rng: SeededRandom) -> Fact | None:
-    found = some_phrase(scene, rng, [o for o in scene.objects if firmly_placed(o)], hide=("place",))
-    if found is None:
-        return None
-    thing, phrase = found
+@about_one(lambda scene: [o for o in scene.objects if firmly_placed(o)], hide=("place",))
+def _place(thing: SceneObject, phrase: str, scene: Scene, rng: SeededRandom) -> Fact:
     wording = rng.choice(("Where in the image is the {}?", "Where is the {}?", "In which part of the image is the {}?"))
     return Fact("place", wording.format(phrase), thing.place, other_than(PLACES, thing.place))
 
 
-def _read(scene: Scene, rng: SeededRandom) -> Fact | None:
-    found = some_phrase(scene, rng, scene.signs, hide=("text",))
-    if found is None:
-        return None
-    thing, phrase = found
+@about_one(lambda scene: scene.signs, hide=("text",))
+def _read(thing: SceneObject, phrase: str, scene: Scene, rng: SeededRandom) -> Fact:
     alphabet, sort = (NUMBERS, "number") if thing.text in NUMBERS else (WORDS, "word")
     wordings = ("What does the {} say?", "What is written on the {}?", f"What {sort} is on the {{}}?")
     return Fact("read", rng.choice(wordings).format(phrase), thing.text, other_than(alphabet, thing.text))

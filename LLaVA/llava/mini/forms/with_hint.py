@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llava.mini.forms.facts import Fact, named, other_than
 from llava.mini.forms.knowledge import on_sign
-from llava.mini.forms.naming import APART, INSIDE, phrase_for, some_phrase, two_phrases
+from llava.mini.forms.naming import APART, INSIDE, about_one, phrase_for, some_phrase, two_phrases
 from llava.mini.forms.perception import larger
 from llava.mini.scenes import CATEGORIES, Scene, SceneObject
 from llava.mini.seeded_random import SeededRandom
@@ -32,8 +32,8 @@ def _compass(scene: Scene, rng: SeededRandom) -> Fact | None:
 
 
 def _farthest(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = [(o, phrase_for(scene, rng, o, hide=("place",))) for o in rng.shuffled(scene.objects)]
-    named = [(o, phrase) for o, phrase in named if phrase is not None][:3]
+    phrases = [(o, phrase_for(scene, rng, o, hide=("place",))) for o in rng.shuffled(scene.objects)]
+    named = [(o, phrase) for o, phrase in phrases if phrase is not None][:3]
     if len(named) < 3:
         return None
     direction, axis, sign = rng.choice((("north", 1, 1), ("south", 1, -1), ("west", 0, 1), ("east", 0, -1)))
@@ -72,11 +72,8 @@ def _polygon(scene: Scene, rng: SeededRandom) -> Fact | None:
     return Fact("polygon", f"Which describes the {named[1]}?", answer, (wrong,), hint)
 
 
-def _feeling(scene: Scene, rng: SeededRandom) -> Fact | None:
-    named = some_phrase(scene, rng, [o for o in scene.shapes if o.color in FEELINGS], hide=("color",))
-    if named is None:
-        return None
-    thing, phrase = named
+@about_one(lambda scene: [o for o in scene.shapes if o.color in FEELINGS], hide=("color",))
+def _feeling(thing: SceneObject, phrase: str, scene: Scene, rng: SeededRandom) -> Fact:
     answer = FEELINGS[thing.color]
     hint = "Red shapes are hot, blue shapes are cold, yellow shapes are bright and black shapes are dark."
     return Fact("feeling", f"Which word describes the {phrase}?", answer, other_than(FEELINGS.values(), answer), hint)
