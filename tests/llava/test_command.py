@@ -88,7 +88,6 @@ WRONG = {
     "train --stage finetune --model m --data no-such.json --output o": "no-such.json",
     "ocvtp train --epochs 0": "--epochs: must be a whole number >= 1, not 0",
     "train --stage pretrain --model x --data x": "required: --output",
-    "train --stage finetune --model x --data x.json --output out": "x.json",
     "export llava-mini": "required: folder",
     "export llava-mini . --conv-mode v9": "is not empty",
 }

@@ -428,7 +428,7 @@ class TestOptions:
             (["--visual-cache", "-1"], "--visual-cache: must be a number >= 0, or off, not -1"),
             (["--visual-cache", "inf"], "--visual-cache: must be a number >= 0, or off, not inf"),
             (["--dtype", "int8"], "invalid choice: 'int8'"),
-            (["--method", "nosuch", "--device", "cpu"], "unknown method 'nosuch'"),
+            (["--method", "nosuch", "--device", "cpu"], "--method nosuch: unknown method 'nosuch'"),
             (["--method", "otprune:gama=1", "--device", "cpu"], "OTPRUNE_GAMA=1"),
             (["--method", "otprune:gamma=x", "--device", "cpu"], "OTPRUNE_GAMMA=x"),
             (["--conv-template", "vicuna", "--device", "cpu"], "--conv-template vicuna: allowed are auto, default"),

@@ -17,7 +17,6 @@ from lmms_eval_otprune.models import llava as wrapper
 from lmms_eval_otprune.models import prompts
 from lmms_eval_otprune.models.answers import Answer, AnswerLog, Question
 from lmms_eval_otprune.models.llava import Llava
-from lmms_eval_otprune.models.progress import Progress
 from lmms_eval_otprune.models.settings import GenerationSettings
 from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount
 from PIL import Image
@@ -540,18 +539,10 @@ class TestSettings:
         }
 
     def test_the_aspect_ratio_of_a_task_yields_to_the_checkpoint_s(self, load):
-        config = load().config
-        with GenerationSettings(image_aspect_ratio="original").applied_to(config):
-            assert config.image_aspect_ratio == "pad"
-
-
-def test_the_progress_bar_shows_kept_tokens_as_the_mean_over_layers_and_images():
-    drawn = io.StringIO()
-    with Progress("pope", 4, 0, drawn) as progress:
-        progress.advance(1, [])
-        progress.advance(1, [ImageCount(576, ((2, 576), (2, 56)))])
-        progress.advance(2, [ImageCount(576, ((4, 56),))] * 2)
-    assert "visual tokens 142.7/576" in drawn.getvalue()
+        settings, config = GenerationSettings(image_aspect_ratio="original"), load().config
+        assert settings.preprocessing(config).image_aspect_ratio == "pad"
+        del config.image_aspect_ratio
+        assert settings.preprocessing(config).image_aspect_ratio == "original"
 
 
 def test_the_model_outlives_a_run_only_when_another_follows(load):

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     names = ("user", "assistant") if conv.sep_style is SeparatorStyle.MPT else conv.roles
     end = AnswerEnd.of(conv, tokenizer)
     streamer = _Streamer(tokenizer, end)
-    # The image is named in the first question only, and handed over at every turn.
+    # The image has its mark in the first question only, and is passed at every turn.
     mark: str | None = image_mark(model.config)
     while question := _ask(f"{names[0]}: "):
         if DEFAULT_IMAGE_TOKEN in question:
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
             )
         # Without special tokens: the template itself ends the turn, and one </s> too many confuses the next answer.
         answer = end.cut(tokenizer.decode(output_ids[0], skip_special_tokens=True)).strip()
-        # Written by the model, too, it would stand for an image in the next prompt.
+        # Even if the model wrote it, it would stand for an image in the next prompt.
         answer = answer.replace(DEFAULT_IMAGE_TOKEN, "")
         conv.messages[-1][-1] = answer
         if args.debug:

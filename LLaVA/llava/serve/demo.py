@@ -59,9 +59,9 @@ class Answer:
     total : int
         Visual tokens of the image.
     kept : float
-        Those present, in the mean over the decoder's layers.
+        Visual tokens present, averaged over the decoder's layers.
     indices : list of int
-        Those that the method left, as indices into all of them.
+        Indices of the kept tokens.
     seconds : float
         From the call to the first token: vision tower, selection and prefill.
     flops : int
@@ -77,7 +77,7 @@ class Answer:
 
 
 class _FirstToken(BaseStreamer):
-    """Notes when the first new token is there."""
+    """Records when tokens arrive."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
@@ -89,7 +89,7 @@ class _FirstToken(BaseStreamer):
 
 
 class Model:
-    """A checkpoint that answers one request at a time, whoever asks.
+    """A checkpoint that answers one request at a time, for all threads.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ class Model:
             path, None, self.name, device=device, dtype=dtype, multimodal=True
         )
         self.shape = ModelShape.of(self.model.config, self.model.get_vision_tower().config)
-        # A model prunes with one method at a time, for all threads that use it.
+        # A model prunes with one method at a time, shared by all threads.
         self._lock = threading.Lock()
         self._cache = VisualCache(2**28)
 
@@ -131,14 +131,14 @@ class Model:
         question : str
         config : PruningConfig or None
         new_tokens : int
-            Length of the answer at most.
+            Maximum length of the answer.
         cached : bool
-            Encode the image only if that was not done before; `Answer.seconds` then means nothing.
+            Reuse the encoded image if there is one; `Answer.seconds` is then meaningless.
 
         Raises
         ------
         ValueError
-            For a question that is empty, too long or holds an image's mark, or a method that this model cannot use.
+            For a question that is empty, too long or contains an image mark, or a method that this model cannot use.
         """
         model = self.model
         ids, end = self._prompt(question)
@@ -185,7 +185,7 @@ class Model:
         )
 
     def _prompt(self, question: str) -> tuple[torch.Tensor, AnswerEnd]:
-        """The checkpoint's prompt with one image and a question: ids (1, T), and what ends its answer."""
+        """The prompt of an image and a question: ids (1, T), and how its answer ends."""
         question = question.strip()
         if not question:
             raise ValueError("the question is empty: write one")
@@ -227,7 +227,7 @@ def build_page(model: Model) -> Any:
         ]
 
     def step(asked: tuple[Image.Image, str, PruningConfig, int], count: int) -> tuple[Any, Any]:
-        """The tokens that are kept where ``count`` are: of a greedy method, the first that it chose."""
+        """Show the tokens kept with a budget of ``count``: of a greedy method, the first ones chosen."""
         picture, question, config, total = asked
         try:
             config = replace(config, ratio=count / total)
@@ -282,7 +282,7 @@ def build_page(model: Model) -> Any:
 
 
 def launch(page: Any, host: str, port: int, **options: Any) -> None:
-    """Serve a page; nothing on it comes from elsewhere. Options are those of `gradio.Blocks.launch`."""
+    """Serve a page that loads nothing from other servers. Options are those of `gradio.Blocks.launch`."""
     gr = import_gradio()
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     page.launch(
@@ -304,7 +304,7 @@ def _refusal(error: Exception) -> str:
 
 
 def _told(name: str, answer: Answer, unpruned: Answer | None = None) -> str:
-    """An answer and its costs in Markdown; those of the unpruned one give the ratios."""
+    """An answer and its costs in Markdown, with ratios to the unpruned answer's."""
 
     def share(value: float, whole: float) -> str:
         return "" if unpruned is None else f" ({100 * value / whole:.1f} %)"
@@ -320,7 +320,7 @@ def _told(name: str, answer: Answer, unpruned: Answer | None = None) -> str:
 
 
 def _map(model: Model, image: Image.Image, answer: Answer) -> str:
-    """The image's views with the tokens that were dropped faded."""
+    """The image's views with the dropped tokens faded."""
     figures = []
     for view in Encoder(model.model, model.processor).views([image])[0]:
         buffer = io.BytesIO()
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace) -> None:
     import_gradio()
     model = Model(arguments.model, find_device(arguments.device))
-    # The first call of a process takes longer, which must not look like the price of an unpruned prefill.
+    # The first call of a process takes longer, which must not count as the time of an unpruned prefill.
     model.ask(Image.new("RGB", (64, 64)), "What is this?", None, 1)
     launch(build_page(model), arguments.host, arguments.port, share=arguments.share)
 

@@ -1,12 +1,13 @@
-"""Answers on disk, one line each, so that an interrupted run continues where it stopped."""
+"""Records answers on disk, a line each, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ class Question:
     doc_id : int or str
         The document's place in the data set.
     repeat : int
-        0 for the first time this question is asked in a run, 1 for the second, ...
+        How often the question was asked before in this run.
     prompt : str
         The text handed over by lmms-eval, before the conversation template.
     settings : dict
         Generation settings, JSON-serialisable.
     seed : int, or None
-        Of the process's random state, for an answer that is sampled.
+        Of the random state, if the answer is sampled.
     """
 
     task: str
@@ -41,13 +42,26 @@ class Question:
     seed: int | None = None
 
     def fields(self) -> dict[str, Any]:
-        """What identifies the question in a line of the log; the prompt as a digest."""
+        """What identifies the question in the log, with a digest of the prompt."""
         return {**asdict(self), "prompt": hashlib.sha256(self.prompt.encode()).hexdigest()[:16]}
+
+
+def count_repeats(questions: Iterable[Question | None]) -> list[Question | None]:
+    """The questions with ``repeat`` counted up where one is asked again; None stays None."""
+    asked: Counter[str] = Counter()
+    counted = []
+    for question in questions:
+        if question is not None:
+            identity = repr(question)
+            question = replace(question, repeat=asked[identity])
+            asked[identity] += 1
+        counted.append(question)
+    return counted
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model gave for one question.
+    """A model's answer to a question.
 
     Attributes
     ----------
@@ -67,7 +81,7 @@ class Answer:
 
     @property
     def prompt(self) -> PromptCount:
-        """What was answered, as the decoder saw it."""
+        """The prompt as the decoder saw it."""
         text = self.input_tokens - sum(image.entering for image in self.visual_tokens)
         return PromptCount(text, self.visual_tokens)
 
@@ -75,36 +89,36 @@ class Answer:
 class AnswerLog:
     """Answers of one model under one pruning configuration, kept in ``folder/answers_rank<N>.jsonl``.
 
-    Every rank appends to its own file and reads all of them: a run may continue with another number of processes.
-    Lines that do not say what each decoder layer saw, as older versions wrote them, are passed over.
+    Every rank appends to its own file and reads all of them, so a run may resume with another number of processes.
+    Lines of older versions, without counts per decoder layer, are skipped.
 
     Parameters
     ----------
     folder : Path, or None
-        None keeps nothing.
+        None: nothing is recorded.
     rank : int
         This process.
     model, pruning : str
-        Fingerprints. Answers given under others are left alone and never returned.
+        Fingerprints. Answers with others stay in the file and are never returned.
     """
 
     def __init__(self, folder: Path | None, rank: int, model: str, pruning: str):
         self._identity = {"model": model, "pruning": pruning}
-        self._path = None if folder is None else folder / f"answers_rank{rank}.jsonl"
+        self._path: Path | None = None
         self._answers: dict[str, Answer] = {}
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.glob("answers_rank*.jsonl")):
-            self._answers.update(self._read(path))
-        _end_with_newline(self._path)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob("answers_rank*.jsonl")):
+                self._answers.update(self._read(path))
+            self._path = folder / f"answers_rank{rank}.jsonl"
+            _end_with_newline(self._path)
 
     def get(self, question: Question) -> Answer | None:
         """The recorded answer, or None."""
         return self._answers.get(self._key(question.fields()))
 
     def append(self, pairs: Iterable[tuple[Question, Answer]]) -> None:
-        """Write answers and return when they are on the disk."""
+        """Write answers; they are on disk when this returns."""
         if self._path is None:
             return
         lines = []
@@ -121,9 +135,9 @@ class AnswerLog:
         return json.dumps({**fields, **self._identity}, sort_keys=True, default=str)
 
     def _read(self, path: Path) -> Iterator[tuple[str, Answer]]:
-        # Not splitlines: an answer may hold U+2028 or U+0085, which end no line of JSON.
+        # Not splitlines: an answer may contain U+2028 or U+0085, which do not end a line of JSON.
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            # A process that is killed while it writes leaves half a line.
+            # A process killed while writing leaves an incomplete line.
             try:
                 record = json.loads(line)
                 answer = Answer(
@@ -147,7 +161,7 @@ def _pairs(runs: list[list[int]]) -> tuple[tuple[int, int], ...]:
 
 
 def _end_with_newline(path: Path) -> None:
-    """Close a torn last line, so that the next answer begins a line of its own."""
+    """End an incomplete last line, so that the next answer starts on a new one."""
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")

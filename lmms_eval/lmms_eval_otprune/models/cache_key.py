@@ -1,7 +1,7 @@
-"""lmms-eval's ``--use_cache`` must tell pruning configurations apart.
+"""Adds the pruning configuration to the key of lmms-eval's ``--use_cache``.
 
-Its key holds the model's id and arguments, but not the environment: a run that keeps half of the visual tokens would be
-served the answers of one that keeps a tenth.
+The key has the model's id and arguments but not the environment, so a run that keeps half of the visual tokens would
+get the cached answers of one that keeps a tenth.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _in_use = False
 
 
 def extend_with(fingerprint: str) -> None:
-    """Make ``fingerprint`` part of the key of every response cache that is opened from now on."""
+    """Make ``fingerprint`` part of the key of every response cache opened from now on."""
     global _extension, _in_use
     _extension = fingerprint
     _in_use = False
@@ -31,6 +31,6 @@ def in_use() -> bool:
 def _create_extended(cls: type[ResponseCache], *args: Any, model: Any = "", **kwargs: Any) -> ResponseCache:
     global _in_use
     _in_use = True
-    # Code that hands over a loaded model would otherwise have its memory address in the key, and never a hit.
+    # A loaded model would otherwise put its memory address into the key, and never hit.
     name = model if isinstance(model, str) else type(model).__name__
     return _create(cls, *args, model=f"{name}|{_extension}", **kwargs)

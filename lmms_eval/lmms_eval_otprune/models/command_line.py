@@ -1,4 +1,4 @@
-"""lmms-eval's command line: whether it names our model, and what would fail much later."""
+"""Checks lmms-eval's command line for what would fail much later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def names_our_model() -> bool:
 
 
 def check(arguments: Sequence[str]) -> None:
-    """Find at once what lmms-eval would fail on much later, or pass over.
+    """Refuse what lmms-eval would fail on much later, or silently ignore.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def check(arguments: Sequence[str]) -> None:
 
 
 def _value(arguments: Sequence[str], option: str) -> str:
-    """What stands after an option, the last time it is given; empty without it."""
+    """The value of an option, the last one given; empty without it."""
     found = ""
     for argument, following in pairwise([*arguments, ""]):
         if argument == option:

@@ -1,4 +1,4 @@
-"""Files' digests, worked out once and remembered: reading a checkpoint takes longer than many runs."""
+"""Digests of files, cached: reading a checkpoint takes longer than many runs."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from llava.files import cache_folder, read_json, write_json
 
 WORTH_A_WORD = 2**30
 SETTLED = 2.0
-"""Seconds. A file that was written just now may be written again without a change of its size and time."""
+"""Seconds. A newer file may be rewritten without a change of its size and time."""
 
 
 def file_digests(paths: Sequence[Path]) -> list[str]:
     """SHA-256 of each file, in hexadecimal digits.
 
-    It is remembered, in the user's cache folder, by path, size, time of the last change and inode. Of several processes
-    that ask at the same time one reads the files.
+    Digests are cached in the user's cache folder by path, size, modification time and inode. If several processes need
+    them at the same time, one reads the files.
     """
     with _memory() as memory:
         known = read_json(memory) if memory is not None else None
@@ -44,7 +44,7 @@ def file_digests(paths: Sequence[Path]) -> list[str]:
 
 @contextmanager
 def _memory() -> Iterator[Path | None]:
-    """The file that digests are remembered in, held for this process; None where there can be none."""
+    """The locked cache file; None where there can be none."""
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)

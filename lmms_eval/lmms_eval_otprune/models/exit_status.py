@@ -1,17 +1,20 @@
 """A failed run of ``python -m lmms_eval`` ends with status 1.
 
-The command catches whatever a run raises, logs it and ends with status 0, so that a script cannot tell failure from
-success. Its own report of the failure is where status 1 is put in; nothing else of it changes.
+The command catches whatever a run raises, logs it and exits with status 0, so that a script cannot tell failure from
+success. Here its log message of the failure makes it exit with status 1.
 """
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
 from lmms_eval_otprune.models.command_line import started_from_command_line
+
+if TYPE_CHECKING:
+    from loguru import Record
 
 FAILURES = ("Error during evaluation", "Could not save")
 TOKEN_HINT = (
@@ -26,7 +29,7 @@ def fail_loudly() -> None:
         logger.configure(patcher=_stop_on_failure)
 
 
-def _stop_on_failure(record: dict[str, Any]) -> None:
+def _stop_on_failure(record: Record) -> None:
     message = record["message"]
     if not message.startswith(FAILURES):
         return

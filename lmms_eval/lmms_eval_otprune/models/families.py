@@ -33,6 +33,6 @@ def wrapper_of(config: Mapping[str, Any]) -> str | None:
     """The id of the wrapper for a checkpoint with this config.json; None for a checkpoint in LLaVA's own format."""
     if not is_of_transformers(config):
         return None
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     name = _OF_FAMILY.get(family, family)
     return name if name in WRAPPERS else "huggingface"

@@ -1,4 +1,4 @@
-"""A short name for all that makes an answer, so that those of one checkpoint or code are never taken for another's."""
+"""Fingerprints of everything that an answer depends on, so that answers are reused only where they are valid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llava.model.builder import read_config
 from lmms_eval_otprune.models.digests import file_digests
 
 PACKAGES = ("torch", "transformers", "tokenizers", "pillow")
-"""Whose version an answer may depend on."""
+"""Packages whose version an answer may depend on."""
 _NOT_ANSWERING = ("benchmark_tasks.py", "eval", "fitting", "flops", "mini", "serve", "train")
 _CHECKPOINT_FILES = {".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"}
 
@@ -45,7 +45,7 @@ def model_fingerprint(
 def code_fingerprint() -> str:
     """Twelve hexadecimal digits of the source files that turn an image and a question into an answer.
 
-    Whoever changes a method or a prompt would otherwise be shown the answers of the old one.
+    Without it, a changed method or prompt would get the recorded answers of the old one.
     """
     return source_digest(_sources())
 
@@ -74,8 +74,8 @@ def checkpoint_fingerprint(checkpoint: str) -> str:
     Parameters
     ----------
     checkpoint : str
-        A local folder, or a Hub id, which stands for the revision that would be loaded now: its configuration is
-        fetched, so that it is named alike before and after its weights are.
+        A local folder, or a Hub id, for which the revision counts that would be loaded now. Its configuration is
+        downloaded, so that the fingerprint does not change when the weights are.
     """
     tower = _config(checkpoint).get("mm_vision_tower")
     parts = [_content(checkpoint)]

@@ -1,4 +1,4 @@
-"""The processes that evaluate together: how they find each other, and how long they wait."""
+"""Joins the processes of a launch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import distributed
 
 JOIN = timedelta(minutes=10)
-"""For the processes of one launch to find each other."""
+"""Time limit for the processes of a launch to connect."""
 WAIT = timedelta(hours=12)
-"""For each other's work afterwards: one may download a data set, or have hours more to answer than the others."""
+"""Time limit of later collective operations: one process may download a data set, or have hours more work."""
 
 
 def join() -> Accelerator:
-    """Find the other processes of this launch, if the environment says that there are any.
+    """Connect to the other processes of this launch, if the environment names any.
 
     Raises
     ------
     RuntimeError
-        If they are not there within `JOIN`.
+        If they do not connect within `JOIN`.
     """
     try:
         accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=JOIN)])

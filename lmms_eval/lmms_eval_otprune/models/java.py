@@ -1,4 +1,4 @@
-"""Java: the caption metrics run on it, and nothing else does."""
+"""Java, which only the caption metrics need."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PACKAGE = "default-jre-headless"
 
 @cache
 def java_works() -> bool:
-    """Whether a Java runtime answers (some systems install a ``java`` that only asks for one)."""
+    """Whether there is a Java runtime (some systems have a ``java`` that only asks to install one)."""
     if shutil.which("java") is None:
         return False
     return subprocess.run(["java", "-version"], capture_output=True, timeout=60, check=False).returncode == 0
 
 
 def needs_java(task: str) -> bool:
-    """Whether a task is a benchmark of captions, or its embedded counterpart."""
+    """Whether a task scores captions."""
     benchmark = benchmark_of(task)
     return benchmark is not None and benchmark.captions

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,42 +14,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
-from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from PIL import Image
+from transformers import PreTrainedModel
 
 from llava.benchmarks import benchmark_of
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
-from llava.mm_utils import AnswerEnd, get_model_name_from_path, process_images
+from llava.mm_utils import AnswerEnd, get_model_name_from_path, images_to, process_images
 from llava.model.builder import announce_pruning, load_pretrained_model, resolve_model_path
 from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
 from llava.pruning import PruningConfig
 from lmms_eval_otprune.models import cache_key, java
-from lmms_eval_otprune.models.answers import Answer, Question
+from lmms_eval_otprune.models.answers import Answer, Question, count_repeats
 from lmms_eval_otprune.models.command_line import started_from_command_line
 from lmms_eval_otprune.models.exit_status import fail_loudly
 from lmms_eval_otprune.models.fingerprint import model_fingerprint
 from lmms_eval_otprune.models.group import join
 from lmms_eval_otprune.models.prefetch import prefetch
-from lmms_eval_otprune.models.progress import Progress
 from lmms_eval_otprune.models.prompts import Row, conversation, make_row, pad_left, text_tokens
 from lmms_eval_otprune.models.rows import RowsInTurn
 from lmms_eval_otprune.models.settings import GenerationSettings, read_batch_size, read_dtype, read_visual_cache
-from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount, describe, layer_runs, summary
+from lmms_eval_otprune.models.token_counts import ImageCount, describe, layer_runs, summary
 
 if TYPE_CHECKING:
     from llava.flops import ModelShape
 
+Pixels = torch.Tensor | list[torch.Tensor]
 GREY = (128, 128, 128)
 VISUAL_CACHE = 2**30
-"""Bytes that encoded images may take in memory by default: 910 of LLaVA-1.5 in half precision."""
+"""Default size in bytes of the in-memory cache: 910 images of LLaVA-1.5 in half precision."""
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """A request that still needs an answer."""
+    """A request without an answer."""
 
     position: int
     question: Question
@@ -61,10 +61,11 @@ class _Prepared:
     """A batch's prompts and pixels, ready for the device."""
 
     rows: list[Row]
-    pixels: torch.Tensor | list[torch.Tensor] | None
+    pixels: Pixels | None
+    settings: GenerationSettings
 
 
-class Llava(RowsInTurn, lmms):
+class Llava(RowsInTurn):
     """LLaVA for lmms-eval, one process a device.
 
     The pruning switch (``BASELINE``, ``SUBSET_RATIO``, ``LAYER_INDEX``) is read from the environment and checked before
@@ -75,15 +76,15 @@ class Llava(RowsInTurn, lmms):
     pretrained : str
         A checkpoint folder, a Hub id, or "llava-mini".
     model_base : str, optional
-        What a projector-only or LoRA checkpoint goes onto.
+        The language model that a projector-only or LoRA checkpoint is put on.
     model_name : str, optional
-        Decides how the checkpoint is read; default: the last part of ``pretrained``.
+        Determines how the checkpoint is read; default: the last part of ``pretrained``.
     batch_size : int or str
-        Prompts that are generated together.
+        Prompts per batch.
     device : str, optional
-        Default: what accelerate gives this process.
+        Default: accelerate's choice for this process.
     device_map : str, optional
-        "auto" spreads one process's model over several GPUs; anything else means the same as ``device``.
+        "auto" spreads the model over several GPUs (one process only); anything else is an alias of ``device``.
     dtype : str
         "auto" (float32 on a CPU, float16 on a GPU), float32, float16 or bfloat16; images get the same.
     attn_implementation : str
@@ -91,22 +92,20 @@ class Llava(RowsInTurn, lmms):
     conv_template : str
         A name of `llava.conversation.conv_templates`; "auto": the checkpoint's.
     use_cache : bool
-        Keep keys and values while generating.
+        Use the KV cache.
     resume_dir : str, optional
-        Folder for answers: each is on the disk before the next batch starts, and is reused.
+        Folder in which answers are recorded, each before the next batch starts, and from which they are reused.
     grey_pictures : bool
-        Replace every image by a grey one of its size: what can be answered without seeing.
+        Replace every image by a grey one of its size, to measure what can be answered without seeing.
     visual_cache : int or str
-        Bytes that the encoded images seen before may take (see `llava.model.visual_cache`), or "off".
+        Bytes for encoded images that may come again (see `llava.model.visual_cache`), or "off".
     visual_cache_folder : str, optional
-        Keep them in files there, for other processes and configurations with the same vision tower; default: in memory.
+        Store them there, shared by processes and configurations with the same vision tower; default: in memory.
 
     Attributes
     ----------
     conv_template : str
-        The template that prompts are written in.
-    visual_tokens : dict
-        Task -> how often each `PromptCount` was answered, answers of an earlier run included.
+        The conversation template in use.
 
     Raises
     ------
@@ -136,12 +135,9 @@ class Llava(RowsInTurn, lmms):
         self.label = "LLaVA"
         fail_loudly()
         if unknown:
-            names = "pretrained, model_base, model_name, batch_size, device, device_map, dtype, attn_implementation"
-            raise ValueError(
-                f"unknown model argument {', '.join(sorted(unknown))}; allowed: {names}, conv_template, use_cache, "
-                "resume_dir, grey_pictures, visual_cache, visual_cache_folder"
-            )
-        # The loader reads the switch as well, but only after this process has joined the others.
+            names = [name for name in inspect.signature(Llava).parameters if name != "unknown"]
+            raise ValueError(f"unknown model argument {', '.join(sorted(unknown))}; allowed: {', '.join(names)}")
+        # Checked before joining the other processes; the loader reads the switch again.
         PruningConfig.from_env()
         if conv_template not in ("auto", *conv_templates):
             raise ValueError(f"conv_template={conv_template}: allowed are auto, {', '.join(conv_templates)}")
@@ -184,7 +180,7 @@ class Llava(RowsInTurn, lmms):
             conv_template,
         )
         if model_name:
-            # It decides what the checkpoint's files are taken for.
+            # It determines how the checkpoint is read.
             self._loaded_fingerprint += f"/{model_name}"
         self.start_run(resume_dir, grey_pictures)
         self._ignored_settings: set[str] = set()
@@ -200,14 +196,14 @@ class Llava(RowsInTurn, lmms):
         return self.model.pruning
 
     def start_run(self, resume_dir: str | None = None, grey_pictures: bool = False, writer: int | None = None) -> None:
-        """Begin with the answers of a configuration: the model's own ``pruning``, and what is shown of the images.
+        """Open the log of answers for the model's current ``pruning``.
 
         Parameters
         ----------
         resume_dir, grey_pictures
             As of the class.
         writer : int, optional
-            Whose file of answers this process appends to; default: its rank's.
+            Number of the log file that this process appends to; default: its rank.
         """
         self._grey_pictures = grey_pictures
         model = f"{self._loaded_fingerprint}/grey" if grey_pictures else self._loaded_fingerprint
@@ -215,7 +211,7 @@ class Llava(RowsInTurn, lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> Llava:
-        """Build from ``--model_args``; on lmms-eval's command line a wrong value ends the run with one sentence."""
+        """Build from ``--model_args``; on lmms-eval's command line a wrong value ends it with one sentence."""
         try:
             return super().create_from_arg_string(arg_string, additional_config)
         except (ValueError, OSError, ImportError) as error:
@@ -224,7 +220,7 @@ class Llava(RowsInTurn, lmms):
             raise
 
     @property
-    def model(self) -> torch.nn.Module:
+    def model(self) -> PreTrainedModel:
         return self._loaded[1]
 
     @property
@@ -248,7 +244,6 @@ class Llava(RowsInTurn, lmms):
         return self._device
 
     def model_shape(self) -> ModelShape | None:
-        """The sizes that the cost of a prefill depends on; None for a model whose cost cannot be counted."""
         from llava.flops import ModelShape
 
         try:
@@ -257,12 +252,11 @@ class Llava(RowsInTurn, lmms):
             return None
 
     def visual_cache_counts(self) -> Counter[str]:
-        """Images so far that were remembered, "hits", and that had to be encoded, "misses"; empty without a cache."""
         cache = self.model.visual_cache
         return Counter() if cache is None else Counter(hits=cache.hits, misses=cache.misses)
 
     def clean(self) -> None:
-        """Give the memory back after a run, unless ``keep_model`` says that another run follows."""
+        """Free the memory after a run, unless ``keep_model`` is set."""
         if not self.keep_model:
             self._loaded = ()
         super().clean()
@@ -270,7 +264,7 @@ class Llava(RowsInTurn, lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult | str]:
         """Answer every request, greedily unless its settings say otherwise.
 
-        Requests that only fill up a process's share are answered with an empty text.
+        Padding requests, which only fill up a process's share, are answered with an empty text.
 
         Raises
         ------
@@ -279,59 +273,41 @@ class Llava(RowsInTurn, lmms):
         ValueError
             If a prompt has more ``<image>`` marks than its document has images.
         """
-        results: list[GenerationResult | str] = [""] * len(requests)
-        pending: list[_Pending] = []
-        asked: Counter[str] = Counter()
-        tasks: Counter[str] = Counter()
-        prompts: Counter[PromptCount] = Counter()
-        for position, request in enumerate(requests):
-            if request.metadata.get("__padding_only__"):
-                continue
-            question, images_of = self._question(request, asked)
-            tasks[question.task] += 1
-            answer = self._answers.get(question)
-            if answer is None:
-                pending.append(_Pending(position, question, images_of))
-            else:
-                results[position] = self._deliver(question, answer)
-                prompts[answer.prompt] += 1
-        self._check_scorable(tasks)
-
-        started = time.perf_counter()
+        questions = count_repeats(map(self._question, requests))
+        self._check_scorable(Counter(question.task for question in questions if question is not None))
         fresh: list[Answer] = []
-        prepare = partial(self._prepare, config=copy.copy(self.config))
-        used, encoding = self.visual_cache_counts(), self._encoding_seconds()
-        with self._progress(tasks.total(), tasks.total() - len(pending)) as progress:
-            for batch, prepared in prefetch(prepare, self._batches(pending)):
-                answers = self._answer(batch, prepared)
-                self._answers.append((item.question, answer) for item, answer in zip(batch, answers, strict=True))
-                for item, answer in zip(batch, answers, strict=True):
-                    results[item.position] = self._deliver(item.question, answer)
-                fresh += answers
-                progress.advance(len(batch), [image for answer in answers for image in answer.visual_tokens])
+
+        def answer(todo: Mapping[int, Question]) -> Iterator[tuple[list[int], list[Answer]]]:
+            pending = [_Pending(i, question, requests[i].args[2]) for i, question in todo.items()]
+            for batch, prepared in prefetch(self._prepare, self._batches(pending)):
+                answers = self._answer(prepared)
+                fresh.extend(answers)
+                yield [item.position for item in batch], answers
+
+        started, used, encoding = time.perf_counter(), self.visual_cache_counts(), self._encoding_seconds()
+        found = self._answer_all(questions, answer)
         used = self.visual_cache_counts() - used
-        encoding = self._encoding_seconds() - encoding
-        self._report_speed(fresh, time.perf_counter() - started, used, encoding)
-        prompts.update(answer.prompt for answer in fresh)
-        if self._rank == 0 and (counts := summary(prompts, self.model_shape())):
-            logger.info(f"{self.label}: {describe(counts)}")
-        if self._rank == 0 and used:
-            logger.info(f"{self.label}: {used['hits']} of {used.total()} images were remembered, not encoded again")
-        return results
+        self._report_speed(fresh, time.perf_counter() - started, used, self._encoding_seconds() - encoding)
+        if self._rank == 0:
+            prompts = Counter(answer.prompt for answer in found if answer is not None)
+            if counts := summary(prompts, self.model_shape()):
+                logger.info(f"{self.label}: {describe(counts)}")
+            if used:
+                logger.info(f"{self.label}: {used['hits']} of {used.total()} images came from the cache")
+        return ["" if answer is None else _result(answer) for answer in found]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Mean negative log-likelihood of each continuation, and whether greedy decoding would give it.
 
         lmms-eval's multiple choice takes the smallest value, so this is a loss, as in the builtin wrapper. The answer
-        is scored at the end of the sequence, which is right whatever number of visual tokens stands before it.
+        is scored at the end of the sequence, so the number of visual tokens before it does not matter.
         """
         results = []
-        with self._progress(len(requests), 0) as progress:
+        with self.open_progress(self.label, len(requests), 0) as progress:
             for request in requests:
                 padding = request.metadata.get("__padding_only__")
-                result, images = ((0.0, False), []) if padding else self._score(request)
-                results.append(result)
-                progress.advance(1, images)
+                results.append((0.0, False) if padding else self._score(request))
+                progress.update(1)
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -358,11 +334,11 @@ class Llava(RowsInTurn, lmms):
         tower = self.model.get_vision_tower()
         return VisualStore(Path(folder) / encoder_fingerprint(tower), max_bytes, tower.device)
 
-    def _progress(self, total: int, done: int) -> Progress:
-        return self.open_progress(self.label, total, done) if self._rank == 0 else Progress(self.label, total, done)
-
-    def _question(self, request: Instance, asked: Counter[str]) -> tuple[Question, Callable]:
-        context, gen_kwargs, images_of, doc_id, task, split = request.args
+    def _question(self, request: Instance) -> Question | None:
+        """None for a padding request."""
+        if request.metadata.get("__padding_only__"):
+            return None
+        context, gen_kwargs, _, doc_id, task, split = request.args
         try:
             settings = GenerationSettings.read(gen_kwargs)
         except ValueError as error:
@@ -371,34 +347,26 @@ class Llava(RowsInTurn, lmms):
             logger.warning(f"llava ignores the generation setting {name} of {task}")
             self._ignored_settings.add(name)
         seed = torch.initial_seed() if settings.temperature > 0 else None
-        first = Question(task, split, doc_id, 0, context, settings.to_dict(), seed)
-        identity = repr(first.fields())
-        asked[identity] += 1
-        return replace(first, repeat=asked[identity] - 1), images_of
-
-    def _deliver(self, question: Question, answer: Answer) -> GenerationResult:
-        self.visual_tokens[question.task][answer.prompt] += 1
-        counts = TokenCounts(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
-        return GenerationResult(answer.text, counts)
+        return Question(task, split, doc_id, 0, context, settings.to_dict(), seed)
 
     def _check_scorable(self, tasks: Counter[str]) -> None:
-        """Refuse before generating what would fail when it is scored, and take all other tasks' answers with it."""
+        """Refuse, before generating, a task whose scoring would fail and lose all other tasks' answers."""
         for task, count in tasks.items():
             if java.needs_java(task) and not java.java_works():
                 raise RuntimeError(
                     f"{task} is scored with Java, which is not installed: install it ({java.PACKAGE} on Debian and "
                     "Ubuntu), or leave the task out"
                 )
-            # With a response cache or several processes only a share of the questions arrives here.
+            # With a response cache or several processes, only some of the questions arrive here.
             in_pairs = (benchmark := benchmark_of(task)) is not None and benchmark.in_pairs
             if in_pairs and count % 2 and self._world_size == 1 and not cache_key.in_use():
                 raise RuntimeError(f"{task} is scored in pairs of questions: --limit must be even, not {count}")
 
     def _batches(self, pending: Sequence[_Pending]) -> Iterator[list[_Pending]]:
-        """Requests of one task and the same settings, the longest prompts first; on a CPU a batch's are of one length.
+        """Batches of requests of one task and settings, longest prompts first; on a CPU, of prompts of equal length.
 
-        There padding is computed like any other token, and a mask keeps attention from its fast path. Images that a
-        text does not name are not counted: such prompts may still be padded.
+        On a CPU padding costs as much as any token, and a mask disables the fast path of attention. Images without a
+        mark in the text are not counted, so such prompts may still be padded.
         """
         groups: dict[str, list[_Pending]] = defaultdict(list)
         for item in pending:
@@ -414,32 +382,25 @@ class Llava(RowsInTurn, lmms):
                     yield part[start : start + self._batch_size]
 
     def _length(self, question: Question) -> tuple[int, int]:
-        """Images that the prompt names, and its tokens."""
+        """Image marks in the prompt, and its tokens."""
         return question.prompt.count(DEFAULT_IMAGE_TOKEN), len(self.tokenizer(question.prompt).input_ids)
 
-    def _prepare(self, batch: Sequence[_Pending], config: Any) -> _Prepared:
+    def _prepare(self, batch: Sequence[_Pending]) -> _Prepared:
         """Read a batch's images and tokenise its prompts; runs while the device works on the batch before."""
-        rows = []
-        for item in batch:
-            rows.append(self._row(item.question, self._images(item.question, item.images_of)))
+        rows = [self._row(item.question, self._images(item.question, item.images_of)) for item in batch]
         settings = GenerationSettings(**batch[0].question.settings)
         images = [image for row in rows for image in row.images]
-        return _Prepared(rows, self._pixels(images, settings.for_preparing(config)))
+        return _Prepared(rows, self._pixels(images, settings.preprocessing(self.config)), settings)
 
-    def _answer(self, batch: Sequence[_Pending], prepared: _Prepared) -> list[Answer]:
-        settings = GenerationSettings(**batch[0].question.settings)
-        rows = prepared.rows
-        with settings.applied_to(self.config):
-            answers: list[Answer | None] = [None] * len(rows)
-            # Rows with and without images go separately: then a row of text takes no image from its neighbours.
-            for has_images in (True, False):
-                chosen = [index for index, row in enumerate(rows) if bool(row.images) == has_images]
-                if chosen:
-                    pixels = prepared.pixels if has_images else None
-                    found = self._generate([rows[index] for index in chosen], pixels, settings)
-                    for index, answer in zip(chosen, found, strict=True):
-                        answers[index] = answer
-        return answers
+    def _answer(self, batch: _Prepared) -> list[Answer]:
+        """Rows with and without images are generated separately, so that no image goes to a row of text."""
+        answers: dict[int, Answer] = {}
+        for pixels, has_images in ((batch.pixels, True), (None, False)):
+            chosen = [i for i, row in enumerate(batch.rows) if bool(row.images) == has_images]
+            if chosen:
+                found = self._generate([batch.rows[i] for i in chosen], pixels, batch.settings)
+                answers |= zip(chosen, found, strict=True)
+        return [answers[i] for i in range(len(batch.rows))]
 
     def _images(self, question: Question, images_of: Callable[[Any], list[Image.Image] | None]) -> list[Image.Image]:
         """A document's images, decoded; an error names the document."""
@@ -462,25 +423,15 @@ class Llava(RowsInTurn, lmms):
         except ValueError as error:
             raise ValueError(f"{question.task}, document {question.doc_id}: {error}") from None
 
-    def _pixels(self, images: Sequence[Image.Image], config: Any) -> torch.Tensor | list[torch.Tensor] | None:
+    def _pixels(self, images: Sequence[Image.Image], config: Any) -> Pixels | None:
         """What the vision tower takes, still on the host."""
-        if not images:
-            return None
-        pixels = process_images(list(images), self._loaded[2], config)
-        return [image.to(self.dtype) for image in pixels] if isinstance(pixels, list) else pixels.to(self.dtype)
+        return images_to(process_images(images, self._loaded[2], config), "cpu", self.dtype) if images else None
 
-    def _on_device(self, pixels: torch.Tensor | Sequence[torch.Tensor] | None):
-        if pixels is None or isinstance(pixels, torch.Tensor):
-            return pixels if pixels is None else pixels.to(self.device)
-        return [image.to(self.device) for image in pixels]
+    def _on_device(self, pixels: Pixels | None) -> Pixels | None:
+        return None if pixels is None else images_to(pixels, self.device, self.dtype)
 
     @torch.inference_mode()
-    def _generate(
-        self,
-        rows: Sequence[Row],
-        pixels: torch.Tensor | Sequence[torch.Tensor] | None,
-        settings: GenerationSettings,
-    ) -> list[Answer]:
+    def _generate(self, rows: Sequence[Row], pixels: Pixels | None, settings: GenerationSettings) -> list[Answer]:
         input_ids, mask = pad_left(rows, self._pad_token_id())
         images = [image for row in rows for image in row.images]
         generated = self.model.generate(
@@ -502,8 +453,8 @@ class Llava(RowsInTurn, lmms):
             answers.append(Answer(self._end.cut(text), entered, self._generated_tokens(ids), visual_tokens))
         return answers
 
-    def _image_counts(self, pixels: torch.Tensor | Sequence[torch.Tensor] | None) -> list[ImageCount]:
-        """What the decoder's layers saw of the images of the latest call."""
+    def _image_counts(self, pixels: Pixels | None) -> list[ImageCount]:
+        """Visual tokens per decoder layer for each image of the latest call."""
         if pixels is None:
             return []
         totals = [total for total, _ in self.model.visual_token_counts]
@@ -512,7 +463,7 @@ class Llava(RowsInTurn, lmms):
         return [ImageCount.of(*image) for image in zip(totals, seen, crops, left, strict=True)]
 
     @torch.inference_mode()
-    def _score(self, request: Instance) -> tuple[tuple[float, bool], list[ImageCount]]:
+    def _score(self, request: Instance) -> tuple[float, bool]:
         context, target, images_of, doc_id, task, split = request.args
         context = context[0] if isinstance(context, list) else context
         question = Question(task, split, doc_id, 0, context, {})
@@ -521,19 +472,18 @@ class Llava(RowsInTurn, lmms):
         whole = self._conversation(context, len(row.images), answer)
         input_ids = make_row(self.tokenizer, whole, row.images).input_ids
         continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)
-        # Only the question chooses visual tokens: they are the same for every candidate answer.
+        # Only the question influences the selection: visual tokens are the same for every candidate answer.
         labels = input_ids.clone()
         labels[: len(row.input_ids)] = IGNORE_INDEX
-        pixels = self._pixels(row.images, self.config)
         logits = self.model(
             input_ids=input_ids[None].to(self.device),
             labels=labels[None].to(self.device),
-            images=self._on_device(pixels),
+            images=self._on_device(self._pixels(row.images, self.config)),
             image_sizes=[image.size for image in row.images],
             logits_to_keep=len(continuation) + 1,
         ).logits[0, :-1]  # (n, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits.float(), continuation)
-        return (float(loss), bool((logits.argmax(-1) == continuation).all())), self._image_counts(pixels)
+        return float(loss), bool((logits.argmax(-1) == continuation).all())
 
     def _pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
@@ -542,7 +492,7 @@ class Llava(RowsInTurn, lmms):
     def _generated_tokens(self, ids: Sequence[int]) -> int:
         ends = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id} | set(ends if isinstance(ends, list) else [ends])
-        # Where a text ends the answers, the rows that end first are padded.
+        # Where a text ends the answers, rows that end early are padded.
         written = max((position + 1 for position, token in enumerate(ids) if token != self._pad_token_id()), default=0)
         return next((position + 1 for position, token in enumerate(ids) if token in ends), written)
 
@@ -550,7 +500,7 @@ class Llava(RowsInTurn, lmms):
         return 0.0 if self.model.visual_cache is None else self.model.visual_cache.seconds
 
     def _report_speed(self, fresh: Sequence[Answer], seconds: float, used: Counter[str], encoding: float) -> None:
-        """Speed and token counts of what was generated now; answers from an earlier run count in neither."""
+        """Report speed and token counts of newly generated answers to lmms-eval."""
         if not fresh:
             return
         generated = sum(answer.output_tokens for answer in fresh)
@@ -572,9 +522,13 @@ class Llava(RowsInTurn, lmms):
         )
 
     def _budget_metrics(self, fresh: Sequence[Answer]) -> dict[str, float]:
-        """Tokens by layer and relative cost as single numbers, which is all that lmms-eval records."""
+        """Tokens per layer and relative cost as single numbers, since lmms-eval records nothing else."""
         counts = summary(Counter(answer.prompt for answer in fresh), self.model_shape())
         if counts is None:
             return {}
         layers = {f"visual_tokens_from_layer_{first}": tokens for first, _, tokens in layer_runs(counts["per_layer"])}
         return layers | {f"flops_ratio_{name}": ratio for name, ratio in (counts["flops_ratio"] or {}).items()}
+
+
+def _result(answer: Answer) -> GenerationResult:
+    return GenerationResult(answer.text, TokenCounts(answer.input_tokens, answer.output_tokens))

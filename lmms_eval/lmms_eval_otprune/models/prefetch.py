@@ -1,4 +1,4 @@
-"""Work that is done in the background, before its results are needed."""
+"""Prepares the next items in a background thread."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Result = TypeVar("Result")
 
 
 def prefetch(work: Callable[[Item], Result], items: Iterable[Item], depth: int = 2) -> Iterator[tuple[Item, Result]]:
-    """Every item with what ``work`` makes of it, in order, while another thread goes on with the items that follow.
+    """Yield (item, work(item)) in order, while a thread already works on the next items.
 
-    One thread does it all: tasks' own code, which reads the images, is not made for several.
+    A single thread, because the tasks' code that reads images may not be thread-safe.
 
     Parameters
     ----------
     work : callable
-        What it raises is raised where its item's turn comes.
+        Its exceptions are raised at the turn of their item.
     items : iterable
     depth : int
-        How many items may be prepared and not used yet, >= 1.
+        Items prepared in advance, >= 1.
     """
     waiting: deque = deque()
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")

@@ -1,12 +1,14 @@
-"""From a task's text and images to what the model takes."""
+"""Turns a task's text and images into model inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -33,7 +35,7 @@ class Row:
 def conversation(
     template: str, context: str, images: int, answer: str | None = None, mark: str = DEFAULT_IMAGE_TOKEN
 ) -> str:
-    """A task's text in a conversation, up to the answer or with it; image marks are put in front if it has none.
+    """The prompt of a task's text, up to the answer or with it; image marks are put in front if it has none.
 
     Parameters
     ----------
@@ -44,7 +46,7 @@ def conversation(
         Images that go with it.
     answer : str, optional
     mark : str
-        What the checkpoint knows an image by, see `llava.conversation.image_mark`.
+        The checkpoint's mark for an image, see `llava.conversation.image_mark`.
     """
     if images and DEFAULT_IMAGE_TOKEN not in context:
         context = " ".join([DEFAULT_IMAGE_TOKEN] * images) + "\n" + context
@@ -56,7 +58,7 @@ def conversation(
 
 
 def make_row(tokenizer: PreTrainedTokenizerBase, prompt: str, images: Sequence[Image.Image]) -> Row:
-    """Tokenise a prompt and keep the images that it has marks for.
+    """Tokenise a prompt, with as many of the images as it has marks.
 
     Raises
     ------
@@ -66,21 +68,17 @@ def make_row(tokenizer: PreTrainedTokenizerBase, prompt: str, images: Sequence[I
     marks = prompt.count(DEFAULT_IMAGE_TOKEN)
     if marks > len(images):
         raise ValueError(f"the prompt has {marks} <image> marks, but there are {len(images)} images")
-    # An image without a mark would be taken for the next row's.
+    # An image without a mark would be assigned to the next row.
     return Row(tokenizer_image_token(prompt, tokenizer, return_tensors="pt"), tuple(images[:marks]))
 
 
 def pad_left(rows: Sequence[Row], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, both (B, T); the padding stands in front, where generation does not continue it."""
-    longest = max(len(row.input_ids) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad_token_id)
-    mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        input_ids[index, longest - len(row.input_ids) :] = row.input_ids
-        mask[index, longest - len(row.input_ids) :] = True
-    return input_ids, mask
+    """Token ids and mask, both (B, T), padded on the left for generation."""
+    ids = [row.input_ids for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad(ids, padding_value=pad_token_id), pad([torch.ones_like(row, dtype=torch.bool) for row in ids])
 
 
 def text_tokens(row: Row) -> int:
-    """Tokens of the prompt that are no images."""
+    """Number of text tokens in the prompt."""
     return int((row.input_ids != IMAGE_TOKEN_INDEX).sum())

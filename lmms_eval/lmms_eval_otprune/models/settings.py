@@ -1,11 +1,10 @@
-"""Reading what lmms-eval hands over as text or loose dictionaries."""
+"""Reads and checks the settings that lmms-eval passes as text or dictionaries."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -64,7 +63,7 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate. The values left out by a task are those of lmms-eval's builtin wrapper.
+    """How to generate; defaults are those of lmms-eval's builtin wrapper.
 
     Attributes
     ----------
@@ -72,10 +71,10 @@ class GenerationSettings:
     temperature : float
         0 is greedy.
     top_p : float, or None
-        Only meaningful with a temperature.
+        Applies only with a temperature.
     num_beams : int
     image_aspect_ratio : str, or None
-        Used for checkpoints whose configuration says nothing about it.
+        For checkpoints whose configuration has none.
     ignored : frozenset of str
         Settings of the task that have no effect here.
     """
@@ -89,7 +88,7 @@ class GenerationSettings:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Those that have an effect."""
+        """The settings that have an effect."""
         return tuple(name for name in cls.__dataclass_fields__ if name != "ignored")
 
     @classmethod
@@ -115,33 +114,20 @@ class GenerationSettings:
         return cls(**values, ignored=frozenset(gen_kwargs) - set(known) - {"until", "do_sample"})
 
     def to_dict(self) -> dict[str, Any]:
-        """What determines an answer, JSON-serialisable; ``GenerationSettings(**it)`` is equal to this one."""
+        """All that determines an answer, JSON-serialisable; ``GenerationSettings(**it)`` equals this one."""
         values = asdict(self)
         del values["ignored"]
         return values
 
     def arguments(self) -> dict[str, Any]:
         """For ``generate``."""
-        arguments = {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": False}
-        if self.temperature > 0:
-            arguments |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        return arguments
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        how = sampling if self.temperature > 0 else {"do_sample": False}
+        return {"max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, **how}
 
-    def for_preparing(self, config: Any) -> Any:
-        """A model's configuration as `applied_to` would leave it; what is given stays as it is."""
+    def preprocessing(self, config: Any) -> Any:
+        """A copy of a model's configuration, with ``image_aspect_ratio`` if it has none of its own."""
         config = copy.copy(config)
         if self.image_aspect_ratio is not None and "image_aspect_ratio" not in config.__dict__:
             config.image_aspect_ratio = self.image_aspect_ratio
         return config
-
-    @contextmanager
-    def applied_to(self, config: Any) -> Iterator[None]:
-        """Use ``image_aspect_ratio`` inside the block, if the model's configuration has none of its own."""
-        if self.image_aspect_ratio is None or "image_aspect_ratio" in config.__dict__:
-            yield
-            return
-        config.image_aspect_ratio = self.image_aspect_ratio
-        try:
-            yield
-        finally:
-            del config.image_aspect_ratio

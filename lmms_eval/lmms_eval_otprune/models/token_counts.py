@@ -1,4 +1,4 @@
-"""What a run kept and what it cost: visual tokens in every decoder layer, and the prefill's FLOPs beside unpruned."""
+"""Counts visual tokens per decoder layer, and prefill FLOPs relative to unpruned."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ CONVENTIONS = ("literature", "exact")
 
 @dataclass(frozen=True)
 class ImageCount:
-    """The visual tokens of one image on their way through the decoder.
+    """The visual tokens of one image in each decoder layer.
 
     Attributes
     ----------
     total : int
-        What an unpruned model sees.
+        Tokens in an unpruned model.
     runs : tuple of (layers, tokens)
-        From the first decoder layer on; neighbouring layers with the same number of tokens together.
+        Run-length encoded tokens per layer, from the first layer on.
     crops : int
-        What the vision tower sees.
+        Images that the vision tower encodes.
     after : tuple of (layers, tokens), or None
-        As ``runs``, of a method that drops tokens after a layer's attention: what the rest of each layer sees. None
-        where that is the same.
+        The tokens in the rest of each layer, for a method that drops tokens after the attention; None if the same.
     """
 
     total: int
@@ -81,7 +80,7 @@ class PromptCount:
     Attributes
     ----------
     text : int
-        Tokens that are no image's; they are present in all layers.
+        Text tokens, which are present in all layers.
     images : tuple of ImageCount
     """
 
@@ -90,14 +89,14 @@ class PromptCount:
 
 
 def summary(prompts: Mapping[PromptCount, int], shape: ModelShape | None = None) -> dict[str, Any] | None:
-    """What was kept, and what the prefills cost.
+    """Summarise how many tokens were kept and what the prefills cost.
 
     Parameters
     ----------
     prompts : mapping
-        Prompt -> how often it occurred. Those without images count in nothing.
+        Prompt -> how often it occurred. Those without images are not counted.
     shape : ModelShape, optional
-        Without it, costs are left out.
+        None: costs are left out.
 
     Returns
     -------
@@ -132,7 +131,7 @@ def summary(prompts: Mapping[PromptCount, int], shape: ModelShape | None = None)
 
 
 def merged_summary(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """One `summary` of several of the same model; what one of them lacks (older results do) is None."""
+    """Merge `summary` dictionaries of one model; what any of them lacks, as older results do, is None."""
     images = sum(part["images"] for part in summaries)
     if not images:
         return None
@@ -160,7 +159,7 @@ def merged_summary(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
 
 
 def describe(counts: Mapping[str, Any]) -> str:
-    """One line on a `summary`, for a person."""
+    """A `summary` in one line of text."""
     text = f"{counts['kept']['mean']:.4g} of {counts['total']['mean']:.4g} visual tokens an image"
     per_layer = counts.get("per_layer") or ()
     if len(runs := layer_runs(per_layer)) > 1:
@@ -175,7 +174,7 @@ def describe(counts: Mapping[str, Any]) -> str:
 
 
 def layer_runs(per_layer: Sequence[float]) -> list[tuple[int, int, float]]:
-    """(first layer, layers, tokens) of neighbouring layers with the same number of tokens."""
+    """(first layer, layers, tokens) of each run of layers with the same number of tokens."""
     runs, first = [], 0
     for tokens, run in groupby(per_layer):
         runs.append((first, len(list(run)), tokens))

@@ -1,7 +1,7 @@
 """lmms-eval's own wrappers of transformers' models, with the pruning that the environment specifies.
 
-A subclass of a wrapper is made when lmms-eval loads it. The wrapper itself is not touched, and without ``BASELINE`` the
-subclass does nothing. In the runner's hands it goes from row to row, and keeps its answers on the disk.
+A wrapper is subclassed when lmms-eval loads it; without ``BASELINE`` the subclass changes nothing. In the runner it
+goes from row to row and records its answers on disk.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import inspect
 import os
 import sys
 import types
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
@@ -25,12 +24,13 @@ from lmms_eval import models as registry
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
+from transformers import PreTrainedModel
 
-from llava.adapters.transformers import set_pruning
+from llava.adapters.transformers import Session, set_pruning
 from llava.pruning import PruningConfig
 from llava.pruning.schedule import kept_after_attention, kept_per_layer
 from lmms_eval_otprune.models import cache_key
-from lmms_eval_otprune.models.answers import Answer, Question
+from lmms_eval_otprune.models.answers import Answer, Question, count_repeats
 from lmms_eval_otprune.models.exit_status import fail_loudly
 from lmms_eval_otprune.models.families import WRAPPERS
 from lmms_eval_otprune.models.fingerprint import model_fingerprint
@@ -96,7 +96,7 @@ def __getattr__(attribute: str) -> type:
 
 
 @cache
-def pruned_wrapper(kind: str, name: str) -> type:
+def pruned_wrapper(kind: str, name: str) -> type[PrunedWrapper]:
     """The subclass of lmms-eval's wrapper ``name``, of the kind "simple" or "chat"."""
     path = registry._build_class_path(name, kind, getattr(registry, KINDS[kind])[name])
     module, _, cls = path.rpartition(".")
@@ -106,25 +106,30 @@ def pruned_wrapper(kind: str, name: str) -> type:
 
 
 class PrunedWrapper(RowsInTurn):
-    """What is put before a wrapper of lmms-eval."""
+    """The mixin that a wrapper of lmms-eval is subclassed with."""
+
+    wrapped: type
+    loaded_fingerprint: str
 
     def __init__(self, *args: Any, **kwargs: Any):
         config = PruningConfig.from_env()  # a wrong switch is refused before any weight is read
         super().__init__(*args, **kwargs)
-        self.pruning, self._session, self._answers = None, None, None
+        self.pruning: PruningConfig | None = None
+        self._session: Session | None = None
         if config is not None:
             fail_loudly()
             self.set_pruning(config)
-            cache_key.extend_with(self.pruning.fingerprint())
-            logger.info(f"{self.conv_template}: {self.pruning.describe()}")
+            if self.pruning is not None:
+                cache_key.extend_with(self.pruning.fingerprint())
+                logger.info(f"{self.conv_template}: {self.pruning.describe()}")
 
     def set_pruning(self, config: PruningConfig | None) -> None:
         """Prune from now on as ``config`` says; None: not at all."""
         self._session = set_pruning(self.model, config)
-        self.pruning = None if config is None else self._session.config
+        self.pruning = None if self._session is None else self._session.config
 
     def start_run(self, resume_dir: str, writer: int | None = None) -> None:
-        """Begin with the answers of a configuration, as `lmms_eval_otprune.models.llava.Llava.start_run`."""
+        """Open the log of answers, as `lmms_eval_otprune.models.llava.Llava.start_run`."""
         self._start(resume_dir, self.rank if writer is None else writer, self.loaded_fingerprint, self.pruning)
 
     @property
@@ -132,7 +137,7 @@ class PrunedWrapper(RowsInTurn):
         return self.model.dtype
 
     def generate_until(self, requests: Sequence[Instance]) -> list[Any]:
-        if self._answers is not None:
+        if self.model_fingerprint:  # the runner has called `start_run`
             return self._resumed(requests, super().generate_until)
         answers = super().generate_until(requests)
         self._report()
@@ -144,7 +149,7 @@ class PrunedWrapper(RowsInTurn):
         return answers
 
     def _report(self) -> None:
-        """Say how much was kept. Several wrappers log what ``generate`` raises, and go on with an empty answer."""
+        """Log how much was kept, or raise what ``generate`` raised: several wrappers only log that and go on."""
         if self._session is None:
             return
         if self._session.error is not None:
@@ -156,32 +161,21 @@ class PrunedWrapper(RowsInTurn):
                 f"({100 * kept / total:.1f} %), {images} images"
             )
 
-    def _resumed(self, requests: Sequence[Instance], ask: Any) -> list[str]:
-        """Answer batch by batch: an answer is on the disk before the next batch starts, and is reused."""
-        asked: Counter[str] = Counter()
-        questions = [_question(request, asked) for request in requests]
-        todo = [
-            (question, request)
-            for question, request in zip(questions, requests, strict=True)
-            if question and self._answers.get(question) is None
-        ]
-        with self.open_progress(self.label, asked.total(), asked.total() - len(todo)) as progress:
+    def _resumed(self, requests: Sequence[Instance], ask: Callable[[list[Instance]], list[Any]]) -> list[str]:
+        """Answer batch by batch, reusing recorded answers."""
+        questions = count_repeats(map(_question, requests))
+
+        def answer(todo: Mapping[int, Question]) -> Iterator[tuple[list[int], list[Answer]]]:
             for batch in _batches(todo, self.batch_size):
                 with _watched(self.model) as calls:
-                    texts = ask([_untouched(request) for _, request in batch])
-                # The wrapper may have put the rows of a batch in another order: the sums of their counts are right.
-                prompts = [prompt for call in calls for prompt in self._prompts(*call)]
-                answers = list(map(_answer, texts, prompts))
-                self._answers.append(zip([question for question, _ in batch], answers, strict=True))
-                progress.advance(len(batch), [image for prompt in prompts for image in prompt.images])
-        found = [question and self._answers.get(question) for question in questions]
-        for question, answer in zip(questions, found, strict=True):
-            if question:
-                self.visual_tokens[question.task][answer.prompt] += 1
-        return [answer.text if answer else "" for answer in found]
+                    texts = ask([_untouched(requests[i]) for i in batch])
+                # The wrapper may have reordered the rows of a batch; the sums of their counts are right.
+                yield batch, list(map(_answer, texts, [prompt for call in calls for prompt in self._prompts(*call)]))
+
+        return ["" if one is None else one.text for one in self._answer_all(questions, answer)]
 
     def _prompts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[PromptCount]:
-        """What the decoder saw of the prompts (B, T)."""
+        """Text and visual tokens of the prompts (B, T)."""
         marks = (ids == self.model.config.image_token_id) & mask
         images = self._image_counts(marks)
         prompts = []
@@ -210,16 +204,9 @@ class PrunedWrapper(RowsInTurn):
                 left = kept_after_attention(session.schedule, total, layers, session.pruner.kept_count)
                 yield ImageCount.of(total, seen, 1, left if session.pruner.after_attention else None)
 
-    def model_shape(self) -> None:
-        """The cost of these models' prefills is not counted."""
-
-    def visual_cache_counts(self) -> Counter[str]:
-        """Nothing is remembered of images."""
-        return Counter()
-
 
 class TextAlone:
-    """A processor that takes an empty list of images for none: so wrappers call it with a question without images."""
+    """A processor that accepts an empty list of images, which wrappers pass for a question without images."""
 
     def __init__(self, processor: Any):
         self._processor = processor
@@ -238,37 +225,34 @@ def _answer(text: str | GenerationResult, prompt: PromptCount) -> Answer:
     return Answer(text.text if isinstance(text, GenerationResult) else text, entering, output, prompt.images)
 
 
-def _question(request: Instance, asked: Counter[str]) -> Question | None:
-    """A request, simple or chat, whose settings stand in different places; None for what only fills up a share."""
+def _question(request: Instance) -> Question | None:
+    """From a simple or chat request, whose arguments differ in order; None for a padding request."""
     if request.metadata.get("__padding_only__"):
         return None
     prompt, *either, doc_id, task, split = request.args
     [settings] = [part for part in either if isinstance(part, dict)]
-    settings = dict(sorted(settings.items()))
     seed = torch.initial_seed() if settings.get("do_sample") or settings.get("temperature") else None
-    identity = repr((task, split, doc_id, prompt, settings))
-    asked[identity] += 1
-    return Question(task, split, doc_id, asked[identity] - 1, prompt, settings, seed)
+    return Question(task, split, doc_id, 0, prompt, dict(sorted(settings.items())), seed)
 
 
 def _untouched(request: Instance) -> Instance:
-    """A copy: wrappers write into the settings of a request."""
+    """A copy of a request, because wrappers modify its settings."""
     request = copy.copy(request)
     request.arguments = tuple(dict(part) if isinstance(part, dict) else part for part in request.args)
     return request
 
 
-def _batches(todo: Iterable[tuple[Question, Instance]], size: int) -> Iterator[list[tuple[Question, Instance]]]:
-    """Neighbouring requests of one task and the same settings."""
-    for _, group in groupby(todo, key=lambda pair: (pair[0].task, pair[0].split, pair[0].settings)):
+def _batches(todo: Mapping[int, Question], size: int) -> Iterator[list[int]]:
+    """Batches of consecutive requests of one task and settings."""
+    for _, group in groupby(todo, key=lambda i: (todo[i].task, todo[i].split, todo[i].settings)):
         several = list(group)
         for start in range(0, len(several), size):
             yield several[start : start + size]
 
 
 @contextmanager
-def _watched(model: torch.nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Ids and mask, both (B, T), of every call of ``generate`` in the block, which raises what one of them did."""
+def _watched(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Collects ids and mask, both (B, T), of every call of ``generate``, and re-raises the first error of one."""
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
     errors: list[Exception] = []
     generate = model.generate
@@ -294,11 +278,12 @@ def _watched(model: torch.nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.
 
 @contextmanager
 def _video_reader() -> Iterator[None]:
-    """Some wrappers import decord, which reads videos; none of our benchmarks has one."""
+    """Some wrappers import decord, a video reader; a placeholder will do, as no benchmark here has videos."""
     if "decord" in sys.modules or importlib.util.find_spec("decord") is not None:
         yield
         return
-    sys.modules["decord"] = types.SimpleNamespace(VideoReader=None, cpu=None)
+    sys.modules["decord"] = placeholder = types.ModuleType("decord")
+    vars(placeholder).update(VideoReader=None, cpu=None)
     try:
         yield
     finally:

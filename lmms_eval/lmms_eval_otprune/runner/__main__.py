@@ -8,9 +8,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import Options, read
+
+if TYPE_CHECKING:
+    from .plan import Job, Plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
+def _run(plan: Plan, options: Options, arguments: Sequence[str]) -> int:
     from lmms_eval_otprune.models.token_counts import describe
 
     from . import records
@@ -70,7 +73,7 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
     )
     with Screen(len(plan.jobs) * len(plan.tasks)) as screen:
 
-        def finished(job: Any) -> None:
+        def finished(job: Job) -> None:
             if options.machine_rank > 0:
                 return
             visual_tokens = collect(job, plan, options, identities[job.folder])
@@ -96,14 +99,14 @@ def _run(plan: Any, options: Options, arguments: Sequence[str]) -> int:
 
 
 def _forget_encoded_images(folder: Path) -> None:
-    """They serve the rows that are still to come, and take more room than all results."""
+    """Remove the store of encoded images, which no later row needs."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # those of another machine are still there
         folder.parent.rmdir()
 
 
-def _failures(plan: Any, identities_of: Mapping[Path, Mapping[str, Any]] | None = None) -> int:
-    """Print what failed; a task without a result has failed as well, where the identities of results are given."""
+def _failures(plan: Plan, identities_of: Mapping[Path, Mapping[str, Any]] | None = None) -> int:
+    """Print what failed and return the exit status; with ``identities_of``, tasks without a result failed, too."""
     from . import records
 
     failed: dict[tuple[str, str], list[str]] = {}
@@ -121,7 +124,7 @@ def _failures(plan: Any, identities_of: Mapping[Path, Mapping[str, Any]] | None 
     return 1 if failed else 0
 
 
-def _announce(plan: Any, options: Options) -> None:
+def _announce(plan: Plan, options: Options) -> None:
     from lmms_eval_otprune.models.java import PACKAGE
 
     if plan.left_out:

@@ -1,4 +1,4 @@
-"""Hands a model's tasks to workers until each has its result, and replaces a worker that a task brought down."""
+"""Distributes a model's tasks among workers, and replaces a worker that a task has brought down."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .screen import Screen
 from .tasks import data_version
 
 UNITS_PER_PROCESS = 4
-"""With as many tasks to do a process, CPU processes work alone: none waits for another at the end of each task."""
+"""From this many tasks per process on, CPU processes work on different tasks, so that none waits for the others."""
 
 Identities = Mapping[Path, Mapping[str, Mapping[str, Any]]]
 """Job's folder -> task -> what its result depends on."""
@@ -30,19 +30,19 @@ def evaluate(
     screen: Screen,
     finished: Callable[[Job], None],
 ) -> None:
-    """Evaluate what has no result yet; what happened is found in the jobs' folders.
+    """Evaluate all tasks without a result; results and failures are written to the jobs' folders.
 
-    A task that fails, or takes its worker with it, costs itself alone.
+    A task that fails, or brings its worker down, does not affect the others.
 
     Parameters
     ----------
     jobs : sequence of Job
-        Of one model, which a worker loads once.
+        Of one model, which each worker loads once.
     plan, options
     identities
     screen : Screen
     finished : callable
-        Called with each job that has been tried whole.
+        Called with each job of which all tasks have been tried.
     """
     todo = deque(
         (number, task)
@@ -68,7 +68,7 @@ def evaluate(
         number = options.machine_rank if writer is None else writer
         path = folder / f"worker-{number}.specification.json"
         records.write_json(path, {**specification, "writer": writer})
-        # What is printed before the first task belongs to the job that comes first.
+        # What is printed before the first task goes to the log of its job.
         log = jobs[todo[0][0] if todo else 0].folder / "worker.log"
         return Worker(launch, path, log, events)
 
@@ -128,7 +128,7 @@ def evaluate(
 
 
 def describe_workers(plan: Plan, options: Options, units: int, wrapped: bool = False) -> tuple[int, Launch]:
-    """How many workers evaluate so many tasks, and how each is started; ``wrapped``: they share a task on GPUs only."""
+    """How many workers evaluate so many tasks, and how to start them; ``wrapped`` models share tasks on GPUs only."""
     enough = units >= UNITS_PER_PROCESS * plan.num_processes
     if plan.device == "cpu" and options.num_machines == 1 and (enough or wrapped):
         return min(plan.num_processes, max(units, 1)), describe_launch(plan, options, 1)
@@ -143,7 +143,7 @@ def _meeting(options: Options) -> str:
 
 
 def _give_up(jobs: Sequence[Job], todo: Sequence[tuple[int, str]], plan: Plan, options: Options, problem: str) -> None:
-    """Write down for every task that is left why it cannot be evaluated."""
+    """Record why the remaining tasks cannot be evaluated."""
     everything = [(number, task) for number in range(len(jobs)) for task in plan.tasks]
     for number, task in todo if options.machine_rank == 0 else everything:
         records.record_failure(jobs[number].folder, task, problem)

@@ -1,13 +1,11 @@
-"""How long the embedded suite will take on this machine's CPU, said before it begins."""
+"""Estimates how long the embedded suite will take on this machine's CPU."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Sequence
-from statistics import median
 
 import torch
+from torch.utils.benchmark import Timer
 
 from llava.flops import USUAL_TEXT, exact_flops, load_shape, tokens_per_layer, visual_per_layer
 from llava.mini.suite import rows_of
@@ -19,15 +17,15 @@ from .plan import Job, Plan
 REFERENCE = 88e9
 """FLOPs a second."""
 SHARE = 0.82
-"""Of a matrix product's speed, what a whole prefill reaches."""
+"""Speed of a whole prefill as a fraction of that of a matrix product."""
 QUESTION, CAPTION = 0.008, 0.016
-"""Seconds to read, prepare and answer a question beside its prefill, and more for a caption, at the reference."""
+"""Seconds per question besides its prefill, and additional ones per caption, at the reference speed."""
 START, REPORT = 15.0, 30.0
-"""Seconds to load libraries and model, and for the report, at the reference."""
+"""Seconds to load libraries and model, and to write the report, at the reference speed."""
 
 
 def estimate(units: Sequence[tuple[Job, str]], plan: Plan, limit: int | None, report: bool) -> float | None:
-    """Seconds for tasks that have no result yet; None where they cannot be known.
+    """Seconds for the given tasks; None if they cannot be estimated.
 
     Parameters
     ----------
@@ -41,28 +39,31 @@ def estimate(units: Sequence[tuple[Job, str]], plan: Plan, limit: int | None, re
     if plan.suite.name != "mini" or plan.device != "cpu" or not units:
         return None
     speed = _speed()
+    encoded: set[tuple[str, bool, str]] = set()
+    seconds = (START + REPORT * report) * REFERENCE / speed
     try:
-        seconds = sum(
-            _row(job, [task for one, task in units if one is job], limit, speed)
-            for job in {id(job): job for job, _ in units}.values()
-        )
-        seconds += _encoding(units, plan, limit, speed)
+        prefills = {job: _prefill(job) for job in dict.fromkeys(job for job, _ in units)}
+        for job, task in units:
+            questions = min(rows_of(task), limit or rows_of(task))
+            flops, images = prefills[job], (job.model, job.grey, task)
+            if not (plan.visual_cache and images in encoded):  # few questions of this suite share an image
+                flops += _encoding(job)
+                encoded.add(images)
+            beside = (QUESTION + CAPTION * needs_java(task)) * REFERENCE
+            seconds += questions * (flops / SHARE + beside) / speed / plan.num_processes
     except (OSError, ValueError):  # the checkpoint is not here, or its cost cannot be counted
         return None
-    return seconds / plan.num_processes + (START + REPORT * report) * REFERENCE / speed
+    return seconds
 
 
 def in_words(seconds: float) -> str:
-    """As a person would say it."""
+    """Rounded to minutes or hours."""
     minutes = max(1, round(seconds / 60))
     return f"about {minutes} min" if minutes < 90 else f"about {seconds / 3600:.1f} h"
 
 
-def _questions(task: str, limit: int | None) -> int:
-    return rows_of(task) if limit is None else min(limit, rows_of(task))
-
-
-def _row(job: Job, tasks: Sequence[str], limit: int | None, speed: float) -> float:
+def _prefill(job: Job) -> int:
+    """FLOPs of a question, without the vision tower's."""
     shape = load_shape(job.model)
     layers = shape.decoder.layers
     visual = ([shape.visual_tokens] * layers,) * 2
@@ -72,35 +73,18 @@ def _row(job: Job, tasks: Sequence[str], limit: int | None, speed: float) -> flo
         except ValueError:  # the model or the image decides: about the ratio, in the mean over the layers
             visual = ([round(shape.visual_tokens * (job.pruning.ratio or 1))] * layers,) * 2
     tokens, after = (tokens_per_layer(USUAL_TEXT, column) for column in visual)
-    prefill = exact_flops(shape, tokens, after=after, crops=0).total / (SHARE * speed)
-    beside = {task: (QUESTION + CAPTION * needs_java(task)) * REFERENCE / speed for task in tasks}
-    return sum(_questions(task, limit) * (prefill + beside[task]) for task in tasks)
+    return exact_flops(shape, tokens, after=after, crops=0).total
 
 
-def _encoding(units: Sequence[tuple[Job, str]], plan: Plan, limit: int | None, speed: float) -> float:
-    """Of every image once, or in every row; few questions of this suite share an image."""
-    times = Counter((job.model, job.grey, task) for job, task in units)
-    seconds = 0.0
-    for (model, _, task), rows in times.items():
-        shape = load_shape(model)
-        nothing = [0] * shape.decoder.layers
-        one = exact_flops(shape, nothing, crops=1).total - exact_flops(shape, nothing, crops=0).total
-        seconds += _questions(task, limit) * one / (SHARE * speed) * (1 if plan.visual_cache else rows)
-    return seconds
+def _encoding(job: Job) -> int:
+    """FLOPs of an image's way to the decoder."""
+    shape = load_shape(job.model)
+    nothing = [0] * shape.decoder.layers
+    return exact_flops(shape, nothing, crops=1).total - exact_flops(shape, nothing, crops=0).total
 
 
 def _speed() -> float:
     """FLOPs a second of one core's matrix products, in a third of a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        a, b = torch.ones(2520, 192), torch.ones(192, 640)
-        spent: list[float] = []
-        end = time.perf_counter() + 0.3
-        while (begin := time.perf_counter()) < end:
-            a @ b
-            spent.append(time.perf_counter() - begin)
-        # The median: the first ones are slow, and others use the machine now and then.
-        return 2 * a.shape[0] * a.shape[1] * b.shape[1] / median(spent)
-    finally:
-        torch.set_num_threads(threads)
+    a, b = torch.ones(2520, 192), torch.ones(192, 640)
+    spent = Timer("a @ b", globals={"a": a, "b": b}, num_threads=1).blocked_autorange(min_run_time=0.3).median
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / spent

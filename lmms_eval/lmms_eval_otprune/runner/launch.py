@@ -1,4 +1,4 @@
-"""Starts workers, which evaluate the tasks that they are handed, and listens to them."""
+"""Starts workers and receives their events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import IO, Any
 
 from llava.pruning.methods.ocvtp.variables import translated
 
@@ -20,13 +20,13 @@ from .options import Options
 from .plan import SWITCH, Plan
 
 JOIN_MINUTES = 10
-"""For the machines of a run to find each other."""
+"""The time that the machines of a run have to connect."""
 WORKER = "lmms_eval_otprune.runner.worker"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a worker is started: one process, or a group that evaluates each task together.
+    """How a worker is started: as one process, or as a group that shares each task.
 
     Attributes
     ----------
@@ -40,13 +40,13 @@ class Launch:
 
 
 def describe_launch(plan: Plan, options: Options, processes: int) -> Launch:
-    """One plain process, or torchrun's: as many as asked for, on this machine and on the others."""
+    """A single process, or a torchrun group with so many processes on each machine."""
     environment = {name: value for name, value in translated(os.environ).items() if name not in SWITCH}
     if plan.device == "cpu":
         # Otherwise accelerate looks for as many GPUs, and starts one process when there are none.
         environment["ACCELERATE_USE_CPU"] = "true"
     if plan.num_processes > 1:
-        # More threads than cores make each other wait.
+        # More threads than cores slow each other down.
         environment.setdefault("OMP_NUM_THREADS", "1")
     if processes == 1 and options.num_machines == 1:
         return Launch((sys.executable, "-m", WORKER), environment)
@@ -64,25 +64,25 @@ def describe_launch(plan: Plan, options: Options, processes: int) -> Launch:
 
 
 class Worker:
-    """A running worker: a process, or a group of them, that speaks for itself through its first process.
+    """A running worker: one process, or a group of them.
 
-    What it says is put on a queue as (worker, event); the last event is ``{"ended": status}``. It ends when its
-    standard input does, and so with this process, however that goes.
+    Its events are put on a queue as (worker, event); the last one is ``{"ended": status}``. It exits when its standard
+    input is closed, and thus whenever this process ends.
 
     Parameters
     ----------
     launch : Launch
     specification : Path
     log : Path
-        What it prints goes there.
+        Receives what it prints.
     events : Queue
 
     Attributes
     ----------
     unit : tuple of (int, str), or None
-        Number of the job and the task that it is at.
+        Number of the job, and the task that it is working on.
     has_worked : bool
-        Whether it has come as far as its first task.
+        Whether it has begun a task.
     """
 
     def __init__(self, launch: Launch, specification: Path, log: Path, events: Queue):
@@ -97,23 +97,25 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=file,
             )
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+        assert self._process.stdin is not None and self._process.stdout is not None  # they are pipes
+        self._orders = self._process.stdin
+        threading.Thread(target=self._listen, args=(self._process.stdout, events), daemon=True).start()
 
     def give(self, unit: tuple[int, str] | None) -> None:
-        """Hand over the next task; None: there is none."""
+        """Send the next task, or None if there are no more."""
         self.unit = unit
-        with suppress(BrokenPipeError):  # it has just died, and its end is on the queue
-            self._process.stdin.write(json.dumps(unit).encode() + b"\n")
-            self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has just died: the event is on the queue
+            self._orders.write(json.dumps(unit).encode() + b"\n")
+            self._orders.flush()
 
     def stop(self) -> None:
-        """End it, and wait until it is gone."""
-        self._process.stdin.close()
+        """Let it exit, and wait for that."""
+        self._orders.close()
         self._process.wait()
 
-    def _listen(self, events: Queue[tuple[Worker, dict[str, Any]]]) -> None:
-        for line in self._process.stdout:
-            # Libraries may print before the worker has sent that to its log.
+    def _listen(self, printed: IO[bytes], events: Queue[tuple[Worker, dict[str, Any]]]) -> None:
+        for line in printed:
+            # Libraries may print before the worker has redirected standard output.
             with suppress(ValueError):
                 event = json.loads(line)
                 if isinstance(event, dict):

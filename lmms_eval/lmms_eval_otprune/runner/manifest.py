@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""Records what a result was made with."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def describe_machine(lm: RowsInTurn, model: str) -> dict[str, Any]:
 
 
 def _is_trained(model: str, config: Any) -> bool:
-    """False for a stand-in: a configuration that says so, or an embedded model without the record of its training."""
+    """False for an untrained placeholder: the configuration says so, or llava-mini has no record of its training."""
     from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
 
     if getattr(config, "untrained", False):

@@ -1,4 +1,4 @@
-"""From a command line and this machine to what is run: which models, with which pruning, on which tasks."""
+"""Decides what is run, from the command line and the machine: which models, with which pruning, on which tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU_BATCH_SIZE = 8
 CPU_PROCESSES = 4
 GPU_BATCH_SIZE = 1
 CPU_VISUAL_CACHE = 8
-"""GiB: a CPU needs longer for an image than a disk. The embedded suite takes one, with every method two."""
+"""GiB: encoding an image takes longer than reading it from disk. The embedded suite needs 1, with every method 2."""
 SWITCH = ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
 LONGEST_NAME = 200
 
@@ -46,11 +46,11 @@ class Job:
     model : str
     pruning : PruningConfig, or None
     folder : Path
-        Where its results go.
+        Of its results.
     grey : bool
-        Every image is replaced by a grey one.
+        Replace every image by a grey one.
     wrapper : str, or None
-        Which of lmms-eval's wrappers runs it: transformers' own models have one.
+        The lmms-eval wrapper of a transformers model.
     """
 
     model: str
@@ -73,7 +73,7 @@ class Job:
 
     @property
     def label(self) -> str:
-        """For a person: the model and the pruning, as their folders are named."""
+        """The model and the pruning, as their folders are named."""
         return f"{self.folder.parent.name}, {self.folder.name}"
 
 
@@ -84,9 +84,9 @@ class Plan:
     Attributes
     ----------
     visual_cache : int or None
-        Bytes of encoded images on the disk; 0: in the memory of each process, None: nowhere.
+        Bytes of encoded images on disk; 0: in memory only, per process; None: no cache.
     encoded_images : Path
-        Where on the disk, while the run lasts: a folder for each machine.
+        Where they are during the run, a folder per machine.
     """
 
     suite: Suite
@@ -153,7 +153,7 @@ def _cores() -> int:
 def _processes(device: str, suite: Suite) -> int:
     if device == "cuda":
         return torch.cuda.device_count()
-    # Every process holds the whole model: nothing for a published checkpoint in a CPU's memory.
+    # Every process holds the whole model, and memory seldom has room for several published checkpoints.
     return min(_cores(), CPU_PROCESSES) if device == "cpu" and suite.name == "mini" else 1
 
 
@@ -205,7 +205,7 @@ def _jobs(options: Options, suite: Suite, output: Path, environ: Mapping[str, st
 
 
 def _prunings(text: str, options: Options, environ: Mapping[str, str]) -> list[PruningConfig]:
-    """What a method is run with: once for each ratio, or once without any."""
+    """The configurations of a method: one per ratio, or a single one whose options set the budget."""
     stated = {setting.partition("=")[0].lower() for setting in text.split(":")[1:]}
     if options.layer is not None and "layer" not in stated:
         text = f"{text}:layer={options.layer}"
@@ -215,13 +215,15 @@ def _prunings(text: str, options: Options, environ: Mapping[str, str]) -> list[P
         try:
             return [PruningConfig.from_text(text, ratio, environ) for ratio in options.ratios]
         except ValueError as refusal:
-            # The options, or the layer, may say how much is kept.
+            # The options or the layer may set the budget.
             try:
                 return [PruningConfig.from_text(text, None, environ)]
             except ValueError:
                 raise refusal from None
     except ValueError as error:
-        raise ValueError(f"--method {error}") from None
+        # Its options are named by the configuration; an unknown name is not.
+        named = str(error) if str(error).startswith(text) else f"{text}: {error}"
+        raise ValueError(f"--method {named}") from None
 
 
 def _check_model(model: str, option: str = "--model") -> None:
@@ -231,7 +233,7 @@ def _check_model(model: str, option: str = "--model") -> None:
 
 
 def _wrapper(model: str) -> str | None:
-    """For a model of transformers; one whose configuration is not here yet is taken for a LLaVA."""
+    """The wrapper of a transformers model; one whose configuration is not downloaded yet is taken for a LLaVA."""
     try:
         return wrapper_of(read_config(resolve_model_path(model)))
     except (OSError, ValueError):
@@ -239,7 +241,7 @@ def _wrapper(model: str) -> str | None:
 
 
 def _check_owner(folder: Path, model: str) -> None:
-    """Refuse to write over the results of another model of the same name."""
+    """Refuse to overwrite the results of another model of the same name."""
     for path in folder.glob("*/results.json"):
         found = records.read_json(path)
         other = found.get("model") if isinstance(found, dict) else None
@@ -258,7 +260,7 @@ def _is_hub_id(model: str) -> bool:
 
 
 def _check_depth(model: str, pruning: PruningConfig) -> None:
-    """Find what this decoder cannot do now, not after the unpruned run; a checkpoint that is not here yet waits."""
+    """Refuse now, not after the unpruned run, what this decoder cannot do; skipped if it is not downloaded yet."""
     try:
         config = read_config(resolve_model_path(model))
     except OSError:
@@ -284,7 +286,7 @@ def _pruning_folder(pruning: PruningConfig | None) -> str:
 
 
 def folder_name(text: str) -> str:
-    """A name as one folder inside another: never "..", hidden, empty, or too long for a file system."""
+    """A valid name of a single folder: never "..", hidden, empty, or too long for a file system."""
     name = re.sub(r"[^\w.-]+", "_", text).lstrip(".") or "unnamed"
     if len(name.encode()) <= LONGEST_NAME:
         return name

@@ -1,9 +1,10 @@
-"""What a run leaves on the disk, file by file, and when a task counts as done."""
+"""The files of a task, its result or its failure, and when it counts as finished."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from io import TextIOBase
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,9 +20,9 @@ def task_folder(job_folder: Path, task: str) -> Path:
 
 
 def finished(job_folder: Path, task: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A task's result, if it is there and was made with the same settings; all metrics serve for the table's, too.
+    """A task's result, or None unless it was made with the same settings; "all" metrics include those of the table.
 
-    One that cannot be read is none: the task is evaluated again, from the answers that are there.
+    A result that cannot be read does not count: the task is scored again from its recorded answers.
     """
     result = read_json(task_folder(job_folder, task) / RESULT)
     try:
@@ -45,8 +46,8 @@ def failure(job_folder: Path, task: str) -> str | None:
     return error if isinstance(error, str) else f"{path} cannot be read" if path.exists() else None
 
 
-def record_failure(job_folder: Path, task: str, error: str, terminal: TextIO | None = None) -> None:
-    """Write down why a task failed; where that cannot be written, on a full disk for instance, print it."""
+def record_failure(job_folder: Path, task: str, error: str, terminal: TextIO | TextIOBase | None = None) -> None:
+    """Record why a task failed; if that cannot be written, for instance on a full disk, print it."""
     try:
         write_json(task_folder(job_folder, task) / FAILURE, {"task": task, "error": error})
     except OSError as problem:

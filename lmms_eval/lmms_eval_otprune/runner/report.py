@@ -1,4 +1,4 @@
-"""The files that people read: results.json and manifest.json of each job, and the table over all of them."""
+"""Writes results.json and manifest.json of each job, and the table of all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TABLES = {"markdown": "table.md", "csv": "table.csv", "json": "table.json", "htm
 def collect(
     job: Job, plan: Plan, options: Options, identities: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Put a job's task results together, also those of earlier commands: ``results.json`` and ``manifest.json``.
+    """Write a job's ``results.json`` and ``manifest.json``, with the task results of earlier commands.
 
     Returns
     -------
@@ -43,9 +43,9 @@ def collect(
         print(f"{job.label}: {', '.join(outdated)} had other settings or another version, and are left out", flush=True)
     machine = records.read_json(job.folder / "machine.json")
     machine = machine if isinstance(machine, dict) else {}
-    pruning = machine.pop("pruning", None) or (job.pruning and job.pruning.to_dict())
-    if pruning is not None:
-        pruning["set_options"] = sorted(job.pruning.options)
+    pruning = machine.pop("pruning", None)
+    if job.pruning is not None:
+        pruning = {**(pruning or job.pruning.to_dict()), "set_options": sorted(job.pruning.options)}
     visual_tokens = merged_summary([result["visual_tokens"] for result in done.values() if result["visual_tokens"]])
     common = {
         "format": FORMAT,
@@ -83,14 +83,14 @@ def collect(
 
 
 def _wanted(identity: Mapping[str, Any], asked_for: bool) -> Mapping[str, Any]:
-    """A task that this command does not evaluate may have more or fewer metrics than it would ask for."""
+    """Of a task that this command does not evaluate, a result with any metrics will do."""
     return identity if asked_for or "metrics" not in identity else {**identity, "metrics": "table"}
 
 
 def write_page(plan: Plan) -> str:
-    """Write ``report.html``, the table with figures and token maps; returns where it is, or why it is not there.
+    """Write ``report.html``, the table with figures and token maps; returns where it is, or why there is none.
 
-    Hours of evaluation do not fail for a drawing: whatever stops it becomes a sentence.
+    An evaluation does not fail because of its report.
     """
     page = plan.output / "report.html"
     transformers.utils.logging.disable_progress_bar()
@@ -114,7 +114,7 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Tab
     arguments : sequence of str
         The command line.
     last : bool
-        All jobs are done: intervals are worth their seconds now.
+        All jobs are finished: compute intervals, which takes seconds.
     """
     before = records.read_json(plan.output / "manifest.json")
     before = before if isinstance(before, dict) else {}
@@ -137,7 +137,7 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Tab
             "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
     )
-    # Rows of earlier commands may have been made with other settings or versions: better shown, with a warning.
+    # Rows of earlier commands may have other settings or versions: they are shown with a warning.
     table = build_table(load_runs([plan.output]), intervals=last, allow_mixed=True)
     for name, file in TABLES.items():
         atomic_write(plan.output / file, table.render(name))
@@ -145,16 +145,16 @@ def write_report(plan: Plan, arguments: Sequence[str], last: bool = True) -> Tab
 
 
 def _job_folders(plan: Plan, before: Mapping[str, Any]) -> tuple[list[Path], list[str]]:
-    """Of all rows in the output folder: as in the manifest of the command before, then this command's, then others.
+    """The folders of all rows in the output folder, and why some are left out.
 
-    And why some are left out.
+    In the order of the previous command's manifest, then this command's rows, then others.
     """
     own = [job.folder for job in plan.jobs]
     named = [plan.output / job for job in _names(before, "jobs")]
     found = sorted(path.parent for path in plan.output.glob("*/*/results.json"))
     folders, refused = [], []
     for folder in dict.fromkeys([*named, *own, *found]):
-        # A job of this command that has not begun has no results, or those of an earlier command.
+        # A job of this command that has not begun may have results of an earlier one.
         if folder not in own or (folder / "results.json").exists():
             try:
                 load_runs([folder])

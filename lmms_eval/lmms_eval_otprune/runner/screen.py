@@ -1,11 +1,11 @@
-"""What a person sees while a run lasts: a line for each task that is done, and on a terminal bars and the table."""
+"""What the user sees during a run: a line per finished task, and on a terminal progress bars and the table so far."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,16 +21,16 @@ from . import records
 from .plan import Job
 
 ALWAYS = ("Method", "Kept tokens", "Mean")
-"""Columns that a narrow terminal has room for."""
+"""Columns for which a narrow terminal has room."""
 _UNLIMITED = 10_000
 _SLOW = 300.0
-"""Seconds of which the speed is taken: tasks differ, and their time left should not jump."""
+"""Seconds over which speed is averaged: tasks differ, and the estimated time left should not jump."""
 
 
 class Screen:
-    """A context: inside it, a terminal shows a bar for each task under way and the table of the rows so far.
+    """A context manager; inside it, a terminal shows a bar for each task under way, and the table of the rows so far.
 
-    Elsewhere there are only lines, one a task.
+    Without a terminal there is only a line per task.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class Screen:
         self._live.stop()
 
     def begin(self, worker: Hashable, job: Job, task: str) -> None:
-        """A worker has turned to a task."""
+        """A worker has begun a task."""
         self.leave(worker)
         self._under_way[worker] = self._bars.add_task(f"{job.label} {task}", total=None)
 
@@ -76,12 +76,12 @@ class Screen:
             self._bars.update(self._under_way[worker], completed=done, total=of)
 
     def leave(self, worker: Hashable) -> None:
-        """A worker is at no task any more."""
+        """A worker has no task any more."""
         if worker in self._under_way:
             self._bars.remove_task(self._under_way.pop(worker))
 
     def end(self, job: Job, task: str) -> None:
-        """A task has been tried: print what came out."""
+        """A task has been tried: print its outcome."""
         self._bars.advance(self._whole)
         failed = records.failure(job.folder, task)
         self.say(f"{job.label} {task}: {f'FAILED, {failed}' if failed else _outcome(job, task)}")
@@ -91,11 +91,11 @@ class Screen:
         self.console.print(Text(text), soft_wrap=True)
 
     def show(self, rows: Sequence[Row]) -> None:
-        """The table so far."""
+        """Set the table's rows so far."""
         self._rows = rows
 
     def finish(self, made: MadeTable) -> None:
-        """Print the table, for a terminal as it fits, else in Markdown, and what it says."""
+        """Print the table, fitted to a terminal or in Markdown, and the findings."""
         self._rows = made.rows
         self.console.print()
         if self.console.is_terminal:
@@ -107,7 +107,7 @@ class Screen:
             self.say(sentence)
 
     def table(self) -> Table:
-        """The rows so far, as wide as fits."""
+        """The rows so far, with the columns for which there is room."""
         header, lines = cells(self._rows, intervals=False)
         models = {line[0] for line in lines}
         every = [name for name in header if name != "Rank" and (name != "Model" or len(models) > 1)]
@@ -124,7 +124,8 @@ class Screen:
         return table
 
     def _frame(self) -> Group:
-        return Group(*([self.table(), ""] if self._rows else []), self._bars)
+        above: list[RenderableType] = [self.table(), ""] if self._rows else []
+        return Group(*above, self._bars)
 
 
 def _outcome(job: Job, task: str) -> str:

@@ -1,4 +1,4 @@
-"""What a task's result depends on: a result is only taken for done when all of it is the same."""
+"""What a task's result depends on: a recorded result is reused only if all of it is the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .suites import Suite
 
 
 def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[str, Any]]:
-    """Task of the suite -> everything that its result depends on, JSON-serialisable."""
+    """Task -> everything that its result depends on, JSON-serialisable."""
     common = {
         "model": model_fingerprint(
             resolve_model_path(job.model), options.model_base, plan.dtype, "sdpa", job.wrapper or options.conv_template
@@ -47,7 +47,7 @@ def _scoring_files() -> list[Path]:
 
 
 def data_version(suite: Suite) -> str:
-    """Of the embedded data sets; the published ones stay what they are."""
+    """The version of the embedded data sets; published ones do not change."""
     if suite.name != "mini":
         return "published"
     from llava.mini.suite import VERSION

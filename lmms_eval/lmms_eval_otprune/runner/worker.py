@@ -1,8 +1,8 @@
-"""One process of a worker: loads the model once and evaluates the tasks that it is handed, of one row after another.
+"""A worker process: loads the model once, then evaluates the tasks that it is given, row after row.
 
-Started by `launch` with the path of a specification; several processes find each other as torchrun tells them to. The
-first of all reads from standard input what to do next, and the first on each machine says on standard output what is
-done, a JSON object a line.
+`launch` starts it with the path of a specification; the processes of one worker form a torchrun group. Rank 0 reads the
+next task from standard input, and the first process of each machine reports on standard output, in JSON, an object per
+line.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ from llava.pruning import PruningConfig
 from llava.runtime import is_main_process
 from lmms_eval_otprune.models.llava import Llava
 from lmms_eval_otprune.models.rows import RowsInTurn
-from lmms_eval_otprune.models.token_counts import ImageCount, summary
+from lmms_eval_otprune.models.token_counts import summary
 
 from . import records
 from .manifest import describe_machine
 
+Orders = SimpleQueue[tuple[int, str] | None]
 REPORT_INTERVAL = 0.2
-"""Seconds between two words on how far a task is."""
+"""Seconds between two progress events."""
 
 
 class Channel(io.TextIOBase):
-    """What `launch` hears: events of the first process on this machine. What is printed into it, a person reads."""
+    """Sends events of the machine's first process to `launch`; text that is printed into it is shown to the user."""
 
     def __init__(self):
         self._file = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
@@ -73,13 +74,13 @@ class Reported:
         self._channel, self._total, self._done, self._last = channel, total, done, 0.0
 
     def __enter__(self) -> Reported:
-        self.advance(0, ())
+        self.update(0)
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
-    def advance(self, samples: int, images: Sequence[ImageCount]) -> None:
+    def update(self, samples: int) -> None:
         self._done += samples
         if time.monotonic() - self._last >= REPORT_INTERVAL or self._done == self._total:
             self._last = time.monotonic()
@@ -87,9 +88,10 @@ class Reported:
 
 
 def main(specification: str) -> None:
-    """Evaluate what is handed over; status 0 when every task was tried."""
+    """Evaluate tasks until there are no more."""
     spec = json.loads(Path(specification).read_text(encoding="utf-8"))
-    channel, orders = Channel(), SimpleQueue()
+    channel = Channel()
+    orders: Orders = SimpleQueue()
     _quiet()
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     try:
@@ -113,12 +115,12 @@ def main(specification: str) -> None:
         except Exception as error:
             current = None
             _log_traceback()
-            # The first to fail knows why; the others only see that it is gone.
+            # The first to fail knows the cause; the others only lose their connection to it.
             folder = Path(job["folder"])
             if records.failure(folder, task) is None:
                 records.record_failure(folder, task, _sentence(error), channel)
             if lm.world_size > 1:
-                # The other processes wait for this one in a collective operation: the group must be started again.
+                # The other processes wait for this one in a collective operation: the group must be restarted.
                 raise SystemExit(1) from error
         channel.send(tried=unit)
 
@@ -157,15 +159,15 @@ def _load_llava(spec: dict[str, Any]) -> Llava:
         **spec["visual_cache"],
     )
     if "visual_cache_folder" in spec["visual_cache"]:
-        lm.model.visual_cache.expected = _wanted_of_the_encoder(spec["jobs"])
+        lm.model.visual_cache.expected = _encoder_outputs(spec["jobs"])
     return lm
 
 
-def _wanted_of_the_encoder(jobs: Sequence[Mapping[str, Any]]) -> tuple[Output, ...]:
-    """What any row that is to come asks of it: then each image is encoded once for all of them."""
+def _encoder_outputs(jobs: Sequence[Mapping[str, Any]]) -> tuple[Output, ...]:
+    """The outputs that any row still to be evaluated needs, so that each image is encoded once for all of them."""
     found: dict[Output, None] = {}
     for job in jobs:
-        with suppress(ValueError):  # it is reported when the row's turn comes
+        with suppress(ValueError):  # reported when the row is evaluated
             if job["to_do"] and (config := _pruning(job)) is not None:
                 for outputs in encoder_outputs(config.build_pruner()).values():
                     found |= dict.fromkeys(outputs)
@@ -176,9 +178,9 @@ def _pruning(job: Mapping[str, Any]) -> PruningConfig | None:
     return PruningConfig.from_env({**os.environ, **job["switch"]}) if job["switch"] else None
 
 
-def _next(lm: RowsInTurn, channel: Channel, orders: SimpleQueue) -> tuple[int, str] | None:
-    """The next job's number and task, as the first of all processes hears them; None: there is none."""
-    unit = [None]
+def _next(lm: RowsInTurn, channel: Channel, orders: Orders) -> tuple[int, str] | None:
+    """The next task, (number of the job, task), as rank 0 receives it; None at the end."""
+    unit: list[tuple[int, str] | None] = [None]
     if lm.rank == 0:
         channel.send(ready=True)
         unit = [orders.get()]
@@ -188,7 +190,7 @@ def _next(lm: RowsInTurn, channel: Channel, orders: SimpleQueue) -> tuple[int, s
 
 
 def _enter(lm: RowsInTurn, job: Mapping[str, Any], spec: Mapping[str, Any]) -> None:
-    """Go over to another row: its log, its pruning, its answers."""
+    """Switch to another row: its log, its pruning, its answers."""
     _log_to(Path(job["folder"]) / "worker.log")
     lm.set_pruning(_pruning(job))
     grey = {"grey_pictures": True} if job["grey"] else {}
@@ -203,8 +205,8 @@ def _evaluate(lm: RowsInTurn, task: str, job: Mapping[str, Any], spec: Mapping[s
     started = time.perf_counter()
     lm.visual_tokens.clear()
     cached_before = lm.visual_cache_counts()
-    limit = spec["limit"]
-    if limit is not None and benchmark_of(task).in_pairs:
+    limit, benchmark = spec["limit"], benchmark_of(task)
+    if limit is not None and benchmark is not None and benchmark.in_pairs:
         limit += limit % 2
     stamp = get_datetime_str()
     results = simple_evaluate(
@@ -254,14 +256,14 @@ def _evaluate(lm: RowsInTurn, task: str, job: Mapping[str, Any], spec: Mapping[s
 
 
 def _check_saved(folder: Path, task: str, stamp: str, samples: int) -> None:
-    """lmms-eval goes on without a word when it cannot write the log of samples, on a full disk for instance."""
+    """lmms-eval does not report that it could not write the log of samples, for instance on a full disk."""
     logs = list(folder.glob(f"*/{stamp.replace(':', '-')}_samples_{task}.jsonl"))
     if len(logs) != 1 or logs[0].read_bytes().count(b"\n") != samples:
         raise OSError(f"the log of samples of {task} could not be written whole into {folder}")
 
 
 def _metrics(results: dict[str, Any]) -> dict[str, float]:
-    """The numbers, without lmms-eval's mark for "no filter"."""
+    """The numbers under their plain names: lmms-eval appends ",none" where no filter was applied."""
     return {
         name.removesuffix(",none"): float(value)
         for name, value in results.items()
@@ -270,7 +272,7 @@ def _metrics(results: dict[str, Any]) -> dict[str, float]:
 
 
 def _gather(counts: Counter, lm: RowsInTurn) -> Counter:
-    """Those of all processes on rank 0, nothing on the others."""
+    """The sum over all processes on rank 0, nothing on the others."""
     if lm.world_size == 1:
         return counts
     gathered: list[Any] | None = [None] * lm.world_size if lm.rank == 0 else None
@@ -279,10 +281,11 @@ def _gather(counts: Counter, lm: RowsInTurn) -> Counter:
 
 
 def _quiet() -> None:
-    """Send to the log, which standard error is, what libraries print; no progress bars of theirs."""
+    """Send what libraries print to standard error, which is the log, and switch their progress bars off."""
     os.dup2(2, 1)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     logger.remove()
     logger.add(sys.stderr, level="INFO")
     datasets.disable_progress_bars()
@@ -296,13 +299,13 @@ def _log_to(path: Path) -> None:
             os.dup2(file.fileno(), stream)
 
 
-def _listen(orders: SimpleQueue) -> None:
-    """Hear what to do, and end with the launching process: standard input ends when that one does, however it ends."""
+def _listen(orders: Orders) -> None:
+    """Receive tasks, and exit when the launching process ends, however it does: standard input is closed then."""
     if is_main_process():
         for line in io.FileIO(0, closefd=False):
             orders.put(json.loads(line))
     else:
-        # It belongs to the first process; this one only sees it closed.
+        # Rank 0 reads it; this process only sees it closed.
         closed = select.poll()
         closed.register(0, select.POLLHUP)
         closed.poll()

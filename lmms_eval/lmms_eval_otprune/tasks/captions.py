@@ -1,7 +1,7 @@
-"""Captions are scored one a line, and the builtin scoring removes only one kind of line end from them.
+"""Captions on one line each, as the builtin scoring expects.
 
-Any other one, in an answer or a reference, makes two lines of a caption, and all captions after it are scored against
-another image's references.
+It removes only one kind of line break. Any other one, in an answer or a reference, would split a caption in two, and
+all captions after it would be scored against another image's references.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 from datasets import Dataset, DatasetDict, Features
@@ -37,7 +38,7 @@ class EmbeddedTask(ConfigurableTask):
     def __init__(self, config: dict[str, Any]):
         config = {name: value for name, value in config.items() if name != "class"}
         benchmark = suite.TASKS[config["task"]]
-        self._data = benchmark.data
+        self._data = suite.DATA[config["task"]]
         kept = {name: value for name, value in definition(benchmark).items() if name not in _LEFT_OUT}
         super().__init__(config={**kept, **changes(benchmark), **config}, model_name=_asked_for()[1])
 
@@ -62,7 +63,7 @@ class EmbeddedMessagesTask(EmbeddedTask, ConfigurableMessagesTask):
 
 def _asked_for() -> tuple[str, str]:
     """What lmms-eval loads a task for: "simple" or "chat", and the model's id. It tells a task's class neither."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         manager = frame.f_locals.get("self")
         if isinstance(manager, TaskManager) and "task_type" in frame.f_locals:

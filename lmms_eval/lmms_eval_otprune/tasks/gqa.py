@@ -1,4 +1,4 @@
-"""GQA keeps questions and images apart; a question's image is opened when it is needed.
+"""GQA stores questions and images separately; here an image is opened when its question needs it.
 
 The builtin definition decodes one image per question (12,578 of them, of 398 images) before the first prompt.
 """

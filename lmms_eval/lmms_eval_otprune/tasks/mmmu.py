@@ -1,7 +1,7 @@
-"""MMMU guesses an option when it cannot read one from an answer; here the guess depends on the question alone.
+"""MMMU guesses an option if it cannot find one in an answer; here the guess depends only on the question.
 
-The builtin draws from the process's random state, in threads: the score of one and the same set of answers then varies
-from run to run and with the number of processes.
+The builtin scoring draws from the process's random state, in threads, so that the score of the same answers varies from
+run to run and with the number of processes.
 """
 
 from __future__ import annotations
