@@ -75,7 +75,7 @@ def load(name: str, pretrained: str, device: str | None, dtype: str, batch_size:
     settings = {"device": device or "cuda", "dtype": dtype}
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         settings["device_map"] = device or "cuda"
-    known = inspect.signature(wrapper.wrapped.__init__).parameters
+    known = inspect.signature(wrapper.wrapped).parameters
     lm = wrapper(
         pretrained=pretrained,
         batch_size=batch_size,
