@@ -19,7 +19,7 @@ from lmms_eval_otprune.models.answers import Answer, AnswerLog, Question
 from lmms_eval_otprune.models.token_counts import PromptCount
 
 if TYPE_CHECKING:
-    from llava.eval.flops import ModelShape
+    from llava.flops import ModelShape
 
 UNPRUNED = "none"
 _TERMINAL_INTERVAL, _LOG_INTERVAL = 0.2, 20.0
