@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from statistics import median
 
 import torch
-from torch.utils.benchmark import Timer
 
 from llava.flops import USUAL_TEXT, exact_flops, load_shape, tokens_per_layer, visual_per_layer
 from llava.mini.suite import rows_of
@@ -85,6 +86,16 @@ def _encoding(job: Job) -> int:
 
 def _speed() -> float:
     """FLOPs a second of one core's matrix products, in a third of a second."""
-    a, b = torch.ones(2520, 192), torch.ones(192, 640)
-    spent = Timer("a @ b", globals={"a": a, "b": b}, num_threads=1).blocked_autorange(min_run_time=0.3).median
-    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / spent
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a, b = torch.ones(2520, 192), torch.ones(192, 640)
+        spent: list[float] = []
+        end = time.perf_counter() + 0.3
+        while (begin := time.perf_counter()) < end:
+            a @ b
+            spent.append(time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    # The median: the first products are slow, and others use the machine now and then.
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1] / median(spent)
