@@ -38,7 +38,7 @@ DECODER = {"hidden_size": 1024, "intermediate_size": 2736, "num_hidden_layers": 
 DECODER |= {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048}
 """152 M parameters: as much as a CPU reads in a tenth of a second, and enough for the prompt's length to count."""
 START_SECONDS = 1800
-LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.2
 """Between two looks at the KV cache."""
 
 
