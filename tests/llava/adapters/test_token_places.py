@@ -122,7 +122,7 @@ def test_paint_changes_the_tokens_that_are_drawn_there(looking, request):
                     if paint.max() < 2:  # outside what the model is shown, or next to nothing of it
                         continue
                     seen += 1
-                    assert np.corrcoef(paint.ravel(), found.ravel())[0, 1] > 0.5, (one.name, images[chosen].size)
+                    assert np.corrcoef(paint.ravel(), found.ravel())[0, 1] > 0.3, (one.name, images[chosen].size)
     assert seen
 
 
