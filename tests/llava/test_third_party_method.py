@@ -20,7 +20,8 @@ def example(tmp_path, monkeypatch):
     page = DOCUMENT.read_text(encoding="utf-8")
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "__init__.py").touch()
-    (tmp_path / "my_package" / "my_module.py").write_text(re.search(r"```python\n(.*?)```", page, re.S)[1])
+    own = page.partition("## A method of your own")[2]
+    (tmp_path / "my_package" / "my_module.py").write_text(re.search(r"```python\n(.*?)```", own, re.S)[1])
     group, line = re.search(r'```toml\n\[project\.entry-points\."(.+?)"\]\n(.*?)\n```', page, re.S).groups()
     info = tmp_path / "my_package-1.0.dist-info"
     info.mkdir()
