@@ -26,7 +26,7 @@ if torch.version.cuda is None:
     pytest.skip("this PyTorch was built without CUDA", allow_module_level=True)
 
 METHODS = [(name, layer) for name in sorted(available_methods()) if name not in RATIOS for layer in (0, 2)]
-METHODS = [(name, layer) for name, layer in METHODS if method_class(name).first_layer <= layer]
+METHODS = [(name, layer) for name, layer in METHODS if method_class(name)().first_layer <= layer]
 METHODS += [(name, None) for name in RATIOS]
 
 
@@ -107,7 +107,7 @@ class TestTwoGpus:
     def test_every_method_answers_as_on_a_cpu(self, tower, options, layer):
         model, expected = build(tower), {}
         methods = [name for name in sorted(available_methods()) if (name in RATIOS) == (layer is None)]
-        methods = [name for name in methods if layer is None or method_class(name).first_layer <= layer]
+        methods = [name for name in methods if layer is None or method_class(name)().first_layer <= layer]
 
         def answers(asked: dict) -> dict:
             found = {}

@@ -69,7 +69,7 @@ def draw(method: str, seed: int) -> Case:
     if method in RATIOS:
         options |= {"ratio": dice.choice((0.4, 0.6, 0.8))}
     else:
-        layers = [layer for layer in range(DEPTH) if layer >= method_class(method).first_layer]
+        layers = [layer for layer in range(DEPTH) if layer >= method_class(method)().first_layer]
         options |= {"ratio": dice.choice((0.1, 0.3, 0.7)), "layer": dice.choice(layers)}
     return Case(
         layout=dice.choice(sorted(LAYOUTS)),

@@ -16,7 +16,7 @@ from tiny_trained import trained_networks
 LAYERED = [
     (name, layer)
     for name in sorted(available_methods())
-    for layer in ([None] if name in RATIOS else [L for L in (0, 2) if method_class(name).first_layer <= L])
+    for layer in ([None] if name in RATIOS else [L for L in (0, 2) if method_class(name)().first_layer <= L])
 ]
 CASES = [(name, layer, False) for name, layer in LAYERED]
 CASES += [(name, layer, True) for name, layer in LAYERED if name in ("otprune", "downsample", "visionzip", "sparsevlm")]

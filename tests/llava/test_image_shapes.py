@@ -85,7 +85,7 @@ def test_every_method_prunes_an_image_of_any_shape(anyres, options, size):
     with torch.no_grad():
         total = anyres(**call).logits.shape[1] - 9  # the text
         for method in available_methods():
-            layers = [None] if method in RATIOS else {method_class(method).default_layer, 2}
+            layers = [None] if method in RATIOS else {method_class(method)().default_layer, 2}
             for layer, per_crop in itertools.product(layers, (False, True)):
                 settings = {"ratio": RATIOS.get(method, 0.3), "layer": layer, "per_crop": per_crop}
                 with pruning(anyres, method, **settings, **options.get(method, {})):

@@ -15,29 +15,34 @@ from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import PruningConfig, VisualTokens, available_methods, kept_count, kernels, pruning
 from llava.pruning.registry import method_class
 from llava.pruning.schedule import apportion
+from llava.pruning.signals import SIGNALS
 from llava.pruning.tokens import TokenGrid, crop_numbers
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS as TINY_OPTIONS
-from tiny_methods import RATIOS
+from tiny_methods import RATIOS, TWICE
 from tiny_ocvtp import WIDTH
 from tiny_trained import trained_networks
 
 ALL = available_methods()
 N, DEPTH = 16, 4
 
+VARIANTS = {"vscan twice": ("vscan", TWICE), "dart before": ("dart", {"embeddings": True})}
+"""Methods whose options decide where they work."""
 OPTIONS = dict(TINY_OPTIONS)
-SEVERAL = tuple(RATIOS)
+SEVERAL = (*RATIOS, "vscan twice")
 LAYERED = [
     (name, layer)
     for name in sorted(ALL)
-    for layer in ([None] if name in SEVERAL else [L for L in (0, 1, 3) if method_class(name).first_layer <= L])
+    for layer in ([None] if name in SEVERAL else [L for L in (0, 1, 3) if method_class(name)().first_layer <= L])
 ]
+LAYERED += [("vscan twice", None), ("dart before", 0)]
 IDS = [f"{name}-{'own' if layer is None else layer}" for name, layer in LAYERED]
 
 
 def switched(model, method, layer, ratio=None, **options):
     ratio = RATIOS.get(method, 0.3) if ratio is None else ratio
-    return pruning(model, method, ratio=ratio, layer=layer, **OPTIONS.get(method, {}), **options)
+    name, own = VARIANTS.get(method, (method, OPTIONS.get(method, {})))
+    return pruning(model, name, ratio=ratio, layer=layer, **own, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -148,7 +153,7 @@ def test_crops_and_newlines_have_one_budget(anyres, method, layer):
 @pytest.mark.parametrize("method", [name for name in sorted(ALL) if name not in SEVERAL])
 def test_per_crop_gives_every_crop_its_share(anyres, method):
     ids, images, size = prompt(3, 5)[None], [pixels(5, seed=2)], (84, 112)
-    layer = method_class(method).default_layer
+    layer = method_class(method)().default_layer
     with torch.no_grad():
         layout = anyres.image_tokens(images, [size])[0].layout
         crops = crop_numbers(layout)
@@ -297,6 +302,8 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
         "visual_attention": torch.rand(batch, n, generator=draw),
         "text_attention": torch.rand(batch, n, generator=draw),
         "layer_features": torch.randn(batch, n, WIDTH, generator=draw),
+        "keys": torch.randn(batch, n, 12, generator=draw),
+        "states": torch.randn(batch, n, 24, generator=draw),
     }
     for value in values.values():
         if kind == "duplicates":
@@ -310,7 +317,13 @@ def observed(kind: str, dtype: torch.dtype, batch: int, layout) -> dict:
     for name in ("features", *encoded):
         values[name] = values[name].to(dtype)
     question = tuple(torch.randn(5, 24, generator=draw).to(dtype) for _ in range(batch))
+    lengths = [3 + 4 * (image % 2) for image in range(batch)]
+    texts = {"text_keys": 12, "text_states": 24}
     return values | {
+        **{
+            name: tuple(torch.randn(length, width, generator=draw).to(dtype) for length in lengths)
+            for name, width in texts.items()
+        },
         "image_keys": tuple(range(batch)),
         "question": question,
         "layout": layout,
@@ -384,7 +397,7 @@ def test_autocast_around_a_selection_changes_nothing(method, options, dtype, mon
 @pytest.mark.parametrize("method", sorted(ALL))
 def test_what_a_method_ranks_by_must_be_finite(method):
     pruner = method_class(method)(**OPTIONS.get(method, {}))
-    for name in sorted(pruner.needs - {"image_keys", "question"}) or ["features"]:
+    for name in sorted(need for need in pruner.needs if SIGNALS[need].per_token) or ["features"]:
         fields = observed("normal", torch.float32, 1, SQUARE)
         fields[name].view(-1)[5] = float("nan")
         with pytest.raises(ValueError, match="NaN or infinite"):

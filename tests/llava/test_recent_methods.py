@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import torch
 
-from llava.pruning import VisualTokens, kernels, select
+from llava.pruning import VisualTokens, kernels, pruning, select
 from llava.pruning.methods import prunesid
 from llava.pruning.methods.coverage import Coverage, facility_select
 from llava.pruning.methods.dart import DART
@@ -19,7 +20,10 @@ from llava.pruning.methods.mmr import MMR
 from llava.pruning.methods.prunesid import PruneSID, principal_loadings
 from llava.pruning.methods.scope import SCOPE
 from llava.pruning.methods.vscan import VScan
+from llava.pruning.schedule import kept_count, mean_fraction
 from no_waiting import no_waiting
+from tiny_llava import build, pixels, prompt
+from tiny_methods import TWICE
 
 SEEDS = range(6)
 
@@ -62,13 +66,17 @@ def naive_coverage(x: np.ndarray, k: int) -> list[int]:
     return kept
 
 
-def naive_dart(x: np.ndarray, k: int, pivots: int) -> list[int]:
-    kept = sorted(range(len(x)), key=lambda i: (-np.abs(x[i]).sum(), i))[:pivots]
-    left = k - pivots
-    for number, pivot in enumerate(kept[:pivots]):
+def naive_dart(
+    x: np.ndarray, keys: np.ndarray, spoken: np.ndarray, text_keys: np.ndarray, k: int, pivots: int
+) -> list[int]:
+    kept = sorted(range(len(x)), key=lambda i: (-np.abs(keys[i]).sum(), i))[:pivots]
+    words = sorted(range(len(spoken)), key=lambda i: (-np.abs(text_keys[i]).sum(), i))[:pivots]
+    asking = [x[i] for i in kept] + [spoken[i] for i in words]
+    left = k - len(kept)
+    for number, pivot in enumerate(asking):
         rest = [i for i in range(len(x)) if i not in kept]
-        rest.sort(key=lambda i: (cosine(x[i], x[pivot]), i))
-        kept += rest[: left // pivots + (number < left % pivots)]
+        rest.sort(key=lambda i: (cosine(x[i], pivot), i))
+        kept += rest[: left // len(asking) + (number < left % len(asking))]
     return kept
 
 
@@ -215,8 +223,15 @@ class TestAgainstLoops:
         assert Coverage().select(tokens)[0].tolist() == naive_coverage(rows_of(tokens.features), k)
 
     def test_dart(self, seed, k):
-        tokens = tokens_of(seed, k)
-        assert DART().select(tokens)[0].tolist() == naive_dart(rows_of(tokens.features), k, pivots=4)
+        tokens, draw = tokens_of(seed, k), torch.Generator().manual_seed(seed)
+        x, nothing = rows_of(tokens.features), np.zeros((0, 12))
+        found = DART(embeddings=True).select(tokens)[0].tolist()
+        assert found == naive_dart(x, x, nothing, nothing, k, pivots=4)
+        keys, states, words, word_keys = (torch.randn(1, n, 12, generator=draw) for n in (40, 40, 2 + seed, 2 + seed))
+        texts = {"text_keys": tuple(word_keys), "text_states": tuple(words)}
+        tokens = dataclasses.replace(tokens, keys=keys, states=states, **texts)
+        expected = naive_dart(rows_of(states), rows_of(keys), rows_of(words), rows_of(word_keys), k, pivots=4)
+        assert DART().select(tokens)[0].tolist() == expected
 
     def test_mmr(self, seed, k):
         tokens, balance = tokens_of(seed, k), (0.3, 0.5, 1.0)[seed % 3]
@@ -289,6 +304,65 @@ class TestAgainstLoopsOverLayers:
         np.testing.assert_allclose(rows_of(kept.features), merged, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def eager(tower):
+    """A model whose attention can be read."""
+    model = build(tower)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@torch.no_grad()
+def test_dart_reads_the_keys_of_the_layer_before_and_the_text_after_the_image(eager):
+    ids, images, text = prompt(5, 7)[None], pixels(1), slice(6 + 16, 6 + 16 + 7)
+    states = eager(input_ids=ids, images=images, output_hidden_states=True).hidden_states
+    decoder, visual = eager.get_model(), slice(6, 6 + 16)
+    layer = decoder.layers[1]
+    keys = layer.self_attn.k_proj(layer.input_layernorm(states[1]))[0].view(-1, 2, 12).double().numpy()
+    angle = np.arange(len(keys))[:, None] / eager.config.rope_parameters["rope_theta"] ** (np.arange(6) / 6)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    first, second = keys[..., :6], keys[..., 6:]
+    turned = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(len(keys), -1)
+    x = rows_of(decoder.norm(states[2]))
+    expected = naive_dart(x[visual], turned[visual], x[text], turned[text], k=12, pivots=4)
+    with pruning(eager, "dart", ratio=0.75):
+        eager(input_ids=ids, images=images)
+        assert eager.latest_prefill.tokens_left(0).tolist() == sorted(expected)
+
+
+@torch.no_grad()
+def test_vscan_drops_again_by_what_the_last_token_attends_to_before_the_middle(eager):
+    ids, images, ratio = prompt(5, 7)[None], pixels(1), 0.45
+    with pruning(eager, "vscan", ratio=ratio, **TWICE):
+        found = eager(input_ids=ids, images=images).logits
+        kept, counts = eager.latest_prefill.tokens_left(0).tolist(), eager.visual_tokens_per_layer[0]
+    first = ratio * 4 / (2 + 2 * 0.5)
+    assert counts == (kept_count(16, first),) * 2 + (kept_count(16, first / 2),) * 2
+    with pruning(eager, "vscan", ratio=first, local_layer=1):
+        output = eager(input_ids=ids, images=images, output_hidden_states=True, output_attentions=True)
+        entered = eager.latest_prefill.kept[0].tolist()
+    paid = output.attentions[1][0, :, -1].mean(dim=0)[6 : 6 + counts[0]].tolist()
+    stay = sorted(sorted(range(counts[0]), key=lambda i: (-paid[i], i))[: counts[2]])
+    assert kept == [entered[i] for i in stay]
+    columns = torch.tensor([*range(6), *(6 + i for i in stay), *range(6 + counts[0], 13 + counts[0])])
+    hidden, decoder = output.hidden_states[2][:, columns], eager.get_model()
+    causal = torch.full((len(columns), len(columns)), -torch.inf).triu(1)[None, None]
+    for layer in decoder.layers[2:]:
+        rotary = decoder.rotary_emb(hidden, position_ids=columns[None])
+        hidden = layer(hidden, attention_mask=causal, position_embeddings=rotary)
+    torch.testing.assert_close(found, eager.lm_head(decoder.norm(hidden)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_mean_over_the_layers_of_vscans_two_drops_is_the_ratio():
+    pruner = VScan(second_ratio=1 / 3)
+    for layers, ratio in itertools.product((1, 2, 5, 32), (0.05, 0.111, 0.5, 0.8, 1.0)):
+        schedule = pruner.schedule_for(ratio, None, layers)
+        assert mean_fraction(schedule, layers) == pytest.approx(ratio)
+        assert all(0 < fraction <= 1 for _, fraction in schedule)
+    # the published budget of 64 tokens: 96 enter the decoder, and 32 are left from the middle on
+    assert [(at, kept_count(576, part)) for at, part in pruner.schedule_for(64 / 576, None, 32)] == [(0, 96), (16, 32)]
+
+
 def test_loadings_are_those_of_the_exact_components():
     values = torch.randn(2, 30, 50, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(values, full_matrices=False)
@@ -312,7 +386,9 @@ def test_what_ranks_by_attention_needs_a_model(method):
         select(torch.ones(9, 4), k=2, method=method)
 
 
-@pytest.mark.parametrize("pruner", [Coverage(), DART(), MMR(importance="norm"), SCOPE(), HoloV(), PruneSID()], ids=str)
+@pytest.mark.parametrize(
+    "pruner", [Coverage(), DART(embeddings=True), MMR(importance="norm"), SCOPE(), HoloV(), PruneSID()], ids=str
+)
 def test_no_step_makes_a_gpus_host_wait(pruner, monkeypatch):
     monkeypatch.setattr(kernels, "_ON_CPU", {})
     assert no_waiting(pruner.select, tokens_of(0, 11)).shape == (1, 11)

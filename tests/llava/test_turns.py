@@ -18,7 +18,7 @@ from tiny_trained import trained_networks
 
 POSITIONS = ["auto", "original", "compact"]
 METHODS = [(name, layer) for name in sorted(available_methods()) if name not in RATIOS for layer in (0, 2)]
-METHODS = [(name, layer) for name, layer in METHODS if method_class(name).first_layer <= layer]
+METHODS = [(name, layer) for name, layer in METHODS if method_class(name)().first_layer <= layer]
 METHODS += [(name, None) for name in RATIOS]
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from llava.model.image_tokens import tokens_of_an_image
 from llava.model.multimodal_encoder.observations import EncoderObserver, encoder_outputs
-from llava.pruning.base import INSIDE, Pruner
+from llava.pruning.base import Pruner
 from llava.pruning.config import PruningConfig
 from llava.pruning.schedule import Schedule, kept_after_attention, kept_per_layer
+from llava.pruning.scheduled import drops_before_decoder, drops_inside_decoder
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,17 @@ class ActivePruner:
     @property
     def before_decoder(self) -> bool:
         """Whether tokens are dropped before the splice."""
-        return bool(self.schedule) and self.schedule[0][0] == 0 and self._method.where != INSIDE
+        return self.pruner is not None and drops_before_decoder(self.pruner, self.schedule)
+
+    @property
+    def inside(self) -> ActivePruner:
+        """What the decoder drops."""
+        return self if self.pruner is None else ActivePruner(*drops_inside_decoder(self.pruner, self.schedule))
 
     @property
     def inside_decoder(self) -> bool:
-        """Whether the decoder drops them."""
-        return bool(self.schedule) and not self.before_decoder
+        """Whether the decoder drops any."""
+        return bool(self.inside.schedule)
 
     @property
     def leaves_gaps(self) -> bool:

@@ -82,7 +82,7 @@ class Prefill:
         row = int(places.any(dim=1).nonzero()[0])
         columns = self.left.source[row][self.left.present[row]]
         columns = columns[places[row, columns]]
-        return columns - places[row].int().argmax()
+        return self.kept[image].to(columns.device)[columns - places[row].int().argmax()]
 
     def reorder(self, columns: KeptColumns) -> None:
         """Follow a batch whose columns, all of which are kept, were moved."""

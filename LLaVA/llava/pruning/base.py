@@ -56,19 +56,18 @@ class Pruner:
         Vision-encoder layer of ``layer_features``, counted in the same way.
     varies : bool
         Whether the number of kept tokens depends on the image rather than on the budget alone.
+    later : Pruner or None
+        The method that drops at the layers of the schedule after its first, where that is another one.
     after_attention : bool
         Whether what is dropped at a layer's input leaves in the layer before already, between its attention and the
         output projection. There, and only there, ``visual_attention`` and ``text_attention`` are known.
     """
 
-    where: ClassVar[str] = BEFORE
     source: ClassVar[str] = ""
     venue: ClassVar[str] = ""
     year: ClassVar[int | None] = None
     cost: ClassVar[str] = ""
     licence: ClassVar[str] = ""
-    first_layer: ClassVar[int] = 0
-    default_layer: ClassVar[int | None] = 0
     after_attention: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs):
@@ -86,6 +85,18 @@ class Pruner:
     # Attributes of the class in most methods; in some, they depend on the options.
 
     @property
+    def where(self) -> str:
+        return BEFORE
+
+    @property
+    def first_layer(self) -> int:
+        return 0
+
+    @property
+    def default_layer(self) -> int | None:
+        return 0
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset()
 
@@ -95,6 +106,10 @@ class Pruner:
 
     @property
     def feature_layer(self) -> int | None:
+        return None
+
+    @property
+    def later(self) -> Pruner | None:
         return None
 
     @property

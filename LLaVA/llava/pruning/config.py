@@ -65,12 +65,6 @@ class PruningConfig:
         cls = method_class(method)
         if layer is not None and (isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0):
             raise ValueError(f"the layer must be a whole number >= 0, not {layer!r}")
-        if layer is not None and layer < cls.first_layer:
-            default = "" if cls.default_layer is None else f" (default {cls.default_layer})"
-            raise ValueError(
-                f"{method} works inside the decoder: LAYER_INDEX must be at least {cls.first_layer}{default}, "
-                f"not {layer}"
-            )
         types_by_option = option_types(cls)
         if not isinstance(self.options, Mapping):
             raise ValueError(f"the options of {method} must be a mapping of names to values, not {self.options!r}")
@@ -82,14 +76,23 @@ class PruningConfig:
             _check_type(f"option {name!r} of {method}", value, types_by_option[name])
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "ratio", None if ratio is None else float(ratio))
-        object.__setattr__(self, "layer", cls.default_layer if layer is None else int(layer))
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
         try:
             pruner = self.build_pruner()
-            pruner.check_budget(self.ratio, layer)
-            check_own_budget(pruner, self.ratio, self.layer)
+            too_early = layer is not None and layer < pruner.first_layer
+            layer = pruner.default_layer if layer is None else int(layer)
+            if not too_early:
+                pruner.check_budget(self.ratio, self.layer)
+                check_own_budget(pruner, self.ratio, layer)
         except ValueError as error:
             raise ValueError(f"{method}: {error}") from None
+        if too_early:
+            default = "" if pruner.default_layer is None else f" (default {pruner.default_layer})"
+            raise ValueError(
+                f"{method} works inside the decoder: LAYER_INDEX must be at least {pruner.first_layer}{default}, "
+                f"not {layer}"
+            )
+        object.__setattr__(self, "layer", layer)
 
     def __reduce__(self):
         # The read-only view of the options can be neither copied nor pickled, as a model's copies need.

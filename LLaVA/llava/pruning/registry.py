@@ -171,7 +171,7 @@ def _info(cls: type[Pruner]) -> MethodInfo:
         field.name: getattr(pruner, field.name) for field in dataclasses.fields(cls) if field.name not in common
     }
     return MethodInfo(
-        cls.where,
+        pruner.where,
         pruner.needs,
         defaults,
         cls.source,

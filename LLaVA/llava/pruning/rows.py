@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llava.pruning.base import Pruner
+from llava.pruning.signals import TEXT_SIGNALS
 from llava.pruning.tokens import ImageTokens, VisualTokens
 
 TEXT = -1
@@ -118,22 +119,28 @@ class Rows:
         valid: torch.Tensor,
         image_id: torch.Tensor,
         prompt: torch.Tensor | None = None,
+        entered: Sequence[torch.Tensor] = (),
         **side: torch.Tensor,
     ) -> Rows:
-        """Embedded prompts (B, T, D), nothing dropped yet.
+        """Embedded prompts (B, T, D), nothing dropped inside the decoder yet.
 
         Images are numbered in the order in which they stand in a row; text may stand between the tokens of one.
+        ``entered`` says which tokens of each image (k,) stand there in this order; all of them if left out.
         """
         visual = image_id != TEXT
         count = visual.cumsum(dim=1) - 1
         latest = image_id.cummax(dim=1).values
         begins = visual & (latest != torch.nn.functional.pad(latest, (1, 0), value=TEXT)[:, :-1])
-        first = torch.where(begins, count, 0).cummax(dim=1).values
+        place = count - torch.where(begins, count, 0).cummax(dim=1).values
+        if len(entered):
+            lengths = torch.tensor([0, *(len(own) for own in entered)]).cumsum(0).to(place.device, non_blocking=True)
+            known = torch.cat(list(entered)).to(place.device)
+            place = known[(lengths[image_id.clamp_min(0)] + place).clamp_max(len(known) - 1)]
         return cls(
             hidden,
             valid,
             image_id,
-            original_position=torch.where(visual, count - first, TEXT),
+            original_position=torch.where(visual, place, TEXT),
             column=torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1),
             prompt=valid if prompt is None else prompt.bool() & valid,
             side=side,
@@ -181,7 +188,8 @@ def drop_image_tokens(
     fraction : float
         Of an image's tokens before any drop, what is to be left; 0 drops them all.
     seen : mapping of str to Tensor (B, T, ...)
-        Signals of the decoder, by their name.
+        Signals of the decoder for all that is there, by their name; those of the text after an image are taken from
+        them.
 
     Returns
     -------
@@ -193,6 +201,8 @@ def drop_image_tokens(
     # What each kept place will hold: usually its own token, another one where a method reorders.
     source = torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden), 1)
     merged = hidden.clone() if pruner.merges else hidden
+    of_text = {name: seen[TEXT_SIGNALS[name]] for name in pruner.needs & TEXT_SIGNALS.keys()}
+    text = rows.text.cpu() if of_text else None
     for members in _groups(rows.image_id, images, alone=pruner.varies):
         row = torch.tensor([row for row, _, _ in members])[:, None].to(hidden.device, non_blocking=True)
         places = torch.stack([places for _, _, places in members]).to(hidden.device, non_blocking=True)  # (M, n)
@@ -206,7 +216,8 @@ def drop_image_tokens(
             min(now, pruner.kept_count(total, fraction)),
             hidden[row, places],
             left=None if total == now else rows.original_position[row, places],
-            **{name: values[row, places] for name, values in seen.items()},
+            **{name: values[row, places] for name, values in seen.items() if name in pruner.needs},
+            **{name: _after_images(values, text, members) for name, values in of_text.items()},
         )
         kept = pruner.reduce(tokens)
         slots = places.gather(1, kept.indices.sort(dim=-1).values)
@@ -218,6 +229,18 @@ def drop_image_tokens(
     left = rows.take(columns.of_tokens_at(source))
     # Merged tokens are in their slots already.
     return replace(left, hidden=columns.take(merged)) if pruner.merges else left
+
+
+def _after_images(
+    values: torch.Tensor, text: torch.Tensor, members: Sequence[tuple[int, int, torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    """What belongs to the text after each of some images, of ``values`` (B, T, ...); ``text`` (B, T) is on the host."""
+    found = []
+    for row, _, places in members:
+        after = text[row].clone()
+        after[: places[-1]] = False
+        found.append(values[row, after.nonzero().flatten().to(values.device, non_blocking=True)])
+    return tuple(found)
 
 
 def choose_raters(rows: Rows, pruner: Any) -> torch.Tensor:

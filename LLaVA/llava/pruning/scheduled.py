@@ -1,4 +1,4 @@
-"""Methods that drop at several decoder layers, after a published schedule or after that one scaled to a budget."""
+"""Methods that drop at several places: before the decoder and inside it, or at layers of a published schedule."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from typing import ClassVar
 
 from llava.pruning.base import INSIDE, Pruner
 from llava.pruning.schedule import Schedule, at_relative_depth, scaled
+
+
+def drops_before_decoder(pruner: Pruner, schedule: Schedule) -> bool:
+    """Whether a method's first drop is before the decoder."""
+    return bool(schedule) and schedule[0][0] == 0 and pruner.where != INSIDE
+
+
+def drops_inside_decoder(pruner: Pruner, schedule: Schedule) -> tuple[Pruner, Schedule]:
+    """Who drops inside the decoder, and where: the schedule without a drop before it."""
+    if not drops_before_decoder(pruner, schedule):
+        return pruner, schedule
+    return pruner.later or pruner, schedule[1:]
 
 
 @dataclass(frozen=True, kw_only=True)

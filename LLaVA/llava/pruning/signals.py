@@ -143,6 +143,26 @@ class Signals:
         default=_ABSENT,
         metadata=_row("decoder", "(B, N) float32", "the same, summed over the text of the prompt after the image"),
     )
+    keys: torch.Tensor = field(
+        default=_ABSENT,
+        metadata=_row(
+            "decoder",
+            "(B, N, C)",
+            "keys, with their rotary embedding, of the decoder layer before the drop, all heads side by side",
+        ),
+    )
+    text_keys: tuple[torch.Tensor, ...] = field(
+        default=_ABSENT,
+        metadata=_row("decoder", "B tensors (T, C)", "the same of the prompt's text after the image"),
+    )
+    states: torch.Tensor = field(
+        default=_ABSENT,
+        metadata=_row("decoder", "(B, N, D)", "hidden states at the drop, after the decoder's final norm"),
+    )
+    text_states: tuple[torch.Tensor, ...] = field(
+        default=_ABSENT,
+        metadata=_row("decoder", "B tensors (T, D)", "the same of the prompt's text after the image"),
+    )
 
 
 class Signal(NamedTuple):
@@ -177,6 +197,8 @@ ENCODER_SIGNALS = computed_by("encoder")
 CLS_SIGNALS = frozenset({"cls_attention", "layer_cls_attention", "cls_affinity", "final_cls_attention"})
 """Those of the encoder that only one with a [CLS] token has."""
 DECODER_SIGNALS = computed_by("decoder")
+TEXT_SIGNALS = {"text_keys": "keys", "text_states": "states"}
+"""Those of the text after an image, and whose values at that text they are."""
 
 
 def content_key(tensor: torch.Tensor) -> int:

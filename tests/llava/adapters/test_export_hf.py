@@ -19,7 +19,7 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, available_methods, pruning
 from llava.pruning.signals import ENCODER_SIGNALS
 from llava.serve.export_hf import main
-from tiny_methods import OPTIONS
+from tiny_methods import OPTIONS, TWICE
 
 ROOT = golden_root() / "llava"
 CHECKPOINTS = json.loads((ROOT / "manifest.json").read_text())["checkpoints"]
@@ -40,6 +40,9 @@ METHODS = [PruningConfig(name, 0.3, options=OPTIONS.get(name, {})) for name in B
     PruningConfig("otprune", 0.3, layer=1),
     PruningConfig("downsample", 0.3, layer=1),
     PruningConfig("fastv", 0.3, layer=1),
+    PruningConfig("dart", 0.3, layer=1),
+    PruningConfig("vscan", 0.3, options=TWICE),
+    PruningConfig("dart", 0.3, options={"embeddings": True}),
     PruningConfig("pyramiddrop", 0.6),
     PruningConfig("sparsevlm", 0.6),
     PruningConfig("vtw", 0.6),

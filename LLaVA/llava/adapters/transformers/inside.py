@@ -17,7 +17,7 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, c
 from llava.adapters.transformers.attention import Call, Watch
 from llava.adapters.transformers.family import Model
 from llava.adapters.transformers.images import PromptImage
-from llava.adapters.transformers.inputs import CACHE, kept_positions, kept_rotary, kept_types
+from llava.adapters.transformers.inputs import CACHE, KeptPrompt, kept_positions, kept_rotary, kept_types
 from llava.pruning.attention import attention_of_queries, received_by_images
 from llava.pruning.base import Pruner
 from llava.pruning.rows import (
@@ -54,12 +54,15 @@ class KeptInside:
         Layer at whose input tokens were dropped -> what it and the deeper ones hold.
     next_position : Tensor (..., B, 1)
         Rotary position of the first column after the prompts.
+    before : KeptPrompt or None
+        What they had lost before the decoder already; all else is counted without it.
     """
 
     length: int
     cached: int
     left: Mapping[int, KeptColumns]
     next_position: torch.Tensor
+    before: KeptPrompt | None = None
 
 
 class InsideDecoder:
@@ -138,6 +141,7 @@ class InsideDecoder:
         images: Sequence[PromptImage],
         prompt: torch.Tensor,
         types: Mapping[str, torch.Tensor],
+        entered: KeptColumns | None = None,
     ) -> None:
         """A prefill begins.
 
@@ -147,10 +151,12 @@ class InsideDecoder:
             False at padding.
         images : sequence of PromptImage
             In the order of their placeholders.
-        prompt : Tensor (B, T), bool
+        prompt : Tensor (B, T'), bool
             False at padding and at what is to be predicted.
-        types : mapping of str to Tensor (B, T)
+        types : mapping of str to Tensor (B, T')
             Token types, which masks are made from.
+        entered : KeptColumns or None
+            What of the prompts enters the decoder, T' of T columns; all of them if left out.
         """
         if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
             raise NotImplementedError("gradient checkpointing runs layers twice, which drops inside the decoder refuse")
@@ -158,9 +164,13 @@ class InsideDecoder:
         for number, image in enumerate(images):
             image_id[image.row, image.columns] = number
         nothing = valid.new_zeros(*valid.shape, 0, dtype=torch.float32)
-        self._rows = Rows.start(nothing, valid, image_id.to(valid.device), prompt)
+        rows = Rows.start(nothing, valid, image_id.to(valid.device))
+        if entered is not None:
+            rows = rows.take(entered)
+        column = torch.arange(prompt.shape[1], device=valid.device).expand(len(valid), -1)
+        self._rows = replace(rows, column=column, prompt=prompt)
         self._images = [image.tokens for image in images]
-        self._types, self._left, self._length = types, {}, valid.shape[1]
+        self._types, self._left, self._length = types, {}, prompt.shape[1]
 
     def resume(self, kept: KeptInside, following: torch.Tensor | None) -> None:
         """A decoding step begins.
@@ -209,6 +219,8 @@ class InsideDecoder:
             return hidden
         if depth in self._ahead:
             self._look_ahead(depth, layer, args, self._fitting(depth, hidden, kwargs) | {"hidden_states": hidden})
+        if self.pruner.needs & {"states", "text_states"}:
+            self._seen["states"] = self.decoder.norm(hidden.detach()).to(hidden.device)
         fraction = self.schedule[depth]
         self._rows = drop_image_tokens(self._rows, self._images, self.pruner, fraction, self._seen)
         self._seen = {}
@@ -281,7 +293,7 @@ class InsideDecoder:
     def _look(self, needs: frozenset[str]) -> Callable[[Call], None]:
         def look(call: Call) -> None:
             if self._rows is not None:
-                self._seen = attention_signals(needs, call, self._rows, self._raters)
+                self._seen = decoder_signals(needs, call, self._rows, self._raters)
 
         return look
 
@@ -290,7 +302,7 @@ class InsideDecoder:
 
         def look(call: Call) -> None:
             assert self._rows is not None
-            self._seen = attention_signals(self.pruner.needs & AHEAD, call, self._rows, None)
+            self._seen = decoder_signals(self.pruner.needs & AHEAD, call, self._rows, None)
             raise _Seen
 
         watch = self._ahead[depth]
@@ -308,10 +320,10 @@ class _Seen(Exception):
 
 
 @torch.no_grad()
-def attention_signals(
+def decoder_signals(
     needs: frozenset[str], call: Call, rows: Rows, raters: torch.Tensor | None
 ) -> dict[str, torch.Tensor]:
-    """What a method asks of a decoder layer's attention: name -> (B, T, ...), see `Signals`.
+    """What a method asks of a decoder layer's attention: name -> (B, T, ...), see `Signals`; no texts' of their own.
 
     ``raters``, (B, T), bool, covers the whole prompts.
     """
@@ -328,4 +340,6 @@ def attention_signals(
         batch, heads = call.query.shape[:2]
         received = received_by_images(strongest, rows.image_id, rows.text, heads)
         seen |= dict(zip(("visual_attention", "text_attention"), received, strict=True))
-    return {name: seen[name] for name in needs}
+    if needs & {"keys", "text_keys"}:
+        seen["keys"] = call.key.transpose(1, 2).flatten(2)
+    return seen

@@ -26,11 +26,11 @@ from llava.adapters.transformers.inputs import (
 )
 from llava.adapters.transformers.inside import InsideDecoder, KeptInside
 from llava.constants import IGNORE_INDEX
-from llava.pruning.base import INSIDE
 from llava.pruning.config import PruningConfig
 from llava.pruning.reduce import reduce_images
 from llava.pruning.rows import KeptColumns, cache_of
 from llava.pruning.schedule import kept_per_layer
+from llava.pruning.scheduled import drops_before_decoder, drops_inside_decoder
 from llava.pruning.signals import DECODER_SIGNALS, ENCODER_SIGNALS
 from llava.pruning.tokens import KeptTokens
 
@@ -116,9 +116,10 @@ class Session:
         kind, method = self.model.config.model_type, self.config.method
         if not self.schedule:
             raise ValueError(f"{method} is fitted to a model of this package only: give {kind} a recipe")
-        drops_inside = self.pruner.where == INSIDE or self.schedule[0][0] > 0
+        self.before = drops_before_decoder(self.pruner, self.schedule)
+        inside, drops = drops_inside_decoder(self.pruner, self.schedule)
         others = self.pruner.needs - {"image_keys", "question"} - ENCODER_SIGNALS
-        missing = sorted(others - DECODER_SIGNALS if drops_inside else others)
+        missing = sorted(others if self.before else others - DECODER_SIGNALS)
         if missing:
             raise ValueError(f"{method} needs {', '.join(missing)}, which is not available for {kind}")
         if self.pruner.drop_duplicates and self.family.layouts in (None, anyres):
@@ -128,8 +129,8 @@ class Session:
                 raise ValueError(f"{method} looks at the vision encoder, which is not available for {kind}")
             self.encoder = EncoderView(self.model, self.pruner)
             self.pruner.check_model(None, self.encoder.width)
-        if drops_inside:
-            self.inside = InsideDecoder(self.model, self.pruner, self.schedule)
+        if drops:
+            self.inside = InsideDecoder(self.model, inside, drops)
         if self._multimodal_rope and self.pruner.position_ids == "compact":
             raise ValueError(f"{kind} has rotary positions of several axes, which cannot be renumbered (compact)")
 
@@ -146,7 +147,7 @@ class Session:
 
     @property
     def _compact(self) -> bool:
-        return not self._multimodal_rope and self.pruner.position_ids != "original" and self.inside is None
+        return not self._multimodal_rope and self.pruner.position_ids != "original"
 
     # Switching on and off
 
@@ -245,6 +246,8 @@ class Session:
 
     def _step_inside(self, inputs: dict[str, Any], prompt: KeptInside, cached: int) -> dict[str, Any]:
         """A decoding step after prompts that lost tokens inside the decoder: the layers see to what is left."""
+        if prompt.before is not None:
+            inputs = self._step(inputs, prompt.before, cached)
         given = inputs.get("attention_mask")
         _refuse_prepared_mask(given)
         text = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
@@ -270,10 +273,24 @@ class Session:
         inputs, images = self.encode(inputs)
         valid = _valid(inputs)
         self._length = ids.shape[1]
+        totals = [len(image.tokens) for image in images]
+        kept = [KeptTokens.all_of(image.tokens.features) for image in images]
+        if self.before:
+            kept = reduce_images(self.pruner, [image.tokens for image in images], self.schedule[0][1])
+        self._left, left = [one.indices for one in kept], [len(one.indices) for one in kept]
+        if self.before and (left != totals or self.pruner.varies):
+            output = inputs["mm_encoder_outputs"]["image"]
+            inputs = self._without_dropped(inputs, output, images, kept, valid, positions)
+            positions = inputs["position_ids"]
+        else:  # `reduce` hands such images on as they came
+            inputs |= _as_it_came(inputs)
         if self.inside is not None:
-            return self._start_inside(inputs, images, valid, positions)
-        kept = self._reduce(images)
-        return self._without_dropped(inputs, inputs["mm_encoder_outputs"]["image"], images, kept, valid, positions)
+            depth = len(self.inside.layers)
+            left = [kept_per_layer(self.schedule, n, depth, self.pruner.kept_count)[-1] for n in totals]
+            inputs = self._start_inside(inputs, images, valid, positions)
+        self.visual_token_counts = list(zip(totals, left, strict=True))
+        self.seen.update(images=len(totals), total=sum(totals), kept=sum(left))
+        return inputs
 
     def encode(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[PromptImage]]:
         """Encode the images of prompts, with what the pruner looks at.
@@ -321,34 +338,24 @@ class Session:
         valid: torch.Tensor,
         positions: torch.Tensor,
     ) -> dict[str, Any]:
-        """Whole prompts, of which the decoder's layers are to lose tokens."""
+        """Prompts of which the decoder's layers are to lose tokens, besides those that they have lost already.
+
+        ``valid`` is of the whole prompts, and ``positions`` of what is left of them.
+        """
         if inputs.get("position_ids") is None and not self._multimodal_rope:
             # As the model itself counts, padding included.
             positions = torch.arange(valid.shape[1], device=valid.device)[None] + self.family.first_position
         assert self.inside is not None
-        depth, prompt, labels = len(self.inside.layers), valid, inputs.pop("labels", None)
+        present = valid if self._columns is None else self._columns.present
+        prompt, labels = present, inputs.pop("labels", None)
         if labels is not None:
             # The first answer and all that follows it must not choose what is kept.
-            prompt = valid & ((labels != IGNORE_INDEX).cumsum(dim=1) == 0)
-        totals = [len(image.tokens.features) for image in images]
-        self._count([(n, kept_per_layer(self.schedule, n, depth, self.pruner.kept_count)[-1]) for n in totals])
+            prompt = present & ((labels != IGNORE_INDEX).cumsum(dim=1) == 0)
         types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
-        self.inside.start(valid, images, prompt, types)
-        self._left = [torch.arange(n) for n in totals]
+        self.inside.start(valid, images, prompt, types, self._columns)
         self._places = [(image.row, image.columns) for image in images]
-        self._labels, self._inside_prompt = labels, (valid.shape[1], positions[..., -1:] + 1)
-        return inputs | _as_it_came(inputs) | {"attention_mask": valid.long(), "position_ids": positions}
-
-    def _count(self, counts: list[tuple[int, int]]) -> None:
-        self.visual_token_counts = counts
-        total, left = (sum(one) for one in zip(*counts, strict=True))
-        self.seen.update(images=len(counts), total=total, kept=left)
-
-    def _reduce(self, images: list[PromptImage]) -> list[KeptTokens]:
-        kept = reduce_images(self.pruner, [image.tokens for image in images], self.schedule[0][1])
-        self._count([(len(image.tokens.features), len(left.indices)) for image, left in zip(images, kept, strict=True)])
-        self._left = [left.indices for left in kept]
-        return kept
+        self._labels, self._inside_prompt = labels, (present.shape[1], positions[..., -1:] + 1)
+        return inputs | {"attention_mask": present.long(), "position_ids": positions}
 
     def _question(
         self,
@@ -376,9 +383,6 @@ class Session:
         valid: torch.Tensor,
         positions: torch.Tensor,
     ) -> dict[str, Any]:
-        whole = all(total == left for total, left in self.visual_token_counts)
-        if whole and not self.pruner.varies:  # `reduce` hands such images on as they came
-            return inputs | _as_it_came(inputs)
         columns = kept_columns(valid, images, kept)
         original = kept_positions(columns, positions)
         shift = None
@@ -411,26 +415,30 @@ class Session:
         return pad if isinstance(pad, int) and pad >= 0 and pad != self.model.config.image_token_id else 0
 
     def _after_forward(self, model: Model, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        columns, cache = self._columns, cache_of(output)
+        dropped, cache = [(self._columns, self._length)], cache_of(output)
         prompt: KeptPrompt | KeptInside | None = self._prompt
-        self._columns = self._prompt = None
         left = {} if self.inside is None else self.inside.finish()
         if left:
             assert self._inside_prompt is not None
             length, next_position = self._inside_prompt
-            columns = self._left = left[max(left)]
-            prompt = KeptInside(length, 0 if cache is None else cache.get_seq_length(), left, next_position)
+            last = left[max(left)]
+            dropped.append((last, length))
+            cached = 0 if cache is None else cache.get_seq_length()
+            prompt = KeptInside(length, cached, left, next_position, self._prompt)
+            self._left = last if self._columns is None else last.of_tokens_at(self._columns.source)
+        self._columns = self._prompt = None
         if self._labels is not None:
-            output.loss = self._loss(output.logits, columns, self._labels)
+            output.loss = self._loss(output.logits, left[max(left)] if left else None, self._labels)
         if prompt is None:
             return output
         if cache is None and (kwargs.get("use_cache") or cache_of(kwargs) is not None):
             raise RuntimeError("this release of transformers hides the KV cache: decoding would go wrong")
         if cache is not None:
             setattr(cache, ATTRIBUTE, prompt)
-        logits = output.get("logits")
-        if logits is not None and columns is not None and logits.shape[1] == columns.source.shape[1]:
-            output.logits = spread(logits, columns, self._length)
+        for columns, length in reversed(dropped):
+            logits = output.get("logits")
+            if logits is not None and columns is not None and logits.shape[1] == columns.source.shape[1]:
+                output.logits = spread(logits, columns, length)
         return output
 
     def _loss(self, logits: torch.Tensor, columns: KeptColumns | None, labels: torch.Tensor) -> torch.Tensor:

@@ -66,12 +66,11 @@ def made_up_signals(pruner: Pruner, features: torch.Tensor) -> dict[str, Any]:
     draw, (batch, n, width) = torch.Generator().manual_seed(1), features.shape
     found: dict[str, Any] = {}
     for signal in (SIGNALS[need] for need in sorted(pruner.needs - {"image_keys"})):
+        sizes = CLIP | {"D": width, "E": len(pruner.encoder_layers)}
+        tail = [sizes[axis] for axis in signal.shape.partition(")")[0].split(", ")[1 + signal.per_token :]]
         if not signal.per_token:
-            found[signal.name] = tuple(torch.randn(batch, QUESTION, width, generator=draw).to(features))
-            continue
-        sizes = CLIP | {"E": len(pruner.encoder_layers)}
-        tail = [sizes[axis] for axis in signal.shape.partition(")")[0].split(", ")[2:]]
-        if signal.shape.endswith("float32"):
+            found[signal.name] = tuple(torch.randn(batch, QUESTION, *tail, generator=draw).to(features))
+        elif signal.shape.endswith("float32"):
             found[signal.name] = torch.rand(batch, n, *tail, generator=draw).to(features.device)
         else:
             found[signal.name] = torch.randn(batch, n, *tail, generator=draw).to(features)

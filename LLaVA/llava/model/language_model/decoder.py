@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava.model.language_model.kv_cache import CACHE, Filling, cache_among
-from llava.model.language_model.observed_attention import asked_of, observed_attention
+from llava.model.language_model.observed_attention import asked_of, keys_of, observed_attention
 from llava.model.offload import execution_device
 from llava.model.prefill import Prefill
 from llava.pruning.attention import attention_of_queries
@@ -128,7 +128,7 @@ class DroppingDecoder(Mixin):
         compact, states = filling.compact, list[torch.Tensor]()
         if rows is not None:
             assert prefill is not None
-            active, images = prefill.active, prefill.images
+            active, images = prefill.active.inside, prefill.images
             pruner: Any = active.pruner
             stages, compact = dict(active.schedule), active.compact
             totals = [len(image) for image in images]
@@ -143,7 +143,9 @@ class DroppingDecoder(Mixin):
                     if not pruner.after_attention:
                         rows = replace(rows, hidden=hidden).to(hidden.device)
                         before = None if depth == 0 else (self.layers[depth - 1], states[-1])
-                        seen = _attention_signals(pruner.needs, rows, before, layer, rotary, raters)
+                        seen = _signals(pruner.needs, rows, before, layer, rotary, raters)
+                        if pruner.needs & {"states", "text_states"}:
+                            seen["states"] = self.norm(hidden.detach()).to(hidden.device)
                         rows = drop_image_tokens(rows, images, pruner, stages[depth], seen)
                         hidden = rows.hidden
                     left[depth] = rows.valid
@@ -204,8 +206,8 @@ def _start(
     image_id = prefill.image_id_of(len(embeds)).to(embeds.device)
     valid = torch.ones_like(image_id, dtype=torch.bool) if content is None else content
     positions = position_ids.expand(len(embeds), -1)
-    rows = Rows.start(embeds, valid, image_id, prompt, position_ids=positions)
-    pruner = prefill.active.pruner
+    rows = Rows.start(embeds, valid, image_id, prompt, prefill.kept, position_ids=positions)
+    pruner = prefill.active.inside.pruner
     if pruner is not None and "text_attention" in pruner.needs:
         refuse_images_without_text(rows, pruner)
     return rows
@@ -237,14 +239,16 @@ def _layer_that_drops(
     return replace(rows, hidden=hidden + layer.mlp(layer.post_attention_layernorm(hidden)), side=side)
 
 
-def _attention_signals(
+def _signals(
     needs: frozenset[str], rows: Rows, before: tuple[Any, torch.Tensor] | None, layer: Any, rotary: Any, raters: Any
 ) -> dict[str, torch.Tensor]:
-    """The attention signals that a method needs, at the rows' present places: name -> (B, T, ...)."""
+    """What a method needs of these two layers, at the rows' present places: name -> (B, T, ...)."""
     ahead = frozenset({"next_attention"})
     seen = attention_of_queries(needs & ahead, rows, None, asked_of(layer, rows.hidden, rotary, rows.valid))
     if before is not None:
         seen |= attention_of_queries(needs - ahead, rows, raters, asked_of(*before, rotary, rows.valid))
+        if needs & {"keys", "text_keys"}:
+            seen["keys"] = keys_of(*before, rotary)
     return seen
 
 

@@ -110,21 +110,40 @@ def query_attention(
     batch, length, _ = hidden.shape
     normed = layer.input_layernorm(hidden)
     asking = gather_tokens(normed, queries)
-    keys = attention.k_proj(normed).view(batch, length, -1, attention.head_dim).transpose(1, 2)
     query = attention.q_proj(asking).view(batch, queries.shape[1], -1, attention.head_dim).transpose(1, 2)
     cos, sin = (part.expand(batch, -1, -1) for part in rotary)
-    # Both arguments are rotated by the same angles: the queries' positions first, then the keys'.
+    # Both arguments are rotated by the same angles: the queries' positions.
     query, _ = apply_rotary_pos_emb(query, query, gather_tokens(cos, queries), gather_tokens(sin, queries))
-    keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
+    keys = _rotated_keys(attention, normed, rotary)
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)  # (B, H, T, head width)
     logits = products(query, keys) * attention.scaling  # (B, H, Q, T)
     earlier = torch.arange(length, device=hidden.device) <= queries[:, :, None]  # (B, Q, T)
     weights = logits.masked_fill(~(earlier & valid[:, None, :]).unsqueeze(1), -torch.inf).softmax(dim=-1)
-    ranks = ranks_of_heads(attention, weights.shape[1])
+    return _all_heads(weights, ranks_of_heads(attention, weights.shape[1]))
+
+
+@torch.no_grad()
+def keys_of(layer: Any, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The keys of one decoder layer with input ``hidden`` (B, T, D), all heads side by side: (B, T, C)."""
+    device, attention = execution_device(layer), layer.self_attn
+    cos, sin = (part.to(device) for part in rotary)
+    keys = _rotated_keys(attention, layer.input_layernorm(hidden.to(device)), (cos, sin))  # (B, H', T, head width)
+    ranks = ranks_of_heads(attention, keys.shape[1] * attention.num_key_value_groups)
+    return _all_heads(keys, ranks).transpose(1, 2).flatten(2).to(hidden.device)
+
+
+def _rotated_keys(attention: Any, normed: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    batch, length, _ = normed.shape
+    keys = attention.k_proj(normed).view(batch, length, -1, attention.head_dim).transpose(1, 2)
+    return apply_rotary_pos_emb(keys, keys, *rotary)[1]
+
+
+def _all_heads(own: torch.Tensor, ranks: distributed.ProcessGroup | None) -> torch.Tensor:
+    """What all ``ranks`` have of their heads, (B, heads, ...), in the order of the heads."""
     if ranks is None:
-        return weights
-    parts = [torch.empty_like(weights) for _ in range(distributed.get_world_size(ranks))]
-    distributed.all_gather(parts, weights.contiguous(), group=ranks)
+        return own
+    parts = [torch.empty_like(own) for _ in range(distributed.get_world_size(ranks))]
+    distributed.all_gather(parts, own.contiguous(), group=ranks)
     return torch.cat(parts, dim=1)
 
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from llava.pruning.base import Pruner
+from llava.pruning.base import BEFORE, INSIDE, Pruner
 from llava.pruning.similarity import products
-from llava.pruning.tokens import VisualTokens
+from llava.pruning.tokens import VisualTokens, gather_tokens
 
 
 def least_like_pivots(similarity: torch.Tensor, pivots: torch.Tensor, k: int) -> torch.Tensor:
@@ -44,32 +44,72 @@ def least_like_pivots(similarity: torch.Tensor, pivots: torch.Tensor, k: int) ->
     return torch.cat(order, dim=1)
 
 
+def largest(vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` of N vectors (..., N, C) with the largest L1 norm: int64 (..., count or N), the largest first."""
+    return vectors.float().abs().sum(dim=-1).argsort(dim=-1, descending=True, stable=True)[..., :count]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DART(Pruner):
-    """Pivots are the visual tokens of the largest L1 norm; each in turn keeps the tokens least similar to it.
+    """Pivots are the tokens of the largest L1 norm; each in turn keeps the visual tokens least similar to it.
+
+    At the input of decoder layer K, the norm is that of the keys in layer K - 1, pivots are chosen among the image's
+    tokens and, apart, among the text after it, and the cosines are those of the hidden states at layer K after the
+    decoder's final norm. Keys carry their rotary embedding, and so the L1 norm a trace of their position: where padding
+    counts as positions, it may change a choice.
 
     Attributes
     ----------
     visual_pivots : int
-        At least 1.
+        At least 1. They are kept.
+    text_pivots : int
+        At least 0; fewer where the text is shorter.
+    embeddings : bool
+        Work before the decoder: the norm and the cosines are those of the visual tokens, and there are no text pivots.
     """
 
-    source: ClassVar[str] = "DART, arXiv 2502.11494"
+    source: ClassVar[str] = "DART, arXiv 2502.11494, K = 2"
     venue: ClassVar[str] = "EMNLP"
     year: ClassVar[int] = 2025
-    cost: ClassVar[str] = "O(p N D) for p pivots"
+    cost: ClassVar[str] = "one layer's keys, O(p N D) for p pivots"
     licence: ClassVar[str] = "Apache-2.0"
 
     visual_pivots: int = 4
+    text_pivots: int = 4
+    embeddings: bool = False
 
     def __post_init__(self):
         if self.visual_pivots < 1:
             raise ValueError(f"DART's visual_pivots must be at least 1, not {self.visual_pivots}")
+        if self.text_pivots < 0:
+            raise ValueError(f"DART's text_pivots must be at least 0, not {self.text_pivots}")
+
+    @property
+    def where(self) -> str:
+        return BEFORE if self.embeddings else INSIDE
+
+    @property
+    def first_layer(self) -> int:
+        return 0 if self.embeddings else 1
+
+    @property
+    def default_layer(self) -> int:
+        return 0 if self.embeddings else 2
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset() if self.embeddings else frozenset({"keys", "text_keys", "states", "text_states"})
 
     def select(self, tokens: VisualTokens) -> torch.Tensor:
-        x = tokens.features.float()
-        ranked = x.abs().sum(dim=-1).argsort(dim=-1, descending=True, stable=True)
-        pivots = ranked[:, : self.visual_pivots]
+        x = (tokens.features if self.embeddings else tokens.states).float()
         unit = torch.nn.functional.normalize(x, dim=-1)
-        chosen = unit.gather(1, pivots.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return least_like_pivots(products(chosen, unit), pivots, tokens.k)
+        pivots = largest(x if self.embeddings else tokens.keys, self.visual_pivots)  # (B, p)
+        own = gather_tokens(unit, pivots)
+        if self.embeddings:
+            return least_like_pivots(products(own, unit), pivots, tokens.k)
+        chosen = []  # images differ in how many text pivots there are
+        for image, (keys, states) in enumerate(zip(tokens.text_keys, tokens.text_states, strict=True)):
+            text = torch.nn.functional.normalize(states[largest(keys, self.text_pivots)].float(), dim=-1)
+            similarity = products(torch.cat([own[image], text]), unit[image])
+            chosen.append(least_like_pivots(similarity[None], pivots[image : image + 1], tokens.k))
+        return torch.cat(chosen)

@@ -8,8 +8,11 @@ from typing import ClassVar
 
 import torch
 
+from llava.pruning.base import Pruner
+from llava.pruning.methods.fastv import FastV
 from llava.pruning.methods.groups import select_by_quota
 from llava.pruning.methods.importance import AttentionRanked, Importance, most_important
+from llava.pruning.schedule import Schedule
 from llava.pruning.similarity import products, wide
 from llava.pruning.tokens import KeptTokens, Layout, VisualTokens, gather_tokens
 
@@ -66,8 +69,9 @@ class VScan(AttentionRanked):
 
     Of the budget, half (rounded up) is global: the largest attention in the encoder's last layer that runs. The other
     half is shared equally by the windows of a grid, each of which gives its tokens of the largest attention in a
-    shallow layer. All other patches are averaged into the kept token that they are most similar to. The paper's second
-    drop, at a middle layer of the decoder by the last prompt token's attention, is not done here.
+    shallow layer. All other patches are averaged into the kept token that they are most similar to. In the middle of
+    the decoder a second drop may follow, by the last prompt token's attention in the layer before; the kept ratio is
+    then the mean over the decoder's layers.
 
     Attributes
     ----------
@@ -75,6 +79,9 @@ class VScan(AttentionRanked):
         Encoder layer of the local scan, counted from 1.
     windows : int
         Windows along a side of the image, at least 1.
+    second_ratio : float or None
+        The share of what entered the decoder that the second drop leaves, 0 < r <= 1; a third as published. None: there
+        is no second drop.
     """
 
     source: ClassVar[str] = "VScan, arXiv 2505.22654"
@@ -86,8 +93,11 @@ class VScan(AttentionRanked):
     importance: Importance = "auto"
     local_layer: int = 6
     windows: int = 4
+    second_ratio: float | None = None
 
     def __post_init__(self):
+        if self.second_ratio is not None and not 0 < self.second_ratio <= 1:
+            raise ValueError(f"VScan's second_ratio must be a number with 0 < r <= 1, not {self.second_ratio:g}")
         for name in ("local_layer", "windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"VScan's {name} must be at least 1, not {getattr(self, name)}")
@@ -96,6 +106,39 @@ class VScan(AttentionRanked):
     def encoder_layers(self) -> tuple[int, ...]:
         """The shallow layer and the deepest one that runs."""
         return (self.local_layer - 1, -1)
+
+    @property
+    def default_layer(self) -> int | None:
+        return 0 if self.second_ratio is None else None
+
+    @property
+    def later(self) -> Pruner | None:
+        return None if self.second_ratio is None else FastV(position_ids=self.position_ids, per_crop=self.per_crop)
+
+    def check_budget(self, ratio: float | None, layer: int | None) -> None:
+        super().check_budget(ratio, layer)
+        if self.second_ratio is not None and layer is not None:
+            raise ValueError(
+                f"LAYER_INDEX={layer} must be left out with VSCAN_SECOND_RATIO={self.second_ratio:g}: the method drops "
+                "before the decoder and in its middle"
+            )
+
+    def schedule_for(self, ratio: float | None, layer: int | None, num_layers: int) -> Schedule:
+        middle = num_layers // 2
+        if self.second_ratio is None or middle == 0:
+            return super().schedule_for(ratio, layer or 0, num_layers)
+        assert ratio is not None  # check_budget's
+        deep = num_layers - middle
+        first = ratio * num_layers / (middle + deep * self.second_ratio)
+        # Where all tokens enter the decoder, the second drop leaves more, so that the mean is met.
+        return (
+            ((0, first), (middle, first * self.second_ratio))
+            if first < 1
+            else (
+                (0, 1.0),
+                (middle, (ratio * num_layers - middle) / deep),
+            )
+        )
 
     @property
     def needs(self) -> frozenset[str]:
