@@ -202,7 +202,6 @@ def drop_image_tokens(
     source = torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden), 1)
     merged = hidden.clone() if pruner.merges else hidden
     of_text = {name: seen[TEXT_SIGNALS[name]] for name in pruner.needs & TEXT_SIGNALS.keys()}
-    text = rows.text.cpu() if of_text else None
     for members in _groups(rows.image_id, images, alone=pruner.varies):
         row = torch.tensor([row for row, _, _ in members])[:, None].to(hidden.device, non_blocking=True)
         places = torch.stack([places for _, _, places in members]).to(hidden.device, non_blocking=True)  # (M, n)
@@ -217,7 +216,7 @@ def drop_image_tokens(
             hidden[row, places],
             left=None if total == now else rows.original_position[row, places],
             **{name: values[row, places] for name, values in seen.items() if name in pruner.needs},
-            **{name: _after_images(values, text, members) for name, values in of_text.items()},
+            **{name: _after_images(values, rows.text, members) for name, values in of_text.items()},
         )
         kept = pruner.reduce(tokens)
         slots = places.gather(1, kept.indices.sort(dim=-1).values)
@@ -234,8 +233,8 @@ def drop_image_tokens(
 def _after_images(
     values: torch.Tensor, text: torch.Tensor, members: Sequence[tuple[int, int, torch.Tensor]]
 ) -> tuple[torch.Tensor, ...]:
-    """What belongs to the text after each of some images, of ``values`` (B, T, ...); ``text`` (B, T) is on the host."""
-    found = []
+    """What belongs to the text after each of some images, of ``values`` (B, T, ...); ``text`` (B, T) is where it is."""
+    found, text = [], text.cpu()
     for row, _, places in members:
         after = text[row].clone()
         after[: places[-1]] = False
