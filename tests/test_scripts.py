@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from rehearsal import rehearse
+
 ROOT = Path(__file__).parents[1]
 NEEDED = (
     "run_OTPrune.sh",
@@ -90,7 +92,7 @@ class TestMeasuringAGpu:
 
     def test_help_tells_what_it_does(self, clone):
         done = self.measure(clone, "--help")
-        assert done.returncode == 0 and "bash LLaVA/scripts/measure_gpu.sh [DIR]" in done.stdout
+        assert done.returncode == 0 and "bash LLaVA/scripts/measure_gpu.sh [DIR" in done.stdout
 
     def test_a_machine_without_a_gpu_is_told_in_one_sentence(self, clone, tmp_path):
         done = self.measure(clone, str(tmp_path / "results"))
@@ -108,9 +110,35 @@ class TestMeasuringAGpu:
         done = self.measure(clone, PYTHON="/nowhere/python")
         assert (done.returncode, done.stderr) == (2, "measure_gpu.sh: there is no /nowhere/python: set PYTHON\n")
 
-    def test_an_unknown_option_is_named(self, clone):
-        done = self.measure(clone, "--fast")
-        assert done.returncode == 2 and "unknown option --fast" in done.stderr
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [(["--fast"], "unknown option --fast"), (["gpu", "prefil"], "there is no step prefil: kernels select prefill")],
+    )
+    def test_a_wrong_argument_is_named(self, clone, arguments, sentence):
+        done = self.measure(clone, *arguments)
+        assert done.returncode == 2 and sentence in done.stderr
+
+    def test_a_folder_that_cannot_be_written_to_is_named(self, clone):
+        done = self.measure(clone, "/dev/null/gpu")
+        assert (done.returncode, done.stderr) == (2, "measure_gpu.sh: /dev/null/gpu cannot be written to\n")
+
+    def test_the_first_call_ends_within_eight_minutes(self, tmp_path):
+        found = rehearse(tmp_path)
+        assert found.done.returncode == 0, found.done.stderr
+        assert [step["step"] for step in found.record] == ["kernels", "select", "prefill", "prefill-qwen"]
+        assert sum(found.limits) <= 8 * 60
+
+    def test_a_step_that_fails_is_reported_and_the_rest_goes_on(self, tmp_path):
+        found = rehearse(tmp_path, "select", "prefill", "kernels", fails="1.5-7b")
+        assert found.done.returncode == 1 and "== prefill: failed (1)" in found.done.stdout
+        assert [step["status"] for step in found.record] == [0, 1, 0]
+        assert (tmp_path / "results" / "prefill.log").read_text() == "as if it had run\n"
+
+    def test_what_was_measured_is_not_measured_again(self, tmp_path):
+        (tmp_path / "results" / "select").mkdir(parents=True)
+        (tmp_path / "results" / "select" / "select.json").write_text("{}")
+        found = rehearse(tmp_path, "select")
+        assert (found.done.stdout, found.commands) == ("== select: measured before\n", [])
 
 
 class TestBeforeSetUp:
@@ -138,7 +166,7 @@ class TestBeforeSetUp:
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, "")
-        assert "--num-processes" in done.stdout or "bash LLaVA/scripts/measure_gpu.sh [DIR]" in done.stdout
+        assert "--num-processes" in done.stdout or "bash LLaVA/scripts/measure_gpu.sh [DIR" in done.stdout
 
     def test_a_wrong_value_fails_at_once(self, clone):
         done = bash(clone, "run_OTPrune.sh", "--ratio", "1.5")

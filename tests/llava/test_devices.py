@@ -5,22 +5,30 @@ Where there is no GPU it is a pretended one, which computes on the CPU and refus
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import dispatch_model
 
+from llava.eval.latency import __main__ as command_line
+from llava.eval.latency import clock, prefill, select
 from llava.eval.latency.__main__ import main
+from llava.flops import made_up
 from llava.model.visual_cache import VisualCache, content_digests
 from llava.pruning import available_methods, deferred_checks, pruning
 from llava.pruning.registry import method_class
 from llava.pruning.rows import CACHE_NAMES
 from pretended_gpu import GPU, GPUS, NAME, pretended_cuda, pretended_gpu
+from rehearsal import rehearse
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
 from tiny_trained import trained_networks
+from tiny_vlms import tiny as tiny_vlm
 
 if torch.version.cuda is None:
     pytest.skip("this PyTorch was built without CUDA", allow_module_level=True)
@@ -210,6 +218,56 @@ class TestLatency:
         for row in rows[:3]:
             assert all("/" in row[f"{part}, ms"] for part in ("ttft", "vision", "selection", "prefill"))
             assert row["peak MiB"] == "7.0"
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory) -> dict[str, list[str]]:
+    """The command lines of the measurements of scripts/measure_gpu.sh, by step."""
+    steps = ("select", "prefill", "prefill-qwen", "load", "generate", "prefill-1.6", "prefill-13b", "suite")
+    found = rehearse(tmp_path_factory.mktemp("rehearsal"), *steps)
+    assert [command[:2] for command in found.commands] == [["-m", "llava.eval.latency"]] * len(found.commands)
+    return {Path(command[-1]).name: command[2:] for command in found.commands}
+
+
+class TestTheScript:
+    """What it would run on a GPU, on the pretended one and in small."""
+
+    @pytest.fixture
+    def in_small(self, monkeypatch, tower):
+        """Shapes that a CPU computes in no time, and one round."""
+        shapes = {"1.5-7b": build(tower), "qwen2.5-vl-7b": deepcopy(tiny_vlm("qwen2_5_vl").model)}
+        monkeypatch.setattr(made_up, "USUAL_TOKENS", 16)
+        monkeypatch.setattr(select, "SIZES", [select.Size(24, 4, 2)])
+        monkeypatch.setattr(command_line, "load", lambda name, *_: shapes[name].to(GPU))
+
+        def once(runs, repetitions, *rest, **more):
+            return clock.take_turns(runs, 1, *rest, **more | {"warm_up": 0})
+
+        for module in (prefill, select):
+            monkeypatch.setattr(module, "take_turns", once)
+
+    @pytest.mark.parametrize(
+        ("step", "methods"),
+        [
+            ("select", ["published", "otprune", "divprune"]),
+            ("prefill", ["unpruned", "otprune", "divprune", "fastv@2"] * 2),
+            ("prefill-qwen", ["unpruned", "otprune", "divprune", "fastv@2"] * 2),
+            ("load", ["unpruned", "otprune"] * 3),
+        ],
+    )
+    def test_each_step_leaves_its_results(self, commands, step, methods, in_small, gpu, tmp_path):
+        place = commands[step].index("--output")
+        with pretended_cuda():
+            assert main([*commands[step][:place], "--output", str(tmp_path)]) == 0
+        report = json.loads((tmp_path / f"{commands[step][0]}.json").read_text())
+        assert [row["method"] for row in report["rows"]] == methods
+        assert report["machine"]["name"] == NAME
+        for row in report["rows"]:
+            assert row["peak_bytes"] > 0 and row["kv_bytes" if "kv_bytes" in row else "n"] > 0
+
+    def test_all_other_commands_are_understood(self, commands):
+        for step in ("generate", "prefill-1.6", "prefill-13b", "suite", "serve"):
+            assert command_line._parser().parse_args(commands[step]).command == commands[step][0]
 
 
 class TestThePretendedGpu:

@@ -546,8 +546,8 @@ class TestData:
             find_questions("gqa", 5)
 
 
-SHAPE = ModelShape(
-    DecoderShape(hidden=64, intermediate=172, layers=LAYERS, query_width=64, key_width=64, vocabulary=32),
+SHAPE = ModelShape.llava(
+    DecoderShape.llama(hidden=64, intermediate=172, layers=LAYERS, query_width=64, key_width=64, vocabulary=32),
     TowerShape(hidden=4, intermediate=8, layers=2, patches=N, patch_values=12, outputs=N),
     projector_layers=2,
 )

@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig
 from golden import golden_root
 from llava import flops
 from llava.eval.flops.__main__ import main
-from llava.flops import SHAPES, DecoderShape, ModelShape, exact_flops, literature_flops
+from llava.flops import SHAPES, Cost, DecoderShape, ModelShape, exact_flops, literature_flops
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig, kept_count, pruning
@@ -33,7 +33,7 @@ PUBLISHED = {
 
 def plain(hidden, intermediate, layers):
     """A decoder without grouped heads."""
-    return DecoderShape(hidden, intermediate, layers, query_width=hidden, key_width=hidden, vocabulary=32000)
+    return DecoderShape.llama(hidden, intermediate, layers, query_width=hidden, key_width=hidden, vocabulary=32000)
 
 
 def averages(shape, cases, ratio, layer=0):
@@ -227,11 +227,11 @@ def test_the_named_shapes_are_those_of_the_published_configurations(name):
 
 def test_grouped_heads_share_keys_and_values():
     shape = DecoderShape.of(LlavaMistralConfig(**SIZES["7b"], num_key_value_heads=8))
-    assert (shape.query_width, shape.key_width) == (4096, 1024)
+    assert shape.costs[0].linear == 4096 * (4096 + 2 * 1024)
 
 
 @pytest.mark.parametrize(
-    "count", [literature_flops, lambda shape, tokens: exact_flops(ModelShape(shape, None, 0), tokens)]
+    "count", [literature_flops, lambda shape, tokens: exact_flops(ModelShape(shape, Cost(0), Cost(0), 1), tokens)]
 )
 def test_a_number_of_tokens_is_needed_for_every_layer(count):
     with pytest.raises(ValueError, match=r"32 layers.*not 31"):

@@ -137,6 +137,27 @@ class TestGreedy:
         assert_is_greedy(kernel, order)
 
 
+class TestOneImageOfABatch:
+    """It is the same as alone, to the last bit."""
+
+    @pytest.mark.parametrize("batch", [8, 32])
+    def test_its_kernel_and_its_choice(self, run, batch):
+        x = random(batch, 40, 24)
+        together = run(symmetric.ot_kernel, x, 4.5)
+        order = run(greedy.greedy_select, together, 5)
+        for image in (0, batch - 1):
+            alone = run(symmetric.ot_kernel, x[image : image + 1], 4.5)
+            assert torch.equal(alone[0], together[image])
+            assert torch.equal(run(greedy.greedy_select, alone, 5)[0], order[image])
+
+    def test_where_its_blocks_wait_for_each_other(self, run_blocks):
+        kernels = ot_kernel(random(4, 45, 12), gamma=0.5)
+        order = run_blocks(greedy.select_in_shape, kernels, 6, TestSeveralBlocks.SHAPE, 3)
+        for image in (0, 3):
+            alone = run_blocks(greedy.select_in_shape, kernels[image : image + 1], 6, TestSeveralBlocks.SHAPE, 3)
+            assert torch.equal(alone[0], order[image])
+
+
 class TestTheHost:
     def test_waits_for_no_step_of_a_kernel(self, run):
         kernel = ot_kernel(random(2, 20, 8))
@@ -310,15 +331,20 @@ class TestMachineCode:
         ]
 
     @pytest.mark.parametrize(("n", "dtype"), [(576, torch.float16), (2341, torch.float32)], ids=str)
-    def test_an_image_meets_the_same_machine_code_in_every_batch(self, capability, n, dtype):
-        def code(batch: int) -> set[str]:
+    def test_an_image_meets_the_same_machine_code_and_numbers_in_every_batch(self, capability, n, dtype):
+        def met(batch: int) -> set:
             x = torch.ones(batch, n, 64, dtype=dtype)
             with compiled_for(capability) as compiled:
                 greedy.greedy_select(symmetric.ot_kernel(x, 0.01), 5)
                 max_min.max_min_select(symmetric.cosine_similarity(x), 5)
-            return {one.hash for one in compiled}
+            blocks = {
+                # The images are the last axis, or there is one.
+                (name, grid[:-1], *((key, value) for key, value in numbers.items() if key != "first"))
+                for name, grid, numbers in compiled.launches
+            }
+            return blocks | {one.hash for one in compiled}
 
-        assert code(1) == code(8) == code(33)
+        assert met(1) == met(8) == met(33)
 
     def test_images_of_many_sizes_share_their_kernels(self, capability):
         with compiled_for(capability) as compiled:
@@ -402,12 +428,13 @@ def test_three_matrices_an_image_are_all_that_is_held(name, monkeypatch):
 
 @needs_gpu
 class TestOnAGpu:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize(
         ("batch", "n", "k"), [(1, 576, 56), (32, 576, 56), (1, 2880, 282), (7, 2340, 100)], ids=str
     )
-    def test_real_sizes_choose_as_the_plain_version_in_float64(self, batch, n, k):
-        kernels = ot_kernel(random(batch, n, 1024).cuda())
-        for kernel, order in zip(kernels[:2], greedy_select(kernels, k)[:2], strict=True):
+    def test_real_sizes_choose_as_the_plain_version_in_float64(self, batch, n, k, dtype):
+        x = random(batch, n, 1024).to(dtype).cuda()
+        for kernel, order in zip(ot_kernel(x)[:2], ot_select(x, k)[:2], strict=True):
             assert_is_greedy(kernel, order)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -421,13 +448,16 @@ class TestOnAGpu:
         unit = torch.nn.functional.normalize(x.double(), dim=-1)
         assert relative_error(symmetric.cosine_similarity(x), unit @ unit.mT) < PRECISION
 
+    @pytest.mark.parametrize("batch", [8, 32])
     @pytest.mark.parametrize("n", [576, 2341])
-    def test_an_image_is_the_same_in_every_batch_to_the_last_bit(self, n):
-        x = random(33, n, 256).half().cuda()
-        together, order = ot_kernel(x), ot_select(x, n // 10)
-        for image in (0, 7, 32):
+    def test_an_image_is_the_same_in_every_batch_to_the_last_bit(self, n, batch):
+        x = random(batch, n, 256).half().cuda()
+        together = ot_kernel(x)
+        chosen = {method: select(x, k=n // 10, method=method) for method in ("otprune", "divprune", "dpp")}
+        for image in (0, batch - 1):
             assert torch.equal(ot_kernel(x[image]), together[image])
-            assert torch.equal(ot_select(x[image], n // 10), order[image])
+            for method, kept in chosen.items():
+                assert torch.equal(select(x[image], k=n // 10, method=method), kept[image])
 
     @pytest.mark.parametrize("method", ["otprune", "divprune", "dpp"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -11,11 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llava.adapters.transformers import active_session
+from llava.eval.latency import __main__ as command_line
 from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import load, prompts
 from llava.pruning import PruningConfig, available_methods, kept_count
+from tiny_vlms import tiny as tiny_vlm
 
 CPU = torch.device("cpu")
 
@@ -33,12 +36,12 @@ class TestClock:
         assert calls == ["a", "b"] * 4
         assert [len(rounds) for rounds in times.values()] == [3, 3]
 
-    def test_the_median_the_worst_and_a_part_that_is_not_always_there(self):
-        rounds = [{"total": float(i)} for i in range(1, 101)]
+    def test_the_median_the_tail_and_a_part_that_is_not_always_there(self):
+        rounds = [{"total": float(i)} for i in range(101)]
         rounds[0]["vision"] = 7.0
         assert clock.summarise(rounds) == {
-            "total": {"median": 50.5, "worst": 100.0},
-            "vision": {"median": 0.0, "worst": 7.0},
+            "total": {"median": 50.0, "p95": 95.0, "worst": 100.0},
+            "vision": {"median": 0.0, "p95": 0.0, "worst": 7.0},
         }
 
     def test_a_part_that_runs_twice_is_added_up(self, monkeypatch):
@@ -134,6 +137,45 @@ class TestPrefill:
         monkeypatch.setattr(tiny, "set_pruning", switch_slowly)
         for row in prefill.measure(tiny, read_methods(["otprune"], 0.25), batch=1, new_tokens=1, repetitions=2):
             assert row["ms"]["total"]["worst"] < 1e3 * 100
+
+
+class TestModelsOfTransformers:
+    @pytest.mark.parametrize("new_tokens", [1, 3])
+    def test_they_are_measured_as_ours(self, new_tokens):
+        model = tiny_vlm("qwen2_5_vl").model
+        configs = read_methods(["otprune", "fastv@2"], 0.25)
+        rows = prefill.measure(model, configs, batch=2, new_tokens=new_tokens, repetitions=1)
+        unpruned, otprune, _ = rows
+        # 4 layers of keys and values of 2 heads of 8 numbers, 4 bytes each
+        assert unpruned["kv_bytes"] == 2 * 2 * 4 * 16 * 4 * (60 + 576)
+        assert otprune["kv_bytes"] == 2 * 2 * 4 * 16 * 4 * (60 + 144)
+        assert [row["visual_tokens"] for row in rows] == [576, 144, (576 + 144) / 2]
+        for row in rows:
+            assert row["ms"]["vision"]["median"] > 0
+            assert (row["ms"]["selection"]["median"] > 0) == (row is not unpruned)
+        assert active_session(model) is None
+
+    def test_a_folder_is_measured(self, tmp_path, capsys):
+        tiny_vlm("gemma3").model.save_pretrained(tmp_path / "model")
+        command = [
+            "prefill",
+            "--model",
+            str(tmp_path / "model"),
+            "--batch",
+            "1",
+            "--repetitions",
+            "1",
+            "--device",
+            "cpu",
+        ]
+        assert main([*command, "--method", "otprune", "--ratio", "0.25", "--output", str(tmp_path)]) == 0
+        assert [row["visual_tokens"] for row in json.loads((tmp_path / "prefill.json").read_text())["rows"]] == [16, 4]
+
+    def test_remembered_images_are_llavas(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(command_line, "load", lambda *_: tiny_vlm("gemma3").model)
+        command = ["generate", "--model", "gemma3", "--pope", "2x2", "--device", "cpu", "--output", str(tmp_path)]
+        assert main(command) == 2
+        assert "--pope needs a LLaVA" in capsys.readouterr().err
 
 
 def test_a_run_of_many_questions_may_ask_fewer_one_by_one(tiny):

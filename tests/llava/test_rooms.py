@@ -29,7 +29,7 @@ ALLOWED = {
 """Room -> the rooms and files that its modules import; `LAZILY` on top of these, inside functions."""
 LAZILY = {
     "pruning": {"model.llava_arch", "adapters.transformers"},
-    "flops": {"model.builder", "mm_utils"},
+    "flops": {"model.builder", "mm_utils", "adapters.transformers"},
 }
 
 

@@ -9,8 +9,8 @@ from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount, descr
 
 from llava.flops import DecoderShape, ModelShape, TowerShape, exact_flops, literature_flops
 
-SHAPE = ModelShape(
-    DecoderShape(hidden=8, intermediate=16, layers=4, query_width=8, key_width=8, vocabulary=32),
+SHAPE = ModelShape.llava(
+    DecoderShape.llama(hidden=8, intermediate=16, layers=4, query_width=8, key_width=8, vocabulary=32),
     TowerShape(hidden=4, intermediate=8, layers=2, patches=16, patch_values=12, outputs=16),
     projector_layers=2,
 )

@@ -11,7 +11,7 @@ from lmms_eval import models as registry
 from lmms_eval.api.instance import Instance
 from lmms_eval_otprune.models import transformers_models
 from lmms_eval_otprune.models.families import wrapper_of
-from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount
+from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount, summary
 from loguru import logger
 from PIL import Image
 
@@ -161,6 +161,17 @@ class TestRows:
             assert count[0].per_layer == {"pruned": [4] * 3, "unpruned": [16] * 3, "inside": [16, 0, 0]}[name]
         chat = transformers_models.chat_llava_hf.wrapped
         assert given["unpruned"] == [one.text for one in answers(load(chat, folder))]
+
+    def test_what_a_row_cost_is_counted(self, lm, tmp_path):
+        shares = {}
+        for name, config in {"before": PruningConfig("uniform", 0.25), "inside": VTW, "unpruned": None}.items():
+            lm.set_pruning(config)
+            lm.start_run(str(tmp_path))
+            answers(lm)
+            shares[name] = summary(lm.visual_tokens.pop(TASK), lm.model_shape())["flops_ratio"]
+        assert shares["unpruned"] == {"literature": 1, "exact": 1}
+        for share in (shares["before"], shares["inside"]):
+            assert share["literature"] < share["exact"] < 1  # the tower is in the exact count
 
     def test_an_error_is_not_scored_as_an_empty_answer(self, lm, tmp_path, monkeypatch):
         lm.set_pruning(None)

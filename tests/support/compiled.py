@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -32,16 +33,27 @@ class _NoGpu:
         return 0
 
 
+class Compiled(list):
+    """What was compiled, and of each launch the kernel's name, the grid, and all arguments but tensors by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.launches: list[tuple[str, tuple[int, ...], dict]] = []
+
+
 @contextmanager
-def compiled_for(capability: int) -> Iterator[list]:
+def compiled_for(capability: int) -> Iterator[Compiled]:
     """Inside the block every launch compiles its kernel for a GPU of that compute capability (90 for 9.0), and no more;
     gives a list of what was compiled.
     """
-    kernels: list = []
+    kernels = Compiled()
     launch = JITFunction.run
 
     def only_compile(self, *arguments, grid, warmup, **options):
         kernels.append(launch(self, *arguments, grid=grid, warmup=True, **options))
+        named = dict(zip(self.arg_names, arguments, strict=False)) | options
+        numbers = {name: value for name, value in named.items() if not isinstance(value, torch.Tensor)}
+        kernels.launches.append((self.__name__, grid, numbers))
 
     before = dict(vars(driver))
     driver.set_active(_NoGpu(capability))

@@ -85,7 +85,9 @@ class PretendedGpu(TorchDispatchMode):
         places = [tensor.device if isinstance(tensor, _OnGpu) else CPU for tensor in tensors]
         gpus = [place for place in places if place != CPU]
         copies = operation in (torch.ops.aten._to_copy.default, COPY)
-        if gpus and not copies:
+        if operation is torch.ops.aten.index.Tensor and places[0] != CPU and CPU in places:
+            self.waits.append("copied to the GPU")  # indices on the CPU are brought over
+        elif gpus and not copies:
             # A number on the CPU may be read by a kernel, and may be an index of a tensor on the GPU.
             others = [place for tensor, place in zip(tensors, places, strict=True) if place != CPU or tensor.ndim]
             if len(set(others)) > 1:
@@ -131,6 +133,7 @@ def _tensor(data, *, device=None, **options) -> torch.Tensor:
     if device is None:  # inside a device's block it is made there
         modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
         device = modes[-1].device if modes else "cpu"
+    data = tree_map_only(_OnGpu, lambda tensor: tensor.tolist(), data)
     return _make_tensor(data, device="cpu", **options).to(device)
 
 

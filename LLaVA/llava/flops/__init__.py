@@ -16,10 +16,12 @@ from llava.flops.shape import (
     BENCHMARK_TOKENS,
     SHAPES,
     USUAL_TEXT,
+    Cost,
     DecoderShape,
     ModelShape,
     TowerShape,
     load_shape,
+    load_tower,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "SHAPES",
     "UNITS",
     "USUAL_TEXT",
+    "Cost",
     "DecoderShape",
     "ExactFlops",
     "ModelShape",
@@ -34,6 +37,7 @@ __all__ = [
     "exact_flops",
     "literature_flops",
     "load_shape",
+    "load_tower",
     "tokens_per_layer",
     "visual_per_layer",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from llava.flops.shape import DecoderShape, ModelShape, TowerShape
+from llava.flops.shape import DecoderShape, ModelShape
 
 if TYPE_CHECKING:
     from llava.pruning import PruningConfig
@@ -71,7 +71,7 @@ def literature_flops(shape: DecoderShape, tokens: Sequence[int], *, after: Seque
 
 @dataclass(frozen=True)
 class ExactFlops:
-    """FLOPs of one prompt's prefill with one image, by part."""
+    """FLOPs of one prompt's prefill, by part."""
 
     vision_tower: int
     projector: int
@@ -92,7 +92,7 @@ def exact_flops(
     tokens: Sequence[int],
     *,
     after: Sequence[int] | None = None,
-    crops: int | None = None,
+    crops: int | Sequence[int] | None = None,
     logits: int = 1,
 ) -> ExactFlops:
     """What a prefill computes: every matrix product and convolution, two FLOPs per multiply-accumulate.
@@ -107,8 +107,8 @@ def exact_flops(
         Tokens in each decoder layer, text included.
     after : sequence of int, optional
         Those in its output projection and feed-forward block, where tokens leave after the attention.
-    crops : int, optional
-        Crops that the vision tower sees; the shape's own if left out, 0 for a prompt without an image.
+    crops : int or sequence of int, optional
+        Crops of the image, or of each image; the shape's own if left out, 0 for a prompt without an image.
     logits : int
         Positions that get logits: 1 in generation, all of the last layer's in a plain forward pass.
 
@@ -119,10 +119,11 @@ def exact_flops(
     """
     pairs = _checked(shape.decoder, tokens, after)
     crops = shape.crops if crops is None else crops
+    images = [crops] if isinstance(crops, int) else crops
     return ExactFlops(
-        vision_tower=crops * _tower_flops(shape.tower) if crops else 0,
-        projector=crops * _projector_flops(shape) if crops else 0,
-        decoder=sum(_layer_flops(shape.decoder, n, left) for n, left in pairs),
+        vision_tower=sum(map(shape.tower.flops, images)),
+        projector=sum(map(shape.projector.flops, images)),
+        decoder=sum(cost.flops(*pair) for cost, pair in zip(shape.decoder.costs, pairs, strict=True)),
         lm_head=2 * logits * shape.decoder.hidden * shape.decoder.vocabulary,
     )
 
@@ -138,27 +139,3 @@ def _checked(shape: DecoderShape, tokens: Sequence[int], after: Sequence[int] | 
         if min(counts) < 0:
             raise ValueError(f"a layer has at least 0 tokens, not {min(counts)}")
     return list(zip(tokens, after, strict=True))
-
-
-def _layer_flops(shape: DecoderShape, n: int, after: int) -> int:
-    """Of a layer that ``n`` tokens enter, ``after`` of which stay after its attention."""
-    projections = n * shape.hidden * (shape.query_width + 2 * shape.key_width)
-    scores_and_values = 2 * n**2 * shape.query_width
-    output = after * shape.hidden * shape.query_width
-    feed_forward = 3 * after * shape.hidden * shape.intermediate
-    return 2 * (projections + scores_and_values + output + feed_forward)
-
-
-def _tower_flops(tower: TowerShape) -> int:
-    """One crop: the patches' embedding, then the layers over the patches and [CLS]."""
-    n, d = tower.patches + 1, tower.hidden
-    layer = 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * tower.intermediate
-    return 2 * (tower.patches * tower.patch_values * d + tower.layers * layer)
-
-
-def _projector_flops(shape: ModelShape) -> int:
-    """One crop."""
-    if shape.projector_layers == 0:
-        return 0
-    width = shape.decoder.hidden
-    return 2 * shape.tower.outputs * width * (shape.tower.hidden + (shape.projector_layers - 1) * width)

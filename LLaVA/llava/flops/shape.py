@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from llava.benchmarks import BENCHMARKS, PAPER
+from llava.flops.made_up import transformers_config
 
 BENCHMARK_TOKENS = {
     benchmark.key: benchmark.tokens for benchmark in BENCHMARKS if benchmark.group == PAPER and benchmark.tokens
@@ -18,26 +19,79 @@ USUAL_TEXT = 60
 """Text tokens of a short question and Vicuna's system prompt."""
 
 
+CHUNK = 64
+"""Tokens that linear attention takes at a time."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-accumulates of a layer, or of an image's way through an encoder.
+
+    Attributes
+    ----------
+    linear : int
+        Per token.
+    quadratic : int
+        Per pair of tokens.
+    rest : int
+        Per token that is left after the attention, where tokens may leave there.
+    chunk : int
+        Per started `CHUNK` of tokens.
+    """
+
+    linear: int
+    quadratic: int = 0
+    rest: int = 0
+    chunk: int = 0
+
+    def attention(self, tokens: int, squares: int) -> int:
+        """Up to the attention, of tokens that enter a layer: their number and its square, or sums of both."""
+        return self.linear * tokens + self.quadratic * squares
+
+    def layer(self, tokens: int, squares: int) -> int:
+        """Of a layer that drops nothing."""
+        return self.attention(tokens, squares) + self.rest * tokens
+
+    def flops(self, n: int, after: int | None = None) -> int:
+        """Two per multiply-accumulate, for n tokens, of which ``after`` stay after the attention; all if left out."""
+        left = n if after is None else after
+        return 2 * (self.attention(n, n**2) + self.rest * left + self.chunk * -(-n // CHUNK))
+
+
 @dataclass(frozen=True)
 class DecoderShape:
-    """A Llama-like decoder: width, feed-forward width (d and m of the papers) and layers.
-
-    ``query_width`` and ``key_width`` are heads times head width, of the queries and of keys and values each.
-    """
+    """A decoder: width and feed-forward width (d and m of the papers), vocabulary, and what each layer costs."""
 
     hidden: int
     intermediate: int
-    layers: int
-    query_width: int
-    key_width: int
     vocabulary: int
+    costs: tuple[Cost, ...]
+
+    @property
+    def layers(self) -> int:
+        return len(self.costs)
+
+    @classmethod
+    def llama(
+        cls, hidden: int, intermediate: int, layers: int, query_width: int, key_width: int, vocabulary: int
+    ) -> DecoderShape:
+        """Equal layers of attention and a gated feed-forward block.
+
+        ``query_width`` and ``key_width`` are heads times head width, of the queries and of keys and values each.
+        """
+        layer = Cost(
+            linear=hidden * (query_width + 2 * key_width),
+            quadratic=2 * query_width,
+            rest=hidden * query_width + 3 * hidden * intermediate,
+        )
+        return cls(hidden, intermediate, vocabulary, (layer,) * layers)
 
     @classmethod
     def of(cls, config: Any) -> DecoderShape:
         """From a configuration like `LlamaConfig` or `MistralConfig`; a `ValueError` names a size that it lacks."""
         hidden, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
         head_width = getattr(config, "head_dim", None) or hidden // heads
-        return cls(
+        return cls.llama(
             hidden=hidden,
             intermediate=_size(config, "intermediate_size"),
             layers=_size(config, "num_hidden_layers"),
@@ -80,18 +134,46 @@ class TowerShape:
             outputs=patches + (select_feature == "cls_patch"),
         )
 
+    @property
+    def cost(self) -> Cost:
+        """Of a crop: the patches' embedding, then the layers over the patches and [CLS]."""
+        n, d = self.patches + 1, self.hidden
+        layer = 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * self.intermediate
+        return Cost(self.patches * self.patch_values * d + self.layers * layer)
+
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A LLaVA: decoder, vision tower, and the linear layers of the projector between them (0 for "identity").
+    """A vision-language model: its decoder, and what encoding an image costs.
 
-    ``crops`` per image, base view included: 1, or the most that an anyres model makes.
+    Attributes
+    ----------
+    decoder : DecoderShape
+    tower, projector : Cost
+        Of the image's crops; where images are read whole, of their visual tokens, and ``crops`` is their number.
+    visual_tokens : int
+        Of an image with all its crops. Unpadding and newline tokens of LLaVA-1.6 change it by a few per cent.
+    crops : int
+        Per image, base view included: 1, or the most that an anyres model makes.
     """
 
     decoder: DecoderShape
-    tower: TowerShape
-    projector_layers: int
+    tower: Cost
+    projector: Cost
+    visual_tokens: int
     crops: int = 1
+
+    @property
+    def reads_whole(self) -> bool:
+        """Whether images of any size are read as they are, and not in crops of one size."""
+        return self.crops == self.visual_tokens
+
+    @classmethod
+    def llava(cls, decoder: DecoderShape, tower: TowerShape, projector_layers: int, crops: int = 1) -> ModelShape:
+        """A LLaVA with so many linear layers between tower and decoder (0 for "identity")."""
+        inner = tower.hidden + (projector_layers - 1) * decoder.hidden if projector_layers else 0
+        projector = Cost(tower.outputs * decoder.hidden * inner)
+        return cls(decoder, tower.cost, projector, crops * tower.outputs, crops)
 
     @classmethod
     def of(cls, config: Any, vision_config: Any) -> ModelShape:
@@ -102,36 +184,50 @@ class ModelShape:
         ValueError
             Names a size that a configuration lacks, or an unknown projector.
         """
-        tower = TowerShape.of(
-            vision_config,
-            getattr(config, "mm_vision_select_layer", -2),
-            getattr(config, "mm_vision_select_feature", "patch"),
-        )
-        return cls(
-            decoder=DecoderShape.of(config),
-            tower=tower,
-            projector_layers=_projector_layers(getattr(config, "mm_projector_type", "linear")),
-            crops=_most_crops(config, vision_config.image_size),
+        return cls.llava(
+            DecoderShape.of(config),
+            _tower(config, vision_config),
+            _projector_layers(getattr(config, "mm_projector_type", "linear")),
+            _most_crops(config, vision_config.image_size),
         )
 
-    @property
-    def visual_tokens(self) -> int:
-        """Visual tokens of an image with all its crops; unpadding and newline tokens change it by a few per cent."""
-        return self.crops * self.tower.outputs
 
+def load_shape(model: str, visual: int | None = None, crops: int | None = None) -> ModelShape:
+    """The shape of a model, of which only the configuration is read.
 
-def load_shape(model: str) -> ModelShape:
-    """The shape of a model by its name in `SHAPES`, or of a checkpoint, of which only the configuration is read.
+    Parameters
+    ----------
+    model : str
+        A name in `SHAPES`, a checkpoint, or a model of transformers (see `llava.flops.made_up.transformers_config`).
+    visual, crops : int, optional
+        Visual tokens and crops of the image, if not the model's usual ones.
 
     Raises
     ------
     OSError
         If there is no such checkpoint.
     ValueError
-        If its configuration is not that of a LLaVA on a Llama-like decoder.
+        If its cost cannot be counted.
     """
-    if model in SHAPES:
-        return SHAPES[model]
+    other = None if model in SHAPES else transformers_config(model)
+    if other is not None:
+        from llava.flops.families import family_shape
+
+        return family_shape(other, visual, crops)
+    try:
+        shape = SHAPES[model] if model in SHAPES else ModelShape.of(*_configurations(model))
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from None
+    return replace(shape, visual_tokens=visual or shape.visual_tokens, crops=crops or shape.crops)
+
+
+def load_tower(model: str) -> TowerShape:
+    """The vision tower of a LLaVA; raises as `load_shape`."""
+    return TowerShape.of(_CLIP_L_336) if model in SHAPES else _tower(*_configurations(model))
+
+
+def _configurations(model: str) -> tuple[Any, Any]:
+    """A LLaVA's configuration, and its vision tower's."""
     from llava.model.builder import read_config, resolve_model_path
 
     path = resolve_model_path(model)
@@ -139,10 +235,15 @@ def load_shape(model: str) -> ModelShape:
     tower = getattr(config, "mm_vision_tower", None)
     if not isinstance(tower, str):
         raise ValueError(f"{model} is no LLaVA: its configuration names no vision tower (mm_vision_tower)")
-    try:
-        return ModelShape.of(config, _vision_config(path, tower))
-    except ValueError as error:
-        raise ValueError(f"{model}: {error}") from None
+    return config, _vision_config(path, tower)
+
+
+def _tower(config: Any, vision_config: Any) -> TowerShape:
+    return TowerShape.of(
+        vision_config,
+        getattr(config, "mm_vision_select_layer", -2),
+        getattr(config, "mm_vision_select_feature", "patch"),
+    )
 
 
 def _vision_config(checkpoint: str, tower: str) -> Any:
@@ -187,11 +288,11 @@ def _most_crops(config: Any, side: int) -> int:
 _CLIP_L_336 = SimpleNamespace(
     hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, image_size=336, patch_size=14
 )
-_VICUNA_7B = DecoderShape(4096, 11008, layers=32, query_width=4096, key_width=4096, vocabulary=32000)
-_VICUNA_13B = DecoderShape(5120, 13824, layers=40, query_width=5120, key_width=5120, vocabulary=32000)
+_VICUNA_7B = DecoderShape.llama(4096, 11008, layers=32, query_width=4096, key_width=4096, vocabulary=32000)
+_VICUNA_13B = DecoderShape.llama(5120, 13824, layers=40, query_width=5120, key_width=5120, vocabulary=32000)
 
 SHAPES = {
-    f"{generation}-{size}": ModelShape(decoder, TowerShape.of(_CLIP_L_336), projector_layers=2, crops=crops)
+    f"{generation}-{size}": ModelShape.llava(decoder, TowerShape.of(_CLIP_L_336), projector_layers=2, crops=crops)
     for generation, crops in (("1.5", 1), ("1.6", 5))
     for size, decoder in (("7b", _VICUNA_7B), ("13b", _VICUNA_13B))
 }

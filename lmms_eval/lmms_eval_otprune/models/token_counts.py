@@ -25,7 +25,7 @@ class ImageCount:
     runs : tuple of (layers, tokens)
         Run-length encoded tokens per layer, from the first layer on.
     crops : int
-        Images that the vision tower encodes.
+        Images that the vision tower encodes, as `llava.flops.ModelShape` counts them.
     after : tuple of (layers, tokens), or None
         The tokens in the rest of each layer, for a method that drops tokens after the attention; None if the same.
     """
@@ -192,7 +192,7 @@ def _flops(prompts: Mapping[PromptCount, int], shape: ModelShape) -> dict[str, d
         present = _sums(image.per_layer for image in prompt.images)
         left = _sums(image.after_attention for image in prompt.images)
         total = [sum(image.total for image in prompt.images)] * len(present)
-        crops = sum(image.crops for image in prompt.images)
+        crops = [image.crops for image in prompt.images]
         for kind, visual in (("pruned", (present, left)), ("unpruned", (total, total))):
             tokens, after = (tokens_per_layer(prompt.text, column) for column in visual)
             flops["literature"][kind] += times * literature_flops(shape.decoder, tokens, after=after)

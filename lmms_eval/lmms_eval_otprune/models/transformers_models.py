@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -26,9 +26,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 from transformers import PreTrainedModel
 
-from llava.adapters.transformers import Session, set_pruning
+from llava.adapters.transformers import FAMILIES, Session, set_pruning
+from llava.flops import ModelShape
+from llava.flops.families import crops_seen, family_shape
 from llava.pruning import PruningConfig
-from llava.pruning.schedule import kept_after_attention, kept_per_layer
+from llava.pruning.schedule import kept_after_attention
 from lmms_eval_otprune.models import cache_key
 from lmms_eval_otprune.models.answers import Answer, Question, count_repeats
 from lmms_eval_otprune.models.exit_status import fail_loudly
@@ -174,10 +176,10 @@ class PrunedWrapper(RowsInTurn):
 
         return ["" if one is None else one.text for one in self._answer_all(questions, answer)]
 
-    def _prompts(self, ids: torch.Tensor, mask: torch.Tensor) -> list[PromptCount]:
-        """Text and visual tokens of the prompts (B, T)."""
+    def _prompts(self, ids: torch.Tensor, mask: torch.Tensor, sizes: torch.Tensor | None) -> list[PromptCount]:
+        """Text and visual tokens of the prompts (B, T), whose images have these sizes."""
         marks = (ids == self.model.config.image_token_id) & mask
-        images = self._image_counts(marks)
+        images = iter(self._image_counts(marks, sizes))
         prompts = []
         for visual, whole in zip(marks.sum(dim=1).tolist(), mask.sum(dim=1).tolist(), strict=True):
             own: list[ImageCount] = []
@@ -186,23 +188,34 @@ class PrunedWrapper(RowsInTurn):
             prompts.append(PromptCount(whole - visual, tuple(own)))
         return prompts
 
-    def _image_counts(self, marks: torch.Tensor) -> Iterator[ImageCount]:
+    def _image_counts(self, marks: torch.Tensor, sizes: torch.Tensor | None) -> list[ImageCount]:
         layers = self.model.config.get_text_config().num_hidden_layers
-        session = self._session
+        session, after = self._session, None
         if session is None:  # neighbouring placeholders are one image
-            for row in marks.tolist():
-                for visual, run in groupby(row):
-                    if visual:
-                        total = len(list(run))
-                        yield ImageCount.of(total, [total] * layers)
-        elif session.inside is None:
-            for total, kept in session.visual_token_counts:
-                yield ImageCount.of(total, [kept] * layers)
+            totals = [len(list(run)) for row in marks.tolist() for visual, run in groupby(row) if visual]
+            seen = [[total] * layers for total in totals]
         else:
-            for total, _ in session.visual_token_counts:
-                seen = kept_per_layer(session.schedule, total, layers, session.pruner.kept_count)
-                left = kept_after_attention(session.schedule, total, layers, session.pruner.kept_count)
-                yield ImageCount.of(total, seen, 1, left if session.pruner.after_attention else None)
+            totals, seen = [total for total, _ in session.visual_token_counts], session.visual_tokens_per_layer
+            if session.inside is not None and session.pruner.after_attention:
+                count = session.pruner.kept_count
+                after = [kept_after_attention(session.schedule, total, layers, count) for total in totals]
+        shape = self._shape
+        crops = [1] * len(totals) if shape is None else crops_seen(self.model.config, shape, totals, sizes)
+        return [ImageCount.of(*image) for image in zip(totals, seen, crops, after or seen, strict=True)]
+
+    def model_shape(self) -> ModelShape | None:
+        """What the prefills' cost follows from; None for a model whose cost cannot be counted."""
+        return self._shape
+
+    @cached_property
+    def _shape(self) -> ModelShape | None:
+        if self.model.config.model_type not in FAMILIES:
+            return None
+        try:
+            return family_shape(self.model.config)
+        except Exception as error:  # a figure in a table is not worth a run
+            logger.warning(f"{self.conv_template}: the prefill's FLOPs are not counted: {error}")
+            return None
 
 
 class TextAlone:
@@ -251,9 +264,9 @@ def _batches(todo: Mapping[int, Question], size: int) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _watched(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Collects ids and mask, both (B, T), of every call of ``generate``, and re-raises the first error of one."""
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+def _watched(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]]:
+    """Collects ids and mask, both (B, T), and images' sizes of every call of ``generate``; re-raises the first error."""
+    calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
     errors: list[Exception] = []
     generate = model.generate
 
@@ -264,7 +277,8 @@ def _watched(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor, torch.
         except Exception as error:
             errors.append(error)
             raise
-        calls.append((ids, torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()))
+        whole = torch.ones_like(ids, dtype=torch.bool)
+        calls.append((ids, whole if mask is None else mask.bool(), kwargs.get("image_sizes")))
         return made
 
     model.generate = watched

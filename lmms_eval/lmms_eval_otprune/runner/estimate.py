@@ -81,7 +81,7 @@ def _encoding(job: Job) -> int:
     """FLOPs of an image's way to the decoder."""
     shape = load_shape(job.model)
     nothing = [0] * shape.decoder.layers
-    return exact_flops(shape, nothing, crops=1).total - exact_flops(shape, nothing, crops=0).total
+    return exact_flops(shape, nothing).total - exact_flops(shape, nothing, crops=0).total
 
 
 def _speed() -> float:

@@ -149,6 +149,15 @@ class Session:
     def _compact(self) -> bool:
         return not self._multimodal_rope and self.pruner.position_ids != "original"
 
+    @property
+    def visual_tokens_per_layer(self) -> list[list[int]]:
+        """Of each image of the latest prompts, the tokens in every decoder layer."""
+        depth = self.model.config.get_text_config().num_hidden_layers
+        if self.inside is None:
+            return [[kept] * depth for _, kept in self.visual_token_counts]
+        totals = [total for total, _ in self.visual_token_counts]
+        return [kept_per_layer(self.schedule, total, depth, self.pruner.kept_count) for total in totals]
+
     # Switching on and off
 
     def attach(self) -> None:

@@ -23,6 +23,7 @@ from llava.flops import (
     tokens_per_layer,
     visual_per_layer,
 )
+from llava.flops.made_up import PUBLISHED
 from llava.pruning import PruningConfig
 
 Costs = dict[str, dict[str, float]]
@@ -36,10 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         __doc__,
         epilog="Selecting the tokens, and what a method makes the model compute for it, is not counted.",
     )
-    parser.add_model("1.5-7b", also=f"{', '.join(SHAPES)}; of others only the configuration is read: ")
+    family = "a family of transformers' models as it is configured by default, such as qwen2_5_vl"
+    named = ", ".join((*SHAPES, *PUBLISHED, family))
+    parser.add_model("1.5-7b", also=f"{named}, or what only the configuration is read of: ")
     prompt = parser.add_argument_group("the prompt")
     prompt.add_argument("--text", type=whole, metavar="N", help=f"text tokens, all of them (default: {USUAL_TEXT})")
-    prompt.add_argument("--visual", type=positive, metavar="N", help="visual tokens (default: by model, 576 or 2880)")
+    prompt.add_argument("--visual", type=positive, metavar="N", help="visual tokens (default: by model, mostly 576)")
     prompt.add_argument("--crops", type=positive, metavar="N", help="crops of the image (default: by model, 1 or 5)")
     averages = "instead: the papers' averages over the token counts of eleven benchmarks (literature's convention)"
     prompt.add_argument("--benchmarks", action="store_true", help=averages)
@@ -56,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _count(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         check_writable(arguments.json)
-    shape, config = load_shape(arguments.model), _pruning(arguments)
+    config = _pruning(arguments)
+    shape = load_shape(arguments.model, arguments.visual, arguments.crops)
     report, text = (_benchmarks if arguments.benchmarks else _prompt)(arguments, shape, config)
     if arguments.json is not None:
         write_json(arguments.json, {"model": arguments.model, "pruning": config and config.to_dict()} | report)
@@ -91,7 +95,7 @@ def _prompt(
 ) -> tuple[dict[str, Any], str]:
     """What one prompt costs: for the JSON file, and for a person."""
     text = USUAL_TEXT if arguments.text is None else arguments.text
-    visual, crops = arguments.visual or shape.visual_tokens, arguments.crops or shape.crops
+    visual, crops = shape.visual_tokens, shape.crops
     counts = _counts(config, text, visual, shape.decoder.layers)
     tokens = {name: entering for name, (entering, _) in counts.items()}
     means = {name: mean(entering) - text for name, entering in tokens.items()}
@@ -103,7 +107,8 @@ def _prompt(
         exact = {name: exact_flops(shape, n, after=m, crops=crops).to_dict() for name, (n, m) in counts.items()}
         costs["exact"] = _costs(exact)
 
-    lines = [f"tokens per layer: {text} text and {visual} visual tokens, {crops} crop{'s' * (crops > 1)}"]
+    lines = [f"tokens per layer: {text} text and {visual} visual tokens"]
+    lines[0] += "" if shape.reads_whole else f", {crops} crop{'s' * (crops > 1)}"
     lines += [f"  {name:14}{_ranges(n)}" for name, n in tokens.items()]
     if config is not None:
         share = 100 * means["pruned"] / visual

@@ -15,8 +15,9 @@ from llava.adapters.vllm.switch import check_servable
 from llava.command import EMBEDDED, Parser, find_device, positive
 from llava.eval.latency import pope, prefill, select, serve, suite
 from llava.eval.latency.methods import read_methods
-from llava.eval.latency.models import RANDOM, load
+from llava.eval.latency.models import RANDOM, is_llava, load
 from llava.eval.latency.report import NOT_MEASURED, Report, mebibytes, milliseconds, table
+from llava.flops.made_up import PUBLISHED
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -75,6 +76,8 @@ def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[st
 
 def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
     model = load(arguments.model, arguments.device, arguments.dtype, arguments.attention)
+    if getattr(arguments, "pope", None) and not is_llava(model):
+        raise ValueError(f"--pope needs a LLaVA, whose encoded images can be remembered, not {arguments.model}")
     configs = read_methods(arguments.method, arguments.ratio)
     new_tokens = 1 if arguments.command == "prefill" else arguments.new_tokens
     rows = []
@@ -91,6 +94,7 @@ def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[s
         "total / unpruned": lambda row: f"{row['total_ratio']:.3f}",
         "selection / prefill": lambda row: f"{100 * row['selection_share']:.1f} %",
         **{_ms_column(part, arguments.device): _part(part) for part in parts},
+        **({"answers/s": lambda row: f"{row['samples_per_second']:.3g}"} if new_tokens > 1 else {}),
         "KV MiB": lambda row: mebibytes(row["kv_bytes"]),
         "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
     }
@@ -219,7 +223,7 @@ def _parser() -> Parser:
         return one
 
     def for_model(one: Parser, batch: list[int], model: str = "tiny") -> None:
-        one.add_model(model, also=f"{', '.join(RANDOM)} (random weights), ")
+        one.add_model(model, also=f"{', '.join((*RANDOM, *PUBLISHED))} (random weights), ")
         one.add_ratio()
         one.add_argument("--batch", type=positive, nargs="+", default=batch, help=f"batch sizes; default: {batch}")
 

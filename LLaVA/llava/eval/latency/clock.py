@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -104,10 +105,13 @@ def take_turns(
 
 
 def summarise(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Part -> "median" and "worst" over the rounds; a part that a round lacks took nothing there."""
+    """Part -> "median", "p95" and "worst" over the rounds; a part that a round lacks took nothing there."""
     parts = dict.fromkeys(name for measured in rounds for name in measured)
     values = {name: [measured.get(name, 0.0) for measured in rounds] for name in parts}
-    return {name: {"median": statistics.median(times), "worst": max(times)} for name, times in values.items()}
+    return {
+        name: {"median": statistics.median(times), "p95": float(np.percentile(times, 95)), "worst": max(times)}
+        for name, times in values.items()
+    }
 
 
 def ratio(reference: Sequence[Mapping[str, float]], rounds: Sequence[Mapping[str, float]], part: str = TOTAL) -> float:

@@ -1,16 +1,23 @@
-"""Models to measure: named shapes with random weights, llava-mini, or a checkpoint; and prompts for them."""
+"""Models to measure: named shapes with random weights, llava-mini, or a checkpoint; and prompts for them.
+
+They are LLaVAs of this package, or vision-language models of transformers.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.flops import SHAPES, USUAL_TEXT
+from llava.flops.made_up import PUBLISHED, made_up_prompts, transformers_config
+from llava.pruning import PruningConfig
 
 SYSTEM_PROMPT = 35
 """Tokens of Vicuna's system prompt, which stand before the image."""
@@ -33,12 +40,15 @@ RANDOM = ("tiny", "1.5-7b", "1.5-13b", "1.6-7b")
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype, attention: str) -> torch.nn.Module:
-    """A model in eval mode: one of `RANDOM`, "llava-mini", a checkpoint folder or a hub id.
+    """A model in eval mode: one of `RANDOM`, a family of transformers, "llava-mini", a checkpoint folder or a hub id.
 
     ``attention`` is sdpa, eager or flash_attention_2.
     """
     if name in RANDOM:
         return _random(name, device, dtype, attention)
+    other = transformers_config(name)
+    if other is not None:
+        return _of_transformers(name, other, device, dtype, attention)
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
 
@@ -52,6 +62,36 @@ def load(name: str, device: torch.device, dtype: torch.dtype, attention: str) ->
         multimodal=True,
     )
     return model
+
+
+def _of_transformers(name: str, config: Any, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
+    """A checkpoint's model; of a family or a published shape, one with random weights."""
+    from transformers import AutoModelForImageTextToText
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    from llava.model.builder import resolve_model_path
+
+    settings = {"dtype": dtype, "attn_implementation": attention}
+    if name not in PUBLISHED and (name not in CONFIG_MAPPING or Path(name).is_dir()):
+        path = resolve_model_path(name)
+        return AutoModelForImageTextToText.from_pretrained(path, **settings).to(device).eval()
+    with _random_weights(device):
+        model = AutoModelForImageTextToText.from_config(config, **settings)
+    return _endless(model.to(device))
+
+
+@contextmanager
+def _random_weights(device: torch.device) -> Iterator[None]:
+    """Weights that are made inside the block are the same every time, and lie on the device."""
+    torch.manual_seed(0)
+    with device:
+        yield
+
+
+def _endless(model: Any) -> Any:
+    """In eval mode. Random weights end no answer: every one has the length that was asked for."""
+    model.generation_config.eos_token_id = None
+    return model.eval()
 
 
 def _random(name: str, device: torch.device, dtype: torch.dtype, attention: str) -> torch.nn.Module:
@@ -77,20 +117,17 @@ def _random(name: str, device: torch.device, dtype: torch.dtype, attention: str)
             pad_token_id=0,
             attn_implementation=attention,
         )
-        torch.manual_seed(0)
         usual = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with device:
+            with _random_weights(device):
                 model = LlavaLlamaForCausalLM(config)
         finally:
             torch.set_default_dtype(usual)
         model.get_vision_tower().mark_loaded()
     if hasattr(model.get_model(), "image_newline"):
         torch.nn.init.normal_(model.get_model().image_newline, std=decoder["hidden_size"] ** -0.5)
-    # Random weights end no answer: every one has the length that was asked for.
-    model.generation_config.eos_token_id = None
-    return model.to(device).eval()
+    return _endless(model.to(device))
 
 
 def _published(name: str) -> dict[str, int]:
@@ -102,6 +139,34 @@ def _published(name: str) -> dict[str, int]:
         "num_attention_heads": shape.hidden // 128,
         "vocab_size": shape.vocabulary,
     }
+
+
+def is_llava(model: torch.nn.Module) -> bool:
+    """Whether it is this package's own, and none of transformers."""
+    return hasattr(model, "set_pruning")
+
+
+def set_pruning(model: torch.nn.Module, config: PruningConfig | None) -> None:
+    """Prune from now on with a method, or not at all."""
+    if is_llava(model):
+        model.set_pruning(config)
+    else:
+        from llava.adapters.transformers import set_pruning as set_on_transformers
+
+        set_on_transformers(model, config)
+
+
+def tokens_per_layer(model: torch.nn.Module, asked: dict[str, Any]) -> list[list[int]]:
+    """Of each image of the latest call, which answered these prompts, the tokens in every decoder layer."""
+    if is_llava(model):
+        return model.visual_tokens_per_layer
+    from llava.adapters.transformers import active_session
+
+    session = active_session(model)
+    if session is not None:
+        return session.visual_tokens_per_layer
+    marks = (asked["input_ids"] == model.config.image_token_id).sum(dim=1).tolist()
+    return [[count] * model.config.get_text_config().num_hidden_layers for count in marks]
 
 
 def prompts(model: torch.nn.Module, images: Sequence[int], questions: Sequence[int]) -> dict[str, Any]:
@@ -116,9 +181,15 @@ def prompts(model: torch.nn.Module, images: Sequence[int], questions: Sequence[i
     Returns
     -------
     dict
-        "input_ids" (B, T), int64; "images" (B, 3, H, W), or a list of (crops, 3, H, W); "image_sizes".
+        "input_ids" (B, T), int64; for a LLaVA "images" (B, 3, H, W), or a list of (crops, 3, H, W), and "image_sizes";
+        else what the model's processor gives.
     """
     weight = model.get_input_embeddings().weight
+    if not is_llava(model):
+        # Ids of images and other marks are high ones.
+        rows = [_question(number, min(weight.shape[0], model.config.image_token_id)).tolist() for number in questions]
+        text = [(row[:SYSTEM_PROMPT], row[SYSTEM_PROMPT + 1 :]) for row in rows]
+        return made_up_prompts(model, text, images)
     anyres = getattr(model.config, "image_aspect_ratio", None) == "anyres"
     side = model.get_vision_tower().config.image_size
     pixels = [_random_image((5, 3, side, side) if anyres else (3, side, side), number).to(weight) for number in images]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +13,12 @@ from transformers import StoppingCriteria
 
 from llava.eval.latency.clock import TOTAL, Stopwatch, peak_memory, ratio, summarise, take_turns
 from llava.eval.latency.methods import UNPRUNED
-from llava.eval.latency.models import prompts
+from llava.eval.latency.models import is_llava, prompts, set_pruning, tokens_per_layer
 from llava.model.image_tokens import encode
-from llava.model.language_model.kv_cache import CACHE
 from llava.pruning import PruningConfig
 from llava.pruning.base import Pruner
 from llava.pruning.reduce import reduce
+from llava.pruning.rows import cache_of
 
 VISION, SELECTION, PREFILL, TTFT, DECODING = "vision", "selection", "prefill", "ttft", "decoding"
 
@@ -52,7 +53,7 @@ def measure(
     device = model.get_input_embeddings().weight.device
     asked = prompts(model, range(batch), range(batch))
     variants: dict[str, PruningConfig | None] = {UNPRUNED: None, **configs}
-    own = model.pruning
+    own = model.pruning if is_llava(model) else None
     try:
         run = _generate(model, asked, new_tokens) if new_tokens > 1 else _forward(model, asked)
         times = take_turns(
@@ -60,21 +61,21 @@ def measure(
             repetitions,
             device,
             label=f"batch {batch}",
-            before=lambda name: model.set_pruning(variants[name]),
+            before=lambda name: set_pruning(model, variants[name]),
         )
         with torch.inference_mode():
             return [_row(model, name, config, asked, new_tokens, times, run) for name, config in variants.items()]
     finally:
-        model.set_pruning(own)
+        set_pruning(model, own)
 
 
 def _row(model, name, config, asked, new_tokens, times, run) -> dict[str, Any]:
     device = model.get_input_embeddings().weight.device
     batch = len(asked["input_ids"])
-    model.set_pruning(config)
+    set_pruning(model, config)
     with peak_memory(device) as memory:
         run(Stopwatch(device))
-    kept = [sum(layers) / len(layers) for layers in model.visual_tokens_per_layer]
+    kept = [sum(layers) / len(layers) for layers in tokens_per_layer(model, asked)]
     ms = summarise([_split(measured) for measured in times[name]])
     selection, rest = ms[SELECTION]["median"], ms[PREFILL]["median"]
     return {
@@ -87,7 +88,7 @@ def _row(model, name, config, asked, new_tokens, times, run) -> dict[str, Any]:
         "total_ratio": ratio(times[UNPRUNED], times[name]),
         "selection_share": selection / (selection + rest),
         "visual_tokens": sum(kept) / len(kept),
-        "kv_bytes": kv_bytes(model(**asked, use_cache=True, logits_to_keep=1)[CACHE]),
+        "kv_bytes": kv_bytes(cache_of(model(**asked, use_cache=True, logits_to_keep=1))),
         "peak_bytes": memory["bytes"],
         "samples_per_second": 1e3 * batch / ms[TOTAL]["median"],
     }
@@ -100,13 +101,14 @@ def _split(measured: Mapping[str, float]) -> dict[str, float]:
 
 
 def kv_bytes(cache) -> int:
-    """Bytes of the keys and values of all layers."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of the keys and values of all layers; linear attention has none."""
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def _forward(model, asked: Mapping[str, Any]) -> Callable[[Stopwatch], None]:
     def run(watch: Stopwatch) -> None:
-        with watch.part(TTFT), parts_of(watch):
+        with watch.part(TTFT), parts_of(watch, model):
             model(**asked, use_cache=True, logits_to_keep=1)
 
     return run
@@ -116,7 +118,7 @@ def _generate(model, asked: Mapping[str, Any], new_tokens: int) -> Callable[[Sto
     def run(watch: Stopwatch) -> None:
         first = _FirstToken(watch)
         begin = watch.now()
-        with parts_of(watch):
+        with parts_of(watch, model):
             model.generate(
                 **asked,
                 do_sample=False,
@@ -144,18 +146,24 @@ class _FirstToken(StoppingCriteria):
 
 
 @contextmanager
-def parts_of(watch: Stopwatch) -> Iterator[None]:
+def parts_of(watch: Stopwatch, model: torch.nn.Module) -> Iterator[None]:
     """Count, inside the block, what the vision tower with its projector and what the selection take."""
 
     def timed(part: str, function: Callable) -> Callable:
+        @functools.wraps(function)  # generate reads the signature
         def call(*arguments, **options):
             with watch.part(part):
                 return function(*arguments, **options)
 
         return call
 
+    if is_llava(model):
+        encoding = patch("llava.model.image_tokens.encode", timed(VISION, encode))
+    else:
+        features = model.base_model.get_image_features
+        encoding = patch.object(model.base_model, "get_image_features", timed(VISION, features))
     with (
-        patch("llava.model.image_tokens.encode", timed(VISION, encode)),
+        encoding,
         patch("llava.pruning.reduce.reduce", timed(SELECTION, reduce)),  # before the decoder
         patch.object(Pruner, "reduce", timed(SELECTION, Pruner.reduce)),  # inside
     ):

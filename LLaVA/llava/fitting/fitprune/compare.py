@@ -34,7 +34,7 @@ class Prefill:
 
     def flops(self, entering: Sequence[int], after: Sequence[int]) -> int:
         """With so many visual tokens in each layer, and after its attention."""
-        crops = max(1, round(self.visual / self.shape.tower.outputs))
+        crops = max(1, round(self.visual * self.shape.crops / self.shape.visual_tokens))
         tokens, left = tokens_per_layer(self.text, entering), tokens_per_layer(self.text, after)
         return exact_flops(self.shape, tokens, after=left, crops=crops).total
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llava.flops import DecoderShape
+from llava.flops import Cost, DecoderShape
 
 TOLERANCE = 0.01
 """Of alpha, as published: seven walks."""
@@ -19,24 +19,7 @@ ROUNDING = 1 + 1e-12
 """Room for the rounding of a budget, which is a product of a decimal fraction."""
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a layer spends on n visual tokens: linear n + quadratic n^2 up to the attention, rest n after it."""
-
-    linear: int
-    quadratic: int
-    rest: int
-
-    def attention(self, tokens: int, squares: int) -> int:
-        """Of tokens that enter a layer: their number and its square, or sums of both."""
-        return self.linear * tokens + self.quadratic * squares
-
-    def layer(self, tokens: int, squares: int) -> int:
-        """Of a layer that drops nothing."""
-        return self.attention(tokens, squares) + self.rest * tokens
-
-
-TOKENS = Cost(1, 0, 0)
+TOKENS = Cost(1)
 """Tokens that enter the layers: what SUBSET_RATIO is a mean of."""
 
 
@@ -45,12 +28,7 @@ def visual_flops(shape: DecoderShape) -> Cost:
 
     3 n d^2 + 2 n^2 d before the output projection, n d^2 + 3 n d m after the attention; less for grouped heads.
     """
-    d, m = shape.hidden, shape.intermediate
-    return Cost(
-        linear=d * (shape.query_width + 2 * shape.key_width),
-        quadratic=2 * shape.query_width,
-        rest=d * shape.query_width + 3 * d * m,
-    )
+    return shape.costs[0]
 
 
 @dataclass(frozen=True)

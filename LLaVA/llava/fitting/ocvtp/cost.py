@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.command import EMBEDDED, RATIO
-from llava.flops import TowerShape, exact_flops, load_shape, tokens_per_layer
+from llava.flops import TowerShape, exact_flops, load_shape, load_tower, tokens_per_layer
 from llava.pruning import kept_count
 from llava.pruning.methods.ocvtp.checkpoint import PrunerFiles
 from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
@@ -43,13 +43,13 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int) -> str
     text : int
         Text tokens.
     """
-    shape = load_shape(model)
+    shape, tower = load_shape(model), load_tower(model)
     if checkpoint is None and model == EMBEDDED:
         checkpoint = EMBEDDED
-    config = SlotConfig(width=shape.tower.hidden) if checkpoint is None else PrunerFiles.find(checkpoint).config
-    if config.width != shape.tower.hidden:
+    config = SlotConfig(width=tower.hidden) if checkpoint is None else PrunerFiles.find(checkpoint).config
+    if config.width != tower.hidden:
         raise ValueError(
-            f"{checkpoint} reads features of width {config.width}, but those of {model} have {shape.tower.hidden}"
+            f"{checkpoint} reads features of width {config.width}, but those of {model} have {tower.hidden}"
         )
     tokens = shape.visual_tokens
     kept = kept_count(tokens, RATIO) if kept is None else kept
@@ -61,7 +61,7 @@ def cost(model: str, checkpoint: str | None, kept: int | None, text: int) -> str
     )
     flops = {
         "pruner": pruner_flops(config, tokens, slots),
-        "padding attention": shape.crops * padding_flops(shape.tower),
+        "padding attention": shape.crops * padding_flops(tower),
         "vision tower": full.vision_tower,
         "projector": full.projector,
         "decoder, unpruned": full.decoder + full.lm_head,
