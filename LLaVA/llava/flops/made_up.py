@@ -47,21 +47,28 @@ def transformers_config(model: str) -> Any | None:
     ValueError
         If it is a model of a family that cannot be pruned.
     """
+    from llava.model.builder import EMBEDDED_MODEL, read_config, resolve_model_path
+
+    named = model != EMBEDDED_MODEL and "/" not in model and not Path(model).is_dir()
+    known = {} if named and _is_named(model) else read_config(resolve_model_path(model))
+    if known and ("vision_config" not in known or "mm_vision_tower" in known):
+        return None
     from transformers import AutoConfig
 
     from llava.adapters.transformers import FAMILIES
-    from llava.model.builder import read_config, resolve_model_path
 
-    kind, settings = PUBLISHED.get(model, (model, {}))
-    if kind in FAMILIES and not Path(model).is_dir():
+    if not known:
+        kind, settings = PUBLISHED.get(model, (model, {}))
         return AutoConfig.for_model(kind, **settings)
-    path = resolve_model_path(model)
-    known = read_config(path)
-    if "vision_config" not in known or "mm_vision_tower" in known:
-        return None
     if known.get("model_type") not in FAMILIES:
         raise ValueError(f"{model} is a {known.get('model_type')!r} model; supported: {', '.join(sorted(FAMILIES))}")
-    return AutoConfig.from_pretrained(path)
+    return AutoConfig.from_pretrained(resolve_model_path(model))
+
+
+def _is_named(model: str) -> bool:
+    from llava.adapters.transformers import FAMILIES
+
+    return model in PUBLISHED or model in FAMILIES
 
 
 def reads_whole(config: Any) -> bool:

@@ -265,7 +265,7 @@ def _batches(todo: Mapping[int, Question], size: int) -> Iterator[list[int]]:
 
 @contextmanager
 def _watched(model: PreTrainedModel) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]]:
-    """Collects ids and mask, both (B, T), and images' sizes of every call of ``generate``; re-raises the first error."""
+    """Collects ids, mask, both (B, T), and images' sizes of every call of ``generate``; re-raises the first error."""
     calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
     errors: list[Exception] = []
     generate = model.generate
