@@ -97,6 +97,11 @@ def test_an_image_that_a_model_cannot_have_is_refused(tmp_path, capsys, name, op
     assert sentence in capsys.readouterr().err
 
 
+def test_a_configuration_that_does_not_fit_is_refused(capsys):
+    assert main(["--model", "gemma3"]) == 2  # by default its tower gives fewer patches than tokens are wanted
+    assert "a gemma3 model of this configuration does not run: stride" in capsys.readouterr().err
+
+
 def test_another_model_of_transformers_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "mllama", "vision_config": {}}')
     assert main(["--model", str(tmp_path)]) == 2

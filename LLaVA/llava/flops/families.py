@@ -31,8 +31,16 @@ def family_shape(config: Any, visual: int | None = None, crops: int | None = Non
     Raises
     ------
     ValueError
-        If an image of this model has no such number of visual tokens or crops.
+        If an image of this model has no such number of visual tokens or crops, or a model so configured does not run.
     """
+    try:
+        return _counted(config, visual, crops)
+    except (RuntimeError, TypeError, AttributeError) as error:  # several families' default configurations do not fit
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"a {config.model_type} model of this configuration does not run: {reason}") from error
+
+
+def _counted(config: Any, visual: int | None, crops: int | None) -> ModelShape:
     model = _without_weights(config)
     if reads_whole(config):
         if crops not in (None, 1):
