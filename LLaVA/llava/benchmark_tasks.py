@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PLUGIN = "lmms_eval_otprune"
 """Package whose folder ``tasks`` defines the embedded tasks, beside lmms-eval's own."""
 
-PUBLISHED_GROUP = "otprune_paper.yaml"
+PUBLISHED_GROUPS = ("otprune_paper.yaml", "otprune_documents.yaml")
 
 
 def load_tasks(name: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def load_tasks(name: str) -> dict[str, Any]:
 
     logger.disable("lmms_eval")
     try:
-        manager = task_manager([name])
+        manager = task_manager([name] if benchmark_of(name) else ())
         if name not in manager.all_tasks:
             manager = TaskManager(include_path=task_folders(), model_name="llava")
         if name not in manager.all_tasks:
@@ -56,6 +56,7 @@ def task_manager(tasks: Iterable[str], model: str = "llava", kind: str = "simple
     Parameters
     ----------
     tasks : iterable of str
+        One that is no benchmark of ours takes those seconds.
     model : str
         lmms-eval's id: a task's settings may depend on it.
     kind : str
@@ -67,9 +68,11 @@ def task_manager(tasks: Iterable[str], model: str = "llava", kind: str = "simple
         def load_config(self, config: dict[str, Any]) -> Mapping[str, Any]:
             return self._load_individual_task_or_group(config, task_type=kind)
 
-    found = {benchmark for task in tasks if (benchmark := benchmark_of(task)) is not None}
+    benchmarks = [benchmark_of(task) for task in tasks]
+    found = {benchmark for benchmark in benchmarks if benchmark is not None}
     builtin = sorted(str(definition_file(benchmark).parent) for benchmark in found)
-    return OfOneKind(include_defaults=False, include_path=[*task_folders(), *builtin], model_name=model)
+    folders = [*task_folders(), *builtin]
+    return OfOneKind(include_defaults=None in benchmarks, include_path=folders, model_name=model)
 
 
 def task_folders() -> list[str]:
@@ -116,7 +119,7 @@ def changes(benchmark: Benchmark) -> dict[str, Any]:
     """What our group of published benchmarks changes of a definition, besides where its data come from."""
     return {
         name: value
-        for entry in _published_group()
+        for entry in _published_groups()
         if entry["task"] == benchmark.task
         for name, value in entry.items()
         if name not in ("task", "dataset_kwargs")
@@ -124,10 +127,10 @@ def changes(benchmark: Benchmark) -> dict[str, Any]:
 
 
 @cache
-def _published_group() -> list[dict[str, Any]]:
+def _published_groups() -> list[dict[str, Any]]:
     from lmms_eval.utils import load_yaml_config
 
-    paths = [Path(folder, PUBLISHED_GROUP) for folder in task_folders()]
+    paths = [Path(folder, group) for folder in task_folders() for group in PUBLISHED_GROUPS]
     return [entry for path in paths for entry in load_yaml_config(yaml_path=str(path), mode="full")["task"]]
 
 

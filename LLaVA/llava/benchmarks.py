@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PAPER = "paper"
-"""The group of the OTPrune paper's table."""
+PAPER, DOCUMENTS = "paper", "documents"
+"""The groups: of the OTPrune paper's table, and of what has to be read."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Benchmark:
     name : str
         lmms-eval's task of this name defines it.
     metric : str
+        As in lmms-eval's results: a filter's name follows a comma.
     folder : str
         Where below lmms-eval's tasks the definition is.
     variant : str, or None
@@ -89,6 +90,11 @@ class Benchmark:
         return self.variant or self.name
 
     @property
+    def logged(self) -> str:
+        """The metric in a log of samples."""
+        return self.metric.partition(",")[0]
+
+    @property
     def mini(self) -> str | None:
         """The embedded task, or None."""
         return None if self.data is None else f"mini_{self.name}"
@@ -112,6 +118,10 @@ def _captions(key: str, name: str, metric: str, folder: str, **more: Any) -> Ben
 
 def _data(folder: str, config: str, split: str, image_config: str | None = None) -> Data:
     return Data(f"lmms-lab-encoder/{folder}", config, split, image_config)
+
+
+def _document(key: str, name: str, metric: str, folder: str, **more: Any) -> Benchmark:
+    return Benchmark(key, name, metric, folder, group=DOCUMENTS, **more)
 
 
 BENCHMARKS = (
@@ -214,6 +224,18 @@ BENCHMARKS = (
         tokens=(57, 2116),
         data=_data("SEED-Bench", "default", "test"),
     ),
+    _document("TextVQA", "textvqa_val", "exact_match", "textvqa", data=_data("textvqa", "default", "validation")),
+    _document("ChartQA", "chartqa", "relaxed_overall", "chartqa", data=_data("ChartQA", "default", "test")),
+    _document("DocVQA", "docvqa_val", "anls", "docvqa", data=_data("DocVQA", "DocVQA", "validation")),
+    _document("InfoVQA", "infovqa_val", "anls", "infovqa"),
+    _document(
+        "OCRBench",
+        "ocrbench",
+        "ocrbench_accuracy",
+        "ocrbench",
+        data=Data("echo840/OCRBench", "default", "test"),
+    ),
+    _document("AI2D", "ai2d", "exact_match,flexible-extract", "ai2d"),
 )
 """In the order of the tables."""
 
@@ -223,7 +245,20 @@ def benchmark_of(task: str) -> Benchmark | None:
     return next((benchmark for benchmark in BENCHMARKS if task in benchmark.tasks), None)
 
 
+def other_benchmark(task: str, metric: str = "") -> Benchmark:
+    """A task of no table as a column of its own: its score as lmms-eval gives it."""
+    return Benchmark(task, task, metric, "", group=task, scale=1.0, digits=3)
+
+
+def columns_of(tasks: Mapping[str, Any]) -> tuple[Benchmark, ...]:
+    """All columns, and one more for each task of no table among results: of its first metric."""
+    others = {task: result["metrics"] for task, result in tasks.items() if benchmark_of(task) is None}
+    return BENCHMARKS + tuple(other_benchmark(task, next(iter(metrics))) for task, metrics in others.items() if metrics)
+
+
 def shown_columns(scored: Collection[str]) -> tuple[Benchmark, ...]:
     """The columns of a table whose rows have scores under these keys: whole groups, the paper's without any score."""
-    groups = {benchmark.group for benchmark in BENCHMARKS if benchmark.key in scored} or {PAPER}
-    return tuple(benchmark for benchmark in BENCHMARKS if benchmark.group in groups)
+    known = {benchmark.key: benchmark for benchmark in BENCHMARKS}
+    groups = {known[key].group for key in scored if key in known} or ({PAPER} if not scored else set())
+    others = tuple(other_benchmark(key) for key in sorted(scored) if key not in known)
+    return tuple(benchmark for benchmark in BENCHMARKS if benchmark.group in groups) + others

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from llava.files import write_json
+from llava.mini.pages import PAGES
 from llava.model.builder import load_pretrained_model
 from mini_training.decoder import ConversationTask
 from mini_training.packing import Mixture, Packed, PackedScenes, collate
+from mini_training.reading import PackedPages, Reading
 
 GREY = 128
-MIXTURES = {
+SCENE_SORTS = {
     "open": Mixture(questions=20, choice_percent=0, dense_percent=0),
     "plain": Mixture(questions=20, choice_percent=0, plain_percent=100, dense_percent=0),
     "choice": Mixture(questions=20, choice_percent=100, dense_percent=0),
     "pair": Mixture(questions=10, pair_every=1),
     "text": Mixture(questions=10, text_every=1),
 }
+PAGE_SORTS = {kind: Reading([{"until": 1, "pages": {kind: 1}}], questions=12) for kind in PAGES}
 
 
 @torch.inference_mode()
 def accuracy_by_form(
-    task: ConversationTask, data: PackedScenes, grey: bool = False, batch: int = 4
+    task: ConversationTask, data: PackedScenes | PackedPages, grey: bool = False, batch: int = 4
 ) -> dict[str, tuple[int, int]]:
     """Right answers and questions of each form.
 
@@ -35,7 +39,7 @@ def accuracy_by_form(
     Parameters
     ----------
     task : ConversationTask
-    data : PackedScenes
+    data : PackedScenes or PackedPages
     grey : bool
         Show a grey image instead.
     batch : int
@@ -62,14 +66,16 @@ def _greyed(example: Packed) -> Packed:
     return replace(example, images=images)
 
 
-def evaluate(checkpoint: Path, scenes: int, report: Path) -> dict:
-    """Print and write accuracies of a checkpoint on validation scenes, seen and grey.
+def evaluate(checkpoint: Path, scenes: int, report: Path, sorts: Mapping[str, Mixture | Reading] = SCENE_SORTS) -> dict:
+    """Print and write accuracies of a checkpoint on validation scenes or pages, seen and grey.
 
     Parameters
     ----------
     checkpoint : Path
     scenes : int
         How many images.
+    sorts : mapping
+        What is asked: `SCENE_SORTS` or `PAGE_SORTS`.
     report : Path
         JSON: sort of question -> form -> ``{"asked", "right", "grey"}`` (the latter two as shares).
     """
@@ -78,10 +84,12 @@ def evaluate(checkpoint: Path, scenes: int, report: Path) -> dict:
     )
     task = ConversationTask(model)
     result: dict[str, dict] = {}
-    for sort, mixture in MIXTURES.items():
-        data = PackedScenes(
-            "validation", 0, scenes if sort in ("open", "plain", "choice") else scenes // 4, 4, mixture, tokenizer
-        )
+    for sort, mixture in sorts.items():
+        if isinstance(mixture, Reading):
+            data = PackedPages("validation", 0, -(-scenes // 4), mixture, tokenizer)
+        else:
+            few = scenes // 4 if sort in ("pair", "text") else scenes
+            data = PackedScenes("validation", 0, few, 4, mixture, tokenizer)
         seen, grey = accuracy_by_form(task, data), accuracy_by_form(task, data, grey=True)
         result[sort] = {
             form: {"asked": n, "right": round(right / n, 4), "grey": round(grey[form][0] / n, 4)}

@@ -41,7 +41,7 @@ def export_tower(tower: CLIPVisionModel, folder: Path) -> None:
     processor.save_pretrained(folder / TOWER_FOLDER)
 
 
-def export_checkpoint(model: LlavaLlamaForCausalLM, run: Path, config: dict) -> None:
+def export_checkpoint(model: LlavaLlamaForCausalLM, run: Path, config: dict, base: str | None = None) -> None:
     """Write configuration, weights and ``training.json`` beside the tokenizer and tower in ``run / "checkpoint"``.
 
     Parameters
@@ -51,6 +51,8 @@ def export_checkpoint(model: LlavaLlamaForCausalLM, run: Path, config: dict) -> 
         The run's folder, with the stages' states.
     config : dict
         The recipe.
+    base : str, optional
+        The model that the run went on from.
     """
     folder = run / "checkpoint"
     settings = copy.deepcopy(model.config)
@@ -63,10 +65,10 @@ def export_checkpoint(model: LlavaLlamaForCausalLM, run: Path, config: dict) -> 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": 2048}
     write_json(folder / "generation_config.json", generation)
-    write_json(folder / "training.json", training_record(run, config))
+    write_json(folder / "training.json", training_record(run, config, base))
 
 
-def training_record(run: Path, config: dict) -> dict:
+def training_record(run: Path, config: dict, base: str | None = None) -> dict:
     """What was trained: steps, images and time of each stage, machine, versions, world and recipe."""
     stages = {}
     for name, settings in config["stages"].items():
@@ -79,10 +81,11 @@ def training_record(run: Path, config: dict) -> dict:
                 "minutes": round(state["seconds"] / 60, 1),
             }
     return {
+        **({"base": base} if base else {}),
         "world": WORLD_VERSION,
         "seed": config["seed"],
         "stages": stages,
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "sentencepiece")},
-        "recipe": config,
+        "recipe": config | {"stages": {name: config["stages"][name] for name in stages}},
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 
 import numpy as np
@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini.forms import FORMS
+from llava.mini.pages import Page, render_page
 from llava.mini.questions import QA, sample_pair_questions, sample_questions, sample_text_questions
-from llava.mini.scenes import Scene, render, sample_scene
+from llava.mini.scenes import GRID, Scene, render, sample_scene
 from llava.mini.seeded_random import SeededRandom
 from mini_training.grounding import COLUMNS, grounding_targets
 from mini_training.letter_exercises import sample_letter_exercises
@@ -42,6 +43,8 @@ class Packed:
         What kind of question each one is.
     grounding : list of list of tuple of int
         For each question, tokens of it and what they point at: `mini_training.grounding.grounding_targets`.
+    patches : list of ndarray bool (576,)
+        For each question, the patches of its one image that show the answer; empty where that is not known.
     """
 
     images: np.ndarray
@@ -50,15 +53,16 @@ class Packed:
     labels: list[list[int]]
     forms: list[str]
     grounding: list[list[tuple[int, ...]]]
+    patches: list[np.ndarray] = field(default_factory=list)
 
 
-def pack(asked: list[QA], scenes: Sequence[Scene], tokenizer) -> Packed:
+def pack(asked: list[QA], scenes: Sequence[Scene | Page], tokenizer) -> Packed:
     """Tokenise questions about the same images as benchmarks will ask them, and cut off what they have in common.
 
     Parameters
     ----------
     asked : list of QA
-    scenes : sequence of Scene
+    scenes : sequence of Scene or Page
         What the images show.
     tokenizer
 
@@ -87,7 +91,8 @@ def pack(asked: list[QA], scenes: Sequence[Scene], tokenizer) -> Packed:
         questions.append(ids[common:])
         labels.append([IGNORE_INDEX] * (length - common) + ids[length:])
         pieces = tokenizer.convert_ids_to_tokens(ids[common:length])
-        grounding.append(grounding_targets(pieces, scenes, qa.answer if qa.choices else ""))
+        things = [shown for shown in scenes if isinstance(shown, Scene)]
+        grounding.append(grounding_targets(pieces, things, qa.answer if qa.choices else ""))
     return Packed(_images(scenes), prefix, questions, labels, [qa.form for qa in asked], grounding)
 
 
@@ -205,10 +210,10 @@ class PackedScenes(Dataset):
         return "scene"
 
 
-def _images(scenes: Sequence[Scene]) -> np.ndarray:
-    if not scenes:
+def _images(shown: Sequence[Scene | Page]) -> np.ndarray:
+    if not shown:
         return np.zeros((0, 336, 336, 3), np.uint8)
-    return np.stack([np.array(render(scene)) for scene in scenes])
+    return np.stack([np.array(render_page(one) if isinstance(one, Page) else render(one)) for one in shown])
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,10 @@ class Batch:
         Form of each row's questions.
     grounding : Tensor (G, 2 + C), int64
         Row, index in ``ids``, and what the token there points at (`mini_training.grounding.COLUMNS`).
+    pointers : Tensor (P, 2), int64
+        Row and index in ``ids`` of tokens that an answer's token is predicted from.
+    patches : Tensor (P, 576), bool
+        The patches of the row's image that show that answer.
     """
 
     images: torch.Tensor
@@ -234,16 +243,19 @@ class Batch:
     segments: torch.Tensor
     forms: list[list[str]]
     grounding: torch.Tensor
+    pointers: torch.Tensor
+    patches: torch.Tensor
 
     def to(self, device: torch.device | str, **_: object) -> Batch:
         """The batch on a device."""
-        moved = ("images", "ids", "labels", "segments", "grounding")
+        moved = ("images", "ids", "labels", "segments", "grounding", "pointers", "patches")
         return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
 def collate(examples: list[Packed]) -> tuple[Batch]:
     """Stack examples into one batch."""
     ids, labels, segments, grounding = [], [], [], []
+    pointers, patches = [], []
     for row, example in enumerate(examples):
         ids.append([*example.prefix, *chain(*example.questions)])
         labels.append([IGNORE_INDEX] * len(example.prefix) + [*chain(*example.labels)])
@@ -252,6 +264,11 @@ def collate(examples: list[Packed]) -> tuple[Batch]:
         starts = accumulate(map(len, example.questions), initial=len(example.prefix))
         for start, targets in zip(starts, example.grounding, strict=False):  # the last start is the end
             grounding += [(row, start + token, *values) for token, *values in targets]
+        starts = accumulate(map(len, example.questions), initial=len(example.prefix))
+        for start, answer, shown in zip(starts, example.labels, example.patches, strict=False):
+            said = [place for place, label in enumerate(answer) if label != IGNORE_INDEX][:-1]  # without the end
+            pointers += [(row, start + place - 1) for place in said if shown.any()]
+            patches += [shown for _ in said if shown.any()]
     return (
         Batch(
             torch.from_numpy(np.concatenate([example.images for example in examples])),
@@ -260,6 +277,8 @@ def collate(examples: list[Packed]) -> tuple[Batch]:
             _stacked(segments, -1),
             [example.forms for example in examples],
             torch.tensor(grounding, dtype=torch.int64).view(-1, 2 + len(COLUMNS)),
+            torch.tensor(pointers, dtype=torch.int64).view(-1, 2),
+            torch.from_numpy(np.array(patches, bool).reshape(-1, GRID * GRID)),
         ),
     )
 

@@ -1,11 +1,16 @@
-"""Train llava-mini from nothing: ``python -m mini_training``, from the folder ``LLaVA``.
+"""Train llava-mini from nothing, or teach it to read: ``python -m mini_training``, from the folder ``LLaVA``.
 
 Six stages. ``tower``: the vision tower learns what is in each patch. ``align``: projector and language model learn
 words for it, in captions and plain questions. ``basics``: which thing has which attribute, and how to answer with a
 letter. ``finetune``: every kind of question in every layout that a benchmark uses. ``deepen``: more of it, with layers
 added that begin as if they were not there. ``ground``: more of it, with heads that ask on the way what the words of a
-question point at. Stopped at any time, even killed, a run goes on with ``--resume`` and ends in the same weights as one
-that was never stopped.
+question point at.
+
+Two more go on from a finished model (``--base llava-mini``). ``read_tower``: its tower learns which text stands at each
+patch of a page. ``read``: projector and language model learn to answer questions about pages.
+
+Stopped at any time, even killed, a run goes on with ``--resume`` and ends in the same weights as one that was never
+stopped.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shutil
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -20,24 +26,29 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import default_collate
 
 from llava.command import positive, whole
+from llava.model.checkpoint import read_config as read_checkpoint_config
+from llava.model.checkpoint import resolve_model_path
 from llava.model.tokenizer import load_tokenizer
 from llava.train.loop import Run, Trainer
 from mini_training.attention import attention_for
-from mini_training.decoder import ConversationTask, build_llava
-from mini_training.evaluate import evaluate
+from mini_training.decoder import TOWER_FOLDER, ConversationTask, build_llava
+from mini_training.evaluate import PAGE_SORTS, SCENE_SORTS, evaluate
 from mini_training.export import export_checkpoint, export_tower
 from mini_training.grounding import Grounding
 from mini_training.packing import Mixture, PackedScenes, collate
+from mini_training.reading import PackedPages, PageImages, Reading, ReadTowerTask
 from mini_training.stage import Stage, learning_rate_factor, make_optimizers
 from mini_training.tower import TowerScenes, TowerTask
 from mini_training.vocabulary import build_tokenizer
 
 CONFIG = Path(__file__).with_name("config.yaml")
 STAGES = ("tower", "align", "basics", "finetune", "deepen", "ground")
+READ_STAGES = ("read_tower", "read")
 
 LAYERS = "model.model.layers."
 
@@ -60,7 +71,7 @@ def read_config(file: Path, smoke: bool = False) -> dict:
         raise ValueError(f"{file} holds no recipe: it needs seed, tokenizer, tower, decoder and stages")
     small = config.pop("smoke", {})
     config = _merged(config, small) if smoke else config
-    for name in STAGES:
+    for name in (*STAGES, *READ_STAGES):
         try:
             parse_stage(name, config)
             _grounding(name, config)
@@ -74,11 +85,14 @@ def _merged(base: dict, over: dict) -> dict:
     return base | {k: _merged(base[k], v) if isinstance(v, dict) else v for k, v in over.items()}
 
 
-def parse_stage(name: str, config: dict) -> tuple[Stage, Mixture | None]:
+def parse_stage(name: str, config: dict) -> tuple[Stage, Mixture | Reading | None]:
     """A stage of the recipe, and which questions it asks."""
-    settings = {key: value for key, value in config["stages"][name].items() if key not in ("layers", "grounding")}
-    mixture = settings.pop("mixture", None)
-    if mixture is not None:
+    other = ("layers", "grounding", "pointing")
+    settings = {key: value for key, value in config["stages"][name].items() if key not in other}
+    mixture, reading = settings.pop("mixture", None), settings.pop("reading", None)
+    if reading is not None:
+        mixture = Reading(**_known(reading, Reading))
+    elif mixture is not None:
         forms = tuple(form for form, n in mixture["forms"].items() for _ in range(n))
         mixture = Mixture(**_known(mixture, Mixture) | {"forms": forms})
     return Stage(name, **_known(settings, Stage)), mixture
@@ -96,31 +110,47 @@ def train(name: str, config: dict, run: Run, workers: int = 0) -> bool:
     stage, mixture = parse_stage(name, config)
     run = replace(run, name=name, seed=config["seed"])
     length, device = stage.steps * stage.batch, str(PartialState(cpu=run.cpu).device)
-    if name == "tower":
-        task = TowerTask(config["tower"], attention_for(device))
+    seeds = ("train", stage.first_seed, length)
+    if name in ("tower", "read_tower"):
+        if name == "tower":
+            task = TowerTask(config["tower"], attention_for(device))
+            data = TowerScenes(*seeds, config["tower"]["crowded"])
+        else:
+            task = ReadTowerTask(run.folder / "checkpoint" / TOWER_FOLDER, attention_for(device))
+            data = PageImages(*seeds, mixture)
         for unused in (task.tower.encoder.layers[-1], task.tower.post_layernorm):
             unused.requires_grad_(False)
         matrices = [p for p in task.tower.encoder.layers[:-1].parameters() if p.ndim == 2]
-        data, collator = TowerScenes("train", stage.first_seed, length, config["tower"]["crowded"]), default_collate
+        collator = default_collate
     else:
         tokenizer = load_tokenizer(run.folder / "checkpoint")
         task = conversation_task(name, config, len(tokenizer), run.folder, device)
-        if name != "align" and not run.state_file.exists():
-            before = run.folder / f"{_before(name)}.pt"
-            grow(task, torch.load(before, map_location="cpu", weights_only=True)["model"])
+        if not run.state_file.exists():
+            _begin(name, task, run.folder)
         matrices, collator = task.matrices(), collate
-        data = PackedScenes("train", stage.first_seed, length, stage.batch, mixture, tokenizer)
+        if name == "read":
+            data = PackedPages(*seeds, mixture, tokenizer)
+        else:
+            data = PackedScenes(*seeds, stage.batch, mixture, tokenizer)
     trainer = Trainer(task, make_optimizers(task, matrices, stage), run, clip=stage.clip)
     batches = trainer.batches(data, range(length), stage.batch, stage.steps, collator, workers)
     return trainer.fit(batches, stage.steps, lambda step: learning_rate_factor(step, stage))
 
 
+def _begin(name: str, task: ConversationTask, folder: Path) -> None:
+    """Load what a conversation stage starts from: the stage before it, or the base's decoder and projector."""
+    if name == "read":
+        task.model.load_state_dict(load_file(folder / "checkpoint" / "model.safetensors"), strict=False)
+    elif name != "align":
+        grow(task, torch.load(folder / f"{_before(name)}.pt", map_location="cpu", weights_only=True)["model"])
+
+
 def conversation_task(stage: str, config: dict, vocabulary: int, folder: Path, device: str = "cpu") -> ConversationTask:
     """The model on the exported tower, with new weights and as many decoder layers as the stage has."""
-    layers = config["stages"][stage]["layers"]
-    deep = config | {"decoder": config["decoder"] | {"layers": layers}}
-    model = build_llava(deep, vocabulary, folder / "checkpoint", device)
-    return ConversationTask(model, _grounding(stage, config)).to(device)
+    decoder = config["decoder"] | {name: n for name, n in config["stages"][stage].items() if name == "layers"}
+    model = build_llava(config | {"decoder": decoder}, vocabulary, folder / "checkpoint", device)
+    pointing = config["stages"][stage].get("pointing", 0.0)
+    return ConversationTask(model, _grounding(stage, config), pointing).to(device)
 
 
 def _grounding(stage: str, config: dict) -> Grounding | None:
@@ -165,29 +195,62 @@ def _load(task: nn.Module, file: Path) -> None:
 
 
 def _before(name: str) -> str:
-    return STAGES[STAGES.index(name) - 1]
+    chain = READ_STAGES if name in READ_STAGES else STAGES
+    return chain[chain.index(name) - 1]
 
 
-def _prepare(name: str, config: dict, folder: Path) -> None:
-    """Put what a stage builds on into ``checkpoint``: the tower, and the tokenizer."""
+def _prepare(name: str, config: dict, folder: Path, base: str | None) -> None:
+    """Put what a stage builds on into ``checkpoint``: the tower and the tokenizer, or the whole base."""
     if name == "tower":
+        return
+    if name == "read_tower":
+        if not (folder / "checkpoint").exists():
+            shutil.copytree(resolve_model_path(base), folder / "checkpoint")
         return
     before = folder / f"{_before(name)}.pt"
     if not before.exists():
         raise FileNotFoundError(f"stage {name} needs {before}: train stage {_before(name)} first")
-    if name == "align" and not (folder / "align.pt").exists():
+    if (folder / f"{name}.pt").exists():
+        return
+    if name == "align":
         task = TowerTask(config["tower"])
-        _load(task, folder / "tower.pt")
-        export_tower(task.tower, folder / "checkpoint")
         build_tokenizer(folder / "checkpoint", **config["tokenizer"])
+    elif name == "read":
+        task = ReadTowerTask(folder / "checkpoint" / TOWER_FOLDER, "sdpa")
+    else:
+        return
+    _load(task, before)
+    export_tower(task.tower, folder / "checkpoint")
 
 
-def _export(config: dict, folder: Path) -> None:
+def sizes_of(base: str) -> dict:
+    """The recipe's sections ``tower`` and ``decoder`` for a finished model."""
+    folder = Path(resolve_model_path(base))
+    sizes = read_checkpoint_config(str(folder))
+    tower = read_checkpoint_config(str(folder / TOWER_FOLDER))
+    return {
+        "tower": {
+            "width": tower["hidden_size"],
+            "heads": tower["num_attention_heads"],
+            "layers": tower["num_hidden_layers"] - 1,
+            "intermediate": tower["intermediate_size"],
+        },
+        "decoder": {
+            "width": sizes["hidden_size"],
+            "heads": sizes["num_attention_heads"],
+            "layers": sizes["num_hidden_layers"],
+            "intermediate": sizes["intermediate_size"],
+            "initializer_range": sizes["initializer_range"],
+        },
+    }
+
+
+def _export(config: dict, folder: Path, base: str | None) -> None:
     tokenizer = load_tokenizer(folder / "checkpoint")
-    last = next(name for name in reversed(STAGES) if (folder / f"{name}.pt").exists())
+    last = next(name for name in reversed(READ_STAGES if base else STAGES) if (folder / f"{name}.pt").exists())
     task = conversation_task(last, config, len(tokenizer), folder)
     _load(task, folder / f"{last}.pt")
-    export_checkpoint(task.model, folder, config)
+    export_checkpoint(task.model, folder, config, base)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,7 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--output", default="llava-mini-run", help="folder of the run; the model lands in its folder checkpoint")
     add("--config", default=str(CONFIG), help="the recipe (YAML)")
-    add("--stage", choices=(*STAGES, "export", "evaluate", "all"), default="all")
+    add("--base", help="go on from this model, llava-mini or a folder, in place of training one: it learns to read")
+    add("--stage", choices=(*STAGES, *READ_STAGES, "export", "evaluate", "all"), default="all")
     add("--resume", action="store_true", help="go on from the last saved state")
     add("--minutes", type=float, default=math.inf, help="save and stop after this long")
     add("--threads", type=positive, default=os.cpu_count(), help="threads per process")
@@ -218,9 +282,13 @@ def main(argv: list[str] | None = None) -> int:
     folder = Path(arguments.output)
     try:
         config = read_config(Path(arguments.config), arguments.smoke)
+        config |= sizes_of(arguments.base) if arguments.base else {}
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    wanted = STAGES if arguments.stage == "all" else [name for name in STAGES if name == arguments.stage]
+    chain = READ_STAGES if arguments.base else STAGES
+    if arguments.stage not in (*chain, "export", "evaluate", "all"):
+        parser.error(f"stage {arguments.stage} is trained {'without' if arguments.base else 'with'} --base")
+    wanted = chain if arguments.stage == "all" else [name for name in chain if name == arguments.stage]
     started = [name for name in wanted if (folder / f"{name}.pt").exists()]
     if started and not arguments.resume:
         parser.error(f"{folder} holds a run of stage {started[0]}: give --resume, or another --output")
@@ -229,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     end, place = time.monotonic() + 60 * arguments.minutes, PartialState(cpu=arguments.device == "cpu")
     for name in wanted:
         if place.is_main_process:
-            _prepare(name, config, folder)
+            _prepare(name, config, folder, arguments.base)
         place.wait_for_everyone()
         run = Run(
             folder,
@@ -243,7 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     if not place.is_main_process:
         return 0
     if arguments.stage in ("export", "all"):
-        _export(config, folder)
+        _export(config, folder, arguments.base)
     if arguments.stage in ("evaluate", "all"):
-        evaluate(folder / "checkpoint", 4 if arguments.smoke else arguments.scenes, folder / "evaluation.json")
+        scenes, sorts = 4 if arguments.smoke else arguments.scenes, PAGE_SORTS if arguments.base else SCENE_SORTS
+        evaluate(folder / "checkpoint", scenes, folder / "evaluation.json", sorts)
     return 0

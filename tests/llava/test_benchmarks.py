@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from llava.benchmarks import BENCHMARKS, benchmark_of, shown_columns
+from llava.benchmarks import BENCHMARKS, benchmark_of, columns_of, shown_columns
 from llava.eval.results.rows import PUBLISHED_FILE
 
 
@@ -29,13 +29,13 @@ def test_a_benchmark_is_found_by_each_of_its_tasks(task):
 
 
 def test_a_task_of_no_table_has_no_benchmark():
-    assert benchmark_of("ai2d") is None and benchmark_of("mini_ai2d") is None
+    assert benchmark_of("vqav2_val") is None and benchmark_of("mini_ai2d") is None
 
 
 ONE_MORE = """
 import json
 from llava import benchmarks
-new = benchmarks.Benchmark("TextVQA", "textvqa_val", "exact_match", "textvqa", group="documents", captions=True)
+new = benchmarks.Benchmark("VizWiz", "vizwiz_vqa_val", "exact_match", "vizwiz_vqa", group="photos", captions=True)
 benchmarks.BENCHMARKS += (new,)
 
 from llava.benchmark_tasks import definition_file, task_entry
@@ -43,17 +43,17 @@ from llava.eval.results.formats import cells
 from llava.eval.results.rows import Row
 from lmms_eval_otprune.models.java import needs_java
 from lmms_eval_otprune.runner.options import read
-from lmms_eval_otprune.runner.suites import SUITES
+from lmms_eval_otprune.runner.suites import GROUPS
 
-header, [line] = cells([Row("llava", "unpruned", 1.0, {"TextVQA": 48.25})], intervals=False)
+header, [line] = cells([Row("llava", "unpruned", 1.0, {"VizWiz": 48.25})], intervals=False)
 print(json.dumps({
-    "column": line[header.index("TextVQA")],
+    "column": line[header.index("VizWiz")],
     "columns": len(header),
-    "suite": SUITES["documents"].tasks,
-    "tasks": read(["documents", "--tasks", "textvqa_val"]).tasks,
-    "java": needs_java("textvqa_val"),
+    "group": GROUPS["otprune_photos"],
+    "tasks": read(["paper", "--tasks", "vizwiz_vqa_val"]).tasks,
+    "java": needs_java("vizwiz_vqa_val"),
     "defined": definition_file(new).exists(),
-    "entry": task_entry("textvqa_val", all_metrics=True),
+    "entry": task_entry("vizwiz_vqa_val", all_metrics=True),
 }))
 """
 
@@ -65,11 +65,11 @@ def test_one_more_needs_no_other_change():
     assert json.loads(done.stdout) == {
         "column": "48.25",
         "columns": 4 + 1 + 2,
-        "suite": ["textvqa_val"],
-        "tasks": ["textvqa_val"],
+        "group": ["vizwiz_vqa_val"],
+        "tasks": ["vizwiz_vqa_val"],
         "java": True,
         "defined": True,
-        "entry": {"task": "textvqa_val", "dataset_kwargs": None},
+        "entry": {"task": "vizwiz_vqa_val", "dataset_kwargs": None},
     }
 
 
@@ -77,3 +77,11 @@ def test_a_table_shows_whole_groups():
     paper = [benchmark for benchmark in BENCHMARKS if benchmark.group == "paper"]
     assert list(shown_columns({"GQA"})) == list(shown_columns(())) == paper
     assert len(paper) == 11
+
+
+def test_a_task_of_no_table_is_a_column_of_its_first_metric_after_the_others():
+    vqa = {"metrics": {"exact_match": 0.5, "submission": 1.0}}
+    assert columns_of({"gqa": vqa, "vqav2_val": vqa})[:-1] == BENCHMARKS
+    assert columns_of({"vqav2_val": vqa})[-1].metric == "exact_match"
+    assert [column.key for column in shown_columns({"vqav2_val"})] == ["vqav2_val"]
+    assert [column.key for column in shown_columns({"vqav2_val", "GQA"})][-2:] == ["SEED-I", "vqav2_val"]

@@ -15,17 +15,19 @@ from PIL import Image
 
 datasets = pytest.importorskip("datasets")
 
+from llava.benchmarks import PAPER  # noqa: E402
 from llava.mini import suite  # noqa: E402
 from llava.mini.benchmarks import BUILDERS, Table  # noqa: E402
 from llava.mini.captions import CAPTION_PROMPT  # noqa: E402
 
 RECORDED = json.loads(suite.RECORD_FILE.read_text())
+ELEVEN = suite.tasks_of(PAPER)
 
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, list[Table]]:
-    """Builtin task name -> its tables, made anew."""
-    return {name: build() for name, build in BUILDERS.items()}
+    """Builtin task name of the eleven -> its tables, made anew."""
+    return {benchmark.name: BUILDERS[benchmark.name]() for benchmark in ELEVEN.values()}
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +47,16 @@ def docs(root, tmp_path_factory) -> dict[str, datasets.Dataset]:
         benchmark.name: datasets.load_dataset(
             str(root / benchmark.data.folder), benchmark.data.config, split=benchmark.data.split, cache_dir=cache
         )
-        for benchmark in suite.TASKS.values()
+        for benchmark in ELEVEN.values()
     }
 
 
-def test_all_eleven_are_there():
+def test_all_are_there():
     assert set(suite.TASKS) == {f"mini_{name}" for name in BUILDERS}
-    assert len(suite.TASKS) == 11
+    assert len(ELEVEN) == 11
 
 
-@pytest.mark.parametrize("name", suite.TASKS)
+@pytest.mark.parametrize("name", ELEVEN)
 def test_every_benchmark_has_two_hundred_questions(name, docs):
     assert len(docs[suite.TASKS[name].name]) == suite.rows_of(name) >= 200
 
@@ -72,8 +74,8 @@ def test_the_version_changes_with_the_content(tmp_path, monkeypatch):
     changed[next(iter(changed))]["sha256"] = "0" * 64
     record = tmp_path / "suite.json"
     record.write_text(json.dumps(changed))
-    monkeypatch.setattr(suite, "RECORD_FILE", record)
-    assert suite._version() != suite.VERSION
+    monkeypatch.setitem(suite.RECORD_FILES, PAPER, record)
+    assert suite.version_of() != suite.VERSION
 
 
 def test_a_hash_sees_every_pixel_and_value():
@@ -288,7 +290,7 @@ def quick(monkeypatch):
     """Building writes one small table; returns how often it was asked to."""
     builds = []
 
-    def build(folder: Path) -> None:
+    def build(folder: Path, group: str) -> None:
         builds.append(folder)
         (folder / "POPE").mkdir(parents=True)
         (folder / "POPE" / "test.parquet").write_bytes(b"table")
@@ -371,7 +373,7 @@ def test_of_many_at_once_one_builds(quick, tmp_path):
 
 
 def test_a_failed_build_leaves_nothing(monkeypatch, tmp_path):
-    def build(folder: Path) -> None:
+    def build(folder: Path, group: str) -> None:
         folder.mkdir()
         (folder / "half").touch()
         raise OSError("disk full")

@@ -14,17 +14,19 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini import scenes
 from llava.mini.forms import FORMS
+from llava.mini.pages import SEASONS
 from llava.mini.questions import sample_questions
 from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.tokenizer import load_tokenizer
-from mini_training import tower
+from mini_training import reading, tower
 from mini_training.attention import attention_for, stretched_attention
 from mini_training.decoder import ConversationTask
 from mini_training.letter_exercises import sample_letter_exercises
@@ -250,6 +252,74 @@ def test_a_killed_run_resumes_to_the_same_weights(run, tmp_path, monkeypatch):
         assert all(torch.equal(whole["model"][key], pieces["model"][key]) for key in whole["model"])
 
 
+@pytest.fixture(scope="module")
+def reader(run, tmp_path_factory) -> Path:
+    """The folder of a run that goes on from `run` and learns to read."""
+    folder = tmp_path_factory.mktemp("mini") / "reader"
+    assert main([*SMOKE, "--base", str(run / "checkpoint"), "--output", str(folder)]) == 0
+    return folder
+
+
+def test_a_reader_is_its_base_trained_on(run, reader, tmp_path):
+    """Same layout and tokenizer, other weights; the same ones where the run is stopped after every step."""
+    for name in ("tokenizer.model", "config.json"):
+        assert (reader / "checkpoint" / name).read_bytes() == (run / "checkpoint" / name).read_bytes()
+    record = json.loads((reader / "checkpoint" / "training.json").read_text())
+    assert list(record["stages"]) == list(record["recipe"]["stages"]) == ["read_tower", "read"]
+    assert record["base"] == str(run / "checkpoint")
+    arguments = [*SMOKE, "--base", str(run / "checkpoint"), "--output", str(tmp_path), "--minutes", "0"]
+    while main(arguments) == 3:
+        arguments = [*arguments[:10], "--resume"]
+    for file in ("model.safetensors", "vision_tower/model.safetensors"):
+        base, whole, pieces = (load_file(folder / "checkpoint" / file) for folder in (run, reader, tmp_path))
+        assert base.keys() == whole.keys()
+        assert any(not torch.equal(base[name], whole[name]) for name in base)
+        assert all(torch.equal(pieces[name], whole[name]) for name in base)
+
+
+def test_stages_of_one_kind_of_run_are_no_stages_of_the_other(tmp_path, capsys):
+    for arguments in (["--stage", "read"], ["--stage", "ground", "--base", "llava-mini"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--output", str(tmp_path)])
+        assert ended.value.code == 2 and "--base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["crowded", "word", "poster", "grid", "chart", "receipt"])
+def test_every_text_on_a_page_can_be_read_from_the_targets_of_its_patches(kind):
+    alphabet = ("", *scenes.CHARACTERS, ".")
+    for seed in range(20):
+        page = reading.draw_page(kind, SeededRandom("targets", kind, seed))
+        targets = reading.page_targets(page)
+        spelt = {
+            "".join(alphabet[targets[f"text_{i}"][patch]] for i in range(reading.TEXT_LENGTH))
+            for patch in np.flatnonzero(targets["kind"])
+        }
+        assert spelt == {mark.text.replace(" ", "")[:6] for mark in page.marks if getattr(mark, "text", "")} or (
+            kind == "receipt"  # "cat shop" is longer than what a patch says
+        )
+        assert (targets["text_0"] >= 0).sum() == (targets["kind"] > 0).sum()
+
+
+def test_a_number_in_a_table_knows_its_row_and_column_and_the_largest_of_a_column():
+    page = reading.draw_page("grid", SeededRandom("targets"))
+    targets, header = reading.page_targets(page), page.content.header
+    for column, name in enumerate(header):
+        own = (targets["column"] == 1 + SEASONS.index(name)) & (targets["rank"] == 2)
+        [row] = set(targets["row"][own])
+        values = page.content.rows
+        assert values[scenes.WORDS[row - 1]][column] == max(cells[column] for cells in values.values())
+
+
+def test_questions_about_pages_end_in_their_answers(tokenizer):
+    phases = [{"until": 0.5, "pages": {"word": 1}}, {"until": 1, "pages": {"grid": 1}}]
+    data = reading.PackedPages("train", 0, 4, reading.Reading(phases, questions=8), tokenizer)
+    assert [set(data[number].forms) <= {"text", "text_in_color"} for number in range(4)] == [True, True, False, False]
+    for example in (data[0], data[3]):
+        assert example.prefix[-1] == IMAGE_TOKEN_INDEX and len(example.images) == 1
+        for question, labels in zip(example.questions, example.labels, strict=True):
+            assert labels[-1] == tokenizer.eos_token_id and question[-2] == labels[-2]
+
+
 def test_a_deeper_model_begins_as_the_shallow_one(run, tokenizer):
     config = read_config(CONFIG, smoke=True)
     shallow = conversation_task("finetune", config, len(tokenizer), run)
@@ -308,6 +378,8 @@ def test_a_run_is_not_overwritten(run, capsys):
         ("{weight: 0.08,", "{weigth: 0.08,", "stage ground: there is no setting 'weigth'"),
         ("farthest: 6", "farest: 6", "stage ground: form must be one of"),
         ("decay: 0.7\n", "decay: 7\n", "stage deepen: decay must be a number from 0 to 1, not 7"),
+        ("poster: 2, grid: 5", "poster: 2, table: 5", "stage read_tower: page must be one of word, digits"),
+        ("until: 0.12", "until: 1.12", "stage read: until of the phases must rise to 1, got [1.12, 1]"),
         ("  deepen:", "  deeper:", "stage deepen: 'deepen' is missing"),
         ("stages:", "stage:", "it needs seed, tokenizer, tower, decoder and stages"),
         ("seed: 0", "seed: [", "is not valid YAML"),

@@ -11,7 +11,7 @@ from lmms_eval.api.task import ConfigurableMessagesTask
 from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.tasks.mmmu import utils as builtin_mmmu
 from lmms_eval.utils import load_yaml_config
-from lmms_eval_otprune.runner.suites import SUITES
+from lmms_eval_otprune.runner.suites import GROUPS, SUITES
 from lmms_eval_otprune.tasks import mmmu
 
 from llava.benchmark_tasks import definition, task_entry
@@ -30,7 +30,7 @@ def load(manager: TaskManager, name: str):
     return get_task_dict([name], manager, "simple")[name]
 
 
-@pytest.mark.parametrize("name", SUITES["mini"].tasks)
+@pytest.mark.parametrize("name", [*SUITES["mini"].tasks, *SUITES["documents"].tasks])
 class TestEmbedded:
     def test_is_the_builtin_task_over_other_data(self, manager, name):
         task = load(manager, name)
@@ -64,15 +64,17 @@ class TestEmbedded:
         assert not [column for column, feature in features.items() if "Image(" in repr(feature)]
 
 
-def test_every_embedded_task_has_a_published_counterpart():
-    assert set(suite.TASKS) == set(SUITES["mini"].tasks)
-    group = load_yaml_config(yaml_path=str(FOLDER / "otprune_mini.yaml"), mode="full")
-    assert sorted(group["task"]) == sorted(SUITES["mini"].tasks)
+@pytest.mark.parametrize(("name", "group"), [("mini", "otprune_mini"), ("documents", "otprune_mini_documents")])
+def test_every_embedded_task_has_a_published_counterpart(name, group):
+    assert set(suite.TASKS) >= set(SUITES[name].tasks)
+    group = load_yaml_config(yaml_path=str(FOLDER / f"{group}.yaml"), mode="full")
+    assert sorted(group["task"]) == sorted(SUITES[name].tasks)
 
 
-def test_the_published_group_needs_no_login():
-    group = load_yaml_config(yaml_path=str(FOLDER / "otprune_paper.yaml"), mode="full")
-    assert [entry["task"] for entry in group["task"]] == list(SUITES["paper"].tasks)
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_published_groups_need_no_login(name):
+    group = load_yaml_config(yaml_path=str(FOLDER / f"{name}.yaml"), mode="full")
+    assert [entry["task"] for entry in group["task"]] == list(GROUPS[name])
     for entry in group["task"]:
         assert not ({**definition(benchmark_of(entry["task"])), **entry}.get("dataset_kwargs") or {}).get("token")
 

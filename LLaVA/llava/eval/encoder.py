@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from llava import hf
 from llava.adapters.transformers.images import tiles as tiles_of
+from llava.benchmarks import PAPER
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates, image_mark
 from llava.eval.places import Tile, locate
@@ -255,8 +256,8 @@ def image_configs(row: Row) -> list[PruningConfig]:
     return configs if needs <= ENCODER_SIGNALS | {"image_keys"} else []
 
 
-def images_of_suite(number: int) -> dict[str, list[Image.Image]]:
-    """The first images of each benchmark of the embedded suite, by column key; fewer where it has fewer.
+def images_of_suite(number: int, group: str = PAPER) -> dict[str, list[Image.Image]]:
+    """The first images of each embedded benchmark of a group, by column key; fewer where it has fewer.
 
     Raises
     ------
@@ -265,9 +266,9 @@ def images_of_suite(number: int) -> dict[str, list[Image.Image]]:
     """
     from llava.mini import suite
 
-    root = suite.prepare()
+    root = suite.prepare(group=group)
     found = {}
-    for benchmark in suite.TASKS.values():
+    for benchmark in suite.tasks_of(group).values():
         data = benchmark.data
         folder = root / data.folder / (data.image_config or data.config)
         distinct = dict.fromkeys(_stored(folder / f"{data.split}.parquet"))

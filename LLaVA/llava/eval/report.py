@@ -183,8 +183,8 @@ def _cards(rows: Sequence[Row], own: Example | None, device: str) -> tuple[list[
     if not examples:
         if not rows[0].runs[0].mini:
             raise ValueError("; ".join([*missing, "give an image of your own (--image)"]))
-        [first] = images_of_suite(1)["COCO"]
-        examples = [Example("Image", "", "the first image of the suite's captions", "", first, ())]
+        [first] = next(iter(images_of_suite(1, rows[0].runs[0].group).values()))
+        examples = [Example("Image", "", "the first image of the suite", "", first, ())]
     encoder = Encoder.load(rows[0].runs[0].content["model"], device)
     cards = []
     for example in examples:

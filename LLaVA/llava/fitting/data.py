@@ -17,7 +17,7 @@ from llava.benchmark_tasks import load_tasks
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.images import load_rgb
 
-MINI, SCENES = "mini", "scenes:"
+MINI, PAGES, SCENES = "mini", "pages", "scenes:"
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 FIRST_SCENE, FIRST_QUESTION = 400_000_000, 700_000_000
@@ -92,9 +92,10 @@ def find_questions(source: str, count: int, seed: int = 0, image_folder: str | P
     Parameters
     ----------
     source : str
-        "mini": images and questions of the embedded suite's kind, none of which it is trained or scored on. A JSON file
-        in LLaVA's format: the first question of conversations about one image. Else a task or group of lmms-eval
-        (otprune_mini: the embedded suite itself), whose tasks share the samples: questions about one image.
+        "mini": images and questions of the embedded suite's kind, none of which it is trained or scored on; "pages":
+        the same to read. A JSON file in LLaVA's format: the first question of conversations about one image. Else a
+        task or group of lmms-eval (otprune_mini: the embedded suite itself), whose tasks share the samples: questions
+        about one image.
     count, seed : int
         How many, and the seed of the choice.
     image_folder : path, optional
@@ -109,6 +110,8 @@ def find_questions(source: str, count: int, seed: int = 0, image_folder: str | P
         raise ValueError(f"a recipe needs at least one sample to be fitted on, not {count}")
     if source == MINI:
         return _mini(count, seed)
+    if source == PAGES:
+        return _pages(count, seed)
     if source.endswith(".json") or Path(source).is_file():
         return _conversations(Path(source), count, seed, image_folder)
     return _task_questions(source, count, seed)
@@ -161,6 +164,26 @@ def _mini(count: int, seed: int) -> Source:
 
     digest = digest_of(WORLD_VERSION, [drawn(number)[1] for number in range(count)])
     return Source(MINI, [f"{number} of the embedded world" for number in range(count)], opener, digest, seed)
+
+
+def _pages(count: int, seed: int) -> Source:
+    from llava.mini.pages import PAGES as KINDS
+    from llava.mini.pages import Page, render_page
+    from llava.mini.questions import sample_page_questions
+    from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
+
+    def drawn(number: int) -> tuple[Page, str]:
+        rng = SeededRandom("fitted pages", seed, number)
+        kind = rng.choice(tuple(KINDS))
+        page = KINDS[kind](rng)
+        return page, sample_page_questions(kind, page, rng, 1)[0].prompt
+
+    def opener(number: int) -> tuple[Image.Image, str]:
+        page, asked = drawn(number)
+        return render_page(page), asked
+
+    digest = digest_of(WORLD_VERSION, [drawn(number)[1] for number in range(count)])
+    return Source(PAGES, [f"page {number} of the embedded world" for number in range(count)], opener, digest, seed)
 
 
 def _conversations(file: Path, count: int, seed: int, image_folder: str | Path | None) -> Source:

@@ -28,8 +28,8 @@ def add_samples(parser: Parser, samples: int, seed: int) -> None:
     """``--model`` and the questions that it is asked."""
     parser.add_model(base=True)
     parser.add_device()
-    data = "mini (default): images and questions of the embedded world; a benchmark task or group of lmms-eval, as gqa"
-    data += " or otprune_mini, the embedded suite; or a JSON file in LLaVA's format"
+    data = "mini (default): images and questions of the embedded world; pages: its pages to read; a benchmark task or "
+    data += "group of lmms-eval, as gqa or otprune_mini, the embedded suite; or a JSON file in LLaVA's format"
     parser.add_argument("--data", default=MINI, help=data)
     folder = "of a JSON file's images (default: its own)"
     parser.add_argument("--image-folder", type=Path, metavar="DIR", help=folder)

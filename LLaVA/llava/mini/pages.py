@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from llava.mini.font import GLYPH_HEIGHT, GLYPH_WIDTH, dots, text_width
-from llava.mini.scenes import CATEGORIES, COLORS, IMAGE_SIZE, NUMBERS, WORDS
+from llava.mini.scenes import CATEGORIES, COLORS, IMAGE_SIZE, NUMBERS, PATCH_SIZE, WORDS
 from llava.mini.seeded_random import SeededRandom
 
 Color = tuple[int, int, int]
@@ -34,24 +34,30 @@ SMALL, RIM = 2, 14
 
 @dataclass(frozen=True)
 class Text:
-    """A line of print: its left and top in pixels, what it says (in capitals), pixels per dot, and its colour."""
+    """A line of print: its left and top in pixels, what it says (in capitals), pixels per dot, and its colour.
+
+    `of` names what it belongs to: itself, for a name; for a number its row (thing bought, bar) and its column.
+    """
 
     x: int
     y: int
     text: str
     scale: int
     rgb: Color = INK
+    of: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
 class Box:
-    """A filled rectangle: a bar, or a rule."""
+    """A filled rectangle: a rule, or a bar, which says its value."""
 
     x: int
     y: int
     width: int
     height: int
     rgb: Color = RULE
+    text: str = ""
+    of: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,17 @@ def _number(rng: SeededRandom, digits: int) -> str:
     return "".join(rng.choice(NUMBERS[1:] if i == 0 else NUMBERS) for i in range(digits))
 
 
+def _code(rng: SeededRandom) -> str:
+    """Letters and digits in turn: what no vocabulary helps with."""
+    pair = rng.shuffled((ascii_lowercase, NUMBERS))
+    return "".join(rng.choice(pair[i % 2]) for i in range(rng.between(4, 6)))
+
+
+def _on_grid(y: int) -> int:
+    """The nearest line of a grid of patches above: small print stands on it, one patch high."""
+    return y // PATCH_SIZE * PATCH_SIZE
+
+
 def plate(rng: SeededRandom, text: str) -> Page:
     """A page with a single text, of any size that fits."""
     widest = (IMAGE_SIZE - 2 * RIM) // text_width(text, 1)
@@ -133,7 +150,8 @@ def _posted(rng: SeededRandom, lines: tuple[Line, ...]) -> Page:
     for line in lines:
         y += rng.between(8, free // len(lines))
         x = rng.between(RIM, IMAGE_SIZE - RIM - text_width(line.text, line.scale))
-        marks.append(Text(x, y, line.text, line.scale, COLORS[line.color]))
+        top = _on_grid(y) if line.scale == SMALL else y
+        marks.append(Text(x, top, line.text, line.scale, COLORS[line.color], (line.text, "")))
         y += GLYPH_HEIGHT * line.scale
     return Page(Poster(lines), rng.choice(PAPERS), tuple(marks))
 
@@ -144,13 +162,17 @@ def grid(rng: SeededRandom) -> Page:
     names = rng.sample(WORDS, rng.between(3, 5))
     numbers = rng.sample(range(1, 100), len(names) * len(header))
     rows = {name: tuple(numbers[i :: len(names)]) for i, name in enumerate(names)}
-    top, height, first, width = rng.between(RIM, 60), rng.between(30, 44), 90, 82
+    scale, height = rng.between(SMALL, 3), rng.choice((28, 42))
+    top, first, width = _on_grid(rng.between(RIM, 60)), 106, 76 if len(header) == 3 else 104
     marks: list[Text | Box] = []
     for i, (name, cells) in enumerate((("", header), *rows.items())):
-        y = top + i * height
-        marks += [Text(RIM, y, name, SMALL)] if name else []
-        marks.append(Box(RIM, y + height - 9, IMAGE_SIZE - 2 * RIM, 1 if i else 3))
-        marks += [Text(first + j * width, y, str(cell), SMALL) for j, cell in enumerate(cells)]
+        y, size = top + i * height, scale if i else SMALL
+        marks += [Text(RIM, y, name, size, of=(name, ""))] if name else []
+        marks.append(Box(RIM, y + height - 4, IMAGE_SIZE - 2 * RIM, 1 if i else 2))
+        marks += [
+            Text(first + j * width, y, str(cell), size, of=(name, column))
+            for j, (cell, column) in enumerate(zip(cells, header, strict=True))
+        ]
     return Page(Grid(header, rows), rng.choice(PAPERS), tuple(marks))
 
 
@@ -158,18 +180,19 @@ def chart(rng: SeededRandom) -> Page:
     """Three to five bars with an axis to 100; where no values are printed, they are tens."""
     names, printed = rng.sample(LABELS, rng.between(3, 5)), rng.chance(50)
     values = rng.sample(range(5, 100) if printed else range(10, 101, 10), len(names))
-    left, bottom, per_unit = 52, 292, 2
+    left, bottom, per_unit = 56, 280, 2
     marks: list[Text | Box] = []
     for level in range(0, 101, 20):
         y = bottom - level * per_unit
         marks += [Box(left, y, IMAGE_SIZE - RIM - left, 1), Text(RIM, y - 6, str(level), SMALL)]
     slot, colors = (IMAGE_SIZE - RIM - left) // len(names), rng.sample(INKS, len(names))
     for i, (name, value, color) in enumerate(zip(names, values, colors, strict=True)):
-        x, top = left + i * slot, bottom - value * per_unit
-        marks.append(Box(x + slot // 4, top, slot // 2, value * per_unit, COLORS[color]))
-        marks.append(Text(x + (slot - text_width(name, SMALL)) // 2, bottom + 10, name, SMALL))
+        x, top, of = left + i * slot, bottom - value * per_unit, (name, "")
+        marks.append(Box(x + slot // 4, top, slot // 2, value * per_unit, COLORS[color], str(value), of))
+        marks.append(Text(x + (slot - text_width(name, SMALL)) // 2, bottom + PATCH_SIZE, name, SMALL, of=of))
         if printed:
-            marks.append(Text(x + (slot - text_width(str(value), SMALL)) // 2, top - 18, str(value), SMALL))
+            above = _on_grid(top - 2 - PATCH_SIZE)
+            marks.append(Text(x + (slot - text_width(str(value), SMALL)) // 2, above, str(value), SMALL, of=of))
     return Page(Chart(dict(zip(names, values, strict=True)), printed), rng.choice(PAPERS), tuple(marks))
 
 
@@ -180,28 +203,31 @@ def receipt(rng: SeededRandom) -> Page:
         number=_number(rng, 3),
         prices={name: 5 * rng.between(10, 199) for name in rng.sample(CATEGORIES["food"], rng.between(3, 5))},
     )
-    left, right = rng.between(RIM, 60), IMAGE_SIZE - rng.between(RIM, 60)
-    y = rng.between(RIM, 40)
-    heading = Text(left, y, f"{content.shop} shop", 4), Text(left, y + 40, f"no {content.number}", SMALL)
-    marks: list[Text | Box] = [*heading]
-    y += 74
+    left, right, scale = rng.between(RIM, 60), IMAGE_SIZE - rng.between(RIM, 60), rng.between(SMALL, 3)
+    y = _on_grid(rng.between(RIM, 40))
+    marks: list[Text | Box] = [
+        Text(left, y, f"{content.shop} shop", 4, of=(content.shop, "shop")),
+        Text(left, y + 42, "no", SMALL),
+        Text(left + 36, y + 42, content.number, SMALL, of=("", "no")),
+    ]
+    y += 70
     for name, price in content.prices.items():
-        marks += [Text(left, y, name, SMALL), _right(right, y, money(price), SMALL)]
-        y += 26
-    marks += [Box(left, y, right - left, 2), Text(left, y + 12, "total", 3)]
-    marks.append(_right(right, y + 12, money(sum(content.prices.values())), 3))
+        marks += [Text(left, y, name, scale, of=(name, "")), _right(right, y, money(price), scale, (name, ""))]
+        y += 28
+    marks += [Box(left, y, right - left, 2), Text(left, y + 14, "total", 3, of=("", "total"))]
+    marks.append(_right(right, y + 14, money(sum(content.prices.values())), 3, ("", "total")))
     return Page(content, rng.choice(PAPERS), tuple(marks))
 
 
-def _right(x: int, y: int, text: str, scale: int) -> Text:
+def _right(x: int, y: int, text: str, scale: int, of: tuple[str, str]) -> Text:
     """A text that ends at x."""
-    return Text(x - text_width(text, scale), y, text, scale)
+    return Text(x - text_width(text, scale), y, text, scale, of=of)
 
 
 PAGES: dict[str, Callable[[SeededRandom], Page]] = {
     "word": lambda rng: plate(rng, rng.choice(WORDS)),
     "digits": lambda rng: plate(rng, _number(rng, rng.between(3, 6))),
-    "letters": lambda rng: plate(rng, "".join(rng.choice(ascii_lowercase) for _ in range(rng.between(4, 6)))),
+    "code": lambda rng: plate(rng, _code(rng)),
     "poster": poster,
     "grid": grid,
     "chart": chart,

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 
 from llava.mini.forms import FORMS, PAIR_FORMS, TEXT_FORMS, Fact
+from llava.mini.forms.reading import PAGE_FORMS, READING_FORMS
+from llava.mini.pages import Page
 from llava.mini.scenes import Scene
 from llava.mini.seeded_random import SeededRandom
 
 SHORT = "Answer the question using a single word or phrase."
+WORD = "Answer the question with a single word."
 LETTER = "Answer with the option's letter from the given choices directly."
 DESCRIBE = ("Describe this image.", "Describe the image.", "What is in this image?", "What do you see?")
 INSUFFICIENT = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -32,6 +35,7 @@ LAYOUTS = {
     "short": "{question}\n{instruction}",
     "okvqa": f"{{question}}\n{INSUFFICIENT}\n{{instruction}}",
     "plain": "{question}",
+    "chartqa": f"{{question}}\n{WORD}",
 }
 CHOICE_STYLES = ("mmbench", "seedbench", "mmmu", "scienceqa")
 
@@ -89,7 +93,7 @@ def as_open(fact: Fact, style: str = "short") -> QA:
     ----------
     fact : Fact
     style : str
-        ``short`` (GQA, MME, POPE), ``okvqa``, ``mmmu`` or ``plain`` (captions, and as people ask).
+        ``short`` (GQA, MME, POPE), ``okvqa``, ``mmmu``, ``chartqa`` or ``plain`` (captions, and as people ask).
     """
     return QA(fact.form, style, _with_image_token(fact.question, style), fact.answer)
 
@@ -209,3 +213,12 @@ def sample_text_questions(rng: SeededRandom, n: int) -> list[QA]:
         else:
             questions.append(as_open(fact, "short"))
     return questions
+
+
+def sample_page_questions(kind: str, page: Page, rng: SeededRandom, n: int) -> list[QA]:
+    """The different ones among `n` questions about a page of that kind, in the wordings of the benchmarks."""
+    facts = (READING_FORMS[type(page.content)][rng.choice(PAGE_FORMS[kind])](page.content, rng) for _ in range(n))
+    asked: dict[str, QA] = {}
+    for fact in facts:
+        asked.setdefault(fact.question, as_open(fact, rng.weighted({"short": 6, "chartqa": 2, "plain": 2})))
+    return list(asked.values())

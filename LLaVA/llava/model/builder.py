@@ -72,7 +72,7 @@ def load_pretrained_model(
     Parameters
     ----------
     model_path : str
-        A checkpoint folder, a hub id, or "llava-mini", the model that ships with the package.
+        A checkpoint folder, a hub id, or "llava-mini" or "llava-mini-reader", which ship with the package.
     model_base : str or None
         The language model that a projector-only or LoRA checkpoint goes onto, or the LLaVA that adapters go onto.
     model_name : str

@@ -16,6 +16,8 @@ from transformers.utils import cached_file
 import llava
 
 EMBEDDED_MODEL = "llava-mini"
+EMBEDDED_MODELS = {EMBEDDED_MODEL: "checkpoint", "llava-mini-reader": "reader"}
+"""Model that is inside this package -> its folder in ``llava/mini``."""
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 """Arguments of ``from_pretrained`` that choose files of a hub id, and how they are fetched."""
 ADAPTERS, PROJECTOR, EXTRAS = "adapter_config.json", "mm_projector.bin", "non_lora_trainables.bin"
@@ -95,9 +97,9 @@ class Checkpoint:
 
 
 def resolve_model_path(path: str) -> str:
-    """The folder or hub id behind a model's name; "llava-mini" is the checkpoint inside this package."""
-    if path == EMBEDDED_MODEL and not Path(path).is_dir():
-        return str(Path(llava.__file__).parent / "mini" / "checkpoint")
+    """The folder or hub id behind a model's name; "llava-mini" and "llava-mini-reader" are inside this package."""
+    if path in EMBEDDED_MODELS and not Path(path).is_dir():
+        return str(Path(llava.__file__).parent / "mini" / EMBEDDED_MODELS[path])
     return path
 
 

@@ -9,7 +9,7 @@ from statistics import median
 import torch
 
 from llava.flops import USUAL_TEXT, exact_flops, load_shape, tokens_per_layer, visual_per_layer
-from llava.mini.suite import rows_of
+from llava.mini.suite import TASKS, rows_of
 from lmms_eval_otprune.models.java import needs_java
 
 from .plan import Job, Plan
@@ -37,7 +37,7 @@ def estimate(units: Sequence[tuple[Job, str]], plan: Plan, limit: int | None, re
     report : bool
         Whether one is made at the end.
     """
-    if plan.suite.name != "mini" or plan.device != "cpu" or not units:
+    if not set(plan.tasks) <= TASKS.keys() or plan.device != "cpu" or not units:
         return None
     speed = _speed()
     encoded: set[tuple[str, bool, str]] = set()

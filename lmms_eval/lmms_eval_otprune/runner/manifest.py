@@ -52,12 +52,12 @@ def describe_machine(lm: RowsInTurn, model: str) -> dict[str, Any]:
 
 
 def _is_trained(model: str, config: Any) -> bool:
-    """False for an untrained placeholder: the configuration says so, or llava-mini has no record of its training."""
-    from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
+    """False for an untrained placeholder: its configuration says so, or it is embedded without a training record."""
+    from llava.model.checkpoint import EMBEDDED_MODELS, resolve_model_path
 
     if getattr(config, "untrained", False):
         return False
-    return model != EMBEDDED_MODEL or (Path(resolve_model_path(model)) / "training.json").exists()
+    return model not in EMBEDDED_MODELS or (Path(resolve_model_path(model)) / "training.json").exists()
 
 
 def git_commit() -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llava.command import RATIO, Parser, positive, ratio, whole, whole_number
 
-from .suites import SUITES, suite_with
+from .suites import GROUPS, SUITES, check_tasks
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -65,8 +65,7 @@ def read(arguments: Sequence[str]) -> Options:
 
 
 def _check(options: Options) -> None:
-    for task in options.tasks:
-        SUITES[options.suite or suite_with(task)].task(task)
+    check_tasks(options.tasks)
     if options.machine_rank >= options.num_machines:
         raise ValueError(
             f"--machine-rank {options.machine_rank}: with --num-machines {options.num_machines} it must be "
@@ -89,9 +88,11 @@ def _parser() -> Parser:
         epilog="Without a suite: paper where there is a CUDA GPU, mini elsewhere.",
     )
     add = parser.add_argument
-    about = "mini: the embedded model and data sets, minutes on a CPU; others: published checkpoints and benchmarks"
+    about = "mini, and documents, which have to be read: embedded models and data sets, minutes on a CPU; paper: "
+    about += "published checkpoints and benchmarks"
     add("suite", nargs="?", choices=tuple(SUITES), help=about)
-    about = "checkpoint folder or hub id, of a LLaVA or a model of transformers, or llava-mini; may be given repeatedly"
+    about = "checkpoint folder or hub id, of a LLaVA or a model of transformers, or llava-mini or llava-mini-reader, "
+    about += "which are embedded; may be given repeatedly"
     add(
         "--model",
         "--model-path",
@@ -114,14 +115,15 @@ def _parser() -> Parser:
     add("--no-unpruned", dest="unpruned", action="store_false", help="leave the unpruned run out")
     about = "also run the unpruned model on grey images: what it knows without seeing"
     add("--grey", action="store_true", help=about)
-    about = "a choice of the suite's tasks (default: all)"
+    about = "a choice of the suite's tasks, or others that lmms-eval has, each shown by its first metric; a group, "
+    about += f"{' or '.join(GROUPS)} (default: the suite's tasks)"
     add("--tasks", type=_names, default="", metavar="TASK[,TASK]", help=about)
     about = "of captions, also the metrics that the table does not show (BLEU, METEOR, ROUGE-L): about 15 s a task"
     add("--all-metrics", action="store_true", help=about)
     add("--limit", type=positive, metavar="N", help="only the first N documents of each task")
     about = "prompts generated together (default: the device's)"
     add("--batch-size", type=positive, metavar="N", help=about)
-    about = "on this machine (default: one a GPU; mini on a CPU: one a core)"
+    about = "on this machine (default: one a GPU; embedded models on a CPU: one a core)"
     add("--num-processes", type=positive, metavar="N", help=about)
     add("--num-machines", type=positive, default=1, metavar="N", help="start the command on each of them")
     add("--machine-rank", type=whole, default=0, metavar="N", help="this machine, counted from 0")

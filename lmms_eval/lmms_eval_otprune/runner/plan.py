@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llava import hf
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import read_config, resolve_model_path
+from llava.model.checkpoint import EMBEDDED_MODELS
 from llava.pruning import PruningConfig
 from llava.pruning.methods.ocvtp.variables import translated
 from lmms_eval_otprune.models import java
@@ -23,7 +24,7 @@ from lmms_eval_otprune.models.families import wrapper_of
 
 from . import records
 from .options import OFF, Options
-from .suites import SUITES, Suite
+from .suites import SUITES, Suite, expanded
 
 # Measured with the embedded model on two cores: 16 unpruned prompts at a time take a fifth longer, 4 pruned ones twice
 # as long a decoding step, and one process a core with one thread each is faster than several threads. On a GPU the
@@ -115,12 +116,14 @@ def make_plan(options: Options, environ: Mapping[str, str] = os.environ) -> Plan
     if options.conv_template not in ("auto", *conv_templates):
         raise ValueError(f"--conv-template {options.conv_template}: allowed are auto, {', '.join(conv_templates)}")
     suite = SUITES[options.suite or ("paper" if device == "cuda" else "mini")]
-    chosen = [suite.task(name) for name in options.tasks] or list(suite.tasks)
+    output = options.output or Path("results") / suite.name
+    chosen = [suite.task(name) for name in expanded(options.tasks)] or list(suite.tasks)
+    # What an earlier command evaluated here stays in the table.
+    suite = replace(suite, tasks=tuple(dict.fromkeys([*suite.tasks, *records.tasks_of(output), *chosen])))
     tasks = tuple(task for task in suite.tasks if task in chosen)
     if options.model_base is not None:
         _check_model(options.model_base, "--model-base")
     left_out = tuple(task for task in tasks if java.needs_java(task) and not java.java_works())
-    output = options.output or Path("results") / suite.name
     return Plan(
         suite=suite,
         tasks=tuple(task for task in tasks if task not in left_out),
@@ -154,7 +157,7 @@ def _processes(device: str, suite: Suite) -> int:
     if device == "cuda":
         return torch.cuda.device_count()
     # Every process holds the whole model, and memory seldom has room for several published checkpoints.
-    return min(_cores(), CPU_PROCESSES) if device == "cpu" and suite.name == "mini" else 1
+    return min(_cores(), CPU_PROCESSES) if device == "cpu" and suite.embedded else 1
 
 
 def _visual_cache(options: Options, device: str) -> int | None:
@@ -227,9 +230,10 @@ def _prunings(text: str, options: Options, environ: Mapping[str, str]) -> list[P
 
 
 def _check_model(model: str, option: str = "--model") -> None:
-    if model in SUITES["mini"].models or Path(model).is_dir() or _is_hub_id(model):
+    if model in EMBEDDED_MODELS or Path(model).is_dir() or _is_hub_id(model):
         return
-    raise ValueError(f"{option} {model}: neither a folder, nor a Hub id (owner/name), nor llava-mini or {hf.EMBEDDED}")
+    names = ", ".join((*EMBEDDED_MODELS, hf.EMBEDDED))
+    raise ValueError(f"{option} {model}: neither a folder, nor a Hub id (owner/name), nor one of {names}")
 
 
 def _wrapper(model: str) -> str | None:

@@ -38,6 +38,13 @@ def is_outdated(job_folder: Path, task: str, identity: Mapping[str, Any]) -> boo
     return (task_folder(job_folder, task) / RESULT).exists() and finished(job_folder, task, identity) is None
 
 
+def tasks_of(output: Path) -> list[str]:
+    """Those that earlier commands evaluated into an output folder."""
+    manifest = read_json(output / "manifest.json")
+    found = manifest.get("tasks") if isinstance(manifest, dict) else None
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
 def failure(job_folder: Path, task: str) -> str | None:
     """Why a task failed, or None."""
     path = task_folder(job_folder, task) / FAILURE

@@ -8,13 +8,14 @@ from typing import Any
 
 import lmms_eval_otprune.tasks
 from llava.benchmark_tasks import data_revision
+from llava.benchmarks import benchmark_of
+from llava.mini.suite import version_of
 from llava.model.builder import resolve_model_path
 from lmms_eval_otprune.models.fingerprint import model_fingerprint, source_digest
 from lmms_eval_otprune.models.java import needs_java
 
 from .options import Options
 from .plan import Job, Plan
-from .suites import Suite
 
 
 def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[str, Any]]:
@@ -34,7 +35,7 @@ def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[st
         task: {
             "task": task,
             **common,
-            "data": data_version(plan.suite) + data_revision(task),
+            "data": data_version(task) + data_revision(task),
             **({"metrics": metrics} if needs_java(task) else {}),
         }
         for task in plan.suite.tasks
@@ -46,10 +47,7 @@ def _scoring_files() -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml"))
 
 
-def data_version(suite: Suite) -> str:
-    """The version of the embedded data sets; published ones do not change."""
-    if suite.name != "mini":
-        return "published"
-    from llava.mini.suite import VERSION
-
-    return VERSION
+def data_version(task: str) -> str:
+    """Of an embedded data set; the published ones stay what they are."""
+    benchmark = benchmark_of(task)
+    return version_of(benchmark.group) if benchmark and task == benchmark.mini else "published"

@@ -38,7 +38,7 @@ class EmbeddedTask(ConfigurableTask):
     def __init__(self, config: dict[str, Any]):
         config = {name: value for name, value in config.items() if name != "class"}
         benchmark = suite.TASKS[config["task"]]
-        self._data = suite.DATA[config["task"]]
+        self._data, self._group = suite.DATA[config["task"]], benchmark.group
         kept = {name: value for name, value in definition(benchmark).items() if name not in _LEFT_OUT}
         super().__init__(config={**kept, **changes(benchmark), **config}, model_name=_asked_for()[1])
 
@@ -53,7 +53,7 @@ class EmbeddedTask(ConfigurableTask):
 
     def _table(self, config: str) -> Dataset:
         # Not through load_dataset: its cache does not notice a local folder that was written anew.
-        path = suite.prepare() / self._data.folder / config / f"{self._data.split}.parquet"
+        path = suite.prepare(group=self._group) / self._data.folder / config / f"{self._data.split}.parquet"
         return Dataset(InMemoryTable(parquet.read_table(path)))
 
 

@@ -9,6 +9,7 @@ from statistics import mean
 
 from tqdm import tqdm
 
+from llava.benchmarks import PAPER
 from llava.eval import distances
 from llava.eval.encoder import Encoder, image_configs, images_of_folder, images_of_suite
 from llava.eval.plots.drawing import Drawn, new_figure, new_grid, spearman, styles
@@ -60,7 +61,8 @@ def measure(
         raise ValueError(f"distances are measured with one model, and these runs are of {', '.join(sorted(models))}")
     if folder is None and not all("mini suite" in row.notes for row, _ in configs):
         raise ValueError("the images of the published benchmarks are not at hand: give a folder (--picture-folder)")
-    shown = images_of_suite(images) if folder is None else {MEAN: images_of_folder(folder, images)}
+    group = next((run.group for row, _ in configs for run in row.runs), PAPER)
+    shown = images_of_suite(images, group) if folder is None else {MEAN: images_of_folder(folder, images)}
     encoder = Encoder.load(models.pop(), device)
     found: list[Distance] = []
     for benchmark, several in tqdm(shown.items(), "distances", leave=False, disable=None if progress else True):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.eval.plots.drawing import Drawn, new_figure, new_grid, styles
 from llava.eval.results.rows import GREY, MEAN, Row, unpruned_of
 from llava.eval.results.safe import SAFE, keys_of, safe_ratios, shown
@@ -34,7 +33,7 @@ def draw_ratios(rows: Sequence[Row]) -> Drawn:
     series = {name: several for name, several in series.items() if len({row.ratio for row in several}) > 1}
     if not series:
         raise ValueError("the figure of kept ratios needs runs of one method at two ratios or more, and unpruned")
-    keys = [column.key for column in COLUMNS if column.key in full.scores] + [MEAN]
+    keys = [*full.scores, MEAN]
     style = styles(series)
     figure, axes = new_grid(len(keys), 4, 3, 2.7, beside=1)
     records = []

@@ -15,8 +15,8 @@ from zlib import crc32
 
 import numpy as np
 
-from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.benchmarks import Benchmark as Column
+from llava.benchmarks import columns_of
 from llava.eval.results.cider import CaptionsCannotBeScored, cider_of_runs
 from llava.eval.results.rows import MEAN, UNPRUNED, Row, same_budget, unpruned_of
 from llava.eval.results.runs import Run
@@ -158,7 +158,7 @@ def drawn_scores(
     With ``only``, the share of right answers in percent, among the questions of these names by column key.
     """
     scores: list[Scores] = [{} for _ in rows]
-    for column in COLUMNS:
+    for column in dict.fromkeys(column for row in rows for run in row.runs for column in columns_of(run.tasks)):
         if only is None or only.get(column.key):
             asked = None if only is None else only[column.key]
             for number, found in _drawn(column, rows, seed, draws, remarks, asked).items():

@@ -222,7 +222,8 @@ def read_table(path: Path) -> list[Row]:
 
 def _read_row(line: Mapping[str, str]) -> Row:
     numbers = {name: float(line[name]) for name in line if name not in WORDS_OF_CSV and line[name]}
-    keys = [column.key for column in BENCHMARKS if column.key in numbers]
+    scored = [name.removesuffix("_low") for name in line if name.endswith("_low")]
+    keys = [key for key in scored if key in numbers]
     spans, shares = (
         {
             key: (numbers[low], numbers[f"{key}{kind}_high"])

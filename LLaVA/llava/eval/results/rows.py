@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from llava.benchmarks import BENCHMARKS as COLUMNS
+from llava.benchmarks import columns_of
 from llava.eval.results.runs import Run, differences, short_name
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
     """Give rows of one model their mean ranks; alone at its budget, a row has none."""
     ranks: dict[int, float] = {}
     for group in same_budget(rows):
-        keys = [key.key for key in COLUMNS if all(key.key in row.scores for row in group)]
+        keys = [key for key in group[0].scores if all(key in row.scores for row in group)]
         if len(group) < 2 or not keys:
             continue
         for row in group:
@@ -291,7 +291,7 @@ def best_of_columns(rows: Sequence[Row]) -> dict[int, set[str]]:
     numbers = {id(row): number for number, row in enumerate(rows)}
     for model in dict.fromkeys(row.model for row in rows):
         for group in same_budget([row for row in rows if row.model == model]):
-            for key in (*(column.key for column in COLUMNS), MEAN, "Rank"):
+            for key in {**group[0].scores, MEAN: None, "Rank": None}:
                 signed = {
                     numbers[id(row)]: -row.rank if key == "Rank" and row.rank else row.score(key) for row in group
                 }
@@ -359,7 +359,7 @@ def _shown_options(row: Row) -> list[str]:
 
 def _scores(run: Run) -> dict[str, float]:
     scores = {}
-    for column in COLUMNS:
+    for column in columns_of(run.tasks):
         task = column.task_in(run.tasks)
         if task is not None:
             scores[column.key] = run.tasks[task]["metrics"][column.metric] * column.scale

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava.benchmarks import DOCUMENTS, PAPER
 from llava.eval.results.shape import MANIFEST, RESULTS, WHOLE_RUN, check
 from llava.files import read_json
 
@@ -36,7 +37,12 @@ class Run:
 
     @property
     def mini(self) -> bool:
-        return self.content["suite"] == "mini"
+        return self.content["suite"] in ("mini", DOCUMENTS)
+
+    @property
+    def group(self) -> str:
+        """The benchmarks that it is about, as far as there are embedded ones."""
+        return DOCUMENTS if self.content["suite"] == DOCUMENTS else PAPER
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ Every metric of the table is a function of sums over units, so that a bootstrap 
 benchmark                     unit                                        score
 ============================  ==========================================  ===========================================
 GQA, OKVQA, SQA, MMMU, SEED   question                                    mean of right answers
+TextVQA and other documents   question                                    mean of its score
 MMB                           question with all its circular copies       mean of "all of them right"
 MME-P                         image with its two questions, drawn       sum over categories of the mean of acc and
                               within its category                         acc+
@@ -110,15 +111,16 @@ def units_of_questions(right: Mapping[str, bool], names: Sequence[str]) -> Units
 
 
 def _counted(column: Column, samples: Samples) -> Samples:
-    counted = [sample for sample in samples if column.metric in sample]
+    counted = [sample for sample in samples if column.logged in sample]
     if not counted:
-        raise ValueError(f"{column.key}: no sample has {column.metric}")
+        raise ValueError(f"{column.key}: no sample has {column.logged}")
     return sorted(counted, key=lambda sample: sample["doc_id"])
 
 
 def _answers(column: Column, samples: Samples) -> Questions:
-    """Samples that carry their own score."""
-    return [(_name(sample), float(sample[column.metric])) for sample in samples]
+    """Samples that carry their own score, alone or in a record."""
+    found = [(_name(sample), sample[column.logged]) for sample in samples]
+    return [(name, float(one["score"] if isinstance(one, Mapping) else one)) for name, one in found]
 
 
 def _letters(column: Column, samples: Samples) -> Questions:

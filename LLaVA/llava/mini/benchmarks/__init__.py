@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from llava.mini.benchmarks.captions import coco2017_cap_val, flickr30k_test, nocaps_val
 from llava.mini.benchmarks.choices import mmbench_en_dev, scienceqa_img, seedbench
+from llava.mini.benchmarks.documents import chartqa, docvqa_val, ocrbench, textvqa_val
 from llava.mini.benchmarks.mmmu import mmmu_val
 from llava.mini.benchmarks.short_answers import gqa, ok_vqa_val2014
 from llava.mini.benchmarks.table import Table
@@ -20,6 +21,7 @@ BUILDERS: dict[str, Callable[[], list[Table]]] = {
     for build in (
         *(coco2017_cap_val, flickr30k_test, nocaps_val, gqa, mmbench_en_dev, mme, mmmu_val, ok_vqa_val2014, pope),
         *(scienceqa_img, seedbench),
+        *(textvqa_val, chartqa, docvqa_val, ocrbench),
     )
 }
 """Builtin task name -> function that makes its tables."""

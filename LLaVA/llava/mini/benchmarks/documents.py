@@ -1,19 +1,15 @@
-"""TextVQA, ChartQA, DocVQA and OCRBench: pages to read.
-
-No tasks of the suite yet: llava-mini is not trained on pages, and the suite's version, which runs are filed under, is
-that of the eleven others.
-"""
+"""TextVQA, ChartQA, DocVQA and OCRBench: pages to read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 
 from llava.mini.benchmarks.table import SOURCE, Quota, Row, Table, columns, table
 from llava.mini.forms import Fact
 from llava.mini.forms.reading import READING_FORMS
 from llava.mini.pages import PAGES, render_page
-from llava.mini.questions import SHORT
+from llava.mini.questions import SHORT, WORD
 from llava.mini.scenes import IMAGE_SIZE
 from llava.mini.seeded_random import SeededRandom
 
@@ -62,7 +58,7 @@ def chartqa() -> list[Table]:
     for _, image, _, fact in _read("chartqa", wanted):
         half = "augmented_test" if fact.form == "bar" else "human_test"
         row = {**image, "type": half, "question": fact.question, "answer": fact.answer}
-        rows.append((f"{fact.question}\nAnswer the question with a single word.", row))
+        rows.append((f"{fact.question}\n{WORD}", row))
     return [table("default", "test", columns("type question answer image:image"), rows, "chartqa")]
 
 
@@ -102,7 +98,7 @@ def docvqa_val() -> list[Table]:
 OCRBENCH_FORMS = {
     ("word", "text"): (40, "Regular Text Recognition"),
     ("digits", "text"): (30, "Digit String Recognition"),
-    ("letters", "text"): (30, "Non-Semantic Text Recognition"),
+    ("code", "text"): (30, "Non-Semantic Text Recognition"),
     ("poster", "text_in_color"): (20, "Scene Text-centric VQA"),
     ("poster", "print_size"): (20, "Scene Text-centric VQA"),
     ("grid", "cell"): (20, "Doc-oriented VQA"),
@@ -121,9 +117,3 @@ def ocrbench() -> list[Table]:
         rows.append((fact.question, row))
     types = columns("dataset question question_type answer:[string] image:image")
     return [table("default", "test", types, rows, "ocrbench")]
-
-
-DOCUMENT_BUILDERS: dict[str, Callable[[], list[Table]]] = {
-    build.__name__: build for build in (textvqa_val, chartqa, docvqa_val, ocrbench)
-}
-"""Builtin task name -> function that makes its tables."""

@@ -98,3 +98,15 @@ READING_FORMS: dict[type, dict[str, Callable[..., Fact]]] = {
     Receipt: named(_total, _price, _shop, _receipt_number),
 }
 """What a page says -> form name -> function of that content and a `SeededRandom` that states a fact."""
+
+_PLATE = ("text", "text", "text_in_color")
+PAGE_FORMS: dict[str, tuple[str, ...]] = {
+    "word": _PLATE,
+    "digits": (*_PLATE, "number"),
+    "code": _PLATE,
+    "poster": ("text_in_color", "text_in_color", "line", "print_size", "number"),
+    "grid": ("cell", "cell", "cell", "row_of_cell", "row_of_cell", "largest_in_column"),
+    "chart": ("bar", "bar", "bar", "highest_bar", "bars", "difference"),
+    "receipt": ("total", "price", "price", "shop", "receipt_number"),
+}
+"""Kind of page -> the forms that have one answer there, the more often as there is more to ask."""

@@ -19,7 +19,8 @@ from llava.pruning.tokens import VisualTokens
 
 MODEL_TYPE = "token_scorer"
 EMBEDDED = "llava-mini"
-"""The scorer that ships with the package, for the model of this name."""
+SHIPPED = {EMBEDDED: "scorer", "llava-mini-reader": "reader_scorer"}
+"""The model that a scorer ships with the package for -> its folder in ``llava/mini``."""
 
 
 class TokenScorer(nn.Module):
@@ -54,7 +55,8 @@ class Scorer(Pruner):
     Attributes
     ----------
     checkpoint : str
-        A folder of ``llava scorer train``, or "llava-mini", which ships with the package for the model of that name.
+        A folder of ``llava scorer train``, or "llava-mini" or "llava-mini-reader", which ship with the package for the
+        models of these names.
     coverage : bool
         Choose greedily by ``a_j sum_i max(0, cos_ij - m_i)``, as SCOPE does, with the predicted share ``a_j`` as the
         saliency. Otherwise the k patches with the highest prediction are kept, which may all show one thing.
@@ -76,8 +78,8 @@ class Scorer(Pruner):
     @property
     def _folder(self) -> Path:
         path = Path(self.checkpoint)
-        if self.checkpoint == EMBEDDED and not path.is_dir():
-            return Path(__file__).parents[2] / "mini" / "scorer"
+        if self.checkpoint in SHIPPED and not path.is_dir():
+            return Path(__file__).parents[2] / "mini" / SHIPPED[self.checkpoint]
         return path
 
     def digests(self) -> dict[str, str]:
