@@ -222,8 +222,7 @@ def read_table(path: Path) -> list[Row]:
 
 def _read_row(line: Mapping[str, str]) -> Row:
     numbers = {name: float(line[name]) for name in line if name not in WORDS_OF_CSV and line[name]}
-    scored = [name.removesuffix("_low") for name in line if name.endswith("_low")]
-    keys = [key for key in scored if key in numbers]
+    keys = [key for name in line if (key := name.removesuffix("_seed_std")) != name and key in numbers]
     spans, shares = (
         {
             key: (numbers[low], numbers[f"{key}{kind}_high"])
