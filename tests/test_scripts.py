@@ -23,6 +23,7 @@ NEEDED = (
     "LLaVA/llava/__init__.py",
     "LLaVA/llava/benchmarks.py",
     "LLaVA/llava/command.py",
+    "LLaVA/llava/files.py",
     "LLaVA/llava/runtime.py",
     "lmms_eval",
 )

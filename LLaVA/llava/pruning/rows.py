@@ -197,6 +197,8 @@ def drop_image_tokens(
         Padded on the left.
     """
     hidden = rows.hidden
+    # What the layer before saw may be on another device.
+    seen = {name: values.to(hidden.device, non_blocking=True) for name, values in seen.items()}
     keep = rows.valid.clone()
     # What each kept place will hold: usually its own token, another one where a method reorders.
     source = torch.arange(hidden.shape[1], device=hidden.device).repeat(len(hidden), 1)
