@@ -149,32 +149,12 @@ class Pruner:
         return True
 
     def check_budget(self, ratio: float | None, layer: int | None) -> None:
-        """Refuse a kept ratio and a layer that do not go with the options.
-
-        Parameters
-        ----------
-        ratio : float or None
-            As given; None when it was left out.
-        layer : int or None
-            As given.
-
-        Raises
-        ------
-        ValueError
-            Names what is missing or too much.
-        """
+        """Refuse a kept ratio and a layer (None: not given) that do not go with the options, with a `ValueError`."""
         if ratio is None:
             raise ValueError("a kept ratio is needed (SUBSET_RATIO): the fraction of visual tokens kept, 0 < r <= 1")
 
     def schedule_for(self, ratio: float | None, layer: int | None, num_layers: int) -> Schedule:
-        """Where the method drops, and what fraction of an image's tokens is there from then on.
-
-        Parameters
-        ----------
-        ratio, layer
-            Of the configuration, checked.
-        num_layers : int
-            Decoder layers of the model.
+        """Where a decoder of ``num_layers`` drops, and what fraction of an image's tokens is there from then on.
 
         Returns
         -------

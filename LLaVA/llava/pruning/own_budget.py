@@ -21,8 +21,9 @@ def effective_rank(features: torch.Tensor) -> float:
 
     Source: Roy and Vetterli, EUSIPCO 2007; of an image's visual tokens: AgilePruner, ICLR 2026, arXiv 2603.01236.
     """
-    # A Gram matrix has the singular values squared: float32 would lose the small ones. `reduce` refuses nan.
-    x = features.detach().double().nan_to_num()
+    # A Gram matrix has the singular values squared: float32 would lose the small ones, and Apple GPUs have no float64.
+    device = "cpu" if features.device.type == "mps" else features.device
+    x = features.detach().to(device).double().nan_to_num()  # `reduce` refuses nan
     gram = x @ x.mT if len(x) <= x.shape[1] else x.mT @ x
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
