@@ -68,7 +68,7 @@ def evaluate(tmp_path, monkeypatch):
     launch = Launch((sys.executable, str(script)), {})
     jobs = [Job("model", None, tmp_path / "model" / name) for name in ("first", "second", "third")]
     identities = {job.folder: {task: {"task": task} for task in TASKS} for job in jobs}
-    suite = SimpleNamespace(name="paper")
+    suite = SimpleNamespace(name="paper", tasks=TASKS)
     plan = SimpleNamespace(tasks=TASKS, device="cpu", dtype="float32", batch_size=1, num_processes=1, suite=suite)
     plan.visual_cache = 0
 

@@ -12,6 +12,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.tasks.mmmu import utils as builtin_mmmu
 from lmms_eval.utils import load_yaml_config
 from lmms_eval_otprune.runner.suites import GROUPS, SUITES
+from lmms_eval_otprune.runner.tasks import data_versions
 from lmms_eval_otprune.tasks import mmmu
 
 from llava.benchmark_tasks import definition, task_entry
@@ -129,3 +130,10 @@ class TestMmmu:
     def test_scores_readable_answers_as_the_builtin_task(self):
         ours = mmmu.process_results(DOCUMENT, ["B"])
         assert ours == builtin_mmmu.mmmu_process_results(DOCUMENT, ["B"])
+
+
+@pytest.mark.parametrize("name", ["mini", "documents"])
+def test_answers_about_another_version_of_the_data_are_told_apart(name, monkeypatch):
+    before = data_versions(SUITES[name].tasks)
+    monkeypatch.setattr(suite, "WORLD_VERSION", "another")
+    assert data_versions(SUITES[name].tasks) not in (before, "published")

@@ -13,7 +13,7 @@ from .launch import JOIN_MINUTES, Launch, Worker, describe_launch
 from .options import OFF, Options
 from .plan import Job, Plan
 from .screen import Screen
-from .tasks import data_version
+from .tasks import data_versions
 
 UNITS_PER_PROCESS = 4
 """From this many tasks per process on, CPU processes work on different tasks, so that none waits for the others."""
@@ -170,7 +170,7 @@ def _specification(
             {
                 "label": job.label,
                 "folder": str(job.folder),
-                "answers": str(job.folder / f"answers-{data_version(plan.suite)}"),
+                "answers": str(job.folder / f"answers-{data_versions(plan.suite.tasks)}"),
                 "switch": job.switch,
                 "grey": job.grey,
                 "identities": identities[job.folder],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ def task_identities(job: Job, plan: Plan, options: Options) -> dict[str, dict[st
 def _scoring_files() -> list[Path]:
     folder = Path(lmms_eval_otprune.tasks.__file__).parent
     return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml"))
+
+
+def data_versions(tasks: Iterable[str]) -> str:
+    """Of all the data sets of a run; answers that were recorded for another version are not looked at."""
+    return "+".join(sorted({data_version(task) for task in tasks}))
 
 
 def data_version(task: str) -> str:
