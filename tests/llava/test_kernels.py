@@ -23,8 +23,9 @@ from live_bytes import LiveBytes
 from llava.model import llava_arch
 from llava.model.llava_arch import greedy_select, ot_kernel, ot_select
 from llava.pruning import kernels, select, similarity
-from llava.pruning.kernels import greedy, max_min, symmetric
+from llava.pruning.kernels import facility, greedy, max_min, symmetric
 from llava.pruning.methods import divprune
+from llava.pruning.methods.coverage import facility_select
 from llava.pruning.methods.divprune import max_min_select
 from llava.pruning.registry import method_class
 from llava.pruning.similarity import cosine_similarity
@@ -40,7 +41,7 @@ ON_GPU = torch.cuda.is_available()
 GOLDEN = [key for key in META if key.endswith("/float32") and int(key.split("/")[1].split("x")[0]) <= 576]
 
 FUSED = dict.fromkeys(("ot_kernel", "cosine_similarity"), symmetric)
-FUSED |= {"greedy_select": greedy, "max_min_select": max_min}
+FUSED |= {"greedy_select": greedy, "max_min_select": max_min, "facility_select": facility}
 
 # Relative to the whole. A GPU's matrix units cut their sums off, by up to a unit in float32's last place a step.
 PRECISION = 1e-5 if ON_GPU else 5e-7
@@ -191,9 +192,10 @@ class TestSeveralBlocks:
 
 
 class TestShape:
+    @pytest.mark.parametrize("kernel", [greedy, facility], ids=["greedy", "facility"])
     @pytest.mark.parametrize("n", [1, 33, 576, 1024, 1025, 2340, 2880, 20000])
-    def test_every_token_has_a_place_and_waiting_blocks_run_together(self, n):
-        shape = greedy.shape_for(n, multiprocessors=132)
+    def test_every_token_has_a_place_and_waiting_blocks_run_together(self, n, kernel):
+        shape = kernel.shape_for(n, multiprocessors=132)
         assert shape.blocks * shape.columns >= n > (shape.blocks - 1) * shape.columns
         assert all(size & (size - 1) == 0 for size in (shape.columns, shape.rows, shape.warps))
         assert shape.blocks <= 132
@@ -202,6 +204,7 @@ class TestShape:
 
     def test_a_small_image_has_one_block_and_a_large_one_shares_the_gpu(self):
         assert [greedy.shape_for(n, 132).blocks for n in (576, 1024, 2880)] == [1, 1, 23]
+        assert [facility.shape_for(n, 132).blocks for n in (100, 576, 2880)] == [1, 5, 23]
 
 
 class TestMaxMin:
@@ -223,6 +226,31 @@ class TestMaxMin:
         expected = run(max_min.max_min_select, distance + distance.mT, 30)
         distance.diagonal(dim1=1, dim2=2).fill_(torch.nan)
         assert torch.equal(run(max_min.max_min_select, distance + distance.mT, 30), expected)
+
+
+@pytest.mark.parametrize("options", ["weights", "served", "neither"])
+class TestFacility:
+    """float32 similarities of few digits: every sum is exact, so that ties are ties."""
+
+    @staticmethod
+    def task(batch: int, n: int, options: str) -> tuple:
+        digits = (random(batch, n, n) * 8).round()
+        weight = (random(batch, n, seed=1).abs() * 4).round() if options == "weights" else None
+        served = (random(batch, n, seed=2) * 4).round() if options == "served" else None
+        return digits + digits.mT, weight, served
+
+    @pytest.mark.parametrize(("batch", "n", "k"), [(1, 1, 1), (1, 2, 2), (3, 20, 20), (2, 70, 30)], ids=str)
+    def test_it_takes_the_tokens_of_the_plain_version(self, run, batch, n, k, options):
+        similarity, weight, served = self.task(batch, n, options)
+        expected = facility_select(similarity.double(), k, weight, served)
+        assert torch.equal(run(facility.facility_select, similarity, k, weight, served), expected)
+
+    def test_over_several_blocks(self, run_blocks, options):
+        similarity, weight, served = self.task(3, 45, options)
+        expected = facility_select(similarity.double(), 12, weight, served)
+        shape = greedy.Shape(blocks=3, columns=16, rows=4, warps=4)
+        order = run_blocks(facility.select_in_shape, similarity, 12, weight, served, shape, 2)
+        assert torch.equal(order, expected)
 
 
 def tokens_of_all_sizes(batch: int, n: int, d: int, dtype: torch.dtype) -> torch.Tensor:
@@ -320,14 +348,15 @@ class TestMachineCode:
             kernel = symmetric.ot_kernel(x, 0.01)
             greedy.greedy_select(kernel, 5)
             max_min.max_min_select(symmetric.cosine_similarity(x), 5)
+            facility.facility_select(kernel, 5, kernel[:, 0], None)
         assert [one.metadata.name for one in compiled] == [
             *("_normalise", "_multiply", "_multiply", "_greedy"),
-            *("_normalise", "_multiply", "_max_min"),
+            *("_normalise", "_multiply", "_max_min", "_facility"),
         ]
         assert max(one.metadata.shared for one in compiled) <= 2**10 * LIMITS[capability]
         # Blocks that wait for each other are launched to run at the same time.
         assert [one.metadata.launch_cooperative_grid for one in compiled] == [
-            one.metadata.name == "_greedy" and n > 1024 for one in compiled
+            one.metadata.name == "_facility" or (one.metadata.name == "_greedy" and n > 1024) for one in compiled
         ]
 
     @pytest.mark.parametrize(("n", "dtype"), [(576, torch.float16), (2341, torch.float32)], ids=str)
@@ -335,7 +364,9 @@ class TestMachineCode:
         def met(batch: int) -> set:
             x = torch.ones(batch, n, 64, dtype=dtype)
             with compiled_for(capability) as compiled:
-                greedy.greedy_select(symmetric.ot_kernel(x, 0.01), 5)
+                kernel = symmetric.ot_kernel(x, 0.01)
+                greedy.greedy_select(kernel, 5)
+                facility.facility_select(kernel, 5, None, None)
                 max_min.max_min_select(symmetric.cosine_similarity(x), 5)
             blocks = {
                 # The images are the last axis, or there is one.
@@ -355,11 +386,12 @@ class TestMachineCode:
             assert len({one.hash for one in compiled if one.metadata.name == name}) <= most
 
     @pytest.mark.parametrize("count", [1, 132], ids=["one block", "several blocks"])
-    def test_the_greedy_keeps_its_numbers_in_registers(self, capability, count, tmp_path, monkeypatch):
+    def test_the_greedies_keep_their_numbers_in_registers(self, capability, count, tmp_path, monkeypatch):
         monkeypatch.setattr(kernels, "multiprocessors", lambda device: count)
         with compiled_for(capability) as compiled:
             for n in (576, 2880):
                 greedy.greedy_select(torch.ones(1, n, n), 5)
+                facility.facility_select(torch.ones(1, n, n), 5, None, None)
         assert max(bytes_spilled(one, tmp_path) for one in compiled) <= 16
 
 

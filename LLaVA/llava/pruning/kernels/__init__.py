@@ -24,6 +24,7 @@ that would bring the column to length 1."""
 _ON_GPU = {
     "greedy_select": "greedy",
     "max_min_select": "max_min",
+    "facility_select": "facility",
     "ot_kernel": "symmetric",
     "cosine_similarity": "symmetric",
 }

@@ -124,7 +124,7 @@ def _greedy(
     for step in range(k):
         best = lowest_of_largest(gain, columns)
         if SEVERAL:
-            best = _agree(best, bids + step * blocks, block, blocks, LANES)
+            best = agree(best, bids + step * blocks, block, blocks, LANES)
         chosen = rank_index(best)
         pivot = rank_value(best)
         exhausted = tl.where(step == 0, EXHAUSTED * pivot, exhausted)
@@ -150,7 +150,7 @@ def _greedy(
 
 
 @triton.jit
-def _agree(bid, bids, block, blocks, LANES: tl.constexpr):
+def agree(bid, bids, block, blocks, LANES: tl.constexpr):
     """The largest of all blocks' bids: every block leaves its own and waits for those of the others.
 
     A bid is never 0, which stands for one that has not come yet. One thread reads one bid, with LANES threads a block.
