@@ -17,9 +17,9 @@ def test_a_server_is_measured_unpruned_beside_pruned(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     folder = checkpoint("llava", tmp_path / "tiny")
     command = ["serve", "--model", str(folder), "--method", "visionzip", "--ratio", "0.25", "--output", str(tmp_path)]
-    command += ["--concurrency", "2", "--requests", "4", "--repetitions", "1", "--image", "56x56", "--new-tokens", "8"]
+    command += ["--concurrency", "2", "--requests", "8", "--repetitions", "1", "--image", "56x56", "--new-tokens", "64"]
     command += ["--", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "2"]
     assert main(command) == 0
     rows = json.loads((tmp_path / "serve.json").read_text())["rows"]
-    assert [(row["method"], row["requests"]) for row in rows] == [("unpruned", 4), ("visionzip", 4)]
+    assert [(row["method"], row["requests"]) for row in rows] == [("unpruned", 8), ("visionzip", 8)]
     assert all(row["kv_blocks"] and row["requests_per_second"] > 0 and row["ttft_ms"]["p95"] > 0 for row in rows)
