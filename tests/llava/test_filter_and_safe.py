@@ -14,7 +14,7 @@ from llava.benchmarks import BENCHMARKS
 from llava.eval import table
 from llava.eval.results.formats import FORMATS
 from llava.eval.results.rows import MEAN
-from llava.eval.results.safe import safe_ratios
+from llava.eval.results.safe import safe_cells, safe_ratios
 from llava.eval.results.samples import right_answers
 from llava.eval.table import build_table, load_runs
 from run_folders import job, write_run
@@ -183,6 +183,11 @@ class TestSafe:
         assert table.main([str(run), "--safe", "0.99", "--draws", "50", "--format", name]) == 0
         said = capsys.readouterr().out
         assert "Ratios run" in said and "none of those run" in said
+
+    def test_each_column_stands_once(self, tmp_path):
+        jobs = {"unpruned": job(drawn(0, 0.9)), "otprune": job(drawn(1, 0.3), **settings("otprune", 0.1))}
+        header, _ = safe_cells(safe_ratios(built(tmp_path, jobs, intervals=True).rows, 0.99))
+        assert header == ["Model", "Method", "Ratios run", "GQA", "POPE", "Mean"]
 
     def test_without_logs_it_says_what_it_needs(self, tmp_path, capsys):
         assert table.main([str(write_run(tmp_path, {"unpruned": job(drawn(0, 0.8))})), "--safe", "0.99"]) == 2

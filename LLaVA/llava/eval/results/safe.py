@@ -74,7 +74,8 @@ def safe_ratios(rows: Sequence[Row], share: float) -> list[SafeRatios]:
 def keys_of(found: Sequence[SafeRatios]) -> list[str]:
     """Column keys that safe ratios are known of, in the order of the tables, and "Mean"."""
     known = set().union(*(one.ratios for one in found))
-    return [key for key in (*(column.key for column in shown_columns(known)), MEAN) if key in known]
+    columns = [column.key for column in shown_columns(known - {MEAN}) if column.key in known]
+    return [*columns, MEAN] if MEAN in known else columns
 
 
 def safe_cells(found: Sequence[SafeRatios]) -> Cells:
