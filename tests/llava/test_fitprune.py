@@ -29,9 +29,9 @@ from llava.pruning.methods.fitprune.recipe import Recipe, known_recipes, parse_r
 from tiny_llava import build, pixels, prompt
 
 FILE = golden_root() / "pruning" / "fitprune.json"
-GOLDEN = json.loads(FILE.read_text()) if FILE.exists() else {}
+GOLDEN = json.loads(FILE.read_text())
 SYSTEM, VISUAL, DEPTH = 35, 576, 32
-SAMPLES = range(3 if GOLDEN else 0)
+SAMPLES = range(3)
 
 N, LAYERS = 16, 4
 DELETED = (4, 5, 2, 1)
@@ -45,8 +45,7 @@ def arrays():
 
 def golden_cases(kind: str, array: str) -> list[str]:
     """The cases of a kind that this copy of the golden data holds; the small one has a few of each."""
-    keys = arrays() if GOLDEN else ()
-    return [key.rpartition("/")[0] for key in keys if key.startswith(f"{kind}/") and key.endswith(f"/{array}")]
+    return [key.rpartition("/")[0] for key in arrays() if key.startswith(f"{kind}/") and key.endswith(f"/{array}")]
 
 
 @cache
@@ -177,8 +176,6 @@ class TestGolden:
             assert alive.tolist() == unpacked(arrays()[f"{case}/kept_after_layer"][layer], sample)
 
     def test_the_published_recipes_are_known_by_name(self):
-        if not GOLDEN:
-            pytest.skip("no golden data")
         for percent, deleted in GOLDEN["published_recipes_llava15_7b"].items():
             assert list(read_recipe(f"llava-1.5-7b/{percent}").deleted) == deleted
 

@@ -260,9 +260,8 @@ def test_generate(case, configured):
         output_scores=True,
         **case["generate_kwargs"],
     )
-    if case["optional"] and out.sequences.tolist() != data["new_ids"].tolist():
-        pytest.skip("depends on details of transformers' generate (the bos that 4.37 put in front)")
     assert out.sequences.tolist() == data["new_ids"].tolist()
+    # Beams have no scores there, and a penalty counted the token that transformers 4.37 put in front.
     if not case["optional"]:
         np.testing.assert_allclose(out.scores[0], data["out_scores_first"], **TOLERANCES["logits"])
 

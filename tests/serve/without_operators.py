@@ -6,14 +6,14 @@ import re
 import sys
 from pathlib import Path
 
-DESCRIBED = re.compile(r"^@torch\.library\.register_fake\((.*)\)$", re.MULTILINE)
+DESCRIPTION = re.compile(r"^@(\S+\.register_fake\(.*\))$", re.MULTILINE)
 
 
 def main(site: str) -> None:
     """Make torchvision describe its operators only where they exist."""
     file = Path(site) / "torchvision" / "_meta_registrations.py"
-    described = r"@(torch.library.register_fake(\1) if torchvision.extension._has_ops() else lambda function: function)"
-    file.write_text(DESCRIBED.sub(described, file.read_text()))
+    where_loaded = r"@(\1 if torchvision.extension._has_ops() else lambda function: function)"
+    file.write_text(DESCRIPTION.sub(where_loaded, file.read_text()))
 
 
 if __name__ == "__main__":
