@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ import torch
 
 from llava.eval.rank import main as rank_main
 from llava.eval.rank import reference_rank
-from llava.pruning import PruningConfig, available_methods, kept_count, pruning, select
+from llava.pruning import Pruner, PruningConfig, available_methods, kept_count, pruning, registry, select
+from llava.pruning.base import INSIDE
 from llava.pruning.own_budget import NO_PATCH, count_of, distinct, effective_rank, patch_ids, patch_rows
 from llava.pruning.reduce import reduce_images
 from llava.pruning.tokens import ImageTokens
@@ -38,6 +41,13 @@ def tokens(seed: int, n: int = 20, rank: int = 8) -> torch.Tensor:
 
 def adaptive(reference: float, ratio: float = 0.4, method: str = "otprune") -> PruningConfig:
     return PruningConfig(method, ratio, options={"budget": "effective_rank", "reference_rank": reference})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtTheFirstLayer(Pruner):
+    """Inside the decoder, but at the input of its first layer."""
+
+    where: ClassVar[str] = INSIDE
 
 
 class TestEffectiveRank:
@@ -120,6 +130,18 @@ class TestBudget:
     def test_wrong_combinations_are_answered_in_one_sentence(self, method, ratio, layer, options, said):
         with pytest.raises(ValueError, match=said):
             PruningConfig(method, ratio, layer, options)
+
+    def test_a_drop_at_the_first_layers_input_is_not_one_before_the_decoder(self, monkeypatch):
+        monkeypatch.setitem(registry._TARGETS, "at_the_first_layer", f"{__name__}:AtTheFirstLayer")
+        with pytest.raises(ValueError, match="budget=effective_rank is for methods that drop before the decoder"):
+            adaptive(4.0, method="at_the_first_layer")
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_tokens_that_are_not_finite_are_refused_as_ever(self, value):
+        x = tokens(0)
+        x[3, 2] = value
+        with pytest.raises(ValueError, match="Visual tokens contain NaN or infinite values"):
+            reduce_images(adaptive(4.0).build_pruner(), [ImageTokens(x)], 0.4)
 
     def test_its_reference_is_measured_by_a_command(self, tmp_path, capsys):
         from PIL import Image

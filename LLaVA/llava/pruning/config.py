@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from llava.pruning.base import Pruner
+from llava.pruning.base import INSIDE, Pruner
 from llava.pruning.methods.ocvtp.variables import SWITCH as OCL_SWITCH
 from llava.pruning.methods.ocvtp.variables import as_typed, translated
 from llava.pruning.own_budget import check_own_budget
@@ -83,7 +83,7 @@ class PruningConfig:
             layer = pruner.default_layer if layer is None else int(layer)
             if not too_early:
                 pruner.check_budget(self.ratio, self.layer)
-                check_own_budget(pruner, self.ratio, layer)
+                check_own_budget(pruner, self.ratio, before=layer == 0 and pruner.where != INSIDE)
         except ValueError as error:
             raise ValueError(f"{method}: {error}") from None
         if too_early:

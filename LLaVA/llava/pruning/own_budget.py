@@ -23,7 +23,7 @@ def effective_rank(features: torch.Tensor) -> float:
     """
     # A Gram matrix has the singular values squared: float32 would lose the small ones, and Apple GPUs have no float64.
     device = "cpu" if features.device.type == "mps" else features.device
-    x = features.detach().to(device).double().nan_to_num()  # `reduce` refuses nan
+    x = features.detach().to(device).double().nan_to_num(0.0, 0.0, 0.0)  # `reduce` refuses what is not finite
     gram = x @ x.mT if len(x) <= x.shape[1] else x.mT @ x
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     shares = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
@@ -42,8 +42,11 @@ def count_of(pruner: Pruner, features: torch.Tensor, fraction: float) -> int:
     return pruner.kept_count(len(features), fraction)
 
 
-def check_own_budget(pruner: Pruner, ratio: float | None, layer: int | None) -> None:
-    """Refuse options by which images keep numbers of their own where a method cannot have them, with a `ValueError`."""
+def check_own_budget(pruner: Pruner, ratio: float | None, before: bool) -> None:
+    """Refuse options by which images keep numbers of their own where a method cannot have them, with a `ValueError`.
+
+    ``before`` says whether it drops before the decoder alone.
+    """
     rank, reference = pruner.budget == "effective_rank", pruner.reference_rank
     if reference is not None and not (math.isfinite(reference) and reference >= 1):
         raise ValueError(f"reference_rank must be a number >= 1, not {reference}")
@@ -55,7 +58,7 @@ def check_own_budget(pruner: Pruner, ratio: float | None, layer: int | None) -> 
     if reference is not None and not rank:
         raise ValueError(f"reference_rank={reference:g} goes with budget=effective_rank")
     chosen = [name for name, on in (("budget=effective_rank", rank), ("drop_duplicates", pruner.drop_duplicates)) if on]
-    if chosen and layer != 0:
+    if chosen and not before:
         raise ValueError(f"{chosen[0]} is for methods that drop before the decoder (LAYER_INDEX=0)")
     if rank and ratio is None:
         raise ValueError("budget=effective_rank divides a kept ratio among images, and these options take none")
