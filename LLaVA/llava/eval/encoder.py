@@ -214,11 +214,11 @@ def _image_of(tiles: Sequence[Tile | None]) -> int:
 
 
 def _drops_inside(config: PruningConfig) -> bool:
-    return config.build_pruner().where == INSIDE or bool(config.layer)
+    return config.build_pruner().where == INSIDE or config.layer != 0
 
 
 def _refuse_inside(config: PruningConfig) -> None:
-    if _drops_inside(config):
+    if _drops_inside(config) and config.build_pruner().later is None:
         raise ValueError(f"{config.method} drops tokens inside the decoder, and none before it")
 
 

@@ -18,6 +18,7 @@ from llava.eval.encoder import EVERYTHING, Encoder, TransformersEncoder
 from llava.eval.views import NOTHING
 from llava.pruning import PruningConfig, pruning
 from tiny_llava import build, save_tower
+from tiny_methods import TWICE
 from tiny_processors import PROCESSORS, tiny_processor
 from tiny_vlms import tiny
 
@@ -127,12 +128,13 @@ def test_paint_changes_the_tokens_that_are_drawn_there(looking, request):
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_next", "qwen2_5_vl", "smolvlm"])
-@pytest.mark.parametrize("method", ["otprune", "visionzip", "fastv"])
+@pytest.mark.parametrize("method", ["otprune", "visionzip", "fastv", "vscan"])
 def test_what_is_kept_is_what_the_session_counts(name, method):
     """Before the decoder and inside it, of two images in one prompt, tiles with a budget of their own put together."""
     looking = encoder(name)
     images = [noise(random.Random(1)), noise(random.Random(2))]
-    config = PruningConfig(method, 0.3)
+    whole = {"local_layer": 3} if name == "qwen2_5_vl" else {}  # its other layers look at windows
+    config = PruningConfig(method, 0.3, options=TWICE | whole if method == "vscan" else {})
     kept = looking.kept(images, config)
     with pruning(looking.model, config) as session, torch.no_grad():
         looking.model(**looking._inputs(images))
