@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
-from llava.pruning import PruningConfig, apply_switch, prune, pruning, unprune
+from llava.pruning import Pruner, PruningConfig, apply_switch, kept_count, prune, pruning, registry, unprune
+from llava.pruning.base import INSIDE
 from tiny_vlms import IMAGE, SPECIAL, Picture, tiny
 
 ROW = [3, 4, Picture(0), 5, 6]
@@ -112,6 +115,43 @@ def test_layers_that_run_twice_cannot_drop():
     model.gradient_checkpointing_enable()
     with pruning(model, "fastv", ratio=0.3), pytest.raises(NotImplementedError, match="gradient checkpointing"):
         model(**family.inputs([ROW]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoLayers(Pruner):
+    """Looks at the attention in the layer of the drop as well as in the one before."""
+
+    where: ClassVar[str] = INSIDE
+    needs: ClassVar[frozenset[str]] = frozenset({"last_attention", "next_attention"})
+    first_layer: ClassVar[int] = 1
+    default_layer: ClassVar[int] = 2
+
+    def select(self, tokens):
+        both = (tokens.last_attention + tokens.next_attention).mean(dim=-1)
+        return both.argsort(dim=-1, descending=True)[:, : tokens.k]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestState(Pruner):
+    """Looks at no attention."""
+
+    where: ClassVar[str] = INSIDE
+    needs: ClassVar[frozenset[str]] = frozenset({"states"})
+    first_layer: ClassVar[int] = 1
+    default_layer: ClassVar[int] = 1
+
+    def select(self, tokens):
+        return tokens.states.norm(dim=-1).argsort(dim=-1, descending=True)[:, : tokens.k]
+
+
+@pytest.mark.parametrize(("name", "method"), [("llava", TwoLayers), ("qwen3_5", LargestState)])
+def test_a_method_gets_what_it_needs_of_each_layer(name, method, monkeypatch):
+    """Of Qwen3.5's first layers, which have no attention, the states."""
+    monkeypatch.setitem(registry._TARGETS, "own", f"{__name__}:{method.__name__}")
+    with pruning(tiny(name).model, "own", ratio=0.25) as report:
+        assert logits(name).isfinite().all()
+        [(total, kept)] = report.visual_token_counts
+        assert kept == kept_count(total, 0.25)
 
 
 @pytest.mark.parametrize("method", ["divprune", "fastv"])

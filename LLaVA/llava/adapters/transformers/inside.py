@@ -32,10 +32,12 @@ from llava.pruning.rows import (
 )
 from llava.pruning.signals import DECODER_SIGNALS
 
+STATES = frozenset({"states", "text_states"})
+"""The input of the layer at which tokens are dropped."""
 AHEAD = frozenset({"next_attention"})
-"""Attention of the layer at whose input tokens are dropped: it is run up to there once more."""
-BEFORE = DECODER_SIGNALS - AHEAD
-"""Attention of the layer before."""
+"""Attention of that layer: it is run up to there once more."""
+BEFORE = DECODER_SIGNALS - AHEAD - STATES
+"""Attention, or keys, of the layer before."""
 WITHOUT_KEYS = ("linear_attention", "conv")
 """Kinds of layers that keep a running state instead of keys and values."""
 
@@ -93,8 +95,9 @@ class InsideDecoder:
             raise ValueError(f"{kind} ranks by all attention heads, which tensor parallel processes share")
         if pruner.position_ids == "compact":
             raise ValueError("positions cannot be renumbered inside the decoder of a model of transformers (compact)")
-        for layer in self.schedule if pruner.needs & DECODER_SIGNALS else ():
-            looked_at = layer if pruner.needs & AHEAD else layer - 1
+        looks = {layer for layer in self.schedule if pruner.needs & AHEAD}
+        looks |= {layer - 1 for layer in self.schedule if pruner.needs & BEFORE}
+        for looked_at in sorted(looks):
             if not hasattr(self.layers[looked_at], "self_attn"):
                 raise ValueError(f"{kind} ranks by the attention of decoder layer {looked_at}, which has none")
         self._handles: list[Any] = []
@@ -219,7 +222,7 @@ class InsideDecoder:
             return hidden
         if depth in self._ahead:
             self._look_ahead(depth, layer, args, self._fitting(depth, hidden, kwargs) | {"hidden_states": hidden})
-        if self.pruner.needs & {"states", "text_states"}:
+        if self.pruner.needs & STATES:
             self._seen["states"] = self.decoder.norm(hidden.detach()).to(hidden.device)
         fraction = self.schedule[depth]
         self._rows = drop_image_tokens(self._rows, self._images, self.pruner, fraction, self._seen)
@@ -302,7 +305,7 @@ class InsideDecoder:
 
         def look(call: Call) -> None:
             assert self._rows is not None
-            self._seen = decoder_signals(self.pruner.needs & AHEAD, call, self._rows, None)
+            self._seen |= decoder_signals(self.pruner.needs & AHEAD, call, self._rows, None)
             raise _Seen
 
         watch = self._ahead[depth]
