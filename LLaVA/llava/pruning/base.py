@@ -57,7 +57,8 @@ class Pruner:
     varies : bool
         Whether the number of kept tokens depends on the image rather than on the budget alone.
     later : Pruner or None
-        The method that drops at the layers of the schedule after its first, where that is another one.
+        The method that drops at the layers of the schedule after its first, where that is another one. It may look at
+        the decoder's signals alone, and keeps as many tokens as this one's `kept_count`.
     after_attention : bool
         Whether what is dropped at a layer's input leaves in the layer before already, between its attention and the
         output projection. There, and only there, ``visual_attention`` and ``text_attention`` are known.

@@ -130,15 +130,10 @@ class VScan(AttentionRanked):
         assert ratio is not None  # check_budget's
         deep = num_layers - middle
         first = ratio * num_layers / (middle + deep * self.second_ratio)
-        # Where all tokens enter the decoder, the second drop leaves more, so that the mean is met.
-        return (
-            ((0, first), (middle, first * self.second_ratio))
-            if first < 1
-            else (
-                (0, 1.0),
-                (middle, (ratio * num_layers - middle) / deep),
-            )
-        )
+        if first < 1:
+            return ((0, first), (middle, first * self.second_ratio))
+        # All tokens enter the decoder: the second drop leaves more, so that the mean is met.
+        return ((0, 1.0), (middle, (ratio * num_layers - middle) / deep))
 
     @property
     def needs(self) -> frozenset[str]:
