@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from llava.pruning import kernels
-from llava.pruning.kernels.greedy import Shape, agree
+from llava.pruning.kernels.blocks import Shape, agree, launch
 from llava.pruning.kernels.ranking import lowest_of_largest, rank_index
 
 
@@ -29,7 +29,7 @@ def facility_select(
     """
     multiprocessors = kernels.multiprocessors(similarity.device)
     shape = shape_for(similarity.shape[-1], multiprocessors)
-    images = len(similarity) if shape.blocks == 1 else multiprocessors // shape.blocks
+    images = shape.images_at_once(len(similarity), multiprocessors)
     return select_in_shape(similarity, k, weight, served, shape, images)
 
 
@@ -43,37 +43,12 @@ def select_in_shape(
 ) -> torch.Tensor:
     """`facility_select` with the work spread in this shape, so many images per launch."""
     batch, n, _ = similarity.shape
-    similarity = similarity.contiguous()
     # Every block keeps its own copy of how well each token is served.
     now = similarity.new_zeros(batch, shape.blocks, n)
     if served is not None:
         now.copy_(served[:, None])
     weights = now if weight is None else weight.float().contiguous()
-    bids = torch.zeros(batch, k if shape.blocks > 1 else 0, shape.blocks, dtype=torch.int64, device=now.device)
-    order = torch.empty(batch, k, dtype=torch.int64, device=now.device)
-    with torch.cuda.device_of(similarity):  # Triton launches on the current device
-        for first in range(0, batch, images):
-            _facility[(min(images, batch - first) * shape.blocks,)](
-                similarity,
-                weights,
-                now,
-                bids,
-                order,
-                first,
-                n,
-                k,
-                shape.blocks,
-                WEIGHTED=weight is not None,
-                SEVERAL=shape.blocks > 1,
-                COLUMNS=shape.columns,
-                ROWS=shape.rows,
-                LANES=32 * shape.warps,
-                num_warps=shape.warps,
-                enable_fp_fusion=True,
-                # Blocks that wait for each other have to run at the same time; the driver refuses a launch that cannot.
-                launch_cooperative_grid=shape.blocks > 1,
-            )
-    return order
+    return launch(_facility, similarity, k, shape, images, weights, now, WEIGHTED=weight is not None)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -87,11 +62,11 @@ def _facility(
     n,
     k,
     blocks,
-    WEIGHTED: tl.constexpr,
     SEVERAL: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):
     """Steps of `facility_select` for one block's columns of one image, counted from the ``first`` on.
 
