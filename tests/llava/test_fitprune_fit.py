@@ -499,7 +499,7 @@ class TestData:
         assert len({find_questions("mini", *chosen).digest for chosen in ((40, 2), (40, 3), (39, 2))}) == 3
         # This one has a single object, and the first twenty questions that come to mind do not fit it.
         assert find_questions("mini", 131, seed=7).open(130)[1].strip()
-        with pytest.raises(ValueError, match="at least one sample to be fitted on, not 0"):
+        with pytest.raises(ValueError, match="at least one sample is needed to learn from, not 0"):
             find_questions("mini", 0)
 
     def test_a_prompt_is_the_benchmarks_conversation_without_an_answer(self, model):

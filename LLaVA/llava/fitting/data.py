@@ -107,7 +107,7 @@ def find_questions(source: str, count: int, seed: int = 0, image_folder: str | P
         If a file or task cannot be read, no sample is asked for, or there is none.
     """
     if count < 1:
-        raise ValueError(f"a recipe needs at least one sample to be fitted on, not {count}")
+        raise ValueError(f"at least one sample is needed to learn from, not {count}")
     if source == MINI:
         return _mini(count, seed)
     if source == PAGES:

@@ -60,7 +60,7 @@ class Prompts:
         name = self.source.names[number]
         image, question = self.source.open(number)
         if not question.strip():
-            raise ValueError(f"image {name}: nothing is asked; FitPrune reads what the question attends to")
+            raise ValueError(f"image {name}: nothing is asked; what is read is what the question attends to")
         turns = conv_templates[self.conversation].copy()
         turns.append_message(turns.roles[0], f"{self._mark}\n{question}")
         turns.append_message(turns.roles[1], None)

@@ -190,11 +190,8 @@ class VisualStore(VisualCache):
                 path = self._path(key, name)
                 if not self._full and not path.exists():
                     self._write(path, values)
-        except (
-            OSError,
-            SafetensorError,
-            NotImplementedError,
-        ) as error:  # the last without locks
+        except (OSError, SafetensorError, NotImplementedError) as error:
+            # The last on network file systems without locks.
             self._full = True
             _logger.warning("encoded images are not stored any more: %s", error)
 
