@@ -17,7 +17,7 @@ from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
 from llava.eval.latency.methods import read_methods
 from llava.eval.latency.models import load, prompts
-from llava.pruning import PruningConfig, available_methods, kept_count
+from llava.pruning import PruningConfig, available_methods, kept_count, own_budget
 from tiny_vlms import tiny as tiny_vlm
 
 CPU = torch.device("cpu")
@@ -137,6 +137,18 @@ class TestPrefill:
         monkeypatch.setattr(tiny, "set_pruning", switch_slowly)
         for row in prefill.measure(tiny, read_methods(["otprune"], 0.25), batch=1, new_tokens=1, repetitions=2):
             assert row["ms"]["total"]["worst"] < 1e3 * 100
+
+    def test_what_an_images_own_budget_takes_is_selection(self, tiny, monkeypatch):
+        seconds = itertools.count()  # every look at the clock takes one
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: next(seconds))
+
+        def found_slowly(features):
+            return float(len(list(itertools.islice(seconds, 1000))))
+
+        monkeypatch.setattr(own_budget, "effective_rank", found_slowly)
+        configs = read_methods(["otprune:budget=effective_rank:reference_rank=1000"], 0.25)
+        _, row = prefill.measure(tiny, configs, batch=1, new_tokens=1, repetitions=1)
+        assert row["visual_tokens"] == 16 and row["ms"]["selection"]["median"] >= 1e3 * 1000
 
 
 class TestModelsOfTransformers:

@@ -17,6 +17,7 @@ from llava.eval.latency.models import is_llava, prompts, set_pruning, tokens_per
 from llava.model.image_tokens import encode
 from llava.pruning import PruningConfig
 from llava.pruning.base import Pruner
+from llava.pruning.own_budget import count_of
 from llava.pruning.reduce import reduce
 from llava.pruning.rows import cache_of
 
@@ -164,6 +165,7 @@ def parts_of(watch: Stopwatch, model: torch.nn.Module) -> Iterator[None]:
         encoding = patch.object(model.base_model, "get_image_features", timed(VISION, features))
     with (
         encoding,
+        patch("llava.pruning.reduce.count_of", timed(SELECTION, count_of)),
         patch("llava.pruning.reduce.reduce", timed(SELECTION, reduce)),  # before the decoder
         patch.object(Pruner, "reduce", timed(SELECTION, Pruner.reduce)),  # inside
     ):
