@@ -10,15 +10,19 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from llava.eval.encoder import TransformersEncoder
 from llava.eval.rank import main as rank_main
-from llava.eval.rank import reference_rank
+from llava.eval.rank import ranks_of, reference_rank
 from llava.pruning import Pruner, PruningConfig, available_methods, kept_count, pruning, registry, select
 from llava.pruning.base import INSIDE
 from llava.pruning.own_budget import NO_PATCH, count_of, distinct, effective_rank, patch_ids, patch_rows
 from llava.pruning.reduce import reduce_images
 from llava.pruning.tokens import ImageTokens
 from tiny_llava import build, pad_rows, pixels, prompt, save_tower
+from tiny_processors import tiny_processor
+from tiny_vlms import tiny
 
 BEFORE = [name for name, info in available_methods().items() if info.needs <= {"image_keys"} and name != "vtw"]
 
@@ -143,9 +147,17 @@ class TestBudget:
         with pytest.raises(ValueError, match="Visual tokens contain NaN or infinite values"):
             reduce_images(adaptive(4.0).build_pruner(), [ImageTokens(x)], 0.4)
 
-    def test_its_reference_is_measured_by_a_command(self, tmp_path, capsys):
-        from PIL import Image
+    def test_its_reference_is_of_tiles_where_each_has_a_budget_of_its_own(self):
+        looking = TransformersEncoder(tiny("smolvlm").model, tiny_processor("smolvlm"))
+        image = Image.effect_noise((100, 60), 80).convert("RGB")
+        ranks = ranks_of(looking, [image])
+        with torch.no_grad(), pruning(looking.model, adaptive(reference_rank(ranks), 0.3)) as session:
+            looking.model(**looking._inputs([image]))
+            totals, kept = zip(*session.visual_token_counts, strict=True)
+        assert totals == tuple(total for total, _ in ranks) and len(totals) > 1
+        assert sum(kept) / sum(totals) == pytest.approx(0.3, abs=0.5 * len(totals) / sum(totals))
 
+    def test_its_reference_is_measured_by_a_command(self, tmp_path, capsys):
         for number, color in enumerate(("white", "black")):
             Image.new("RGB", (40, 30), color).save(tmp_path / f"{number}.png")
         assert rank_main(["--image-folder", str(tmp_path), "--images", "2"]) == 0

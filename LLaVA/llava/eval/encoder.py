@@ -72,8 +72,13 @@ class Encoder:
 
     def encode(self, image: Image.Image, config: PruningConfig, query: str = "") -> ImageTokens:
         """An image's visual tokens, with what the method specifies of the encoder; a `ValueError` if it has none."""
-        [units], _, _ = self._encoded([image], config, query)
+        units = self.units(image, config, query)
         return _joined(units, reduce_images(None, units, 1.0))[0]
+
+    def units(self, image: Image.Image, config: PruningConfig, query: str = "") -> list[ImageTokens]:
+        """The same by what has a budget of its own: the image, or in some models each of its tiles."""
+        [units], _, _ = self._encoded([image], config, query)
+        return units
 
     def reduce(self, image: Image.Image, config: PruningConfig, query: str = "") -> tuple[ImageTokens, KeptTokens]:
         """All visual tokens, and those that go on; a `ValueError` for a method that drops inside the decoder."""

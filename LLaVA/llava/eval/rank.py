@@ -20,9 +20,9 @@ from llava.pruning.own_budget import effective_rank
 
 
 def ranks_of(encoder: Encoder, images: Sequence[Image.Image]) -> list[tuple[int, float]]:
-    """(visual tokens, effective rank) of each image."""
-    features = (encoder.encode(image, PruningConfig("uniform", 0.5)).features for image in images)
-    return [(len(one), effective_rank(one)) for one in features]
+    """(visual tokens, effective rank) of each image, or of each tile where these have budgets of their own."""
+    units = (unit for image in images for unit in encoder.units(image, PruningConfig("uniform", 0.5)))
+    return [(len(one), effective_rank(one.features)) for one in units]
 
 
 def reference_rank(ranks: Sequence[tuple[int, float]]) -> float:
@@ -51,7 +51,7 @@ def _measure(found: argparse.Namespace) -> None:
         own = ranks_of(encoder, images)
         every += own
         values = [rank for _, rank in own]
-        print(f"{name}: {len(own)} images, mean {reference_rank(own):.1f}, {min(values):.1f} to {max(values):.1f}")
+        print(f"{name}: {len(images)} images, mean {reference_rank(own):.1f}, {min(values):.1f} to {max(values):.1f}")
     print(f"reference_rank={reference_rank(every):.1f}")
 
 
