@@ -114,3 +114,11 @@ def test_a_published_shape_is_counted_without_a_checkpoint():
     # 7.07e9 weights of the decoder's layers and head, 0.67e9 of the tower: twice as many FLOPs a token, or patch.
     weights = sum(cost.linear for cost in shape.decoder.costs) + shape.decoder.hidden * shape.decoder.vocabulary
     assert weights == pytest.approx(7.07e9, rel=0.01)
+
+
+def test_llava_mini_is_the_same_decoder_in_both_formats():
+    own, other = flops.load_shape("llava-mini"), flops.load_shape("llava-mini-hf")
+    assert other.visual_tokens == own.visual_tokens
+    tokens = [60 + own.visual_tokens] * own.decoder.layers
+    own, other = (flops.exact_flops(shape, tokens) for shape in (own, other))
+    assert (other.projector, other.decoder) == (own.projector, own.decoder)

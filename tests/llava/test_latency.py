@@ -269,7 +269,7 @@ class TestSuite:
             "BASELINE": "OTPRUNE",
             "SUBSET_RATIO": "0.2",
             "LAYER_INDEX": "0",
-            "OTPRUNE_COMPAT": "True",
+            "OTPRUNE_COMPAT": "1",
         }
         assert switches[8] == {"BASELINE": "FASTV", "SUBSET_RATIO": "0.2", "LAYER_INDEX": "3"}
         assert PruningConfig.from_env(switches[4]).build_pruner().compat
@@ -299,6 +299,12 @@ class TestCommandLine:
         assert main([*command, "--device", "cpu", "--output", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert "| TTFT / unpruned |" in printed and "2 images, 2 questions each:" in printed
+
+    def test_prefill_takes_llava_mini_in_transformers_format(self, tmp_path):
+        command = ["prefill", "--model", "llava-mini-hf", "--batch", "1", "--repetitions", "1", "--device", "cpu"]
+        assert main([*command, "--output", str(tmp_path)]) == 0
+        rows = json.loads((tmp_path / "prefill.json").read_text())["rows"]
+        assert [row["visual_tokens"] for row in rows] == [576, 56]
 
     def test_a_finished_measurement_stays(self, tmp_path, capsys):
         command = ["select", "--sizes", "9:2", "--width", "4", "--repetitions", "1", "--output", str(tmp_path)]

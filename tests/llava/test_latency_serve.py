@@ -60,12 +60,18 @@ def test_a_server_is_started_with_each_method_and_stopped(run, tmp_path):
     assert log.endswith("--trust-request-mm-kwargs --dtype float32\n")
 
 
+def test_a_server_that_does_not_stop_is_killed(run, monkeypatch):
+    monkeypatch.setattr(serve, "STOP_SECONDS", 0.1)
+    rows = run("--model", "folder", "--concurrency", "1", "--", "--stubborn")["rows"]
+    assert [row["method"] for row in rows] == ["unpruned", "otprune"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--url", "http://127.0.0.1:1"], "no server answers at http://127.0.0.1:1"),
         (["--url", "http://127.0.0.1:1", "--model", "folder"], "--url measures a server that runs"),
-        (["--model", "folder", "--method", "fastv"], "fastv drops tokens inside the decoder"),
+        (["--vllm", "/no/vllm", "--method", "divprune,fastv"], "fastv drops tokens inside the decoder"),
         (["--model", "folder", "--", "--break"], "vllm serve ended with status 1: ValueError: there is no such option"),
         (["--model", "folder", "--concurrency", "3"], "1 of 32 requests failed, 3 at once with ratio 1.0"),
         (["--model", "folder", "--vllm", "/no/vllm"], "/no/vllm is not there: pip install vllm"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ def serve(options: list[str]) -> None:
     print("BASELINE", os.environ.get("BASELINE"), "SUBSET_RATIO", os.environ.get("SUBSET_RATIO"), *options, flush=True)
     if "--break" in options:
         raise ValueError("there is no such option")
+    if "--stubborn" in options:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ThreadingHTTPServer(("127.0.0.1", int(options[options.index("--port") + 1])), Server).serve_forever()
 
 

@@ -38,7 +38,7 @@ def transformers_config(model: str) -> Any | None:
     Parameters
     ----------
     model : str
-        A name in `PUBLISHED`, a family (its default configuration), a checkpoint folder or a hub id.
+        A name in `PUBLISHED`, a family (its default configuration), a checkpoint folder, a hub id or "llava-mini-hf".
 
     Raises
     ------
@@ -47,28 +47,29 @@ def transformers_config(model: str) -> Any | None:
     ValueError
         If it is a model of a family that cannot be pruned.
     """
-    from llava.model.builder import EMBEDDED_MODEL, read_config, resolve_model_path
-
-    named = model != EMBEDDED_MODEL and "/" not in model and not Path(model).is_dir()
-    known = {} if named and _is_named(model) else read_config(resolve_model_path(model))
-    if known and ("vision_config" not in known or "mm_vision_tower" in known):
-        return None
     from transformers import AutoConfig
 
+    from llava import hf
     from llava.adapters.transformers import FAMILIES
+    from llava.model.checkpoint import is_of_transformers, read_config, resolve_model_path
 
-    if not known:
+    if is_configuration(model):
         kind, settings = PUBLISHED.get(model, (model, {}))
         return AutoConfig.for_model(kind, **settings)
+    path = resolve_model_path(hf.path_of(model))
+    known = read_config(path)
+    if not is_of_transformers(known):
+        return None
     if known.get("model_type") not in FAMILIES:
         raise ValueError(f"{model} is a {known.get('model_type')!r} model; supported: {', '.join(sorted(FAMILIES))}")
-    return AutoConfig.from_pretrained(resolve_model_path(model))
+    return AutoConfig.from_pretrained(path)
 
 
-def _is_named(model: str) -> bool:
+def is_configuration(model: str) -> bool:
+    """Whether a name stands for a configuration alone, of a family or in `PUBLISHED`, and not for weights."""
     from llava.adapters.transformers import FAMILIES
 
-    return model in PUBLISHED or model in FAMILIES
+    return (model in PUBLISHED or model in FAMILIES) and not Path(model).is_dir()
 
 
 def reads_whole(config: Any) -> bool:

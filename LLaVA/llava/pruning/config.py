@@ -182,6 +182,14 @@ class PruningConfig:
         except ValueError as error:
             raise ValueError(f"{text}: {error}") from None
 
+    def to_env(self) -> dict[str, str]:
+        """The variables that `from_env` reads this configuration from."""
+        method = self.method.upper()
+        values = {f"{method}_{name.upper()}": value for name, value in self.options.items()}
+        values |= {RATIO: self.ratio, LAYER: self.layer}
+        given = {name: int(value) if isinstance(value, bool) else value for name, value in values.items()}
+        return {"BASELINE": method} | {name: str(value) for name, value in given.items() if value is not None}
+
     def build_pruner(self) -> Pruner:
         """The method with these options."""
         return method_class(self.method)(**self.options)

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -63,14 +62,7 @@ class Job:
     @property
     def switch(self) -> dict[str, str]:
         """The pruning as environment variables."""
-        pruning = self.pruning
-        if pruning is None:
-            return {}
-        method = pruning.method.upper()
-        switch: dict[str, Any] = {f"{method}_{name.upper()}": value for name, value in pruning.options.items()}
-        switch |= {"SUBSET_RATIO": pruning.ratio, "LAYER_INDEX": pruning.layer}
-        given = {name: int(value) if isinstance(value, bool) else value for name, value in switch.items()}
-        return {"BASELINE": method} | {name: str(value) for name, value in given.items() if value is not None}
+        return {} if self.pruning is None else self.pruning.to_env()
 
     @property
     def label(self) -> str:

@@ -75,10 +75,10 @@ def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[st
 
 
 def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
+    configs = read_methods(arguments.method, arguments.ratio)
     model = load(arguments.model, arguments.device, arguments.dtype, arguments.attention)
     if getattr(arguments, "pope", None) and not is_llava(model):
         raise ValueError(f"--pope needs a LLaVA, whose encoded images can be remembered, not {arguments.model}")
-    configs = read_methods(arguments.method, arguments.ratio)
     new_tokens = 1 if arguments.command == "prefill" else arguments.new_tokens
     rows = []
     for batch in arguments.batch:
@@ -136,9 +136,11 @@ def _serve(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str
     width, height = arguments.image
     load = serve.Load(**{name: getattr(arguments, name) for name in names}, width=width, height=height)
     report.about = f"medians of {load.repetitions} measurements of {load.requests} requests or more"
-    rows = []
-    for name, config in read_methods(arguments.method, arguments.ratio).items():
+    configs = read_methods(arguments.method, arguments.ratio)
+    for config in configs.values():
         check_servable(config)
+    rows = []
+    for name, config in configs.items():
         if arguments.url:
             server = nullcontext(arguments.url.rstrip("/"))
         else:

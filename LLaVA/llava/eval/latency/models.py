@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from llava import hf
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.flops import SHAPES, USUAL_TEXT
-from llava.flops.made_up import PUBLISHED, made_up_prompts, transformers_config
+from llava.flops.made_up import is_configuration, made_up_prompts, transformers_config
 from llava.pruning import PruningConfig
 
 SYSTEM_PROMPT = 35
@@ -67,14 +67,10 @@ def load(name: str, device: torch.device, dtype: torch.dtype, attention: str) ->
 def _of_transformers(name: str, config: Any, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
     """A checkpoint's model; of a family or a published shape, one with random weights."""
     from transformers import AutoModelForImageTextToText
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    from llava.model.builder import resolve_model_path
 
     settings = {"dtype": dtype, "attn_implementation": attention}
-    if name not in PUBLISHED and (name not in CONFIG_MAPPING or Path(name).is_dir()):
-        path = resolve_model_path(name)
-        return AutoModelForImageTextToText.from_pretrained(path, **settings).to(device).eval()
+    if not is_configuration(name):
+        return AutoModelForImageTextToText.from_pretrained(hf.path_of(name), **settings).to(device).eval()
     with _random_weights(device):
         model = AutoModelForImageTextToText.from_config(config, **settings)
     return _endless(model.to(device))

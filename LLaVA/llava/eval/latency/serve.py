@@ -30,14 +30,15 @@ from tqdm import tqdm
 from llava.adapters.vllm.switch import RATIO
 from llava.command import EMBEDDED
 from llava.eval.latency.methods import UNPRUNED
-from llava.eval.latency.suite import environ_with, switch_of
+from llava.eval.latency.suite import environ_with
+from llava.hf import path_of
 from llava.pruning import PruningConfig
 
 RANDOM = "random"
 DECODER = {"hidden_size": 1024, "intermediate_size": 2736, "num_hidden_layers": 12, "head_dim": 64}
 DECODER |= {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048}
 """152 M parameters: as much as a CPU reads in a tenth of a second, and enough for the prompt's length to count."""
-START_SECONDS = 1800
+START_SECONDS, STOP_SECONDS = 1800, 60
 LOOK_SECONDS = 0.2
 """Between two looks at the KV cache."""
 
@@ -253,7 +254,7 @@ def started(vllm: str, model: str, config: PruningConfig, options: Sequence[str]
         command += ["--trust-request-mm-kwargs", *options]
         try:
             process = subprocess.Popen(
-                command, env=environ_with(switch_of(config)), stdout=output, stderr=subprocess.STDOUT
+                command, env=environ_with(config.to_env()), stdout=output, stderr=subprocess.STDOUT
             )
         except FileNotFoundError:
             raise OSError(f"{vllm} is not there: pip install vllm, or name the program with --vllm") from None
@@ -262,7 +263,11 @@ def started(vllm: str, model: str, config: PruningConfig, options: Sequence[str]
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
@@ -288,7 +293,7 @@ def _reason(output: str) -> str:
 def _folder_of(model: str, folder: Path) -> str:
     """What vLLM loads: llava-mini, and the random decoder behind its tower, are written first."""
     if model not in (EMBEDDED, RANDOM):
-        return model
+        return path_of(model)
     from llava.serve.export_hf import export, published_name
 
     export(EMBEDDED, folder / EMBEDDED)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from llava.benchmark_tasks import task_folders
 from llava.eval.latency.methods import UNPRUNED, read_methods
 from llava.eval.latency.report import add_ratios
-from llava.pruning import PruningConfig
 from llava.runtime import forget_place
 
 TASKS = ["mini_pope", "mini_gqa"]
@@ -75,7 +74,7 @@ def measure(
     names = list(dict.fromkeys([UNPRUNED, *configs]))
     with tqdm(total=len(names) * len(settings), desc="suite", unit=" runs") as bar:
         for method in names:
-            switch = switch_of(configs.get(method))
+            switch = {"BASELINE": "ORIG"} if method == UNPRUNED else configs[method].to_env()
             for batch, cached in settings:
                 arguments = f"pretrained={pretrained},device={device},visual_cache={2**28 if cached else 'off'}"
                 place = folder / f"{method}_batch{batch}_{'cache' if cached else 'no_cache'}"
@@ -83,17 +82,6 @@ def measure(
                 rows.append({"method": method, "batch": batch, "cached": cached, **found})
                 bar.update()
     return add_ratios(rows)
-
-
-def switch_of(config: PruningConfig | None) -> dict[str, str]:
-    """The environment variables that say the same."""
-    if config is None:
-        return {"BASELINE": "ORIG"}
-    name = config.method.upper()
-    switch = {"BASELINE": name, "SUBSET_RATIO": str(config.ratio)}
-    if config.layer is not None:
-        switch["LAYER_INDEX"] = str(config.layer)
-    return switch | {f"{name}_{option.upper()}": str(value) for option, value in config.options.items()}
 
 
 def environ_with(switch: Mapping[str, str]) -> dict[str, str]:
