@@ -60,7 +60,7 @@ def measure(
     if len(models) != 1:
         raise ValueError(f"distances are measured with one model, and these runs are of {', '.join(sorted(models))}")
     if folder is None and not all("mini suite" in row.notes for row, _ in configs):
-        raise ValueError("the images of the published benchmarks are not at hand: give a folder (--picture-folder)")
+        raise ValueError("the images of the published benchmarks are not at hand: give a folder (--image-folder)")
     group = next((run.group for row, _ in configs for run in row.runs), PAPER)
     shown = images_of_suite(images, group) if folder is None else {MEAN: images_of_folder(folder, images)}
     encoder = Encoder.load(models.pop(), device)
