@@ -32,9 +32,10 @@ def anyres(tmp_path_factory):
     )
 
 
-def test_a_slot_map_covers_the_patches_and_shows_what_is_kept(anyres, tmp_path):
+@pytest.mark.parametrize("budget", [{}, {"budget": "effective_rank", "reference_rank": 100.0}])
+def test_a_slot_map_covers_the_patches_and_shows_what_is_kept(anyres, tmp_path, budget):
     image = Image.effect_noise((84, 112), 80).convert("RGB")
-    config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path)})
+    config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path), **budget})
     encoder = Encoder(anyres, anyres.get_vision_tower().image_processor)
     found, views = slot_map(encoder, image, config), encoder.views([image])[0]
     patches = np.concatenate([view.patches.ravel() for view in views])
@@ -59,10 +60,11 @@ def test_slots_have_their_colour_and_dropped_patches_none():
     assert len(right.collections[0].get_offsets()) == 1
 
 
-def test_slots_of_single_crops_are_not_drawn(tmp_path):
-    config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path), "per_crop": True})
-    with pytest.raises(ValueError, match="leave out OCVTP_PER_CROP"):
-        slot_map(None, None, config)
+def test_slots_of_single_crops_or_of_distinct_patches_are_not_drawn(tmp_path):
+    for option in ("per_crop", "drop_duplicates"):
+        config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path), option: True})
+        with pytest.raises(ValueError, match=f"leave out OCVTP_{option.upper()}"):
+            slot_map(None, None, config)
 
 
 def test_the_options_of_a_token_map_come_from_the_environment(monkeypatch, tmp_path):

@@ -13,8 +13,9 @@ from PIL import Image
 
 from llava.eval.encoder import Encoder
 from llava.eval.views import View
-from llava.pruning import PruningConfig, kept_count
+from llava.pruning import PruningConfig
 from llava.pruning.methods.ocvtp.pruner import claims
+from llava.pruning.own_budget import count_of
 from llava.pruning.tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -44,13 +45,20 @@ class SlotMap:
 
 @torch.no_grad()
 def slot_map(encoder: Encoder, image: Image.Image, config: PruningConfig) -> SlotMap:
-    """The slots of one image, as ``config`` (of the method ocvtp) has them; a `ValueError` for slots per crop."""
+    """The slots of one image, as ``config`` (of the method ocvtp) has them.
+
+    Raises
+    ------
+    ValueError
+        If the slots are of single crops, or of distinct patches alone.
+    """
     pruner = config.build_pruner()
-    if pruner.per_crop:
-        raise ValueError("the slots of single crops are not drawn: leave out OCVTP_PER_CROP")
+    for option in ("per_crop", "drop_duplicates"):
+        if getattr(pruner, option):
+            raise ValueError(f"only slots of all tokens are drawn: leave out OCVTP_{option.upper()}")
     found = encoder.encode(image, config)
     n = len(found.features)
-    k = kept_count(n, config.ratio) if pruner.target is None else min(pruner.target, n)
+    k = count_of(pruner, found.features, config.ratio) if pruner.target is None else min(pruner.target, n)
     tokens = VisualTokens.of([found], k)
     attention = pruner.slot_attention(tokens, 0, k)
     slot = torch.where(torch.isinf(attention[0]), NONE, attention.argmax(dim=0))
