@@ -53,6 +53,13 @@ def lines(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
 
+def test_the_json_table_says_which_metric_a_column_of_no_benchmark_shows(folder):
+    tasks = {"vqav2_val": {"metrics": {"exact_match": 0.5}}, "mini_pope": {"metrics": {"pope_f1_score": 0.8}}}
+    columns = json.loads(build_table(load_runs([folder(run(tasks=tasks))])).render("json"))["columns"]
+    assert [column["key"] for column in columns] == [*(column.key for column in COLUMNS), "vqav2_val"]
+    assert columns[-1] == {"key": "vqav2_val", "tasks": ["vqav2_val"], "metric": "exact_match"}
+
+
 def test_a_row_stands_for_each_configuration_and_a_column_for_each_benchmark(folder):
     header, _, unpruned, pruned = lines(
         build_table(load_runs([folder(run(), run(method="otprune"))])).render("markdown")

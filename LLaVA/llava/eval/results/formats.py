@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava.benchmarks import BENCHMARKS, Benchmark, shown_columns
+from llava.benchmarks import BENCHMARKS, Benchmark, columns_of, shown_columns
 from llava.eval.results.evidence import Evidence
 from llava.eval.results.rows import MEAN, Row, best_of_columns
 from llava.files import csv_text
@@ -244,7 +244,8 @@ def _read_row(line: Mapping[str, str]) -> Row:
 
 
 def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    columns = [{"key": column.key, "tasks": column.tasks, "metric": column.metric} for column in BENCHMARKS]
+    asked = dict.fromkeys(column for row in rows for run in row.runs for column in columns_of(run.tasks))
+    columns = [{"key": column.key, "tasks": column.tasks, "metric": column.metric} for column in asked or BENCHMARKS]
     names = ("model", "method", "ratio", "layer", "source", "notes", "visual_tokens")
     content = [
         {name: getattr(row, name) for name in names}
