@@ -256,6 +256,21 @@ def test_parts_of_a_question_follow_its_places():
     assert run_llava._content(f"{mark} or {mark}?", [red, blue]) == [red, " or ", blue, "?"]
 
 
+def test_a_place_without_an_image_is_an_error_in_a_model_of_transformers_too():
+    """What stands after such a place would be lost."""
+    settings = {"model_base": None, "conv_mode": None, "sep": ",", "temperature": 0, "top_p": None, "num_beams": 1}
+    mark = "<image-placeholder>"
+    args = SimpleNamespace(
+        model_path="llava-mini-hf",
+        image_file=str(ROOT / "images/im2_97x61.png"),
+        query=f"{mark} or {mark}?",
+        max_new_tokens=1,
+        **settings,
+    )
+    with pytest.raises(IndexError, match="places for 2 images, but 1 given"):
+        run_llava.eval_model(args)
+
+
 @pytest.mark.parametrize("option", [["--conv-mode", "vicuna_v1"], ["--model-base", "x/base"]])
 def test_what_only_llavas_own_checkpoints_have_is_refused_for_others(option, capsys):
     given = ["--model-path", "llava-mini-hf", "--image-file", str(ROOT / "images/im2_97x61.png"), "--query", "What?"]

@@ -51,8 +51,8 @@ def eval_model(args: Any) -> str:
         With the attributes ``model_path``, ``model_base``, ``image_file`` (paths or http(s) addresses), ``query``,
         ``conv_mode`` (None: the checkpoint's; the choice is stored there), ``sep``, ``temperature`` (0: greedy),
         ``top_p``, ``num_beams``, ``max_new_tokens``; optionally ``device``, ``method`` and ``ratio``.
-        Every ``<image-placeholder>`` in the
-        query stands for one image; without any, the first image goes in front of the query.
+        Every ``<image-placeholder>`` in the query stands for one image; without any, the first image goes in front of
+        the query.
 
     Returns
     -------
@@ -66,7 +66,7 @@ def eval_model(args: Any) -> str:
     ValueError
         If an image is damaged, ``conv_mode`` is unknown, the checkpoint has no vision, or the method cannot work in it.
     IndexError
-        If the query has more places for images than there are images; the model says so.
+        If the query has more places for images than there are images.
     """
     disable_torch_init()
     check_conv_mode(args.conv_mode)
@@ -127,6 +127,7 @@ def _ask_transformers(args: Any, images: list[Image.Image], method: PruningConfi
         if getattr(args, option, None):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is for LLaVA's own checkpoints, and {args.model_path} is one of transformers")
+    _refuse_places_without_images(args)  # what follows such a place would not be asked
     method = method or PruningConfig.from_env()
     device = getattr(args, "device", None) or "cuda"
     model, processor = hf.load(args.model_path, device if torch.cuda.is_available() or device != "cuda" else "cpu")
