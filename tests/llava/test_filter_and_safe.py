@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -91,6 +92,15 @@ class TestFilter:
         *_, line = csv.DictReader(io.StringIO(made.render("csv")))
         assert line["GQA_filtered_questions"] == str(questions["GQA"])
         assert json.loads(made.render("json"))["rows"][2]["filtered"]["questions"] == questions
+
+    def test_has_neither_scores_nor_intervals_of_a_row_without_logs(self, tmp_path):
+        jobs = {"unpruned": job(drawn(0, 0.9))}
+        jobs |= {name: job(drawn(n, 0.6), **settings(name, 0.1)) for n, name in enumerate(("downsample", "otprune"), 1)}
+        run = write_run(tmp_path, jobs)
+        shutil.rmtree(run / "llava-mini/otprune/tasks")
+        made = build_table(load_runs([run]), draws=100, filtered=True, intervals=True)
+        filtered = json.loads(made.render("json"))["rows"][2]["filtered"]
+        assert (filtered["scores"], filtered["evidence"]) == ({}, None)
 
     def test_needs_a_row_of_downsample(self, tmp_path, capsys):
         jobs = {"unpruned": job(drawn(0, 0.9)), "otprune": job(drawn(1, 0.6), **settings("otprune", 0.1))}

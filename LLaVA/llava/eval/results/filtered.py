@@ -80,7 +80,14 @@ def _on(
     scores = drawn_scores(several, seed, draws, remarks, only)
     counts = {key: len(names) for key, names in only.items()}
     filtered = [
-        replace(row, scores={key: one.value for key, one in own.items()}, questions=counts, rank=None, seed_spread=None)
+        replace(
+            row,
+            scores={key: one.value for key, one in own.items()},
+            questions=counts,
+            evidence=None,
+            rank=None,
+            seed_spread=None,
+        )
         for row, own in zip(several, scores, strict=True)
     ]
     filtered = [replace(row, relative=relative_score(row, filtered[0])) for row in filtered]

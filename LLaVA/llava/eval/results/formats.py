@@ -257,10 +257,13 @@ def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
             "mean_relative_percent": row.relative,
             "average_rank": row.rank,
             "seed_spread": row.seed_spread,
-            "evidence": None if row.evidence is None else asdict(row.evidence),
+            "evidence": row.evidence and asdict(row.evidence),
             "filtered": row.filtered
             and {"questions": row.filtered.questions, "scores": row.filtered.scores}
-            | {"mean_percent": row.filtered.relative, "evidence": asdict(row.filtered.evidence)},
+            | {
+                "mean_percent": row.filtered.relative,
+                "evidence": row.filtered.evidence and asdict(row.filtered.evidence),
+            },
         }
         for row in rows
     ]
