@@ -29,7 +29,7 @@ ALLOWED = {
 """Room -> the rooms and files that its modules import; `LAZILY` on top of these, inside functions."""
 LAZILY = {
     "pruning": {"model.llava_arch", "adapters.transformers"},
-    "flops": {"model.builder", "mm_utils", "adapters.transformers"},
+    "flops": {"hf", "model.checkpoint", "mm_utils", "adapters.transformers"},
 }
 
 
@@ -42,7 +42,9 @@ def imported(file: Path, lazily: bool) -> set[str]:
     for node in ast.walk(tree):
         if (id(node) in inside) != lazily:
             continue
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.module == "llava":
+            found |= {f"llava.{name.name}" for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
             found.add(node.module)
         elif isinstance(node, ast.Import):
             found |= {name.name for name in node.names}

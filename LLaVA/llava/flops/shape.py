@@ -228,7 +228,7 @@ def load_tower(model: str) -> TowerShape:
 
 def _configurations(model: str) -> tuple[Any, Any]:
     """A LLaVA's configuration, and its vision tower's."""
-    from llava.model.builder import read_config, resolve_model_path
+    from llava.model.checkpoint import read_config, resolve_model_path
 
     path = resolve_model_path(model)
     config = SimpleNamespace(**read_config(path))
