@@ -14,6 +14,9 @@ import torch
 from llava.adapters.transformers.family import Entries, Inputs, anyres, grid_thw, patches, square
 from llava.pruning.tokens import Layout, TokenGrid
 
+Mixin: Any = object
+"""What stands before a class of vLLM sees its attributes, which no type checker knows."""
+
 
 @dataclass(frozen=True)
 class Family:

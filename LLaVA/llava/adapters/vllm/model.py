@@ -17,9 +17,9 @@ from llava.adapters.transformers.family import Inputs
 from llava.adapters.transformers.images import by_field
 from llava.adapters.vllm import mrope
 from llava.adapters.vllm.encoder import ServedEncoder
-from llava.adapters.vllm.families import Family
+from llava.adapters.vllm.families import Family, Mixin
 from llava.adapters.vllm.processor import config_of
-from llava.adapters.vllm.switch import RATIO
+from llava.adapters.vllm.switch import RATIO, ratio_of
 from llava.pruning import KeptTokens, Pruner, deferred_checks, kept_count
 from llava.pruning.reduce import reduce_images
 from llava.pruning.signals import ENCODER_SIGNALS, content_key
@@ -28,7 +28,7 @@ from llava.pruning.tokens import ImageTokens
 logger = init_logger("vllm.otprune")  # vLLM shows only what is logged below its own name
 
 
-class PrunedModel:
+class PrunedModel(Mixin):
     """Stands before a model of vLLM among the bases of a class."""
 
     family: ClassVar[Family]
@@ -54,7 +54,7 @@ class PrunedModel:
         self._tokens_at_once = vllm_config.scheduler_config.max_num_batched_tokens
         most = MULTIMODAL_REGISTRY.get_processing_info(vllm_config.model_config).get_max_image_tokens()
         line = "%s: of the largest image %d of %d"
-        logger.info_once(line, config.describe(), kept_count(most, config.ratio), most, scope="global")
+        logger.info_once(line, config.describe(), kept_count(most, ratio_of({}, config.ratio)), most, scope="global")
 
     def prune_with(self, pruner: Pruner) -> None:
         """Let a method choose from the next image on; a `ValueError` if it needs what the vision encoder has not."""
@@ -194,7 +194,7 @@ class PrunedMRopeModel(PrunedModel):
     # vLLM's runner for CPUs does not call the function above: there, and only there, the model does it on its own.
 
     def embed_input_ids(
-        self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: torch.Tensor | None = None
+        self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Any = None
     ) -> torch.Tensor:
         if multimodal_embeddings and multimodal_embeddings[0].shape[1] > self.visual.out_hidden_size:
             multimodal_embeddings, offsets = mrope.split(multimodal_embeddings)

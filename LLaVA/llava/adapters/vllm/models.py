@@ -38,6 +38,6 @@ def __getattr__(architecture: str) -> type:
     return register(pruned)
 
 
-def _extended(base: type, whole: type) -> type:
+def _extended(base: type, whole: type) -> Any:
     """vLLM's class with ours before it."""
     return type(f"Pruned{whole.__name__}", (base, whole), {"__module__": __name__})

@@ -13,6 +13,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from llava.adapters.vllm.families import Mixin
 from llava.adapters.vllm.placeholders import shortened
 from llava.adapters.vllm.switch import OVERRIDE, RATIO, configured, ratio_of, without_ratio
 from llava.pruning import PruningConfig
@@ -29,7 +30,7 @@ def resolved(config: PruningConfig, model_config: Any) -> PruningConfig:
     return config.for_width(model_config.hf_text_config.hidden_size).for_encoder(has_cls)
 
 
-class ImagesOnly:
+class ImagesOnly(Mixin):
     """Stands before the ``ProcessingInfo`` of a model whose videos would need positions of their own."""
 
     @functools.cached_property
@@ -42,7 +43,7 @@ class ImagesOnly:
         super().validate_num_items(modality, num_items)
 
 
-class PrunedProcessor:
+class PrunedProcessor(Mixin):
     """Stands before a processor of vLLM among the bases of a class."""
 
     def __init__(self, info: Any, *args: Any, **kwargs: Any):

@@ -88,7 +88,7 @@ def configured(override: Mapping[str, Any] | None, environ: Mapping[str, str] = 
     return config
 
 
-def ratio_of(kwargs: Mapping[str, Any], default: float) -> float:
+def ratio_of(kwargs: Mapping[str, Any], default: float | None) -> float:
     """The kept ratio that a request names in its ``mm_processor_kwargs``, or the default.
 
     Raises
@@ -97,7 +97,7 @@ def ratio_of(kwargs: Mapping[str, Any], default: float) -> float:
         If it is not a number with 0 < r <= 1.
     """
     ratio = kwargs.get(RATIO, default)
-    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < float(ratio) <= 1:
         raise ValueError(f"{RATIO} must be a number with 0 < r <= 1, not {ratio!r}")
     return float(ratio)
 
