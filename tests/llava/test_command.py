@@ -83,7 +83,7 @@ WRONG = {
     "report --image no-such.png": "no-such.png does not exist",
     "fitprune fit --model-path": "expected one argument",
     "fitprune fit": "--reduction-ratio or --subset-ratio",
-    "fitprune equal no-such-recipe": "no-such-recipe",
+    "fitprune plot recipe.json": "invalid choice: 'plot'",
     "ocvtp extract --images no-such-folder": "no-such-folder",
     "train --stage finetune --model m --data no-such.json --output o": "no-such.json",
     "ocvtp train --epochs 0": "--epochs: must be a whole number >= 1, not 0",

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava.command import EMBEDDED, Parser
+from llava.command import Parser
 from llava.files import check_writable
 from llava.fitting.options import add_samples, load, samples_of, steps_of
-from llava.pruning.methods.fitprune.recipe import describe, known_recipes, read_recipe
+from llava.pruning.methods.fitprune.recipe import describe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,36 +45,9 @@ def _fit(arguments: argparse.Namespace) -> None:
     print(f"statistics: {statistics.folder}")
 
 
-def _plot(arguments: argparse.Namespace) -> None:
-    from llava.fitting.fitprune.compare import draw
-
-    png = arguments.output.with_suffix(".png")
-    print(f"written: {png}, {draw([read_recipe(name) for name in arguments.recipes], png)}")
-
-
-def _equal(arguments: argparse.Namespace) -> None:
-    from llava.fitting.fitprune.compare import Prefill, equal_ratio
-    from llava.flops import USUAL_TEXT, load_shape
-
-    recipe, text = read_recipe(arguments.recipe), arguments.text
-    if text is None:
-        text = recipe.metadata.get("flops", {}).get("prefill", {}).get("text_tokens", USUAL_TEXT)
-    prefill = Prefill.of(recipe, load_shape(arguments.model), text)
-    whole = prefill.unpruned()
-    share = prefill.with_recipe(recipe) / whole
-    print(f"{recipe.name}: {share:.2%} of the unpruned prefill's FLOPs, {text} text tokens")
-    texts = [f"fitprune:recipe={recipe.name}"]
-    for method in arguments.method.split(","):
-        ratio = equal_ratio(prefill, recipe, method)
-        print(f"{method} at {ratio:.4g}: {prefill.with_method(method, ratio) / whole:.2%}")
-        texts.append(f"{method}:ratio={ratio:.4g}")
-    suite = "mini" if arguments.model == EMBEDDED else "paper"
-    print(f"side by side: bash run_OTPrune.sh {suite} --method {','.join(texts)}")
-
-
 def _parser() -> Parser:
     parser = Parser("llava.fitting.fitprune", __doc__)
-    step = steps_of(parser, "fit, plot or equal")
+    step = steps_of(parser, "fit")
 
     fit = step(_fit, "fit", "make recipes for a checkpoint; interrupted, the same command continues where it was")
     add_samples(fit, samples=655, seed=0)  # a thousandth of LLaVA's instruction data, as published
@@ -88,16 +61,6 @@ def _parser() -> Parser:
     fit.add_argument("--statistics", type=Path, metavar="DIR", help=cache)
     output = "FILE.json, or for several recipes a folder (default: recipe.json)"
     fit.add_argument("--output", type=Path, default=Path("recipe.json"), metavar="FILE", help=output)
-
-    plot = step(_plot, "plot", "draw recipes: tokens by layer, attention lost by budget")
-    plot.add_argument("recipes", nargs="+", metavar="RECIPE", help=f"files, or {', '.join(known_recipes()[:2])}, ...")
-    plot.add_output("recipe.png")
-
-    equal = step(_equal, "equal", "print the ratios at which other methods cost as much as a recipe")
-    equal.add_argument("recipe", metavar="RECIPE", help="a file, or a known name")
-    equal.add_model(also="1.5-7b and the like, ")
-    equal.add_method("fastv,random")
-    equal.add_argument("--text", type=int, metavar="N", help="text tokens of a prompt (default: the recipe's)")
     return parser
 
 

@@ -15,11 +15,10 @@ from filelock import FileLock
 
 from llava.files import atomic_write
 from llava.fitting.data import MINI, find_questions
-from llava.fitting.fitprune.compare import Prefill
 from llava.fitting.fitprune.search import TOKENS, Cost, Walk, kept_by, least_share, search, settle, visual_flops
 from llava.fitting.fitprune.statistics import Statistics, cache_root
 from llava.fitting.prompts import Prompts
-from llava.flops import ModelShape
+from llava.flops import ModelShape, exact_flops, tokens_per_layer
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import EMBEDDED_MODEL, resolve_model_path
 from llava.model.image_tokens import tokens_of_an_image
@@ -150,10 +149,17 @@ def predicted_flops(shape: ModelShape, kept: list[int], text: int) -> dict[str, 
     two per multiply-accumulate, of the whole prompt, vision tower included. Both "unpruned" and "pruned", with
     "reduction_ratio", the share that is saved.
     """
-    walk, cost, prefill = Walk.of(kept), visual_flops(shape.decoder), Prefill(shape, kept[0], text)
+    walk, cost = Walk.of(kept), visual_flops(shape.decoder)
+    crops = max(1, round(kept[0] * shape.crops / shape.visual_tokens))
+    whole, entering, after = (
+        tokens_per_layer(text, visual) for visual in ([kept[0]] * walk.layers, kept[:-1], kept[1:])
+    )
     costs = {
         "visual": (walk.unpruned(cost), walk.stopped_at(cost)[-1]),
-        "prefill": (prefill.unpruned(), prefill.flops(kept[:-1], kept[1:])),
+        "prefill": (
+            exact_flops(shape, whole, crops=crops).total,
+            exact_flops(shape, entering, after=after, crops=crops).total,
+        ),
     }
     predicted: dict[str, Any] = {
         name: {"unpruned": whole, "pruned": left, "reduction_ratio": 1 - left / whole}
