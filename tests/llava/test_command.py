@@ -85,7 +85,7 @@ WRONG = {
     "fitprune fit": "--reduction-ratio or --subset-ratio",
     "fitprune plot recipe.json": "invalid choice: 'plot'",
     "ocvtp extract --images no-such-folder": "no-such-folder",
-    "train --stage finetune --model m --data no-such.json --output o": "no-such.json",
+    "train --stage finetune --model m --data no-such.json --output o": "m/config.json",
     "ocvtp train --epochs 0": "--epochs: must be a whole number >= 1, not 0",
     "train --stage pretrain --model x --data x": "required: --output",
     "export llava-mini": "required: folder",

@@ -7,8 +7,7 @@ A file is a JSON list of entries ``{"id", "image", "conversations": [{"from": "h
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,7 @@ from llava.conversation import conv_templates, image_mark
 from llava.images import load_rgb, open_image
 from llava.mm_utils import process_images, tokenizer_image_token
 
-__all__ = [
-    "TEMPLATES",
-    "Collator",
-    "ConversationDataset",
-    "find_faults",
-    "read_entries",
-    "read_list",
-    "summary",
-    "tokenize_conversation",
-]
-
-logger = logging.getLogger(__name__)
+__all__ = ["TEMPLATES", "Collator", "ConversationDataset", "find_faults", "read_entries", "tokenize_conversation"]
 
 # What `--template` may name: the conversation template, and how its training labels are made.
 TEMPLATES = {"v1": "vicuna_v1", "plain": "plain"}
@@ -40,26 +28,20 @@ MOST_NAMED = 20
 """Faulty entries that a summary names."""
 
 
-def read_list(file: str | Path) -> list[Any]:
-    """The entries of a data file, not checked; an OSError or ValueError if it cannot be read, or is no JSON list."""
+def read_entries(file: str | Path, *checks: Any) -> list[dict[str, Any]]:
+    """The entries of a data file; an OSError or ValueError if it cannot be read, or is no JSON list of conversations.
+
+    The message names the entries that cannot be used. ``checks`` are the further arguments of `find_faults`; without
+    them, images and lengths are not looked at.
+    """
     try:
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file} must hold a JSON list of at least one conversation")
-    return entries
-
-
-def read_entries(file: str | Path) -> list[dict[str, Any]]:
-    """The entries of a data file, checked but for their images and length.
-
-    An OSError or ValueError if it cannot be read, or is no JSON list of conversations; the message names the entries.
-    """
-    entries = read_list(file)
-    faults = find_faults(entries)
-    if faults:
-        raise ValueError(summary(file, entries, faults))
+    if faults := find_faults(entries, *checks):
+        raise ValueError(_summary(file, entries, faults))
     return entries
 
 
@@ -104,7 +86,7 @@ def find_faults(
     return faults
 
 
-def summary(file: str | Path, entries: Sequence[Any], faults: Mapping[int, str]) -> str:
+def _summary(file: str | Path, entries: Sequence[Any], faults: Mapping[int, str]) -> str:
     """How many entries cannot be used, and what is wrong with the first of them, a line each."""
     lines = [f"{len(faults)} of {len(entries)} entries of {file} cannot be used:"]
     lines += [f"  {entry_name(entries, number)}: {fault}" for number, fault in list(faults.items())[:MOST_NAMED]]
@@ -248,9 +230,6 @@ class ConversationDataset(Dataset):
         See `tokenize_conversation`.
     max_length : int, optional
         Cut off tokens after this many, and with a mark its image.
-    skip : container of int, optional
-        Entries that are not asked for because something is wrong with them. Given, one whose image turns out to be
-        damaged is skipped, too: the next one stands in for it, with a warning. Default: a damaged image is an error.
     """
 
     def __init__(
@@ -262,32 +241,24 @@ class ConversationDataset(Dataset):
         config,
         template: str = "v1",
         max_length: int | None = None,
-        skip: Container[int] | None = None,
     ):
         self.entries, self.images = entries, Path(images)
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
-        self.template, self.max_length, self.skip = template, max_length, skip
+        self.template, self.max_length = template, max_length
         self.mark = image_mark(config)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        """``input_ids``, ``labels`` (T,); ``images``, a list of float32 tensors; ``sizes``, their (width, height)."""
-        usable = (
-            other % len(self.entries)
-            for other in range(number, number + len(self.entries))
-            if other == number or other % len(self.entries) not in (self.skip or ())
-        )
-        for place in usable:
-            try:
-                return self._example(self.entries[place])
-            except (OSError, ValueError) as error:
-                fault = f"{entry_name(self.entries, place)}: {error}"
-                if self.skip is None:
-                    raise ValueError(fault) from error
-                logger.warning("%s; the next entry stands in for it", fault)
-        raise ValueError("none of the entries can be read")
+        """``input_ids``, ``labels`` (T,); ``images``, a list of float32 tensors; ``sizes``, their (width, height).
+
+        A ValueError names an entry whose image turns out to be damaged.
+        """
+        try:
+            return self._example(self.entries[number])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{entry_name(self.entries, number)}: {error}") from error
 
     def _example(self, entry: dict[str, Any]) -> dict[str, Any]:
         input_ids, labels = tokenize_conversation(entry["conversations"], self.tokenizer, self.template, self.mark)

@@ -39,7 +39,7 @@ class Run:
         The folder gets ``<name>.pt``, the state, and lines of ``log.jsonl``.
     seed : int
     resume : bool
-        Continue from the state if there is one. Otherwise a state is an error.
+        Continue from the state if there is one.
     seconds, last_step
         After this long, or after this step, the state is saved and the loop left.
     save_seconds, save_steps
@@ -52,6 +52,11 @@ class Run:
         Stay on the CPU where there is a GPU.
     quiet : bool
         No progress bar. There is none without a terminal either.
+
+    Raises
+    ------
+    ValueError
+        If there is a state that is not to be resumed.
     """
 
     folder: Path
@@ -66,6 +71,10 @@ class Run:
     precision: str = "no"
     cpu: bool = False
     quiet: bool = False
+
+    def __post_init__(self):
+        if self.state_file.exists() and not self.resume:
+            raise ValueError(f"{self.folder} holds a run: give --resume, or another --output")
 
     @property
     def state_file(self) -> Path:
@@ -115,7 +124,7 @@ class Trainer:
     Raises
     ------
     OSError, ValueError
-        If there is a state that may not be resumed or cannot be read, or one of other settings.
+        If the state cannot be read, or is one of other settings.
     """
 
     def __init__(
@@ -318,8 +327,6 @@ class Trainer:
         file = self.run.state_file
         if not file.exists():
             return None
-        if not self.run.resume:
-            raise ValueError(f"{self.run.folder} holds a run: give --resume, or another --output")
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
             made_with = state["settings"]

@@ -3,17 +3,15 @@
 ``pretrain`` trains the projector alone (on captions, template ``plain``) and writes ``mm_projector.bin`` and
 ``config.json``. ``finetune`` trains projector and language model, or with ``--lora-rank`` adapters on it, and writes
 a full checkpoint folder, or ``adapter_model.safetensors`` and ``non_lora_trainables.bin``. `load_pretrained_model`
-reads all three. The vision tower stays frozen. The data are checked before the model is read: what cannot be used is
-named and ends the run, or is left out with ``--faulty skip``. With ``BASELINE`` set the model is trained on the tokens
-that pruning keeps; the choice itself has no gradient. Start it with ``accelerate launch -m llava.train.train ...`` on
-several GPUs.
+reads all three. The vision tower stays frozen. The data are checked before the model is read. With ``BASELINE`` set the
+model is trained on the tokens that pruning keeps; the choice itself has no gradient. Start it with
+``accelerate launch -m llava.train.train ...`` on several GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import shutil
 import sys
@@ -32,21 +30,10 @@ from llava.model.checkpoint import read_tensors
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
 from llava.model.tokenizer import load_tokenizer
-from llava.runtime import is_main_process
-from llava.train.data import (
-    TEMPLATES,
-    Collator,
-    ConversationDataset,
-    entry_name,
-    find_faults,
-    read_list,
-    summary,
-)
+from llava.train.data import TEMPLATES, Collator, ConversationDataset, entry_name, read_entries
 from llava.train.loop import NonFiniteLoss, Run, Trainer
 
 __all__ = ["learning_rate_factor", "load_trainable", "main"]
-
-logger = logging.getLogger(__name__)
 
 STATE = "training_state"
 SETTINGS = (
@@ -210,7 +197,6 @@ def _parser() -> Parser:
     add("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
     add("--lora-alpha", type=float, help="default: twice the rank")
     add("--max-length", type=positive, default=2048, help="tokens of text a conversation")
-    add("--faulty", choices=("stop", "skip"), default="stop", help="what to do where entries of --data cannot be used")
     add("--bf16", action="store_true", help="bfloat16 arithmetic; weights stay float32")
     add("--gradient-checkpointing", action="store_true")
     add("--save-steps", type=int, default=500, help="how often the state for --resume is written")
@@ -229,23 +215,6 @@ def _fill_defaults(arguments: argparse.Namespace) -> None:
         arguments.learning_rate = 1e-3 if pretrain else 2e-4 if arguments.lora_rank else 2e-5
 
 
-def _checked_entries(arguments: argparse.Namespace) -> tuple[list[Any], dict[int, str]]:
-    """What ``--data`` holds, and what is wrong with which entries: a `ValueError` unless these can be skipped."""
-    entries = read_list(arguments.data)
-    tokenizer = load_tokenizer(arguments.model)
-    mark = image_mark(SimpleNamespace(**_raw_config(arguments.model)))
-    faults = find_faults(entries, arguments.template, arguments.images, tokenizer, arguments.max_length, mark)
-    if faults:
-        said = summary(arguments.data, entries, faults)
-        if arguments.faulty == "stop":
-            raise ValueError(f"{said}\n--faulty skip trains on the others")
-        if len(faults) == len(entries):
-            raise ValueError(said)
-        if is_main_process():
-            logger.warning("%s", said)
-    return entries, faults
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; 3 when ``--stop-after`` came first."""
     return _parser().run(train, argv)
@@ -254,9 +223,8 @@ def main(argv: list[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Train; returns 0, or 3 when ``--stop-after`` came first."""
     _fill_defaults(arguments)
-    folder = Path(arguments.output)
     run = Run(
-        folder,
+        Path(arguments.output),
         name=STATE,
         seed=arguments.seed,
         resume=arguments.resume,
@@ -266,10 +234,11 @@ def train(arguments: argparse.Namespace) -> int:
         log_steps=1,
         precision="bf16" if arguments.bf16 else "no",
     )
-    if run.state_file.exists() and not run.resume:
-        raise ValueError(f"{folder} holds an unfinished run: give --resume, or another --output")
     torch.manual_seed(arguments.seed)
-    entries, faults = _checked_entries(arguments)
+    # Before the model is read, which may take minutes.
+    mark = image_mark(SimpleNamespace(**_raw_config(arguments.model)))
+    checks = (arguments.template, arguments.images, load_tokenizer(arguments.model), arguments.max_length, mark)
+    entries = read_entries(arguments.data, *checks)
     model, tokenizer, processor = load_trainable(arguments)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -292,11 +261,9 @@ def train(arguments: argparse.Namespace) -> int:
         model.config,
         arguments.template,
         arguments.max_length,
-        skip=faults if arguments.faulty == "skip" else None,
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    usable = [number for number in range(len(entries)) if number not in faults]
-    order = [usable[place] for place in _order(len(usable), arguments.epochs, arguments.seed)]
+    order = _order(len(entries), arguments.epochs, arguments.seed)
     processes = trainer.accelerator.num_processes
     per_step = arguments.batch_size * arguments.accumulate * processes
     steps = math.ceil(len(order) / per_step)
