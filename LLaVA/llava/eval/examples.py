@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from llava.benchmarks import BENCHMARKS as COLUMNS
+from llava.benchmarks import BENCHMARKS, Benchmark
 from llava.eval.results.rows import UNPRUNED, Row
 from llava.eval.results.samples import read_log
 from llava.eval.token_page import Answer
 
-BY_KEY = {column.key: column for column in COLUMNS}
+BY_KEY = {column.key: column for column in BENCHMARKS}
 RULE = (
     "Each is the first question of its kind that the unpruned model answers right and the methods answer differently, "
     "by more than yes or no; where there is none, the first by yes or no, or the first that the unpruned model answers "
@@ -84,7 +84,7 @@ def _examples(
     found = []
     for key in kind.columns:
         task = BY_KEY[key].task_in(rows[0].runs[0].tasks)
-        logs = [_by_document(row, task) for row in rows]
+        logs = [_by_document(row, BY_KEY[key]) for row in rows]
         for document in sorted(set.intersection(*map(set, logs))):
             samples = [log[document] for log in logs]
             if re.search(kind.pattern, _question(samples[0]["input"]), re.IGNORECASE):
@@ -98,17 +98,16 @@ def _examples(
         yield Example(kind.name, key, _question(prompt), _spelt(str(samples[0]["target"]), prompt), image, answers)
 
 
-def _by_document(row: Row, task: str | None) -> dict[int, Mapping[str, Any]]:
+def _by_document(row: Row, column: Benchmark) -> dict[int, Mapping[str, Any]]:
     """A row's samples by document; empty without a log."""
-    run = row.runs[0]
-    path = run.log(task) if task in run.tasks else None
-    if path is None:
-        return {}
-    samples = [sample for sample in read_log(path) if isinstance(sample, dict)]
+    path = row.runs[0].log(column)
     return {
         sample["doc_id"]: sample
-        for sample in samples
-        if isinstance(sample.get("doc_id"), int) and isinstance(sample.get("input"), str) and "target" in sample
+        for sample in (read_log(path) if path else ())
+        if isinstance(sample, dict)
+        and isinstance(sample.get("doc_id"), int)
+        and isinstance(sample.get("input"), str)
+        and "target" in sample
     }
 
 

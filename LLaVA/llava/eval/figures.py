@@ -1,4 +1,4 @@
-"""The figures, each by one command, each as PNG and CSV, the same bytes each time.
+"""Figures of finished runs, each as PNG and CSV, the same bytes each time.
 
     python -m llava.eval.figures NAME RUN... [--output DIR]
 
@@ -25,20 +25,15 @@ from llava.eval.table import Table, add_arguments, add_safe, build_table, load_r
 from llava.files import check_writable
 
 FROM_SCORES = {"ratios": draw_ratios, "safe": draw_safe, "gamma": draw_gamma, "time": draw_time}
-FROM_DISTANCES = {
-    "distance": distances.draw_distance,
-    "relative_distance": distances.draw_relative_distance,
-}
+FROM_DISTANCES = {"distance": distances.draw_distance, "relative_distance": distances.draw_relative_distance}
 NAMES = (*FROM_DISTANCES, *FROM_SCORES, "synthetic")
 
 
 def complete_table(folders: Sequence[Path | str], **options: Any) -> Table:
-    """`build_table` of runs that are whole, and of CSV tables: a figure would show other runs only in part.
+    """`build_table` of complete runs and of CSV tables.
 
-    Raises
-    ------
-    ValueError
-        Names the first thing that is missing: a configuration's task, its samples, or a benchmark that another has.
+    A `ValueError` names the first thing that is missing: a configuration's task, its samples, or a benchmark that
+    another configuration has.
     """
     tables = [path for path in map(Path, folders) if path.suffix == ".csv"]
     runs = [path for path in map(Path, folders) if path not in tables]
@@ -62,11 +57,10 @@ def draw_figures(
     any_of: bool = False,
     safe: float = SAFE,
 ) -> tuple[list[Drawn], list[str]]:
-    """Draw figures of a table's rows; ``images``, ``folder`` and ``device`` are those of `plots.distances.measure`,
-    and ``safe`` is the share of the figure of safe ratios.
+    """Draw figures of a table's rows; a figure without data is a `ValueError`, or with ``any_of`` a sentence.
 
-    With ``any_of`` a figure that the rows have no data for is left out, and the sentences say why; without it, it is a
-    `ValueError`.
+    ``images``, ``folder`` and ``device`` are those of `plots.distances.measure`; ``safe`` is the share of the figure of
+    safe ratios.
     """
     drawn: list[Drawn] = []
     left_out: list[str] = []

@@ -13,6 +13,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jinja2 import Environment, StrictUndefined
+
 from llava.command import Parser, find_device
 from llava.eval.examples import RULE, Example, find_examples
 from llava.eval.figures import (
@@ -25,7 +27,7 @@ from llava.eval.figures import (
 from llava.eval.plots.drawing import Drawn
 from llava.eval.results.formats import best_is_marked, table_html
 from llava.eval.results.rows import UNPRUNED, Row, row_of
-from llava.eval.results.runs import differences
+from llava.eval.results.runs import described, differences
 from llava.eval.results.safe import SAFE
 from llava.eval.table import Table, add_arguments, add_filter, add_safe
 from llava.eval.token_page import data_uri, script, selection_html, style
@@ -68,11 +70,11 @@ def write_report(
     images, image_folder, device
         See `llava.eval.plots.distances.measure`.
     image : str, optional
-        The image of the token maps; by default three of the benchmarks', with a question and what was answered.
+        The image of the token maps; by default three of the benchmarks' images, with question and answers.
     with_model : bool
         Load the runs' model for distances and token maps.
     synthetic : bool
-        Run the synthetic experiment too (a minute).
+        Also run the synthetic experiment (a minute).
 
     Returns
     -------
@@ -86,13 +88,8 @@ def write_report(
     OSError
         If the report cannot be written.
     ValueError
-        For runs that cannot stand in one table, or that are not complete.
+        For runs that are not complete, or that cannot be in one table.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise ImportError("the report needs jinja2: pip install 'llava[figures]'") from error
-
     check_writable(output)
     own = Example("Image", "", Path(image).name, "", load_image(image), ()) if image else None
     chosen = {"folded": folded, "allow_mixed": allow_mixed, "filtered": filtered, "seed": seed, "draws": draws}
@@ -135,10 +132,11 @@ def _figures(
     safe: float,
 ) -> tuple[list[Drawn], list[str]]:
     """Every figure of every model that there are data for, and why others are missing."""
-    models = list(dict.fromkeys(row.model for row in rows if not row.published))
+    measured = [row for row in rows if not row.published]
+    models = list(dict.fromkeys(row.model for row in measured))
     drawn, left_out = [], []
     for model in models:
-        own = [row for row in rows if row.model == model and not row.published]
+        own = [row for row in measured if row.model == model]
         found, missing = draw_figures(tuple(FROM_SCORES), own, images, any_of=True, safe=safe)
         if with_model:
             try:
@@ -155,21 +153,10 @@ def _figures(
 
 
 def _cards(rows: Sequence[Row], own: Example | None, device: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the page opens with: images, what each method keeps of them and, of a benchmark's, what it answered.
+    """Images, the tokens that each method keeps of them and, for those of a benchmark, the answers.
 
-    Parameters
-    ----------
-    rows : sequence of Row
-        The first one's model is shown.
-    own : Example, optional
-        An image shown instead of the benchmarks', without answers.
-    device : str
-
-    Returns
-    -------
-    cards : list of dict
-    missing : list of str
-        Which kinds of images there are none of, and why.
+    The model is that of the first row; ``own`` is shown instead of the benchmarks' images, without answers. Also
+    returns which kinds of images there are none of, and why.
     """
     from llava.eval.encoder import Encoder, image_configs, images_of_suite
 
@@ -233,18 +220,13 @@ def _summary(rows: Sequence[Row]) -> str:
 def _made_with(table: Table) -> list[tuple[str, str]]:
     """What all runs have in common, then what differs."""
     runs = [run for row in table.rows for run in row.runs]
-    common: dict[str, str] = {}
-    for run in runs:
-        common |= run.metadata()
-    differ = differences(runs)
     about = []
     for name, key in (("machine", "device"), ("git commit", "git_commit")):
         values = sorted({str(run.manifest[key]) for run in runs if run.manifest.get(key)})
         about += [(name, ", ".join(values))] if values else []
-    about += [(name, value) for name, value in common.items() if name not in differ]
-    for name, values in differ.items():
-        about.append((name, "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())))
-    return about
+    differ = differences(runs)
+    common = {name: value for run in runs for name, value in run.metadata().items() if name not in differ}
+    return [*about, *common.items(), *((name, described(values)) for name, values in differ.items())]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

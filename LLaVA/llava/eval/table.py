@@ -1,4 +1,4 @@
-"""The table: one row a pruning configuration, one column a benchmark, read from the result folders of runs.
+"""The table: one row per pruning configuration, one column per benchmark, read from the result folders of runs.
 
 ``python -m llava.eval.table RUN... [--format markdown|csv|json|latex|html] [--intervals] [--output FILE]``
 """
@@ -15,7 +15,7 @@ from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.command import Parser, positive, ratio, whole
 from llava.eval.results.evidence import DRAWS, with_evidence
 from llava.eval.results.filtered import CONTROL, with_filter
-from llava.eval.results.formats import BUDGET, FORMATS, named, plain_table
+from llava.eval.results.formats import BUDGET, FORMATS, named, render, render_cells
 from llava.eval.results.rows import (
     Row,
     fold_seeds,
@@ -26,7 +26,7 @@ from llava.eval.results.rows import (
     unpruned_of,
     without_repeats,
 )
-from llava.eval.results.runs import Run, check_alike, differences, read_runs, unfinished
+from llava.eval.results.runs import Run, check_alike, described, differences, read_runs, unfinished
 from llava.eval.results.safe import safe_cells, safe_ratios
 from llava.files import atomic_write, check_writable
 
@@ -40,7 +40,7 @@ MINI_REMARK = (
     "Mini suite: small rendered data sets in the real schemas, not the published benchmarks. Its numbers compare with "
     "each other only."
 )
-UNTRAINED_REMARK = "Untrained: the model's weights are random. The scores show that the way through works, no more."
+UNTRAINED_REMARK = "Untrained: the model's weights are random. The scores only show that the pipeline works."
 FLOPS_REMARK = (
     "FLOPs: of the prefill, two per multiply-accumulate, vision tower and projector included; choosing the tokens is "
     "not counted. In the papers' convention, which counts the decoder alone: flops_ratio_literature in the CSV and "
@@ -83,17 +83,17 @@ class Table:
     def render_safe(self, name: str, share: float) -> str:
         """Each method's safe ratios (`llava.eval.results.safe`) in one of the formats, from a table with intervals."""
         remarks = [SAFE_REMARK.format(percent=f"{100 * share:g}"), *self.remarks]
-        return plain_table(name, safe_cells(safe_ratios(self.rows, share)), remarks)
+        return render_cells(safe_cells(safe_ratios(self.rows, share)), remarks, name)
 
     def render(self, name: str, intervals: bool = False) -> str:
         """The table as "markdown", "csv", "json", "latex" or "html"; a `ValueError` for anything else.
 
-        With ``intervals``, of a table that was built with them, 95 % intervals and marks of significance stand beside
-        the scores where the format is for people; for programs they are always there.
+        With ``intervals``, of a table that was built with them, formats for people also show 95 % intervals and marks
+        of significance; those for programs always do.
         """
         if name not in FORMATS:
             raise ValueError(f"no table format {name!r}; there are {', '.join(FORMATS)}")
-        return FORMATS[name](self.rows, self.remarks, intervals)
+        return render(self.rows, self.remarks, name, intervals)
 
 
 def load_runs(folders: Iterable[Path | str], unreadable: list[str] | None = None) -> list[Row]:
@@ -120,15 +120,15 @@ def build_table(
     intervals : bool
         Read the per-sample logs for 95 % intervals and tests (seconds for the mini suite).
     folded : bool
-        One row of all seeds of a method.
+        One row for all seeds of a method.
     allow_mixed : bool
-        Show runs of different versions, data or settings together, remarked upon, instead of a `ValueError`.
+        Show runs of different versions, data or settings together, with a remark, instead of a `ValueError`.
     filtered : bool
-        Scores on the questions that ``downsample`` does not answer, too; see `llava.eval.results.filtered`.
+        Also scores on the questions that ``downsample`` does not answer; see `llava.eval.results.filtered`.
     seed, draws : int
         Of the bootstrap.
     remarks : sequence of str
-        More of them.
+        Further ones.
     """
     runs = [run for row in rows for run in row.runs]
     if not allow_mixed:
@@ -136,11 +136,11 @@ def build_table(
     rows = without_repeats(rows, allow_mixed)
     if folded:
         rows = fold_seeds(rows)
-    ordered: list[Row] = []
+    rows, ordered = ranked(rows), []
     for model in dict.fromkeys(row.model for row in rows):
         own = [row for row in rows if row.model == model]
         real = not any("mini suite" in row.notes for row in own)
-        ordered += ranked(own) + (published_rows(model) if real else [])
+        ordered += own + (published_rows(model) if real else [])
     ordered = [replace(row, relative=relative_score(row, unpruned_of(row, ordered))) for row in ordered]
     why_not: list[str] = []
     if intervals:
@@ -153,7 +153,7 @@ def build_table(
 
 
 def _remarks(rows: Sequence[Row], seed: int, draws: int) -> list[str]:
-    """What a reader must know of the rows and columns that there are."""
+    """Caveats of the rows and columns that there are."""
     notes = {note for row in rows for note in row.notes}
     failed = sorted({f"{named(row)}: {note}." for row in rows for note in row.notes if note.endswith("failed")})
     limits = sorted(f"Limited: {note}." for note in notes if note.startswith("first "))
@@ -173,11 +173,7 @@ def _remarks(rows: Sequence[Row], seed: int, draws: int) -> list[str]:
 
 
 def _mixed(runs: Sequence[Run]) -> list[str]:
-    said = []
-    for name, values in differences(runs).items():
-        shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())
-        said.append(f"Mixed: {name} differs ({shown}).")
-    return said
+    return [f"Mixed: {name} differs ({described(values)})." for name, values in differences(runs).items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -224,7 +220,7 @@ def _show(found: argparse.Namespace) -> None:
 
 
 def add_arguments(parser: Parser) -> None:
-    """What the table, the figures and the report have in common."""
+    """Arguments of the table, the figures and the report."""
     about = f"result folder of a run, or of one of its models; of figures also a CSV table (default: {DEFAULT_RUN})"
     parser.add_argument("runs", nargs="*", default=[DEFAULT_RUN], metavar="RUN", help=about)
     parser.add_argument("--fold-seeds", action="store_true", help="one row of all seeds of a method")

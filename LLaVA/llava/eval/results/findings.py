@@ -1,4 +1,4 @@
-"""What a table says, in sentences: which method leads at a budget, by how much, and whether that may be chance."""
+"""A table in sentences: which method leads at a budget, by how much, and whether that may be chance."""
 
 from __future__ import annotations
 
@@ -12,19 +12,14 @@ from llava.eval.results.rows import MEAN, Row, same_budget
 def findings(rows: Sequence[Row]) -> list[str]:
     """Sentences on the relative means of a table's rows, up to three for each budget that several methods share.
 
-    Parameters
-    ----------
-    rows : sequence of Row
-        With relative means; with evidence the sentences carry 95 % intervals.
+    They carry 95 % intervals if the rows have evidence.
     """
-    models = list(dict.fromkeys(row.model for row in rows if not row.published))
+    several = len({row.model for row in rows if not row.published}) > 1
     said = []
-    for model in models:
-        own = [row for row in rows if row.model == model and row.relative is not None]
-        for group in same_budget(own):
-            if len(group) > 1:
-                sentences = _of_a_budget(sorted(group, key=lambda row: -row.relative))
-                said += [f"{model}: {sentence}" if len(models) > 1 else sentence for sentence in sentences]
+    for group in same_budget(row for row in rows if row.relative is not None):
+        if len(group) > 1:
+            sentences = _of_a_budget(sorted(group, key=lambda row: -row.relative))
+            said += [f"{group[0].model}: {sentence}" if several else sentence for sentence in sentences]
     return said
 
 

@@ -1,4 +1,4 @@
-"""How a table is written down: Markdown, CSV, JSON, LaTeX, HTML."""
+"""Writes tables as Markdown, CSV, JSON, LaTeX and HTML, and reads CSV tables back."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 from llava.benchmarks import BENCHMARKS, Benchmark, columns_of, shown_columns
 from llava.eval.results.evidence import Evidence
-from llava.eval.results.rows import MEAN, Row, best_of_columns
+from llava.eval.results.rows import MEAN, RANK, Row, best_of_columns
 from llava.files import csv_text
 
+FORMATS = ("markdown", "csv", "json", "latex", "html")
 MISSING = "\N{EN DASH}"
 FLOPS = "Prefill FLOPs / unpruned"
 TIMES = ("selection", "prefill")
@@ -22,13 +23,8 @@ SIGNIFICANT = 0.05
 WORDS = 3
 """Columns of words, at the left."""
 BEST = "Bold: the best of the rows of one model that keep equally many tokens (within a tenth)."
-BUDGET = (
-    "kept_tokens_mean",
-    "total_tokens_mean",
-    "kept_tokens_per_layer",
-    "flops_ratio_literature",
-    "flops_ratio_exact",
-)
+COUNTS = ("kept_tokens_mean", "total_tokens_mean", "kept_tokens_per_layer")
+BUDGET = (*COUNTS, "flops_ratio_literature", "flops_ratio_exact")
 """Columns of the CSV table and keys of the JSON table; tokens per layer stand in one cell, separated by spaces."""
 WORDS_OF_CSV = ("model", "method", "source", "kept_tokens_per_layer", "notes")
 _DAGGER, _DOUBLE_DAGGER = "\N{DAGGER}", "\N{DOUBLE DAGGER}"
@@ -38,7 +34,7 @@ _LATEX = {character: rf"\{character}" for character in "%_&#"} | {
     _DOUBLE_DAGGER: r"\textsuperscript{\ddag}",
 }
 Cells = tuple[list[str], list[list[str]]]
-"""A table for a person: its header, and its lines as text."""
+"""A table for people: its header, and its lines as text."""
 _STYLE = (
     ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:1rem}"
     ".wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.3rem .6rem;white-space:nowrap;"
@@ -47,48 +43,61 @@ _STYLE = (
 )
 
 
+def render(rows: Sequence[Row], remarks: Sequence[str], name: str, intervals: bool) -> str:
+    """A table of scores in one of the `FORMATS`."""
+    if name == "csv":
+        return _csv(rows)
+    if name == "json":
+        return _json(rows, remarks)
+    if name == "html":
+        return html_page(table_html(rows, [*remarks, *best_is_marked(rows)], intervals))
+    return text_of(_tables(rows, intervals, " *(published)*" if name == "markdown" else " (published)"), remarks, name)
+
+
+def render_cells(table: Cells, remarks: Sequence[str], name: str) -> str:
+    """Any other table in one of the `FORMATS`."""
+    header, lines = table
+    if name == "csv":
+        return csv_text(header, lines)
+    if name == "json":
+        return _dumped({"rows": [dict(zip(header, line, strict=True)) for line in lines], "remarks": remarks})
+    return html_page(html_table(*table) + _paragraphs(remarks)) if name == "html" else text_of([table], remarks, name)
+
+
 def named(row: Row) -> str:
-    """The model, for a person."""
+    """The model as it is shown."""
     return f"{row.model} (untrained)" if "untrained" in row.notes else row.model
 
 
 def cells(rows: Sequence[Row], intervals: bool, published: str = "") -> Cells:
-    """The table for a person: its header, and its lines as text.
-
-    ``published`` stands after the method of rows that are published figures.
-    """
+    """The table for people; ``published`` follows the method of rows that are published figures."""
     times = [part for part in TIMES if any(row.milliseconds(part) is not None for row in rows)]
     header = ["Model", "Method", "Kept tokens", FLOPS, *(f"{part.capitalize()} ms" for part in times)]
     columns = _columns(rows)
-    header += [*(column.key for column in columns), MEAN, "Rank"]
+    header += [*(column.key for column in columns), MEAN, RANK]
     lines = []
     for row in rows:
         flops = row.flops_ratio("exact")
         line = [named(row), row.label + published * row.published, _kept(row)]
         line += [_shown(None if flops is None else 100 * flops, 1, " %")]
         line += [_shown(row.milliseconds(part), 2) for part in times]
-        for key, digits, unit in [*((column.key, column.digits, "") for column in columns), (MEAN, 1, " %")]:
-            line.append(_shown(row.score(key), digits, unit) + (_beside(row, key, digits) if intervals else ""))
-        lines.append([*line, _shown(row.rank, 2)])
+        line += [_score(row, column.key, column.digits, intervals) for column in columns]
+        lines.append([*line, _score(row, MEAN, 1, intervals, " %"), _shown(row.rank, 2)])
     return header, lines
 
 
 def filtered_cells(rows: Sequence[Row], intervals: bool) -> Cells:
     """The same of `Row.filtered`, at each ratio below the numbers of questions."""
     filtered = [row.filtered for row in rows if row.filtered]
-    columns = [column for column in BENCHMARKS if any(column.key in row.questions for row in filtered)]
-    header = ["Model", "Method", "Kept tokens", *(column.key for column in columns), "Mean"]
+    keys = [column.key for column in BENCHMARKS if any(column.key in row.questions for row in filtered)]
     lines, before = [], None
     for row in filtered:
         if (row.model, row.ratio) != before:
             before = row.model, row.ratio
-            counts = [row.questions.get(column.key, 0) for column in columns]
+            counts = [row.questions.get(key, 0) for key in keys]
             lines.append([named(row), f"questions at {row.ratio:g}", "", *map(str, counts), str(sum(counts))])
-        line = [named(row), row.label, _kept(row)]
-        for key in (*(column.key for column in columns), MEAN):
-            line.append(_shown(row.score(key), 1) + (_beside(row, key, 1) if intervals else ""))
-        lines.append(line)
-    return header, lines
+        lines.append([named(row), row.label, _kept(row), *(_score(row, key, 1, intervals) for key in (*keys, MEAN))])
+    return ["Model", "Method", "Kept tokens", *keys, MEAN], lines
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], words: int = 1) -> str:
@@ -111,14 +120,6 @@ def text_of(tables: Iterable[Cells], remarks: Sequence[str], name: str) -> str:
     return "\n".join([*text, *(f"% {remark}" for remark in remarks)]) + "\n"
 
 
-def _markdown(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    return text_of(_tables(rows, intervals, " *(published)*"), remarks, "markdown")
-
-
-def _latex(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    return text_of(_tables(rows, intervals, " (published)"), remarks, "latex")
-
-
 def _tables(rows: Sequence[Row], intervals: bool, published: str) -> list[Cells]:
     """The table, and that of the filter where there is one."""
     filtered = [filtered_cells(rows, intervals)] if any(row.filtered for row in rows) else []
@@ -129,7 +130,7 @@ def table_html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> 
     """The table (and that of the filter) and its remarks as a fragment of HTML."""
     (header, lines), *filtered = _tables(rows, intervals, " (published)")
     best = best_of_columns(rows)
-    bold = [[name in best[number] for name in header] for number in range(len(rows))]
+    bold = [[name in best[row] for name in header] for row in rows]
     text = html_table(header, lines, bold, [row.published for row in rows])
     return text + "".join(html_table(*table) for table in filtered) + _paragraphs(remarks)
 
@@ -140,7 +141,7 @@ def html_table(
     bold: Sequence[Sequence[bool]] = (),
     published: Sequence[bool] = (),
 ) -> str:
-    """A table of HTML without its empty columns: those that no row was asked take a place that a screen has not."""
+    """A table of HTML without its empty columns, for which a screen has no room."""
     shown = [place for place in range(len(header)) if place < WORDS or any(line[place] != MISSING for line in lines)]
     head = "".join(f"<th>{html.escape(header[place])}</th>" for place in shown)
     text = f'<table class="results">\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
@@ -156,19 +157,14 @@ def _paragraphs(remarks: Iterable[str]) -> str:
 
 
 def best_is_marked(rows: Sequence[Row]) -> list[str]:
-    """The remark that says so, where `table_html` marks anything."""
-    return [BEST] if any(best_of_columns(rows).values()) else []
+    """The remark on what `table_html` prints bold, if anything."""
+    return [BEST] if best_of_columns(rows) else []
 
 
 def _two_lines(cell: str, best: bool) -> str:
-    """The interval below the score: eleven of them side by side fit no screen."""
+    """The interval below the score, so that eleven columns fit a screen."""
     score, bracket, interval = html.escape(cell).partition(" [")
     return (f"<strong>{score}</strong>" if best else score) + (f"<br><small>[{interval}</small>" if bracket else "")
-
-
-def _html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    """A page of its own."""
-    return html_page(table_html(rows, [*remarks, *best_is_marked(rows)], intervals))
 
 
 def html_page(fragment: str) -> str:
@@ -181,7 +177,7 @@ def html_page(fragment: str) -> str:
     )
 
 
-def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
+def _csv(rows: Sequence[Row]) -> str:
     lines, keys = [], [column.key for column in _columns(rows)]
     filtered = any(row.filtered for row in rows)
     for row in rows:
@@ -191,9 +187,9 @@ def _csv(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
         line |= {"mean_relative_percent": row.relative, "average_rank": row.rank}
         line |= {f"{part}_ms": row.milliseconds(part) for part in TIMES}
         for key in (*keys, MEAN):
-            names = (f"{key}_low", f"{key}_high", f"{key}_p_unpruned", f"{key}_p_random")
-            line |= dict(zip(names, _evidence_of(row, key), strict=True))
-            line |= dict(zip((f"{key}_share_low", f"{key}_share_high"), row.share_interval(key), strict=True))
+            names = ("low", "high", "p_unpruned", "p_random", "share_low", "share_high")
+            values = (*_evidence_of(row, key), *row.share_interval(key))
+            line |= {f"{key}_{name}": value for name, value in zip(names, values, strict=True)}
         if filtered:
             line |= _filtered_of(row.filtered, keys)
         line |= {f"{key}_seed_std": (row.seed_spread or {}).get(key) for key in keys}
@@ -243,7 +239,7 @@ def _read_row(line: Mapping[str, str]) -> Row:
     )
 
 
-def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
+def _json(rows: Sequence[Row], remarks: Sequence[str]) -> str:
     asked = dict.fromkeys(column for row in rows for run in row.runs for column in columns_of(run.tasks))
     columns = [{"key": column.key, "tasks": column.tasks, "metric": column.metric} for column in asked or BENCHMARKS]
     names = ("model", "method", "ratio", "layer", "source", "notes", "visual_tokens")
@@ -251,37 +247,25 @@ def _json(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
         {name: getattr(row, name) for name in names}
         | _budget(row)
         | {f"{part}_ms": row.milliseconds(part) for part in TIMES}
-        | {
-            "answer_ms": row.answer_milliseconds,
-            "scores": row.scores,
-            "mean_relative_percent": row.relative,
-            "average_rank": row.rank,
-            "seed_spread": row.seed_spread,
-            "evidence": row.evidence and asdict(row.evidence),
-            "filtered": row.filtered
-            and {"questions": row.filtered.questions, "scores": row.filtered.scores}
-            | {
-                "mean_percent": row.filtered.relative,
-                "evidence": row.filtered.evidence and asdict(row.filtered.evidence),
-            },
-        }
+        | {"answer_ms": row.answer_milliseconds, "scores": row.scores, "mean_relative_percent": row.relative}
+        | {"average_rank": row.rank, "seed_spread": row.seed_spread, "evidence": _evidence_dict(row)}
+        | {"filtered": row.filtered and _filtered_dict(row.filtered)}
         for row in rows
     ]
-    return json.dumps({"columns": columns, "rows": content, "remarks": remarks}, indent=2, ensure_ascii=False) + "\n"
+    return _dumped({"columns": columns, "rows": content, "remarks": remarks})
 
 
-FORMATS = {"markdown": _markdown, "csv": _csv, "json": _json, "latex": _latex, "html": _html}
+def _filtered_dict(row: Row) -> dict[str, Any]:
+    scores = {"questions": row.questions, "scores": row.scores, "mean_percent": row.relative}
+    return scores | {"evidence": _evidence_dict(row)}
 
 
-def plain_table(name: str, table: Cells, remarks: Sequence[str]) -> str:
-    """Another table than that of scores in one of the `FORMATS`."""
-    header, lines = table
-    if name == "csv":
-        return csv_text(header, lines)
-    if name == "json":
-        content = {"rows": [dict(zip(header, line, strict=True)) for line in lines], "remarks": remarks}
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    return html_page(html_table(*table) + _paragraphs(remarks)) if name == "html" else text_of([table], remarks, name)
+def _evidence_dict(row: Row) -> dict[str, Any] | None:
+    return row.evidence and asdict(row.evidence)
+
+
+def _dumped(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _columns(rows: Sequence[Row]) -> Sequence[Benchmark]:
@@ -301,13 +285,14 @@ def _evidence_of(row: Row, key: str) -> list[float | None]:
     return [*row.interval(key), *(None if test is None else test.p for test in tests)]
 
 
-def _beside(row: Row, key: str, digits: int) -> str:
-    """The interval, and a mark for each test that finds a difference."""
+def _score(row: Row, key: str, digits: int, intervals: bool, unit: str = "") -> str:
+    """A score, with ``intervals`` also its interval and a mark for each test that finds a difference."""
+    text = _shown(row.score(key), digits, unit)
     low, high, *tests = _evidence_of(row, key)
-    if low is None:
-        return ""
+    if low is None or not intervals:
+        return text
     marks = [mark for mark, p in zip(_DAGGER + _DOUBLE_DAGGER, tests, strict=True) if p is not None and p < SIGNIFICANT]
-    return f" [{low:.{digits}f}, {high:.{digits}f}]{''.join(marks)}"
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]{''.join(marks)}"
 
 
 def _kept(row: Row) -> str:

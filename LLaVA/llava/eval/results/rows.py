@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,20 +21,20 @@ PUBLISHED_FILE = Path(__file__).with_name("published.json")
 ENCODING = "avg_encoding_latency"
 """What lmms-eval calls the seconds a sample that our model spent on encoding images."""
 UNPRUNED, GREY = "unpruned", "grey picture"
-MEAN = "Mean"
-"""The column of the relative mean."""
+MEAN, RANK = "Mean", "Rank"
+"""The columns beside those of the benchmarks."""
 EQUAL_BUDGET = 1.1
 """Rows whose kept tokens differ by no more than this factor are ranked, and compared with Random, together."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the table.
+    """One line of the table; two rows are never equal, so that a row can be a key.
 
     Attributes
     ----------
     method : str
-        "unpruned", "grey picture" (unpruned, and shown nothing), or the method with the options that were set.
+        "unpruned", "grey picture" (unpruned, on blank images), or the method with the options that were set.
     ratio : float, or None
         Kept ratio as specified; 1 for unpruned, None where the method's options state how much is kept.
     layer : int, or None
@@ -43,19 +44,19 @@ class Row:
     source : str
         "measured", or where a published figure stands.
     notes : tuple of str
-        What a reader must know: mini suite, untrained model, a limit on the documents, failed tasks.
+        Caveats: mini suite, untrained model, a limit on the documents, failed tasks.
     visual_tokens : dict, or None
         See `llava.eval.results.shape.VisualTokens`; older results lack its last two entries.
     relative, rank : float, or None
-        Means over the columns: of score / unpruned score of the same model and source, in percent; of the rank among
-        rows of the same model and budget, 1 the best (of published rows as printed there).
+        Means over the columns: of the score in percent of the unpruned one (same model and source), and of the rank
+        among rows of the same model and budget, 1 being the best (published ranks as printed).
     runs : tuple of Run
         What the row was read from; several where seeds were folded.
     seed_spread : dict, or None
         Column key -> standard deviation over the folded seeds.
     filtered : Row, or None
-        The same on the questions that a down-sampled image does not answer: scores are percent of right answers, and
-        ``questions`` their number by column key; see `llava.eval.results.filtered`.
+        The same row on the questions that ``downsample`` does not answer (`llava.eval.results.filtered`): percent of
+        correct answers; ``questions`` is their number by column key.
     """
 
     model: str
@@ -89,15 +90,13 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Method, ratio and place, for a person."""
-        if not self.pruned:
-            return self.method
-        ratio = "" if self.ratio is None else f" {self.ratio:g}"
+        """Method, ratio and layer, as shown in tables."""
+        ratio = "" if self.ratio is None or not self.pruned else f" {self.ratio:g}"
         return f"{self.method}{ratio}{self.series.removeprefix(self.method)}"
 
     @property
     def series(self) -> str:
-        """Method and place, without the ratio."""
+        """Method and layer, without the ratio."""
         return self.method + (f", layer {self.layer}" if self.layer else "")
 
     @property
@@ -197,7 +196,7 @@ def published_rows(model: str) -> list[Row]:
 
 
 def without_repeats(rows: Sequence[Row], allow_mixed: bool = False) -> list[Row]:
-    """Leave out a row that stands there already, from another folder; rows of one configuration stand together.
+    """Drop rows that occur in several folders; rows of one configuration are put together.
 
     Two runs of one configuration with different scores are a `ValueError`, unless ``allow_mixed``.
     """
@@ -215,23 +214,19 @@ def without_repeats(rows: Sequence[Row], allow_mixed: bool = False) -> list[Row]
 
 
 def fold_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Rows that differ in their method's seed only become one, of the means over the seeds.
-
-    Rows of the same seed, of methods without one, or of runs that are not alike stay as they are.
-    """
-    groups: dict[Any, list[list[Row]]] = {}
+    """Replace rows that differ only in their method's seed by one row of means over the seeds."""
+    groups: list[list[Row]] = []
     for row in rows:
-        same = groups.setdefault(_configuration(row, without="seed"), [])
-        group = next((group for group in same if all(_differ_in_seed_only(row, other) for other in group)), None)
+        group = next((group for group in groups if all(_differ_in_seed_only(row, other) for other in group)), None)
         if group is None:
-            same.append([row])
-        else:
-            group.append(row)
-    found = [group for same in groups.values() for group in same]
-    return [group[0] if len(group) == 1 else _folded(group) for group in found]
+            groups.append(group := [])
+        group.append(row)
+    return [group[0] if len(group) == 1 else _folded(group) for group in groups]
 
 
 def _differ_in_seed_only(one: Row, other: Row) -> bool:
+    if _configuration(one, without="seed") != _configuration(other, without="seed"):
+        return False
     seeds = [(row.runs[0].content["pruning"] or {}).get("options", {}).get("seed") for row in (one, other)]
     return None not in seeds and seeds[0] != seeds[1] and not differences([*one.runs, *other.runs])
 
@@ -241,10 +236,9 @@ def _folded(group: Sequence[Row]) -> Row:
     keys = [key for key in first.scores if all(key in row.scores for row in group)]
     columns = {key: [row.scores[key] for row in group] for key in keys}
     options = [part for part in _shown_options(first) if not part.startswith("seed ")]
-    shown = ", ".join([f"mean of {len(group)} seeds", *options])
     return replace(
         first,
-        method=f"{first.family} ({shown})",
+        method=f"{first.family} ({', '.join([f'mean of {len(group)} seeds', *options])})",
         scores={key: mean(values) for key, values in columns.items()},
         runs=tuple(run for row in group for run in row.runs),
         notes=tuple(dict.fromkeys(note for row in group for note in row.notes)),
@@ -252,58 +246,48 @@ def _folded(group: Sequence[Row]) -> Row:
     )
 
 
-def same_budget(rows: Sequence[Row]) -> list[list[Row]]:
-    """Measured pruned rows of one model that may be compared: those that keep equally many tokens, within a tenth.
+def same_budget(rows: Iterable[Row]) -> list[list[Row]]:
+    """Measured pruned rows of one model that keep equally many tokens (within a tenth), as the mean over the layers.
 
-    What counts is the mean over the decoder's layers, so a method that drops at layer 2 is not ranked with one that
-    drops as many before the decoder. Where older results do not say it, the asked-for ratio stands for it.
+    Older results do not state the tokens per layer: their ratio stands for it if they drop before the decoder.
     """
-    shares = [(_share(row), row) for row in rows if row.pruned and not row.published]
-    known = sorted(((share, row) for share, row in shares if share), key=lambda pair: pair[0])
+    shares = {row: _share(row) for row in rows if row.pruned and not row.published}
     groups: list[list[Row]] = []
-    start = 0.0
-    for share, row in known:
-        if not groups or share > EQUAL_BUDGET * start:
-            groups.append([])
-            start = share
-        groups[-1].append(row)
+    for model in dict.fromkeys(row.model for row in shares):
+        smallest = 0.0
+        for row in sorted((row for row in shares if row.model == model and shares[row]), key=lambda row: shares[row]):
+            if shares[row] > EQUAL_BUDGET * smallest:
+                groups.append([])
+                smallest = shares[row]
+            groups[-1].append(row)
     return groups
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """Give rows of one model their mean ranks; alone at its budget, a row has none."""
-    ranks: dict[int, float] = {}
+    """Give rows their mean ranks among those of the same budget; a row that is alone at its budget has none."""
+    ranks: dict[Row, float] = {}
     for group in same_budget(rows):
         keys = [key for key in group[0].scores if all(key in row.scores for row in group)]
-        if len(group) < 2 or not keys:
-            continue
-        for row in group:
-            ranks[id(row)] = mean(_rank(row.scores[key], [other.scores[key] for other in group]) for key in keys)
-    return [replace(row, rank=ranks[id(row)]) if id(row) in ranks else row for row in rows]
+        for row in group if keys and len(group) > 1 else ():
+            ranks[row] = mean(_rank(row.scores[key], [other.scores[key] for other in group]) for key in keys)
+    return [replace(row, rank=ranks.get(row)) for row in rows]
 
 
-def best_of_columns(rows: Sequence[Row]) -> dict[int, set[str]]:
-    """The best scores among measured rows of one model that keep equally many tokens: row's number -> column keys.
-
-    "Mean" and "Rank" are columns, too. Where all are equal, and alone at its budget, none is the best.
-    """
-    best: dict[int, set[str]] = {number: set() for number in range(len(rows))}
-    numbers = {id(row): number for number, row in enumerate(rows)}
-    for model in dict.fromkeys(row.model for row in rows):
-        for group in same_budget([row for row in rows if row.model == model]):
-            for key in {**group[0].scores, MEAN: None, "Rank": None}:
-                signed = {
-                    numbers[id(row)]: -row.rank if key == "Rank" and row.rank else row.score(key) for row in group
-                }
-                values = {number: value for number, value in signed.items() if value is not None}
-                if len(set(values.values())) > 1:
-                    top = max(values.values())
-                    for number, value in values.items():
-                        best[number] |= {key} if value == top else set()
+def best_of_columns(rows: Iterable[Row]) -> dict[Row, set[str]]:
+    """Columns ("Mean" and "Rank" included) in which a row is the best of several that differ at its budget."""
+    best: dict[Row, set[str]] = defaultdict(set)
+    for group in same_budget(rows):
+        for key in (*group[0].scores, MEAN, RANK):
+            values = {row: -row.rank if key == RANK and row.rank else row.score(key) for row in group}
+            values = {row: value for row, value in values.items() if value is not None}
+            if len(set(values.values())) > 1:
+                top = max(values.values())
+                for row in (row for row, value in values.items() if value == top):
+                    best[row].add(key)
     return best
 
 
-def unpruned_of(row: Row, rows: Sequence[Row]) -> Row | None:
+def unpruned_of(row: Row, rows: Iterable[Row]) -> Row | None:
     """The unpruned row of the same model and source."""
     same = (other for other in rows if (other.model, other.source) == (row.model, row.source))
     return next((other for other in same if other.method == UNPRUNED), None)
@@ -311,14 +295,13 @@ def unpruned_of(row: Row, rows: Sequence[Row]) -> Row | None:
 
 def relative_score(row: Row, unpruned: Row | None) -> float | None:
     """Mean over common columns of the score relative to unpruned, in percent."""
-    if unpruned is None:
-        return None
-    shares = [row.scores[key] / full for key, full in unpruned.scores.items() if full and key in row.scores]
+    full = unpruned.scores if unpruned else {}
+    shares = [row.scores[key] / full[key] for key in full if full[key] and key in row.scores]
     return 100 * sum(shares) / len(shares) if shares else None
 
 
 def _rank(score: float, scores: Sequence[float]) -> float:
-    """1 for the highest; those that are equal share the mean of their ranks."""
+    """1 for the highest; equal scores share the mean of their ranks."""
     return 1 + sum(other > score for other in scores) + (scores.count(score) - 1) / 2
 
 
@@ -329,27 +312,23 @@ def _share(row: Row) -> float | None:
 
 
 def _configuration(row: Row, without: str | None = None) -> Any:
+    """What two runs of one configuration have in common; one option can be left out."""
     if not row.runs:
-        return id(row)
-    content = row.runs[0].content
-    pruning = content["pruning"]
+        return row
+    pruning = row.runs[0].content["pruning"]
     if pruning is None:
         return row.model, row.method
     options = {name: value for name, value in pruning["options"].items() if name != without}
-    # A method without that option is itself, and nothing to be folded with.
     return row.model, row.family, row.ratio, row.layer, json.dumps(options, sort_keys=True)
 
 
 def _method(content: Mapping[str, Any]) -> str:
-    if content.get("grey"):
-        return GREY
-    return UNPRUNED if content["pruning"] is None else content["pruning"]["method"] + _options(content["pruning"])
-
-
-def _options(pruning: Mapping[str, Any]) -> str:
-    """The options by which rows of one method differ; a default is not worth the space."""
-    options = {name: value for name, value in pruning["options"].items() if name in pruning.get("set_options", ())}
-    return f" ({', '.join(f'{name} {value}' for name, value in options.items())})" if options else ""
+    """The method with those options that were set."""
+    pruning = content["pruning"]
+    if content.get("grey") or pruning is None:
+        return GREY if content.get("grey") else UNPRUNED
+    shown = [f"{name} {value}" for name, value in pruning["options"].items() if name in pruning.get("set_options", ())]
+    return pruning["method"] + (f" ({', '.join(shown)})" if shown else "")
 
 
 def _shown_options(row: Row) -> list[str]:
@@ -358,9 +337,7 @@ def _shown_options(row: Row) -> list[str]:
 
 
 def _scores(run: Run) -> dict[str, float]:
-    scores = {}
-    for column in columns_of(run.tasks):
-        task = column.task_in(run.tasks)
-        if task is not None:
-            scores[column.key] = run.tasks[task]["metrics"][column.metric] * column.scale
-    return scores
+    tasks = {column: column.task_in(run.tasks) for column in columns_of(run.tasks)}
+    return {
+        column.key: run.tasks[task]["metrics"][column.metric] * column.scale for column, task in tasks.items() if task
+    }

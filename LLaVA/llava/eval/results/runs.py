@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava.benchmarks import DOCUMENTS, PAPER
+from llava.benchmarks import DOCUMENTS, PAPER, Benchmark
 from llava.eval.results.shape import MANIFEST, RESULTS, WHOLE_RUN, check
 from llava.files import read_json
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one model gave under one pruning configuration.
+    """The results of one model under one pruning configuration.
 
     Attributes
     ----------
@@ -51,16 +52,17 @@ class Run:
         last = self.folder.name if self.folder else pruning["method"] if pruning else "unpruned"
         return f"{short_name(self.content['model'])}/{last}"
 
-    def log(self, task: str) -> Path | None:
-        """The per-sample log that a task's metrics are from, or None."""
-        if self.folder is None:
+    def log(self, column: Benchmark) -> Path | None:
+        """The per-sample log that a column's score is from, or None."""
+        task = column.task_in(self.tasks)
+        if self.folder is None or task is None:
             return None
         # A task that was evaluated again has left an older log beside the newer one.
         stamp = self.tasks[task].get("date", "*")
         return min((self.folder / "tasks" / task).glob(f"*/{stamp}_samples_{task}.jsonl"), default=None)
 
     def metadata(self) -> dict[str, str]:
-        """What a score depends on beside model and pruning: name -> value; what is not recorded is left out."""
+        """What a score depends on besides model and pruning, as far as it is recorded: name -> value."""
         # code and weights: see lmms_eval_otprune's fingerprint
         parts = str(self.manifest.get("model_fingerprint") or "").split("/")
         weights, code, _, attention, template = parts[:5] if len(parts) >= 5 else (None,) * 5
@@ -90,25 +92,18 @@ class Run:
 def read_runs(folders: Iterable[Path | str], unreadable: list[str] | None = None) -> list[Run]:
     """Read result folders: a whole run's, or that of one model under one pruning configuration.
 
-    Parameters
-    ----------
-    folders : sequence of path
-    unreadable : list, optional
-        Receives a sentence on each configuration of a whole run that cannot be read; the others are returned.
-
-    Raises
-    ------
-    ValueError
-        If a folder holds no results, or what cannot be read is not to be left out.
+    ``unreadable`` receives a sentence on each configuration of a whole run that cannot be read, and the others are
+    returned; without it, and for a folder that holds no results, it is a `ValueError`.
     """
     runs: list[Run] = []
     for folder in map(Path, folders):
         path = folder / "results.json"
         if not path.exists():
             raise ValueError(f"{folder} is no result folder: it has no results.json")
-        content = _read(path)
+        content = _object(path)
         if "runs" in content:
-            _check(path, content, WHOLE_RUN)
+            with _reading(path):
+                check(content, WHOLE_RUN)
             runs += _jobs(folder, content["runs"], unreadable)
         elif "tasks" in content:
             runs.append(_run(path, content, folder))
@@ -118,24 +113,22 @@ def read_runs(folders: Iterable[Path | str], unreadable: list[str] | None = None
 
 
 def unfinished(folders: Iterable[Path | str]) -> list[str]:
-    """Sentences on what result folders lack: configurations without results, tasks that were not reached."""
+    """Sentences on what result folders lack: configurations without results, tasks without results or samples."""
     lacking = []
     for folder in map(Path, folders):
         jobs = [folder / job for job in _manifest(folder).get("jobs", ())]
         lacking += [f"{job} has no results yet" for job in jobs if not (job / "results.json").exists()]
-    return lacking + [sentence for run in read_runs(folders, unreadable=[]) for sentence in missing_tasks(run)]
-
-
-def missing_tasks(run: Run) -> list[str]:
-    """Sentences on the tasks that a run was to evaluate and has no result of, and on those without a sample."""
-    failed = run.content["failed"]
-    if not run.tasks and not failed:
-        return [f"{run.name} has no finished task"]
-    planned = set(_manifest(run.folder.parent.parent).get("tasks", ())) if run.folder else set()
-    empty = [task for task, result in run.tasks.items() if result.get("samples") == 0]
-    reasons = [(task, "failed") for task in failed] + [(task, "has no samples") for task in empty]
-    reasons += [(task, "is not finished") for task in sorted(planned - set(run.tasks) - set(failed))]
-    return [f"{run.name}: {task} {reason}" for task, reason in reasons]
+    for run in read_runs(folders, unreadable=[]):
+        failed = run.content["failed"]
+        if not run.tasks and not failed:
+            lacking.append(f"{run.name} has no finished task")
+            continue
+        planned = set(_manifest(run.folder.parent.parent).get("tasks", ())) if run.folder else set()
+        empty = [task for task, result in run.tasks.items() if result.get("samples") == 0]
+        reasons = [(task, "failed") for task in failed] + [(task, "has no samples") for task in empty]
+        reasons += [(task, "is not finished") for task in sorted(planned - set(run.tasks) - set(failed))]
+        lacking += [f"{run.name}: {task} {reason}" for task, reason in reasons]
+    return lacking
 
 
 def differences(runs: Sequence[Run]) -> dict[str, dict[str, list[str]]]:
@@ -145,6 +138,11 @@ def differences(runs: Sequence[Run]) -> dict[str, dict[str, list[str]]]:
         for name, value in run.metadata().items():
             seen.setdefault(name, {}).setdefault(value, []).append(run.name)
     return {name: values for name, values in seen.items() if len(values) > 1}
+
+
+def described(values: Mapping[str, Sequence[str]]) -> str:
+    """One of the `differences` in words."""
+    return "; ".join(f"{value}: {', '.join(names)}" for value, names in values.items())
 
 
 def check_alike(runs: Sequence[Run]) -> None:
@@ -179,30 +177,32 @@ def _jobs(folder: Path, contents: Sequence[Any], unreadable: list[str] | None) -
 
 
 def _run(path: Path, content: Any, folder: Path | None) -> Run:
-    _check(path, content, RESULTS)
+    with _reading(path):
+        check(content, RESULTS)
     return Run(content, folder, {} if folder is None else _manifest(folder))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """A folder's manifest, empty where it has none."""
     path = folder / "manifest.json"
-    content = _read(path) if path.exists() else {}
-    _check(path, content, MANIFEST)
+    content = _object(path) if path.exists() else {}
+    with _reading(path):
+        check(content, MANIFEST)
     return content
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
+def _object(path: Path) -> dict[str, Any]:
+    with _reading(path):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} cannot be read: it is no JSON object")
-    return content
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
 
 
-def _check(path: Path, content: Any, shape: Any) -> None:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise errors of the block as one sentence that names the file."""
     try:
-        check(content, shape)
-    except ValueError as error:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None

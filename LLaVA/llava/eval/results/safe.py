@@ -25,8 +25,7 @@ class SafeRatios:
     tried : tuple of float
         Kept ratios that were run, ascending.
     ratios : dict of float or None
-        By column key and "Mean", the smallest safe one; None for none of those run. Columns without an interval at any
-        of the ratios are missing.
+        By column key and "Mean", the smallest safe one, or None; columns without intervals are missing.
     """
 
     model: str
@@ -36,20 +35,10 @@ class SafeRatios:
 
 
 def safe_ratios(rows: Sequence[Row], share: float) -> list[SafeRatios]:
-    """Each method's safe ratios.
+    """Each method's safe ratios, for a share of the unpruned score, 0 < share <= 1.
 
-    Parameters
-    ----------
-    rows : sequence of Row
-        With evidence: what counts is the lower end of the 95 % interval of the score relative to unpruned, both drawn
-        on the same questions.
-    share : float
-        Of the unpruned score, 0 < share <= 1.
-
-    Raises
-    ------
-    ValueError
-        If no row has such an interval.
+    What counts is the lower end of the 95 % interval of the score relative to unpruned, both drawn on the same
+    questions; if no row has such an interval, it is a `ValueError`.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
