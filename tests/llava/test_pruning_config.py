@@ -11,7 +11,7 @@ import re
 import pytest
 
 from llava.pruning import PruningConfig, available_methods, kept_count, register
-from llava.pruning.config import alternatives, option_types
+from llava.pruning.options import alternatives, option_types
 from llava.pruning.registry import method_class
 from tiny_llava import build
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -17,12 +15,21 @@ from typing import Any, TypeVar
 from llava.pruning.base import INSIDE, Pruner
 from llava.pruning.methods.ocvtp.variables import SWITCH as OCL_SWITCH
 from llava.pruning.methods.ocvtp.variables import as_typed, translated
+from llava.pruning.options import (
+    LAYER,
+    RATIO,
+    check_type,
+    layer_in,
+    option_types,
+    ratio_in,
+    refuse_options_of_an_alias,
+    settings_in,
+)
 from llava.pruning.own_budget import check_own_budget
-from llava.pruning.registry import method_class, method_names, resolve_name
+from llava.pruning.registry import method_class, resolve_name
 from llava.pruning.schedule import Schedule
 
 OFF = "orig"
-RATIO, LAYER = "SUBSET_RATIO", "LAYER_INDEX"
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class PruningConfig:
                 raise ValueError(
                     f"{method} has no option {name!r}; its options: {', '.join(types_by_option) or 'none'}"
                 )
-            _check_type(f"option {name!r} of {method}", value, types_by_option[name])
+            check_type(f"option {name!r} of {method}", value, types_by_option[name])
         object.__setattr__(self, "method", method)
         object.__setattr__(self, "ratio", None if ratio is None else float(ratio))
         object.__setattr__(self, "options", types.MappingProxyType(dict(self.options)))
@@ -116,7 +123,7 @@ class PruningConfig:
         given, environ = environ, translated(environ)
         baseline = environ.get("BASELINE", "").strip()
         if not baseline:
-            for name in ("SUBSET_RATIO", "LAYER_INDEX"):
+            for name in (RATIO, LAYER):
                 if environ.get(name):
                     raise ValueError(
                         f"{name}={environ[name]} is set but BASELINE is not: name a method (BASELINE=OURS), or "
@@ -129,8 +136,8 @@ class PruningConfig:
             method = resolve_name(baseline)
         except ValueError as error:
             raise ValueError(f"BASELINE={baseline}: {error}, or ORIG for no pruning") from None
-        _refuse_options_of_an_alias(baseline, method, environ)
-        settings = {RATIO: _ratio(environ), LAYER: _layer(environ), **_option_settings(method, environ)}
+        refuse_options_of_an_alias(baseline, method, environ)
+        settings = {RATIO: ratio_in(environ), LAYER: layer_in(environ), **settings_in(method, environ)}
         typed = {name: text for name, text in as_typed(given, environ).items() if name in settings}
         switch = f"BASELINE={baseline}" if given.get("BASELINE") else OCL_SWITCH + "=1"
         return _blame(lambda rest: _from_settings(method, rest, typed), settings, typed, method, switch)
@@ -164,7 +171,7 @@ class PruningConfig:
         """
         name, *settings = text.split(":")
         method = resolve_name(name)
-        variables = {"ratio": "SUBSET_RATIO", "layer": "LAYER_INDEX"}
+        variables = {"ratio": RATIO, "layer": LAYER}
         given = {}
         for setting in settings:
             option, equals, value = setting.partition("=")
@@ -175,7 +182,7 @@ class PruningConfig:
                 raise ValueError(f"{text}: {option.lower()} is given twice")
             given[variable] = value
         try:
-            ratio, layer = _ratio(given) if "SUBSET_RATIO" in given else ratio, _layer(given)
+            ratio, layer = ratio_in(given) if RATIO in given else ratio, layer_in(given)
             budget = set(variables.values())
             own = {name: value for name, value in {**environ, **given}.items() if name not in budget}
             return cls(method, ratio, layer, options_from_env(method, own))
@@ -257,52 +264,6 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def option_types(cls: type[Pruner]) -> dict[str, Any]:
-    """Option name -> type of a method: its own in the order of its fields, then those that all methods have."""
-    hints = typing.get_type_hints(cls)
-    common = [field.name for field in dataclasses.fields(Pruner)]
-    own = [field.name for field in dataclasses.fields(cls) if field.name not in common]
-    return {name: hints[name] for name in own + common}
-
-
-def _ratio(environ: Mapping[str, str]) -> float | None:
-    text = environ.get("SUBSET_RATIO", "")
-    if not text:
-        return None
-    try:
-        ratio = _number(float, text)
-    except ValueError:
-        ratio = math.nan
-    if not 0 < ratio <= 1:
-        raise ValueError(f"SUBSET_RATIO={text}: must be a number with 0 < r <= 1")
-    return ratio
-
-
-def _layer(environ: Mapping[str, str]) -> int | None:
-    text = environ.get("LAYER_INDEX")
-    if not text:
-        return None
-    try:
-        layer = _number(int, text)
-    except ValueError:
-        layer = -1
-    if layer < 0:
-        raise ValueError(f"LAYER_INDEX={text}: must be a whole number, 0 <= L < the number of decoder layers")
-    return layer
-
-
-def _refuse_options_of_an_alias(baseline: str, method: str, environ: Mapping[str, str]) -> None:
-    """Options carry the method's own name: under another one they would silently do nothing."""
-    alias = f"{baseline.upper()}_"
-    if alias == f"{method.upper()}_":
-        return
-    for name in sorted(environ):
-        if name.startswith(alias):
-            raise ValueError(
-                f"{name}={environ[name]}: {baseline} is {method}, whose options are named {method.upper()}_..."
-            )
-
-
 def options_from_env(method: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """What the ``<METHOD>_<OPTION>`` variables say of a registered method.
 
@@ -311,7 +272,7 @@ def options_from_env(method: str, environ: Mapping[str, str] = os.environ) -> di
     ValueError
         For an unknown option, or a value that is none of its own; begins with the variable and its value.
     """
-    settings = _option_settings(method, environ)
+    settings = settings_in(method, environ)
     cls = method_class(method)
     _blame(lambda rest: cls(**_options(method, rest)), settings, as_typed(environ, environ), method)
     return _options(method, settings)
@@ -362,76 +323,3 @@ def _options(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 def _from_settings(method: str, settings: Mapping[str, Any], typed: Mapping[str, str]) -> PruningConfig:
     """A configuration from values by the names of their variables."""
     return PruningConfig(method, settings.get(RATIO), settings.get(LAYER), _options(method, settings), typed=typed)
-
-
-def _option_settings(method: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Variable -> value of a method's options in an environment."""
-    prefix = f"{method.upper()}_"
-    known = option_types(method_class(method))
-    variables = {name.lower(): f"{prefix}{name.upper()}" for name in known}
-    # Of two methods one name may begin with the other, as prumerge_plus does with prumerge.
-    others = tuple(f"{name.upper()}_" for name in method_names() if name.startswith(f"{method}_"))
-    settings = {}
-    for variable in sorted(name for name in environ if name.startswith(prefix) and not name.startswith(others)):
-        option = variable[len(prefix) :].lower()
-        if option not in known:
-            raise ValueError(
-                f"{variable}={environ[variable]}: {method} has no such option; "
-                f"it knows {', '.join(variables.values()) or 'none'}"
-            )
-        settings[variable] = _parse(variable, environ[variable], known[option])
-    return settings
-
-
-def _parse(variable: str, text: str, kind: Any) -> Any:
-    """Turn an environment variable's text into an option's type."""
-    accepted = alternatives(kind)
-    if type(None) in accepted and text.strip().lower() in ("", "none"):
-        return None
-    for candidate in (bool, int, float, str):
-        if candidate not in accepted:
-            continue
-        try:
-            return _BOOLEANS[text.strip().lower()] if candidate is bool else _number(candidate, text)
-        except (KeyError, ValueError):
-            continue
-    literals = {str(value).lower(): value for value in accepted if not isinstance(value, type)}
-    if text.strip().lower() in literals:
-        return literals[text.strip().lower()]
-    raise ValueError(f"{variable}={text}: must be {_spell(accepted)}")
-
-
-def _number(kind: type, text: str) -> Any:
-    """The text as a float, an int or a str; Python itself would read 1_0 as 10."""
-    if kind is not str and ("_" in text or not text.isascii()):
-        raise ValueError(text)
-    return kind(text)
-
-
-def _check_type(what: str, value: Any, kind: Any) -> None:
-    accepted = alternatives(kind)
-    if value in [item for item in accepted if not isinstance(item, type)]:
-        return
-    kinds = tuple(item for item in accepted if isinstance(item, type))
-    if float in kinds:
-        kinds += (int,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"{what} must be {_spell(accepted)}, not {value!r}")
-
-
-_BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-_SPELLING = {bool: "1 or 0", int: "a whole number", float: "a number", str: "text", type(None): "none"}
-
-
-def alternatives(kind: Any) -> list[Any]:
-    """The types and literal values that an annotation admits."""
-    origin = typing.get_origin(kind)
-    if origin is typing.Literal:
-        return list(typing.get_args(kind))
-    if origin in (typing.Union, types.UnionType):
-        return [item for part in typing.get_args(kind) for item in alternatives(part)]
-    return [kind]
-
-
-def _spell(accepted: list[Any]) -> str:
-    return " or ".join(_SPELLING.get(item, repr(item)) if isinstance(item, type) else str(item) for item in accepted)
