@@ -9,8 +9,16 @@ import torch
 from safetensors import SafetensorError
 
 from llava.model.multimodal_encoder.observations import encoder_outputs
-from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
+from llava.model.visual_cache import (
+    VisualCache,
+    VisualStore,
+    content_keys,
+    encoder_fingerprint,
+    identify,
+    image_keys,
+)
 from llava.pruning import PruningConfig, pruning
+from llava.pruning.signals import content_key
 from tiny_llava import build, pad_rows, pixels, prompt, save_tower
 
 KINDS = ["memory", "files"]
@@ -124,6 +132,19 @@ class TestFiles:
             "encoded images are not stored any more: I/O error: No space left on device (os error 28)"
         ]
 
+    def test_a_stand_in_has_the_outputs_of_the_images_that_it_stands_for(self, tmp_path):
+        store, images = VisualStore(tmp_path, 10**6), pixels(2)
+        keys = identify(images)
+        assert keys == image_keys(images) and content_keys(images) == [content_key(image) for image in images]
+        assert store.stand_in(keys, ["features"]) is None
+        encoded = store.outputs(images, ["features"], lambda images: {"features": images.mean(-1)})
+        again = store.stand_in([keys[1], keys[0], keys[1]], ["features"])
+        assert (again.shape[1:], again.dtype) == (images.shape[1:], images.dtype) and again.isnan().all()
+        assert content_keys(again) == [keys[i][0] for i in (1, 0, 1)]
+        found = store.outputs(again, ["features"], lambda images: pytest.fail("encoded again"))
+        assert found["features"].equal(encoded["features"][[1, 0, 1]])
+        assert store.stand_in(keys, ["features", "attention"]) is None
+
 
 @pytest.fixture
 def model(tower):
@@ -190,6 +211,14 @@ def test_answers_are_the_same_and_all_methods_share_an_image(model, make_cache):
     assert ask_all() == plain and (model.encoded == 2 * 6) == isinstance(model.visual_cache, VisualStore)
 
 
+def test_answers_are_the_same_from_projected_features(model, make_cache):
+    plain = ask(model)
+    model.visual_cache, projections = make_cache(10**7), []
+    model.visual_cache.holds_projected = True
+    model.get_model().mm_projector.register_forward_hook(lambda *_: projections.append(1))
+    assert [ask(model), ask(model)] == [plain, plain] and len(projections) == 1
+
+
 def test_what_later_methods_want_is_remembered_with_the_first(model, make_cache):
     later = [pruner_of("visionzip"), pruner_of("hiprune", object_layer=1), pruner_of("hiprune", object_layer=2)]
     model.visual_cache = make_cache(10**7)
@@ -251,3 +280,6 @@ def test_what_an_encoding_depends_on_is_in_the_fingerprint(tower, tmp_path):
         fingerprint(folder=save_tower(tmp_path / "larger", 112)),
     }
     assert len(found) == 7 and fingerprint() in found
+    projectors = [build(tower).get_model().mm_projector, torch.nn.Identity()]
+    tower = build(tower).get_vision_tower()
+    assert len({encoder_fingerprint(tower, projector) for projector in (None, *projectors)}) == 3

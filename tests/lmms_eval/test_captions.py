@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 import pytest
+from lmms_eval_otprune.models import java
 from lmms_eval_otprune.models.java import java_works
 from lmms_eval_otprune.tasks import captions
 
@@ -65,3 +66,21 @@ def test_the_scores_of_single_images_are_those_of_texts_on_one_line():
     first, second = cider_of_runs([(GIVEN, REFERENCES), flat])
     assert first == second
     assert one_line("a\u0085b") == "a\u0085b"
+
+
+def test_captions_are_tokenised_once(monkeypatch):
+    given: list[dict] = []
+
+    class Tokenizer:
+        def tokenize(self, captions):
+            given.append(captions)
+            return {image: [one["caption"].lower() for one in several] for image, several in captions.items()}
+
+    monkeypatch.setattr("pycocoevalcap.tokenizer.ptbtokenizer.PTBTokenizer", Tokenizer)
+    java.remember_tokens()
+    first, other = {1: [{"caption": "A dog"}, {"caption": "Dogs"}]}, {1: [{"caption": "A cat"}]}
+    for _ in range(2):
+        found = Tokenizer().tokenize(first)
+        assert found == {1: ["a dog", "dogs"]}
+        found[1].clear()
+    assert Tokenizer().tokenize(other) == {1: ["a cat"]} and given == [first, other]

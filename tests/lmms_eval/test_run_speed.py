@@ -14,6 +14,8 @@ from lmms_eval_otprune.models.llava import Llava
 from lmms_eval_otprune.models.prefetch import prefetch
 from PIL import Image
 
+from llava.pruning import PruningConfig
+
 SETTINGS = {"max_new_tokens": 4, "temperature": 0, "until": ["\n\n"], "do_sample": False}
 
 
@@ -105,6 +107,61 @@ class TestBatches:
         assert lm.generate_until(asked) == load(batch_size=1).generate_until(asked)
         assert all(mask.all() for _, mask in padded)
         assert any(len(ids) > 1 for ids, _ in padded)
+
+
+class Documents(list):
+    """With a fingerprint of their content, as those of data sets."""
+
+    _fingerprint = "seven"
+
+
+class TestRowsInTurn:
+    """Of several rows of a table, each a pruning configuration over the same questions."""
+
+    METHODS = (None, "random", "otprune", "visionzip", "random:drop_duplicates=1")
+
+    def test_what_was_asked_before_is_not_prepared_again(self, load, tmp_path):
+        """But for a method that looks at the pixels, and one that wants of the encoder what is not stored."""
+        read, configs = [], [name and PruningConfig.from_text(name, 0.5) for name in self.METHODS]
+
+        def images_of(document):
+            read.append(document)
+            return document["images"]
+
+        lm = load(batch_size=2, visual_cache_folder=str(tmp_path))
+        lm.task_dict["looks"] = {"test": Documents(DOCUMENTS)}
+        found, readings = [], []
+        for config in configs * 2:
+            lm.set_pruning(config)
+            lm.start_run()
+            found.append(lm.generate_until(requests(images_of)))
+            readings.append(len(read))
+            read.clear()
+        plain = load(batch_size=2, visual_cache="off")
+        for config, answers in zip(configs * 2, found, strict=True):
+            plain.set_pruning(config)
+            assert answers == plain.generate_until(requests())
+        assert readings == [7, 0, 0, readings[3], 7, 0, 0, 0, 0, 7] and readings[3] >= 5
+
+    def test_other_documents_under_the_same_name_are_read(self, load, tmp_path):
+        lm = load(visual_cache_folder=str(tmp_path))
+        lm.task_dict["looks"] = {"test": Documents(DOCUMENTS)}
+        lm.generate_until(requests())
+        others = Documents([{**document, "images": [picture(7)]} for document in DOCUMENTS])
+        others._fingerprint = "others"
+        lm.task_dict["looks"] = {"test": others}
+        lm.generate_until(requests())
+        assert lm.visual_cache_counts()["misses"] == DIFFERENT + 1
+
+    def test_grey_images_share_the_beginning_of_their_prompts(self, load, monkeypatch):
+        asked = [one for one in requests() if len(DOCUMENTS[one.doc_id]["images"]) == 1]
+        prefills: list[int] = []
+        lm, plain = (load(batch_size=3, grey_pictures=True) for _ in range(2))
+        lm.model.register_forward_pre_hook(lambda *_: prefills.append(1))
+        shared = lm.generate_until(asked), lm.visual_tokens
+        monkeypatch.setattr(wrapper, "shared_beginning", lambda rows: None)
+        assert shared == (plain.generate_until(asked), plain.visual_tokens)
+        assert len(lm._begun) == 1 and not plain._begun
 
 
 class TestRememberedPictures:

@@ -293,9 +293,9 @@ class TestLikelihood:
         row = prompts.make_row(lm.tokenizer, whole, DOCUMENTS[0]["images"])
         ids = row.input_ids[None]
         labels = ids.clone()
-        labels[0, : len(prompts.make_row(lm.tokenizer, question, row.images).input_ids)] = -100
+        labels[0, : len(prompts.make_row(lm.tokenizer, question, DOCUMENTS[0]["images"]).input_ids)] = -100
         with torch.inference_mode():
-            pixels = lm._pixels(row.images, lm.config)
+            pixels = lm._pixels(DOCUMENTS[0]["images"], lm.config)
             expected = lm.model(input_ids=ids, labels=labels, images=pixels, image_sizes=[(80, 60)]).loss
         assert loss == pytest.approx(float(expected), rel=1e-5)
         assert isinstance(greedy, bool)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from llava.model.multimodal_encoder.observations import FEATURES, Output, encoder_outputs
 from llava.model.offload import execution_device, parameter_here
 from llava.model.prompt import question_after_image
+from llava.model.visual_cache import content_keys
 from llava.pruning.base import Pruner
 from llava.pruning.own_budget import NO_PATCH, patch_ids, patch_rows
-from llava.pruning.signals import SIGNALS, content_key
+from llava.pruning.signals import SIGNALS
 from llava.pruning.tokens import ImageTokens, Layout, TokenGrid
 
 
@@ -56,8 +57,8 @@ def image_tokens(
             for i, row in enumerate(features)
         ]
     if pruner is not None and "image_keys" in pruner.needs:
-        for one, pixels in zip(tokens, images, strict=True):
-            one.signals["image_keys"] = content_key(pixels)
+        for one, key in zip(tokens, content_keys(images), strict=True):
+            one.signals["image_keys"] = key
     return tokens
 
 
@@ -125,20 +126,19 @@ def encode(model: Any, pixels: torch.Tensor, pruner: Pruner | None) -> tuple[tor
     cache = None if torch.is_grad_enabled() else model.visual_cache
     if cache is None and not wanted:
         return model.encode_images(pixels), signals
+    projector, projected = model.get_model().mm_projector, cache is not None and cache.holds_projected
 
     def run(pixels: torch.Tensor) -> dict[Output, torch.Tensor]:
         every = wanted if cache is None else wanted | dict.fromkeys(cache.expected)
-        if not every:
-            return {FEATURES: tower(pixels)}
-        features, outputs = tower.observe(pixels, every)
-        return {FEATURES: features, **outputs}
+        features, outputs = tower.observe(pixels, every) if every else (tower(pixels), {})
+        return {FEATURES: project(projector, features) if projected else features, **outputs}
 
     found = run(pixels) if cache is None else cache.outputs(pixels, (FEATURES, *wanted), run)
     signals |= {
         need: torch.stack([found[output] for output in outputs], -1) if SIGNALS[need].per_layer else found[outputs[0]]
         for need, outputs in needs.items()
     }
-    return project(model.get_model().mm_projector, found[FEATURES]), signals
+    return found[FEATURES] if projected else project(projector, found[FEATURES]), signals
 
 
 def patches_of(tower: Any, pixels: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,36 @@ def content_digests(images: Sequence[torch.Tensor]) -> list[Hashable]:
     return [tuple(sums) for sums in torch.stack([_weighted_sums(image) for image in images]).tolist()] if images else []
 
 
+def image_keys(images: torch.Tensor) -> list[Hashable]:
+    """What each image (B, 3, H, W) is remembered by: its digest, shape and dtype."""
+    shape_and_type = (*images.shape[1:], str(images.dtype))
+    return [(digest, *shape_and_type) for digest in content_digests(list(images))]
+
+
+@dataclass(frozen=True)
+class _Identified:
+    """What is known of a tensor of images, and travels as an attribute of it."""
+
+    keys: list[Any]
+    outputs: Mapping[Hashable, Mapping[Hashable, torch.Tensor]] = field(default_factory=dict)
+
+
+_IDENTIFIED = "identified_images"
+
+
+def identify(images: torch.Tensor) -> list[Any]:
+    """Attach the keys of images on a CPU to their tensor, which must not be written to any more, and return them."""
+    identified = _Identified(image_keys(images))
+    vars(images)[_IDENTIFIED] = identified
+    return identified.keys
+
+
+def content_keys(images: Sequence[torch.Tensor] | torch.Tensor) -> list[int]:
+    """`content_key` of each image; those of identified images are not computed again."""
+    identified = vars(images).get(_IDENTIFIED) if isinstance(images, torch.Tensor) else None
+    return [content_key(image) for image in images] if identified is None else [key[0] for key in identified.keys]
+
+
 def _weighted_sums(image: torch.Tensor) -> torch.Tensor:
     """(2,), int64."""
     bits = image.detach().contiguous().view(_INTEGERS[image.element_size()]).flatten()
@@ -52,7 +83,7 @@ class VisualCache:
     """The vision tower's outputs by image, in memory, the least recently used out when they take too many bytes.
 
     Benchmarks ask many questions about one image (GQA about 31, POPE 18), and every pruning method sees the same
-    features of it. They are remembered as the tower gives them, before projector and pruner; an image (or crop) of
+    features of it. They are remembered as the tower gives them, unless ``holds_projected``; an image (or crop) of
     LLaVA-1.5 takes 1.2 MB in half precision. A cache belongs to one tower: `clear` it when the weights change.
 
     Parameters
@@ -71,6 +102,8 @@ class VisualCache:
         What is remembered now.
     expected : tuple of Output
         What later calls are going to want as well: it is remembered when an image is encoded anyway.
+    holds_projected : bool
+        Remember the features as the projector gives them, not as the tower does; for a cache of one projector.
 
     Raises
     ------
@@ -85,6 +118,7 @@ class VisualCache:
         self.hits = self.misses = self.nbytes = 0
         self.seconds = 0.0
         self.expected: tuple[Hashable, ...] = ()
+        self.holds_projected = False
         self._entries: OrderedDict[Hashable, dict[Hashable, torch.Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -101,9 +135,9 @@ class VisualCache:
         A name stands for all that an output depends on besides image and tower. ``encode`` makes pixels (b, 3, H, W) at
         least those outputs, (b, N, ...) each; all that it gives is remembered.
         """
-        shape_and_type = (*images.shape[1:], str(images.dtype))
-        keys: list[Hashable] = [(digest, *shape_and_type) for digest in content_digests(list(images))]
-        known = {key: self.get(key, names) for key in dict.fromkeys(keys)}
+        identified = vars(images).get(_IDENTIFIED) or _Identified(image_keys(images))
+        keys = identified.keys
+        known = identified.outputs or {key: self.get(key, names) for key in dict.fromkeys(keys)}
         found = {key: entry for key, entry in known.items() if entry is not None}
         missing = [key for key in known if key not in found]
         self.misses += len(missing)
@@ -177,6 +211,21 @@ class VisualStore(VisualCache):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._device, self._full = folder, torch.device(device), False
 
+    def stand_in(self, keys: Sequence[Any], names: Sequence[Hashable]) -> torch.Tensor | None:
+        """A tensor (B, 3, H, W) in place of identified images: with their outputs, but without their pixels (NaN).
+
+        For a caller that has seen the images before, and need not read and prepare them again. None if one of them
+        lacks one of the outputs.
+        """
+        outputs = {key: entry for key in dict.fromkeys(keys) if (entry := self.get(key, names)) is not None}
+        alike = {key[1:] for key in keys}
+        if len(alike) != 1 or not all(key in outputs for key in keys):
+            return None
+        *shape, dtype = alike.pop()
+        images = torch.full((), torch.nan, dtype=getattr(torch, dtype.removeprefix("torch."))).expand(len(keys), *shape)
+        vars(images)[_IDENTIFIED] = _Identified(list(keys), outputs)
+        return images
+
     def get(self, key: Hashable, names: Sequence[Hashable]) -> Mapping[Hashable, torch.Tensor] | None:
         try:
             return {name: self._read(self._path(key, name)) for name in names}
@@ -217,18 +266,21 @@ class VisualStore(VisualCache):
             used.write_text(str(self.nbytes))
 
 
-def encoder_fingerprint(tower: Any) -> str:
+def encoder_fingerprint(tower: Any, projector: torch.nn.Module | None = None) -> str:
     """Sixteen hexadecimal digits of all that a vision tower's outputs depend on besides the pixels.
 
-    Weights, sizes and the layer that is read, dtype, attention and device, this code, and the libraries' versions.
+    Weights, sizes and the layer that is read, dtype, attention and device, this code, and the libraries' versions; with
+    a ``projector`` also what the projected features depend on.
     """
     digest = hashlib.sha256()
-    for name, values in sorted(tower.state_dict().items()):
-        digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
-        digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for module in (tower,) if projector is None else (tower, projector):
+        for name, values in sorted(module.state_dict().items()):
+            digest.update(f"{name}\0{values.dtype}\0{tuple(values.shape)}\0".encode())
+            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy())
     about = (
         tower.config.to_json_string(),
         tower.config._attn_implementation,
+        repr(projector),
         tower.select_layer,
         tower.select_feature,
         tower.device.type,

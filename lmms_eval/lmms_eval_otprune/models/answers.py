@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lmms_eval_otprune.models.token_counts import ImageCount, PromptCount
+
+SYNC_INTERVAL = 1.0
+"""Seconds. To wait for the disk after every batch takes longer than small models answer."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class AnswerLog:
     def __init__(self, folder: Path | None, rank: int, model: str, pruning: str):
         self._identity = {"model": model, "pruning": pruning}
         self._path: Path | None = None
+        self._synced = 0.0
         self._answers: dict[str, Answer] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +123,7 @@ class AnswerLog:
         return self._answers.get(self._key(question.fields()))
 
     def append(self, pairs: Iterable[tuple[Question, Answer]]) -> None:
-        """Write answers; they are on disk when this returns."""
+        """Write answers; a process that is killed after that has lost none, a machine those of the last second."""
         if self._path is None:
             return
         lines = []
@@ -129,7 +134,9 @@ class AnswerLog:
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(lines)
             file.flush()
-            os.fsync(file.fileno())
+            if time.monotonic() - self._synced >= SYNC_INTERVAL:
+                os.fsync(file.fileno())
+                self._synced = time.monotonic()
 
     def _key(self, fields: dict[str, Any]) -> str:
         return json.dumps({**fields, **self._identity}, sort_keys=True, default=str)

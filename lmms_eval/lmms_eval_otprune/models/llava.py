@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,9 @@ from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
 from llava.conversation import benchmark_conv_mode, conv_templates, image_mark
 from llava.mm_utils import AnswerEnd, get_model_name_from_path, images_to, process_images
 from llava.model.builder import announce_pruning, load_pretrained_model, resolve_model_path
-from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint
+from llava.model.language_model.kv_cache import CACHE
+from llava.model.multimodal_encoder.observations import FEATURES, encoder_outputs
+from llava.model.visual_cache import VisualCache, VisualStore, encoder_fingerprint, identify
 from llava.pruning import PruningConfig
 from lmms_eval_otprune.models import cache_key, java
 from lmms_eval_otprune.models.answers import Answer, Question, count_repeats
@@ -33,7 +36,14 @@ from lmms_eval_otprune.models.exit_status import fail_loudly
 from lmms_eval_otprune.models.fingerprint import model_fingerprint
 from lmms_eval_otprune.models.group import join
 from lmms_eval_otprune.models.prefetch import prefetch
-from lmms_eval_otprune.models.prompts import Row, conversation, make_row, pad_left, text_tokens
+from lmms_eval_otprune.models.prompts import (
+    Row,
+    conversation,
+    make_row,
+    pad_left,
+    shared_beginning,
+    text_tokens,
+)
 from lmms_eval_otprune.models.rows import RowsInTurn
 from lmms_eval_otprune.models.settings import GenerationSettings, read_batch_size, read_dtype, read_visual_cache
 from lmms_eval_otprune.models.token_counts import ImageCount, describe, layer_runs, summary
@@ -63,6 +73,14 @@ class _Prepared:
     rows: list[Row]
     pixels: Pixels | None
     settings: GenerationSettings
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A question that was prepared before, and what its encoded images are stored by."""
+
+    row: Row
+    images: tuple[Hashable, ...]
 
 
 class Llava(RowsInTurn):
@@ -184,6 +202,7 @@ class Llava(RowsInTurn):
             self._loaded_fingerprint += f"/{model_name}"
         self.start_run(resume_dir, grey_pictures)
         self._ignored_settings: set[str] = set()
+        self._seen: dict[Hashable | None, _Seen] = {}
 
     def set_pruning(self, config: PruningConfig | None) -> None:
         """Prune from now on as ``config`` says; None: not at all."""
@@ -206,6 +225,7 @@ class Llava(RowsInTurn):
             Number of the log file that this process appends to; default: its rank.
         """
         self._grey_pictures = grey_pictures
+        self._begun: dict[Hashable, tuple[Any, list[ImageCount]]] = {}
         model = f"{self._loaded_fingerprint}/grey" if grey_pictures else self._loaded_fingerprint
         self._start(resume_dir, self._rank if writer is None else writer, model, self.pruning)
 
@@ -331,8 +351,13 @@ class Llava(RowsInTurn):
     def _open_cache(self, max_bytes: int | None, folder: str | None) -> VisualCache | None:
         if max_bytes is None or folder is None:
             return None if max_bytes is None else VisualCache(max_bytes)
-        tower = self.model.get_vision_tower()
-        return VisualStore(Path(folder) / encoder_fingerprint(tower), max_bytes, tower.device)
+        tower, projector = self.model.get_vision_tower(), self.model.get_model().mm_projector
+        # Projecting costs little where it makes features wider, which then would take more room.
+        projected = self.config.hidden_size <= tower.hidden_size
+        fingerprint = encoder_fingerprint(tower, projector if projected else None)
+        store = VisualStore(Path(folder) / fingerprint, max_bytes, tower.device)
+        store.holds_projected = projected
+        return store
 
     def _question(self, request: Instance) -> Question | None:
         """None for a padding request."""
@@ -387,16 +412,46 @@ class Llava(RowsInTurn):
 
     def _prepare(self, batch: Sequence[_Pending]) -> _Prepared:
         """Read a batch's images and tokenise its prompts; runs while the device works on the batch before."""
-        rows = [self._row(item.question, self._images(item.question, item.images_of)) for item in batch]
         settings = GenerationSettings(**batch[0].question.settings)
-        images = [image for row in rows for image in row.images]
-        return _Prepared(rows, self._pixels(images, settings.preprocessing(self.config)), settings)
+        names = [self._name(item.question) for item in batch]
+        if (prepared := self._prepared_before(names, settings)) is not None:
+            return prepared
+        rows, images = [], list[Image.Image]()
+        for item in batch:
+            found = self._images(item.question, item.images_of)
+            rows.append(self._row(item.question, found))
+            images += found[: len(rows[-1].image_sizes)]
+        pixels = self._pixels(images, settings.preprocessing(self.config))
+        stored = isinstance(self.model.visual_cache, VisualStore) and self._device.type == "cpu"
+        if stored and isinstance(pixels, torch.Tensor) and pixels.ndim == 4:
+            keys = iter(identify(pixels))
+            seen = [_Seen(row, tuple(islice(keys, len(row.image_sizes)))) for row in rows]
+            self._seen |= {name: one for name, one in zip(names, seen, strict=True) if name is not None}
+        return _Prepared(rows, pixels, settings)
+
+    def _name(self, question: Question) -> Hashable | None:
+        """What a question's prompt and images depend on; None if its documents have no fingerprint."""
+        documents = self.task_dict[question.task][question.split]
+        fingerprint = getattr(documents, "_fingerprint", None)
+        about = (question.task, question.split, question.doc_id, question.prompt, repr(question.settings))
+        return None if fingerprint is None else (fingerprint, *about, self._grey_pictures)
+
+    def _prepared_before(self, names: Sequence[Hashable | None], settings: GenerationSettings) -> _Prepared | None:
+        """A batch that an earlier row was asked: its images are neither read nor prepared, but taken as encoded."""
+        pruner = self.model.active_pruner.pruner
+        if not all(name in self._seen for name in names) or (pruner is not None and pruner.drop_duplicates):
+            return None
+        seen = [self._seen[name] for name in names]
+        keys = [key for one in seen for key in one.images]
+        wanted = dict.fromkeys(output for outputs in encoder_outputs(pruner).values() for output in outputs)
+        pixels = self.model.visual_cache.stand_in(keys, (FEATURES, *wanted)) if keys else None
+        return None if keys and pixels is None else _Prepared([one.row for one in seen], pixels, settings)
 
     def _answer(self, batch: _Prepared) -> list[Answer]:
         """Rows with and without images are generated separately, so that no image goes to a row of text."""
         answers: dict[int, Answer] = {}
         for pixels, has_images in ((batch.pixels, True), (None, False)):
-            chosen = [i for i, row in enumerate(batch.rows) if bool(row.images) == has_images]
+            chosen = [i for i, row in enumerate(batch.rows) if bool(row.image_sizes) == has_images]
             if chosen:
                 found = self._generate([batch.rows[i] for i in chosen], pixels, batch.settings)
                 answers |= zip(chosen, found, strict=True)
@@ -432,23 +487,56 @@ class Llava(RowsInTurn):
 
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Row], pixels: Pixels | None, settings: GenerationSettings) -> list[Answer]:
+        begin = shared_beginning(rows) if self._grey_pictures and self._use_cache and settings.num_beams == 1 else None
+        if begin is not None:
+            return self._generate_from(begin, rows, pixels, settings)
         input_ids, mask = pad_left(rows, self._pad_token_id())
-        images = [image for row in rows for image in row.images]
         generated = self.model.generate(
             input_ids.to(self.device),
             attention_mask=mask.to(self.device),
-            pad_token_id=self._pad_token_id(),
             images=self._on_device(pixels),
-            image_sizes=[image.size for image in images],
-            use_cache=self._use_cache,
-            **settings.arguments(),
-            **self._end.options(input_ids),
+            image_sizes=[size for row in rows for size in row.image_sizes],
+            **self._arguments(settings, input_ids),
         )
+        return self._answers_of(rows, generated, self._image_counts(pixels))
+
+    def _generate_from(
+        self, begin: Row, rows: Sequence[Row], pixels: Pixels | None, settings: GenerationSettings
+    ) -> list[Answer]:
+        """Answers about grey images: one of a size is like the other, so that prompts begin in the same way."""
+        key = (tuple(begin.input_ids.tolist()), begin.image_sizes, settings.image_aspect_ratio)
+        if key not in self._begun:
+            pixels = None if pixels is None else pixels[: len(begin.image_sizes)]
+            output = self.model(
+                begin.input_ids[None].to(self.device),
+                images=self._on_device(pixels),
+                image_sizes=begin.image_sizes,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            self._begun = {key: (output[CACHE], self._image_counts(pixels))}
+        cache, counts = self._begun[key]
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(len(rows))
+        input_ids = torch.stack([row.input_ids[len(begin.input_ids) :] for row in rows])
+        generated = self.model.generate(
+            input_ids.to(self.device), **{CACHE: cache}, **self._arguments(settings, input_ids)
+        )
+        return self._answers_of(rows, generated, counts * len(rows))
+
+    def _arguments(self, settings: GenerationSettings, input_ids: torch.Tensor) -> dict[str, Any]:
+        """Of ``generate``, besides the prompts."""
+        rest = {"pad_token_id": self._pad_token_id(), "use_cache": self._use_cache}
+        return rest | settings.arguments() | self._end.options(input_ids)
+
+    def _answers_of(
+        self, rows: Sequence[Row], generated: torch.Tensor, image_counts: Sequence[ImageCount]
+    ) -> list[Answer]:
         texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
-        counts = iter(self._image_counts(pixels))
+        counts = iter(image_counts)
         answers = []
         for row, ids, text in zip(rows, generated.tolist(), texts, strict=True):
-            visual_tokens = tuple(next(counts) for _ in row.images)
+            visual_tokens = tuple(next(counts) for _ in row.image_sizes)
             entered = text_tokens(row) + sum(image.entering for image in visual_tokens)
             answers.append(Answer(self._end.cut(text), entered, self._generated_tokens(ids), visual_tokens))
         return answers
@@ -467,10 +555,12 @@ class Llava(RowsInTurn):
         context, target, images_of, doc_id, task, split = request.args
         context = context[0] if isinstance(context, list) else context
         question = Question(task, split, doc_id, 0, context, {})
-        row = self._row(question, self._images(question, images_of))
+        images = self._images(question, images_of)
+        row = self._row(question, images)
         answer = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
-        whole = self._conversation(context, len(row.images), answer)
-        input_ids = make_row(self.tokenizer, whole, row.images).input_ids
+        images = images[: len(row.image_sizes)]
+        whole = self._conversation(context, len(images), answer)
+        input_ids = make_row(self.tokenizer, whole, images).input_ids
         continuation = input_ids[len(row.input_ids) :].to(self.device)  # (n,)
         # Only the question influences the selection: visual tokens are the same for every candidate answer.
         labels = input_ids.clone()
@@ -478,8 +568,8 @@ class Llava(RowsInTurn):
         logits = self.model(
             input_ids=input_ids[None].to(self.device),
             labels=labels[None].to(self.device),
-            images=self._on_device(self._pixels(row.images, self.config)),
-            image_sizes=[image.size for image in row.images],
+            images=self._on_device(self._pixels(images, self.config)),
+            image_sizes=row.image_sizes,
             logits_to_keep=len(continuation) + 1,
         ).logits[0, :-1]  # (n, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits.float(), continuation)

@@ -24,12 +24,12 @@ class Row:
     ----------
     input_ids : Tensor (T,), int64
         An image is IMAGE_TOKEN_INDEX.
-    images : tuple of PIL images
-        As many as there are marks for them.
+    image_sizes : tuple of (width, height)
+        Of as many images as there are marks for them.
     """
 
     input_ids: torch.Tensor
-    images: tuple[Image.Image, ...]
+    image_sizes: tuple[tuple[int, int], ...]
 
 
 def conversation(
@@ -58,7 +58,7 @@ def conversation(
 
 
 def make_row(tokenizer: PreTrainedTokenizerBase, prompt: str, images: Sequence[Image.Image]) -> Row:
-    """Tokenise a prompt, with as many of the images as it has marks.
+    """Tokenise a prompt that takes as many of the images as it has marks.
 
     Raises
     ------
@@ -69,7 +69,8 @@ def make_row(tokenizer: PreTrainedTokenizerBase, prompt: str, images: Sequence[I
     if marks > len(images):
         raise ValueError(f"the prompt has {marks} <image> marks, but there are {len(images)} images")
     # An image without a mark would be assigned to the next row.
-    return Row(tokenizer_image_token(prompt, tokenizer, return_tensors="pt"), tuple(images[:marks]))
+    sizes = tuple(image.size for image in images[:marks])
+    return Row(tokenizer_image_token(prompt, tokenizer, return_tensors="pt"), sizes)
 
 
 def pad_left(rows: Sequence[Row], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,6 +78,25 @@ def pad_left(rows: Sequence[Row], pad_token_id: int) -> tuple[torch.Tensor, torc
     ids = [row.input_ids for row in rows]
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
     return pad(ids, padding_value=pad_token_id), pad([torch.ones_like(row, dtype=torch.bool) for row in ids])
+
+
+def shared_beginning(rows: Sequence[Row]) -> Row | None:
+    """Prompts up to their last image, if that is the same text and as many images of the same sizes in all of them.
+
+    None as well where their lengths differ, or nothing follows.
+    """
+    marks = (rows[0].input_ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+    if not marks:
+        return None
+    begin = Row(rows[0].input_ids[: marks[-1] + 1], rows[0].image_sizes)
+    n, whole = len(begin.input_ids), len(rows[0].input_ids)
+    alike = all(
+        len(row.input_ids) == whole > n
+        and row.image_sizes == begin.image_sizes
+        and torch.equal(row.input_ids[:n], begin.input_ids)
+        for row in rows
+    )
+    return begin if alike else None
 
 
 def text_tokens(row: Row) -> int:

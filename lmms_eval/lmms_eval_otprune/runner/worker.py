@@ -38,6 +38,7 @@ from llava.benchmarks import benchmark_of
 from llava.model.multimodal_encoder.observations import Output, encoder_outputs
 from llava.pruning import PruningConfig
 from llava.runtime import is_main_process
+from lmms_eval_otprune.models.java import needs_java, remember_tokens
 from lmms_eval_otprune.models.llava import Llava
 from lmms_eval_otprune.models.rows import RowsInTurn
 from lmms_eval_otprune.models.token_counts import summary
@@ -96,6 +97,8 @@ def main(specification: str) -> None:
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     try:
         lm = _load(spec, channel)
+        if any(map(needs_java, spec["tasks"])):
+            remember_tokens()
         manager = task_manager(spec["tasks"], spec["wrapper"] or "llava", "simple" if lm.is_simple else "chat")
     except Exception as error:
         _log_traceback()
