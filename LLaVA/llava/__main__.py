@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from llava.command import Parser
+
 COMMANDS = {
     "ask": ("llava.eval.run_llava", "one question about an image"),
     "chat": ("llava.serve.cli:run", "a conversation about an image"),
@@ -30,8 +32,8 @@ def main() -> None:
     """Run a command, as ``python -m`` with its module would."""
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("-h", "--help"):
-        print("usage: llava COMMAND ...\n")
-        print("\n".join(f"  {command:10} {what}" for command, (_, what) in COMMANDS.items()))
+        lines = [f"  {command:10} {what}" for command, (_, what) in COMMANDS.items()]
+        Parser("llava").run(lambda _: print("usage: llava COMMAND ...", "", *lines, sep="\n"), [])
         return
     if name not in COMMANDS:
         print(f"llava: there is no command {name!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = "llava-mini"
 RATIO = 0.098
-WRONG, INTERRUPTED = 2, 130
-"""Exit statuses: a request that cannot be met; Ctrl-C."""
+WRONG, INTERRUPTED, UNREAD = 2, 130, 141
+"""Exit statuses: a request that cannot be met; Ctrl-C; nobody reads the output any more."""
 EXPECTED = (ImportError, OSError, ValueError, IndexError, FloatingPointError)
 """Errors whose message is for the user; any other exception is a defect and keeps its traceback."""
 
@@ -61,13 +62,16 @@ class Parser(argparse.ArgumentParser):
         -------
         int
             The status that ``action`` returns, 0 if it is not an int; 2 after an error, which is printed on standard
-            error; 130 after Ctrl-C.
+            error; 130 after Ctrl-C; 141 if the reader of its output went away, as with ``| head``.
         """
         print_everything()
         arguments = self.parse_args(argv)
         try:
             with system_errors():
                 status = action(arguments)
+            print(end="", flush=True)
+        except BrokenPipeError:
+            return end_quietly()
         except EXPECTED as error:
             print(f"{self.prog}: {error}", file=sys.stderr)
             return WRONG
@@ -123,6 +127,12 @@ class Parser(argparse.ArgumentParser):
         )
         if force:
             self.add_argument("--force", action="store_true", help=force)
+
+
+def end_quietly() -> int:
+    """The exit status after a `BrokenPipeError`; what is still to be printed goes nowhere, instead of failing again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return UNREAD
 
 
 def read_methods(text: str, kept: float | None, environ: dict[str, str] | None = None) -> dict[str, PruningConfig]:
@@ -188,6 +198,14 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
 positive, whole = whole_number(1), whole_number(0)
 
 
+def not_negative(text: str) -> float:
+    """A finite number >= 0."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number >= 0, not {text}")
+    return value
+
+
 def above_zero(text: str) -> float:
     """A number > 0."""
     value = _number(text)
@@ -215,6 +233,7 @@ def text(argument: str) -> str:
 
 def _number(text: str) -> float:
     try:
-        return float(text) if "_" not in text else math.nan
+        # float also takes 1_0 for 10, and digits of every script.
+        return float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         return math.nan

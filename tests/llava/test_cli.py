@@ -146,6 +146,12 @@ def test_an_empty_line_ends_the_conversation(talk, capsys):
     assert capsys.readouterr().out == "exit...\n"
 
 
+def test_an_input_that_is_closed_ends_it_too(talk, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert talk("never asked").calls == []
+    assert capsys.readouterr().out == "exit...\n"
+
+
 def test_control_c_ends_it_too(talk, monkeypatch):
     class Interrupted(Stub):
         def generate(self, *args, **kwargs):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from llava import __main__ as llava
-from llava.command import Parser, find_device, read_methods
+from llava.command import UNREAD, Parser, find_device, read_methods
 
 IMAGE = ("--image", "no-such.png")
 COUNTED = "flops --method"
@@ -22,6 +24,11 @@ WRONG = {
     "ask --image x.png --query What? --conv-mode v9": "unknown conversation mode 'v9'; allowed: default, v0",
     "ask --image x.png --query <image-placeholder><image-placeholder>": "places for 2 images, but 1 given",
     "ask --image x.png --query \udcff": "--query: must be UTF-8",
+    "ask --image x.png --query What? --temperature nan": "--temperature: must be a number >= 0, not nan",
+    "ask --image x.png --query What? --top-p 2": "--top-p: must be a number with 0 < r <= 1, not 2",
+    "ask --image x.png --query What? --ratio \u0660.\u0665": "--ratio: must be a number with 0 < r <= 1, not \u0660.\u0665",
+    "chat --image x.png --temperature -1": "--temperature: must be a number >= 0, not -1",
+    "chat --image x.png --temperature inf": "--temperature: must be a number >= 0, not inf",
     "chat --image-file no-such.png": "no-such.png does not exist",
     "chat --image x.png --max-new-tokens 0_1": "--max-new-tokens: must be a whole number >= 1, not 0_1",
     "methods --all": "unrecognized arguments: --all",
@@ -138,6 +145,16 @@ def test_ctrl_c_ends_a_command_quietly(capsys):
 
     assert Parser("llava.eval.none").run(interrupted, []) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["--help", "methods"])
+def test_output_that_nobody_reads_ends_a_command_quietly(command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as output:
+        program = [sys.executable, "-u", "-m", "llava", command]
+        done = subprocess.run(program, stdout=output, stderr=subprocess.PIPE, check=False)
+    assert done.stderr == b"" and done.returncode in (0, UNREAD)
 
 
 def test_methods_are_read_with_their_options():

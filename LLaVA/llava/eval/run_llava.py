@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from llava import hf
-from llava.command import RATIO, Parser, positive, text
+from llava.command import RATIO, Parser, not_negative, positive, ratio, text
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import (
@@ -193,8 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_ratio()
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
     parser.add_argument("--sep", default=",", help="what separates the images (default: a comma)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
-    parser.add_argument("--top-p", type=float, help="sample from the smallest set of tokens with this probability")
+    parser.add_argument("--temperature", type=not_negative, default=0.2, help="0 for greedy decoding (default: 0.2)")
+    parser.add_argument("--top-p", type=ratio, help="sample from the smallest set of tokens with this probability")
     parser.add_argument("--num-beams", type=positive, default=1, help="beams of the beam search (default: 1)")
     at_most = "length of the answer at most, in tokens (default: 512)"
     parser.add_argument("--max-new-tokens", type=positive, default=512, help=at_most)

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import torch
 from transformers import TextStreamer
 
-from llava.command import Parser, positive
+from llava.command import Parser, not_negative, positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import SeparatorStyle, check_conv_mode, choose_conv_mode, conv_templates, image_mark
 from llava.mm_utils import (
@@ -109,6 +110,8 @@ class _Streamer(TextStreamer):
 
 
 def _ask(prompt: str) -> str:
+    if sys.stdin is None:  # closed
+        return ""
     try:
         question = input(prompt)
         question.encode()
@@ -132,7 +135,7 @@ def _parser() -> Parser:
     parser.add_image("image_file")
     parser.add_device("cuda", "cuda is the CPU where there is no GPU; ")
     parser.add_argument("--conv-mode", help="prompt template (default: the checkpoint's)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 for greedy decoding (default: 0.2)")
+    parser.add_argument("--temperature", type=not_negative, default=0.2, help="0 for greedy decoding (default: 0.2)")
     at_most = "length of an answer at most, in tokens (default: 512)"
     parser.add_argument("--max-new-tokens", type=positive, default=512, help=at_most)
     parser.add_argument("--load-8bit", action="store_true", help="quantise the language model to 8 bits")
