@@ -96,11 +96,27 @@ def cells(view) -> np.ndarray:
     return pixels.reshape(rows, pixels.shape[0] // rows, columns, -1, 3).mean(axis=(1, 3))
 
 
+WRONG = {
+    "column by column": lambda patches: patches.T.reshape(patches.shape),
+    "upside down": lambda patches: patches[::-1],
+    "from right to left": lambda patches: patches[:, ::-1],
+    "rows one token too long": lambda patches: np.stack([np.roll(patches, -r)[r] for r in range(len(patches))]),
+}
+"""Orders in which no model reads its tokens."""
+ALIKE = 0.6
+"""Mean correlation of paint and change over a test's views. A view alone can have 0.4: a patch that covers parts of
+four cells of a 4 x 4 map changes their tokens by no fixed measure of how much of each it covers."""
+
+
+def likeness(paint: np.ndarray, change: np.ndarray) -> float:
+    return float(np.corrcoef(paint.ravel(), change.ravel())[0, 1]) if paint.std() and change.std() else 0.0
+
+
 @pytest.mark.parametrize("looking", [*OWN, *sorted(PROCESSORS)], indirect=True)
 def test_paint_changes_the_tokens_that_are_drawn_there(looking, request):
-    draw, seen = random.Random(request.node.name), 0
+    draw, right, wrong = random.Random(request.node.name), [], {order: [] for order in WRONG}
     with without_attention(looking.model):
-        for _ in range(4 * request.config.getoption("fuzz")):
+        while len(right) < 4 * request.config.getoption("fuzz") or not all(wrong.values()):
             images = [noise(draw) for _ in range(draw.choice((1, 1, 2)))]
             chosen = draw.randrange(len(images))
             after = list(images)
@@ -119,12 +135,17 @@ def test_paint_changes_the_tokens_that_are_drawn_there(looking, request):
                 assert len(set(placed)) == len(placed) and set(np.flatnonzero(change)) <= set(placed)
                 for one, other in zip(before, now, strict=True):
                     paint = np.abs(cells(other) - cells(one)).mean(axis=2)
-                    found = np.where(one.patches == NOTHING, 0, change[one.patches])
                     if paint.max() < 2:  # outside what the model is shown, or next to nothing of it
                         continue
-                    seen += 1
-                    assert np.corrcoef(paint.ravel(), found.ravel())[0, 1] > 0.3, (one.name, images[chosen].size)
-    assert seen
+                    changed = np.where(one.patches == NOTHING, 0, change[one.patches])
+                    right.append(likeness(paint, changed))
+                    assert right[-1] > 0.3, (one.name, images[chosen].size)
+                    for order, read in WRONG.items():
+                        if likeness(paint, read(paint)) < 0.1:  # else the paint stays where it is
+                            wrong[order].append(likeness(paint, read(changed)))
+    assert np.mean(right) > ALIKE
+    for order, likenesses in wrong.items():
+        assert np.mean(likenesses) < ALIKE, order
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_next", "qwen2_5_vl", "smolvlm"])
