@@ -6,9 +6,7 @@ from pathlib import Path
 if not __package__:  # started as a folder: its parent holds both packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from llava.runtime import print_everything
 from mini_training.train import main
 
 if __name__ == "__main__":
-    print_everything()
     sys.exit(main())

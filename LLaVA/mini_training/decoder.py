@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+from transformers.models.llama.modeling_llama import rotate_half
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from mini_training.attention import attention_for
 from mini_training.grounding import Grounding, GroundingHeads
-from mini_training.packing import Batch, packed_mask, prefix_stretches
+from mini_training.packing import Batch, packed_mask
 from mini_training.tower import pixel_values
 from mini_training.vocabulary import TEMPLATE
 
 TOWER_FOLDER = "vision_tower"
 CONTEXT_LENGTH = 2048
-
-# A prefix that is worked through in so many stretches skips most of what a causal mask would hide.
-STRETCHES = 4
 
 
 def llava_config(config: dict, vocabulary: int) -> LlavaConfig:
@@ -60,14 +58,11 @@ def llava_config(config: dict, vocabulary: int) -> LlavaConfig:
 
 
 def build_llava(config: dict, vocabulary: int, folder: Path, device: str = "cpu") -> LlavaLlamaForCausalLM:
-    """A new model on the tower in ``folder / "vision_tower"``, which is frozen; attention as training wants it."""
+    """A new model on the tower in ``folder / "vision_tower"``, which is frozen."""
     settings = llava_config(config, vocabulary)
     settings.name_or_path = str(folder)
-    settings._attn_implementation = attention_for(device)
     model = LlavaLlamaForCausalLM(settings)
-    tower = model.get_vision_tower()
-    tower.load_model()
-    tower.vision_tower.vision_model.set_attn_implementation(attention_for(device))
+    model.get_vision_tower().load_model()
     return model.to(device)
 
 
@@ -102,7 +97,11 @@ class ConversationTask(nn.Module):
         A question's loss is divided by the square root of its answer's length: a caption teaches more than a word,
         but not as much more as it is longer.
         """
-        with self._taps() as taps, self._pointed(batch) as pointed:
+        taps: dict[int, torch.Tensor] = {}
+        pointed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        with ExitStack() as stack:
+            for hook in self._hooks(batch, taps, pointed):
+                stack.enter_context(hook)
             logits, labels, segments, rows = self.answer_logits(batch)
         lengths = torch.zeros(int(rows.max()) + 1, int(segments.max()) + 1, device=labels.device)
         ones = torch.ones_like(labels, dtype=torch.float32)
@@ -128,45 +127,27 @@ class ConversationTask(nn.Module):
             report |= {name if "/" in name else f"loss/{name}": value.detach() for name, value in known.items()}
         return report
 
-    @contextmanager
-    def _taps(self) -> Iterator[dict[int, torch.Tensor]]:
-        """Hidden states after the layers where the heads read, filled in by the next forward pass."""
-        taps: dict[int, torch.Tensor] = {}
-        depths = () if self.grounding is None else set(self.grounding.depths)
-        layers = self.model.get_model().layers
+    def _hooks(self, batch: Batch, taps: dict, pointed: list) -> Iterable[RemovableHandle]:
+        """What the next forward pass fills in.
 
-        def tap(depth: int):
-            return layers[depth - 1].register_forward_hook(lambda _, __, hidden: taps.__setitem__(depth, hidden))
-
-        hooks = [tap(depth) for depth in depths]
-        try:
-            yield taps
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @contextmanager
-    def _pointed(self, batch: Batch) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-        """How little one head of two layers attends to where the answer is seen, and how often it does most of all.
-
-        What a token of the answer is predicted from has to find the patch that says it. From the answers alone a small
-        model learns slowly where to look.
+        ``taps``: the hidden states after the layers where the heads read. ``pointed``: how little one head of two
+        layers attends to where the answer is seen, and how often it does most of all. What a token of the answer is
+        predicted from has to find the patch that says it; from the answers alone a small model learns slowly where to
+        look.
         """
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
         layers = self.model.get_model().layers
-        asked = self.pointing > 0 and len(batch.pointers)
-        depths = [len(layers) // 2, len(layers) * 3 // 4] if asked else []
+        for depth in set(self.grounding.depths) if self.grounding else ():
+            yield layers[depth - 1].register_forward_hook(
+                lambda _, __, hidden, depth=depth: taps.__setitem__(depth, hidden)
+            )
 
         def point(attention, args, kwargs, _):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            found.append(_points(attention, hidden, kwargs["position_embeddings"], batch))
+            pointed.append(_points(attention, hidden, kwargs["position_embeddings"], batch))
 
-        hooks = [layers[depth - 1].self_attn.register_forward_hook(point, with_kwargs=True) for depth in depths]
-        try:
-            yield found
-        finally:
-            for hook in hooks:
-                hook.remove()
+        if self.pointing > 0 and len(batch.pointers):
+            for depth in (len(layers) // 2, len(layers) * 3 // 4):
+                yield layers[depth - 1].self_attn.register_forward_hook(point, with_kwargs=True)
 
     def _ground(self, batch: Batch, taps: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows, positions, targets = batch.grounding[:, 0], batch.grounding[:, 1], batch.grounding[:, 2:]
@@ -196,14 +177,9 @@ class ConversationTask(nn.Module):
             embeds, labels, segments = self.model.get_model().embed_tokens(batch.ids), batch.labels, batch.segments
         dtype = torch.bfloat16 if torch.is_autocast_enabled(device.type) else embeds.dtype
         mask, positions = packed_mask(segments, dtype)
-        # Rows without an image may share more or less of their texts.
-        prefix = int((segments == 0).sum(1).min())
-        hidden = self.model.get_model()(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-            stretches=prefix_stretches(prefix, embeds.shape[1], STRETCHES),
+        decoder = self.model.get_model()
+        hidden = decoder(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
         rows, positions = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
         logits = self.model.lm_head(hidden[rows, positions]).float()
@@ -219,16 +195,12 @@ def _points(attention: nn.Module, hidden: torch.Tensor, positions: tuple, batch:
     image = slice(first, first + patches)
     query = F.linear(hidden[rows, places], attention.q_proj.weight[:width])  # (P, d)
     key = F.linear(hidden[:, image], attention.k_proj.weight[:width])  # (B, N, d)
-    query, key = _turned(query, cos[rows, places], sin[rows, places]), _turned(key, cos[:, image], sin[:, image])
+    query = query * cos[rows, places] + rotate_half(query) * sin[rows, places]
+    key = key * cos[:, image] + rotate_half(key) * sin[:, image]
     scores = torch.cat([query[rows == row] @ key[row].T for row in range(len(key))]).float() * width**-0.5  # (P, N)
     shares = scores.log_softmax(-1)
     loss = -shares.masked_fill(~batch.patches, -torch.inf).logsumexp(-1)
     return loss.mean(), batch.patches.gather(1, scores.argmax(-1, keepdim=True)).float().mean()
-
-
-def _turned(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = vectors.shape[-1] // 2
-    return vectors * cos + torch.cat((-vectors[..., half:], vectors[..., :half]), -1) * sin
 
 
 def _widened(batch: Batch, patches: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from itertools import accumulate, chain
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mini.forms import FORMS
@@ -159,25 +160,39 @@ class Mixture:
                 raise ValueError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
 
 
-class PackedScenes(Dataset):
-    """Packed examples by number.
+@dataclass(frozen=True)
+class Drawn(Dataset):
+    """Examples by number: the same number gives the same example, in any process.
 
-    Parameters
+    Attributes
     ----------
     split : str
     first_seed, length : int
+    """
+
+    split: str
+    first_seed: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@dataclass(frozen=True)
+class PackedScenes(Drawn):
+    """Packed examples.
+
+    Attributes
+    ----------
     batch : int
         Examples a batch: all of a batch are of one sort (one image, two, or none).
     mixture : Mixture
     tokenizer
     """
 
-    def __init__(self, split: str, first_seed: int, length: int, batch: int, mixture: Mixture, tokenizer):
-        self.split, self.first_seed, self.length, self.batch = split, first_seed, length, batch
-        self.mixture, self.tokenizer = mixture, tokenizer
-
-    def __len__(self) -> int:
-        return self.length
+    batch: int
+    mixture: Mixture
+    tokenizer: PreTrainedTokenizerBase
 
     def __getitem__(self, number: int) -> Packed:
         seed = self.first_seed + number
@@ -316,10 +331,3 @@ def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tenso
     prefix = (segments == 0).sum(1, keepdim=True)
     positions = order - begins + torch.where(segments > 0, prefix, 0)
     return mask.unsqueeze(1), positions.clamp_min(0)
-
-
-def prefix_stretches(prefix: int, length: int, pieces: int) -> list[tuple[int, int]]:
-    """The prefix in `pieces` stretches and everything after it as one more, for `mini_training.attention`."""
-    step = math.ceil(prefix / pieces)
-    stretches = [(start, min(start + step, prefix)) for start in range(0, prefix, step)]
-    return [*stretches, (prefix, length)] if length > prefix else stretches

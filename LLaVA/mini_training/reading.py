@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionModel, PreTrainedTokenizerBase
 
 from llava.mini.font import GLYPH_HEIGHT, GLYPH_WIDTH, text_width
 from llava.mini.pages import (
@@ -38,7 +38,7 @@ from llava.mini.pages import (
 from llava.mini.questions import QA, sample_page_questions
 from llava.mini.scenes import CHARACTERS, COLORS, GRID, IMAGE_SIZE, PATCH_SIZE, WORDS
 from llava.mini.seeded_random import SeededRandom
-from mini_training.packing import Packed, pack
+from mini_training.packing import Drawn, Packed, pack
 from mini_training.tower import MIN_PATCH_PIXELS, hidden_state, pixel_values
 
 TEXT_LENGTH = 6
@@ -236,14 +236,11 @@ def _end(value: int, values: Iterable[int]) -> int:
     return 1 if value == min(values) else 2 if value == max(values) else 0
 
 
-class PageImages(torch.utils.data.Dataset):
-    """Pages and targets by number."""
+@dataclass(frozen=True)
+class PageImages(Drawn):
+    """Pages and targets."""
 
-    def __init__(self, split: str, first_seed: int, length: int, reading: Reading):
-        self.split, self.first_seed, self.length, self.reading = split, first_seed, length, reading
-
-    def __len__(self) -> int:
-        return self.length
+    reading: Reading
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         rng = SeededRandom("page", self.split, self.first_seed + number)
@@ -252,18 +249,11 @@ class PageImages(torch.utils.data.Dataset):
 
 
 class ReadTowerTask(nn.Module):
-    """A trained tower with heads for reading: images and targets in, losses out.
+    """The trained tower in a folder, with heads for reading: images and targets in, losses out."""
 
-    Parameters
-    ----------
-    folder : Path
-        The tower's.
-    attention : str
-    """
-
-    def __init__(self, folder: Path, attention: str):
+    def __init__(self, folder: Path):
         super().__init__()
-        self.tower = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+        self.tower = CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
         width = self.tower.config.hidden_size
         self.words = nn.Linear(width, len(WORDS_ON_PAGE))
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in HEADS.items()})
@@ -298,15 +288,12 @@ class ReadTowerTask(nn.Module):
         return out
 
 
-class PackedPages(torch.utils.data.Dataset):
-    """Pages with questions, packed, by number."""
+@dataclass(frozen=True)
+class PackedPages(Drawn):
+    """Pages with questions, packed."""
 
-    def __init__(self, split: str, first_seed: int, length: int, reading: Reading, tokenizer):
-        self.split, self.first_seed, self.length = split, first_seed, length
-        self.reading, self.tokenizer = reading, tokenizer
-
-    def __len__(self) -> int:
-        return self.length
+    reading: Reading
+    tokenizer: PreTrainedTokenizerBase
 
     def __getitem__(self, number: int) -> Packed:
         rng = SeededRandom("page", self.split, self.first_seed + number)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.mini import scenes
-from mini_training.attention import attention_for
+from mini_training.packing import Drawn
 
 # CLIP's own, so that the published image processor's numbers serve unchanged.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,7 +60,7 @@ BOX_WEIGHT = 20.0
 IMAGE_WEIGHT = 2.0
 
 
-def build_tower(config: dict, attention: str) -> CLIPVisionModel:
+def build_tower(config: dict) -> CLIPVisionModel:
     """A new tower of the configuration's sizes, with one layer more than is used (LLaVA reads layer -2)."""
     tower = CLIPVisionModel(
         CLIPVisionConfig(
@@ -72,7 +72,6 @@ def build_tower(config: dict, attention: str) -> CLIPVisionModel:
             patch_size=scenes.PATCH_SIZE,
             projection_dim=config["width"],
             hidden_act="gelu",
-            attn_implementation=attention,
         )
     )
     with torch.no_grad():
@@ -244,22 +243,11 @@ def _touch(a: scenes.SceneObject, b: scenes.SceneObject, gap: int = 6) -> bool:
     )
 
 
-class TowerScenes(torch.utils.data.Dataset):
-    """Images and targets by number: the same number gives the same image, in any process.
+@dataclass(frozen=True)
+class TowerScenes(Drawn):
+    """Images and targets; the share ``crowded`` of the images, the first ones, are crowded scenes."""
 
-    Parameters
-    ----------
-    split : str
-    first_seed, length : int
-    crowded : float
-        This share of the images, the first ones, are crowded; the rest are scenes as they are.
-    """
-
-    def __init__(self, split: str, first_seed: int, length: int, crowded: float = 0.0):
-        self.split, self.first_seed, self.length, self.crowded = split, first_seed, length, crowded
-
-    def __len__(self) -> int:
-        return self.length
+    crowded: float = 0.0
 
     def __getitem__(self, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         seed = self.first_seed + number
@@ -274,9 +262,9 @@ class TowerScenes(torch.utils.data.Dataset):
 class TowerTask(nn.Module):
     """The tower with its heads: images and targets in, losses out."""
 
-    def __init__(self, config: dict, attention: str | None = None):
+    def __init__(self, config: dict):
         super().__init__()
-        self.tower = build_tower(config, attention or attention_for("cpu"))
+        self.tower = build_tower(config)
         width = config["width"]
         self.heads = nn.ModuleDict({name: nn.Linear(width, head.classes) for name, head in PATCH_HEADS.items()})
         self.box = nn.Linear(width, BOX_WIDTH)

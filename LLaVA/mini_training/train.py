@@ -30,12 +30,11 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import default_collate
 
-from llava.command import positive, whole
+from llava.command import Parser, positive, whole
 from llava.model.checkpoint import read_config as read_checkpoint_config
 from llava.model.checkpoint import resolve_model_path
 from llava.model.tokenizer import load_tokenizer
 from llava.train.loop import Run, Trainer
-from mini_training.attention import attention_for
 from mini_training.decoder import TOWER_FOLDER, ConversationTask, build_llava
 from mini_training.evaluate import PAGE_SORTS, SCENE_SORTS, evaluate
 from mini_training.export import export_checkpoint, export_tower
@@ -104,19 +103,19 @@ def _known(settings: dict, of: type) -> dict:
     return settings
 
 
-def train(name: str, config: dict, run: Run, workers: int = 0) -> bool:
-    """Train one stage; see `llava.train.loop.Trainer.fit`."""
+def train(config: dict, run: Run, workers: int = 0) -> bool:
+    """Train the stage that the run is named after; see `llava.train.loop.Trainer.fit`."""
     torch.manual_seed(config["seed"])
+    name = run.name
     stage, mixture = parse_stage(name, config)
-    run = replace(run, name=name, seed=config["seed"])
     length, device = stage.steps * stage.batch, str(PartialState(cpu=run.cpu).device)
     seeds = ("train", stage.first_seed, length)
     if name in ("tower", "read_tower"):
         if name == "tower":
-            task = TowerTask(config["tower"], attention_for(device))
+            task = TowerTask(config["tower"])
             data = TowerScenes(*seeds, config["tower"]["crowded"])
         else:
-            task = ReadTowerTask(run.folder / "checkpoint" / TOWER_FOLDER, attention_for(device))
+            task = ReadTowerTask(run.folder / "checkpoint" / TOWER_FOLDER)
             data = PageImages(*seeds, mixture)
         for unused in (task.tower.encoder.layers[-1], task.tower.post_layernorm):
             unused.requires_grad_(False)
@@ -216,7 +215,7 @@ def _prepare(name: str, config: dict, folder: Path, base: str | None) -> None:
         task = TowerTask(config["tower"])
         build_tokenizer(folder / "checkpoint", **config["tokenizer"])
     elif name == "read":
-        task = ReadTowerTask(folder / "checkpoint" / TOWER_FOLDER, "sdpa")
+        task = ReadTowerTask(folder / "checkpoint" / TOWER_FOLDER)
     else:
         return
     _load(task, before)
@@ -253,12 +252,9 @@ def _export(config: dict, folder: Path, base: str | None) -> None:
     export_checkpoint(task.model, folder, config, base)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mini_training",
-        description=__doc__.split("\n")[0],
-        epilog="Several processes: accelerate launch --cpu --num_processes 2 -m mini_training --threads 1 ...",
-    )
+def _parser() -> Parser:
+    several = "Several processes: accelerate launch --cpu --num_processes 2 -m mini_training --threads 1 ..."
+    parser = Parser("mini_training", __doc__, epilog=several)
     add = parser.add_argument
     add("--output", default="llava-mini-run", help="folder of the run; the model lands in its folder checkpoint")
     add("--config", default=str(CONFIG), help="the recipe (YAML)")
@@ -276,43 +272,34 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line; 3 when time ran out first."""
+    return _parser().run(_run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     """Run the recipe; 0 when everything asked for is complete, 3 when time ran out first."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    folder = Path(arguments.output)
-    try:
-        config = read_config(Path(arguments.config), arguments.smoke)
-        config |= sizes_of(arguments.base) if arguments.base else {}
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    chain = READ_STAGES if arguments.base else STAGES
+    folder, base = Path(arguments.output), arguments.base
+    config = read_config(Path(arguments.config), arguments.smoke) | (sizes_of(base) if base else {})
+    chain, cpu = READ_STAGES if base else STAGES, arguments.device == "cpu"
     if arguments.stage not in (*chain, "export", "evaluate", "all"):
-        parser.error(f"stage {arguments.stage} is trained {'without' if arguments.base else 'with'} --base")
+        raise ValueError(f"stage {arguments.stage} is trained {'without' if base else 'with'} --base")
     wanted = chain if arguments.stage == "all" else [name for name in chain if name == arguments.stage]
-    started = [name for name in wanted if (folder / f"{name}.pt").exists()]
-    if started and not arguments.resume:
-        parser.error(f"{folder} holds a run of stage {started[0]}: give --resume, or another --output")
+    precision = "no" if arguments.fp32 else "bf16"
+    runs = [Run(folder, name, config["seed"], arguments.resume, precision=precision, cpu=cpu) for name in wanted]
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    end, place = time.monotonic() + 60 * arguments.minutes, PartialState(cpu=arguments.device == "cpu")
-    for name in wanted:
+    end, place = time.monotonic() + 60 * arguments.minutes, PartialState(cpu=cpu)
+    for run in runs:
         if place.is_main_process:
-            _prepare(name, config, folder, arguments.base)
+            _prepare(run.name, config, folder, base)
         place.wait_for_everyone()
-        run = Run(
-            folder,
-            resume=arguments.resume,
-            seconds=end - time.monotonic(),
-            precision="no" if arguments.fp32 else "bf16",
-            cpu=arguments.device == "cpu",
-        )
-        if not train(name, config, run, arguments.workers):
+        if not train(config, replace(run, resume=True, seconds=end - time.monotonic()), arguments.workers):
             return 3
     if not place.is_main_process:
         return 0
     if arguments.stage in ("export", "all"):
-        _export(config, folder, arguments.base)
+        _export(config, folder, base)
     if arguments.stage in ("evaluate", "all"):
-        scenes, sorts = 4 if arguments.smoke else arguments.scenes, PAGE_SORTS if arguments.base else SCENE_SORTS
+        scenes, sorts = 4 if arguments.smoke else arguments.scenes, PAGE_SORTS if base else SCENE_SORTS
         evaluate(folder / "checkpoint", scenes, folder / "evaluation.json", sorts)
     return 0

@@ -324,8 +324,8 @@ def test_a_wrong_variable_is_named(environ, said):
     ("name", "content", "said"),
     [
         ("sizes.json", None, "There is no .*sizes.json"),
-        ("sizes.json", "{", "sizes.json is not valid JSON"),
-        ("sizes.yaml", "a: [", "sizes.yaml is not valid YAML"),
+        ("sizes.json", "{", "sizes.json is not valid JSON or YAML"),
+        ("sizes.yaml", "a: [", "sizes.yaml is not valid JSON or YAML"),
         ("sizes.yaml", "- a", "sizes.yaml does not hold the settings of an OC-VTP pruner"),
     ],
 )

@@ -7,18 +7,13 @@ import dataclasses
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from llava.fitting import data
 from llava.fitting.data import Source, find_images
 from llava.fitting.ocvtp.__main__ import main
-from llava.fitting.ocvtp.cost import cost, padding_flops
+from llava.fitting.ocvtp.cost import cost
 from llava.fitting.ocvtp.features import Features, default_layer, extract
 from llava.fitting.ocvtp.train import Recipe, split, train
-from llava.flops import TowerShape
-from llava.model.multimodal_encoder.observations import received_attention
 from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
 from llava.train.loop import Run, read_log
 from tiny_llava import build, save_tower
@@ -125,18 +120,6 @@ def test_other_features_do_not_mix_with_those_that_are_there(tower, folder, feat
         run_extract(tower, other, features)
 
 
-def test_the_default_layer_is_the_published_one():
-    assert default_layer(23) == 8
-    assert [default_layer(depth) for depth in (1, 2, 5)] == [0, 0, 1]
-
-
-def test_drawn_images_are_the_same_every_time():
-    found = find_images("scenes:2")
-    assert len(found) == 2 and found.open(1)[0].size == (336, 336)
-    first = find_images("scenes:1").open(0)[0].tobytes()
-    assert found.open(0)[0].tobytes() == first != found.open(1)[0].tobytes()
-
-
 class FakeTask:
     """Four questions about two images, one about a film and one about nothing."""
 
@@ -178,7 +161,6 @@ def test_training_learns_and_the_pruner_states_what_it_was_trained_on(trained):
     lines = read_log(trained)
     assert [line["epoch"] for line in lines] == list(range(1, 9))
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"] and all(line["validation"] > 0 for line in lines)
-    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
     told = SlotPruner.from_pretrained(trained).config.trained_on
     best = min(lines, key=lambda line: line["validation"])
     assert told["model"] == "tiny" and told["count"] == 9
@@ -243,14 +225,8 @@ def test_a_wrong_command_ends_with_one_sentence(arguments, said, tmp_path, capsy
 # ---- cost
 
 
-def test_the_padding_is_counted_as_torch_counts_it():
-    vision = CLIPVisionConfig(
-        hidden_size=32, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1, image_size=56, patch_size=14
-    )
-    tower = TowerShape.of(vision, -1, "patch")
-    with FlopCounterMode(display=False) as counter:
-        received_attention(CLIPEncoderLayer(vision), torch.randn(1, 17, 32))
-    assert padding_flops(tower) == counter.get_total_flops()
+def test_a_tower_is_read_at_the_published_depth():
+    assert [default_layer(depth) for depth in (1, 2, 5, 23)] == [0, 0, 1, 8]
 
 
 def test_the_published_pruner_is_under_one_per_cent_of_a_7b_prefill():

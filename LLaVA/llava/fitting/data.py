@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -108,10 +109,8 @@ def find_questions(source: str, count: int, seed: int = 0, image_folder: str | P
     """
     if count < 1:
         raise ValueError(f"at least one sample is needed to learn from, not {count}")
-    if source == MINI:
-        return _mini(count, seed)
-    if source == PAGES:
-        return _pages(count, seed)
+    if source in EMBEDDED_WORLD:
+        return _embedded(source, count, seed)
     if source.endswith(".json") or Path(source).is_file():
         return _conversations(Path(source), count, seed, image_folder)
     return _task_questions(source, count, seed)
@@ -140,60 +139,54 @@ def _scenes(source: str) -> Source:
     if not text.isdecimal():
         raise ValueError(f"{source}: the number of scenes must be a whole number")
     seeds = range(FIRST_SCENE, FIRST_SCENE + int(text))
-    return Source(
-        source, [f"scene {seed}" for seed in seeds], lambda number: (render(sample_scene(seeds[number], "train")), "")
-    )
+    names = [f"scene {seed}" for seed in seeds]
+    return Source(source, names, lambda number: (render(sample_scene(seeds[number], "train")), ""))
 
 
-def _mini(count: int, seed: int) -> Source:
+def _mini(number: int, seed: int) -> tuple[Callable[[], Image.Image], str]:
     from llava.mini.questions import sample_questions
-    from llava.mini.scenes import Scene, render, sample_scene
-    from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
+    from llava.mini.scenes import render, sample_scene
+    from llava.mini.seeded_random import SeededRandom
 
-    def drawn(number: int) -> tuple[Scene, str]:
-        scene = sample_scene(FIRST_QUESTION + SEEDS_APART * seed + number, "validation")
-        # The first that the scene allows; of some thousand scenes one does not allow any of the first few tries.
-        asked = next(
-            filter(None, (sample_questions(scene, SeededRandom("fitprune", seed, number), n) for n in (4, 64)))
-        )
-        return scene, asked[0].prompt
-
-    def opener(number: int) -> tuple[Image.Image, str]:
-        scene, asked = drawn(number)
-        return render(scene), asked
-
-    digest = digest_of(WORLD_VERSION, [drawn(number)[1] for number in range(count)])
-    return Source(MINI, [f"{number} of the embedded world" for number in range(count)], opener, digest, seed)
+    scene = sample_scene(FIRST_QUESTION + SEEDS_APART * seed + number, "validation")
+    # The first that the scene allows; of some thousand scenes one does not allow any of the first few tries.
+    tries = (sample_questions(scene, SeededRandom("fitprune", seed, number), n) for n in (4, 64))
+    return partial(render, scene), next(filter(None, tries))[0].prompt
 
 
-def _pages(count: int, seed: int) -> Source:
+def _page(number: int, seed: int) -> tuple[Callable[[], Image.Image], str]:
     from llava.mini.pages import PAGES as KINDS
-    from llava.mini.pages import Page, render_page
+    from llava.mini.pages import render_page
     from llava.mini.questions import sample_page_questions
-    from llava.mini.seeded_random import WORLD_VERSION, SeededRandom
+    from llava.mini.seeded_random import SeededRandom
 
-    def drawn(number: int) -> tuple[Page, str]:
-        rng = SeededRandom("fitted pages", seed, number)
-        kind = rng.choice(tuple(KINDS))
-        page = KINDS[kind](rng)
-        return page, sample_page_questions(kind, page, rng, 1)[0].prompt
+    rng = SeededRandom("fitted pages", seed, number)
+    kind = rng.choice(tuple(KINDS))
+    page = KINDS[kind](rng)
+    return partial(render_page, page), sample_page_questions(kind, page, rng, 1)[0].prompt
+
+
+def _embedded(source: str, count: int, seed: int) -> Source:
+    from llava.mini.seeded_random import WORLD_VERSION
+
+    draw = EMBEDDED_WORLD[source]
 
     def opener(number: int) -> tuple[Image.Image, str]:
-        page, asked = drawn(number)
-        return render_page(page), asked
+        render, asked = draw(number, seed)
+        return render(), asked
 
-    digest = digest_of(WORLD_VERSION, [drawn(number)[1] for number in range(count)])
-    return Source(PAGES, [f"page {number} of the embedded world" for number in range(count)], opener, digest, seed)
+    digest = digest_of(WORLD_VERSION, [draw(number, seed)[1] for number in range(count)])
+    return Source(source, [f"{number} of the embedded world" for number in range(count)], opener, digest, seed)
+
+
+EMBEDDED_WORLD = {MINI: _mini, PAGES: _page}
+"""Name of a source -> function of an image's number and a seed that gives how to draw the image, and a question."""
 
 
 def _conversations(file: Path, count: int, seed: int, image_folder: str | Path | None) -> Source:
-    from llava.train.data import read_entries
+    from llava.train.data import image_names, read_entries
 
-    def images(entry: dict[str, Any]) -> list[str]:
-        image = entry.get("image")
-        return [image] if isinstance(image, str) else image or []
-
-    entries = [entry for entry in read_entries(file) if len(images(entry)) == 1]
+    entries = [entry for entry in read_entries(file) if len(image_names(entry)) == 1]
     if not entries:
         raise ValueError(f"{file} holds no conversation about exactly one image")
     folder = file.parent if image_folder is None else Path(image_folder)
@@ -202,7 +195,7 @@ def _conversations(file: Path, count: int, seed: int, image_folder: str | Path |
     def opener(number: int) -> tuple[Image.Image, str]:
         entry = entries[chosen[number]]
         question = entry["conversations"][0]["value"].replace(DEFAULT_IMAGE_TOKEN, "").strip()
-        return load_rgb(folder / images(entry)[0]), question
+        return load_rgb(folder / image_names(entry)[0]), question
 
     names = [f"of {file}, conversation {entries[number].get('id', number)}" for number in chosen]
     return Source(str(file), names, opener, digest_of_bytes(file.read_bytes()), seed)

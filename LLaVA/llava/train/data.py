@@ -76,7 +76,7 @@ def find_faults(
             if template == "plain":
                 _check_plain(entry["conversations"])
             if images is not None:
-                for name in set(_image_names(entry)) - seen:
+                for name in set(image_names(entry)) - seen:
                     open_image(Path(images) / name).close()
                     seen.add(name)
             if tokenizer is not None and max_length is not None and template is not None:
@@ -112,13 +112,12 @@ def _check_entry(entry: Any) -> None:
             raise ValueError(f"turn {place} must be {{'from': '{speaker}', 'value': text}}, got {turn!r}")
     if len(turns) % 2:
         raise ValueError("the last turn must be an answer ('gpt')")
-    image = entry.get("image")
-    if not (image is None or isinstance(image, str) or (isinstance(image, list) and all(map(_is_name, image)))):
-        raise ValueError(f"'image' must be a file name or a list of them, got {image!r}")
+    names = image_names(entry)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"'image' must be a file name or a list of them, got {entry['image']!r}")
     marks = sum(turn["value"].count(DEFAULT_IMAGE_TOKEN) for turn in turns)
-    images = len(_image_names(entry))
-    if marks != images:
-        raise ValueError(f"{marks} {DEFAULT_IMAGE_TOKEN} marks, but {images} images")
+    if marks != len(names):
+        raise ValueError(f"{marks} {DEFAULT_IMAGE_TOKEN} marks, but {len(names)} images")
     for place, turn in list(enumerate(turns))[1::2]:
         if DEFAULT_IMAGE_TOKEN in turn["value"]:
             raise ValueError(f"the answer in turn {place} contains {DEFAULT_IMAGE_TOKEN}")
@@ -143,15 +142,10 @@ def _check_length(turns: Sequence[dict[str, str]], tokenizer, template: str, max
         raise ValueError(f"its first answer begins at token {first}, beyond the {max_length} that are kept")
 
 
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _image_names(entry: dict[str, Any]) -> list[str]:
+def image_names(entry: dict[str, Any]) -> list[str]:
+    """The images of an entry."""
     image = entry.get("image")
-    if image is None:
-        return []
-    return [image] if isinstance(image, str) else list(image)
+    return image if isinstance(image, list) else [] if image is None else [image]
 
 
 def tokenize_conversation(
@@ -264,7 +258,7 @@ class ConversationDataset(Dataset):
         input_ids, labels = tokenize_conversation(entry["conversations"], self.tokenizer, self.template, self.mark)
         input_ids, labels = input_ids[: self.max_length], labels[: self.max_length]
         # An image whose mark was cut off would be taken for the next row's.
-        images = [load_rgb(self.images / name) for name in _image_names(entry)[: input_ids.count(IMAGE_TOKEN_INDEX)]]
+        images = [load_rgb(self.images / name) for name in image_names(entry)[: input_ids.count(IMAGE_TOKEN_INDEX)]]
         return {
             "input_ids": torch.tensor(input_ids),
             "labels": torch.tensor(labels),

@@ -21,6 +21,7 @@ class DecoderConfig:
     tokens : int
         Tokens of a training image, each with a position of its own.
     width, heads, layers, feed_forward : int
+        The width is that of the features.
     context : int
         Tokens that are shown where their number is not drawn.
     """
@@ -49,17 +50,17 @@ class RandomOrderDecoder(nn.Module):
     Source: OC-VTP, arXiv 2511.20439.
     """
 
-    def __init__(self, width: int, slot_width: int, config: DecoderConfig):
+    def __init__(self, slot_width: int, config: DecoderConfig):
         super().__init__()
-        inner = config.width
-        self.mask_token = nn.Parameter(torch.randn(1, 1, inner) * inner**-0.5)
-        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, config.tokens, inner)))
-        self.token_projection = nn.Sequential(nn.Linear(width, inner, bias=False), nn.LayerNorm(inner))
-        self.slot_projection = nn.Sequential(nn.Linear(slot_width, inner, bias=False), nn.LayerNorm(inner))
-        self.norm = nn.LayerNorm(inner, bias=False)
+        width = config.width
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, config.tokens, width)))
+        self.token_projection = nn.Sequential(nn.Linear(width, width, bias=False), nn.LayerNorm(width))
+        self.slot_projection = nn.Sequential(nn.Linear(slot_width, width, bias=False), nn.LayerNorm(width))
+        self.norm = nn.LayerNorm(width, bias=False)
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(
-                inner,
+                width,
                 config.heads,
                 config.feed_forward,
                 dropout=0.0,
@@ -72,7 +73,6 @@ class RandomOrderDecoder(nn.Module):
         )
         # What `norm` gives is itself the residual stream.
         self.layers[0].norm1 = nn.Identity()
-        self.readout = nn.Identity() if inner == width else nn.Linear(inner, width)
 
     def forward(
         self, features: torch.Tensor, slots: torch.Tensor, order: torch.Tensor, shown: torch.Tensor
@@ -89,7 +89,7 @@ class RandomOrderDecoder(nn.Module):
         memory = self.slot_projection(slots)
         for layer in self.layers:
             query = layer(query, memory)
-        return self.readout(torch.empty_like(query).scatter(1, places, query))
+        return torch.empty_like(query).scatter(1, places, query)
 
 
 class Reconstruction(nn.Module):
@@ -98,7 +98,7 @@ class Reconstruction(nn.Module):
     def __init__(self, config: SlotConfig):
         super().__init__()
         self.pruner = SlotPruner(config)
-        self.decoder = RandomOrderDecoder(config.width, config.slot_width, DecoderConfig.of(config))
+        self.decoder = RandomOrderDecoder(config.slot_width, DecoderConfig.of(config))
 
     def forward(
         self, features: torch.Tensor, noise: torch.Tensor, order: torch.Tensor, shown: torch.Tensor

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from llava.files import atomic_write
 from llava.fitting.ocvtp.features import Description, Features
 from llava.fitting.ocvtp.objective import DecoderConfig, Draws, Reconstruction, seeded
 from llava.pruning.methods.ocvtp.network import MODEL_TYPE, SlotConfig, SlotPruner
@@ -95,7 +94,7 @@ def train(
         The network for features of a description.
     recipe : Recipe
     run : Run
-        Its folder gets the pruner with the best validation loss, with weights of ``dtype``, and ``loss.png``.
+        Its folder gets the pruner with the best validation loss, with weights of ``dtype``.
 
     Returns
     -------
@@ -167,10 +166,8 @@ def train(
     def ends_epoch(line: dict[str, Any]) -> bool:
         line |= {"epoch": len(epochs) + 1, "validation": validate()}
         epochs.append(line)
-        if accelerator.is_main_process:
-            if line is best(epochs):
-                export(line)
-            draw_curve(run.folder, epochs)
+        if accelerator.is_main_process and line is best(epochs):
+            export(line)
         return stale(epochs)
 
     def export(line: dict[str, Any]) -> None:
@@ -198,19 +195,3 @@ def save_pruner(pruner: SlotPruner, folder: Path, dtype: torch.dtype = torch.flo
 def best(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """The epoch with the lowest validation loss, the first of equals."""
     return min(lines, key=lambda line: line["validation"])
-
-
-def draw_curve(folder: Path, lines: list[dict[str, Any]]) -> None:
-    """Draw training and validation loss by epoch into ``loss.png``."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axis = figure.subplots()
-    epochs, lowest = [line["epoch"] for line in lines], best(lines)
-    axis.plot(epochs, [line["loss"] for line in lines], label="training")
-    axis.plot(epochs, [line["validation"] for line in lines], label="validation", marker="o", markersize=3)
-    axis.axvline(lowest["epoch"], color="grey", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="epoch", ylabel="area-weighted squared error")
-    axis.set_title(f"best validation {lowest['validation']:.4g} after epoch {lowest['epoch']}", fontsize=10)
-    axis.legend(frameon=False, loc="upper right")
-    atomic_write(folder / "loss.png", lambda part: figure.savefig(part, format="png", dpi=110))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner
-from llava.pruning.methods.ocvtp.published import PUBLISHED_LAYER, load_published
+from llava.pruning.methods.ocvtp.published import load_published
 from llava.pruning.methods.trained import CONFIG, WEIGHTS
 
 EMBEDDED = "llava-mini"
 """The pruner that ships with the package, for the model of this name."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class PrunerFiles:
     """A pruner on the disk: a folder of ours, or a file of the published code with, maybe, the ``sizes`` beside it."""
 
@@ -50,30 +50,23 @@ class PrunerFiles:
         return [self.path] if self.sizes is None else [self.path, self.sizes]
 
     @property
-    def _stamp(self) -> tuple[tuple[int, int], ...]:
-        """Changes when a file does: a pruner may be trained on while this process runs."""
-        return tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in self._parts)
-
-    @property
     def config(self) -> SlotConfig:
-        """What the pruner is; the layer of a published one is that of the published code."""
-        if self.path.is_dir():
-            return _config(self, self._stamp)
-        return dataclasses.replace(self.network("cpu").config, layer=PUBLISHED_LAYER)
+        """What the pruner is."""
+        return self.network("cpu").config
 
     def network(self, device: torch.device | str) -> SlotPruner:
         """The network in float32 and eval mode, on a device."""
-        return _network(self, self._stamp, str(device))
+        # A pruner may be trained on while this process runs.
+        stamp = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in self._parts)
+        return _network(self, stamp, str(device))
 
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits of the files' content."""
-        return _digest(self, self._stamp)
-
-
-@lru_cache(maxsize=8)
-def _config(files: PrunerFiles, stamp: object) -> SlotConfig:
-    return SlotConfig.load(files.path)
+        whole = hashlib.sha256()
+        for file in self._parts:
+            whole.update(hashlib.sha256(file.read_bytes()).digest())
+        return whole.hexdigest()[:12]
 
 
 @lru_cache(maxsize=4)
@@ -83,11 +76,3 @@ def _network(files: PrunerFiles, stamp: object, device: str) -> SlotPruner:
     else:
         network = load_published(files.path, files.sizes)
     return network.requires_grad_(False).to(device)
-
-
-@lru_cache(maxsize=8)
-def _digest(files: PrunerFiles, stamp: object) -> str:
-    whole = hashlib.sha256()
-    for file in files._parts:
-        whole.update(hashlib.sha256(file.read_bytes()).digest())
-    return whole.hexdigest()[:12]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,8 @@ def load_published(file: Path, sizes: Path | None = None) -> SlotPruner:
     """A published pruner; the decoder's weights, where there are any, are left out.
 
     ``file`` is a ``torch.save`` of a state dict; ``sizes`` the JSON or YAML file that the published code builds the
-    network from. Without it the sizes are those of the weights, and the iterations three. The configuration does not
-    know the encoder layer. An OSError or ValueError if a file is missing, unreadable, or holds something else.
+    network from. Without it the sizes are those of the weights, and the iterations three. An OSError or ValueError if a
+    file is missing, unreadable, or holds something else.
     """
     weights = renamed(_read_weights(file), PRUNER_NAMES)
     try:
@@ -68,7 +67,7 @@ def load_published(file: Path, sizes: Path | None = None) -> SlotPruner:
     for name, size in found.items():
         if given.get(name, size) != size:
             raise ValueError(f"{sizes} states {name} {given[name]}, but the weights in {file} have {size}")
-    config = SlotConfig(**found | given, layer=None, trained_on={"published": file.name})
+    config = SlotConfig(**found | given, layer=PUBLISHED_LAYER, trained_on={"published": file.name})
     return SlotPruner.from_weights(config, weights, str(file))
 
 
@@ -97,9 +96,15 @@ def _unwrapped(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _read_sizes(file: Path) -> dict[str, Any]:
     """What a configuration file of the published code states of the pruner, under our names."""
+    import yaml
+
     if not file.is_file():
         raise OSError(f"There is no pruner configuration {file}")
-    values = _read_yaml(file) if file.suffix in (".yaml", ".yml") else _read_json(file)
+    try:
+        # What is JSON is YAML, but for tabs.
+        values = yaml.safe_load(file.read_text(encoding="utf-8").replace("\t", " "))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file} is not valid JSON or YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} does not hold the settings of an OC-VTP pruner")
     if values.get("enc_ln", "pre") != "pre":
@@ -118,21 +123,3 @@ def _size(file: Path, name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{file}: {name} must be a whole number >= 1, not {value!r}")
     return value
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-
-
-def _read_yaml(file: Path) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"reading {file} needs the package pyyaml: pip install 'llava[train]'") from error
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
