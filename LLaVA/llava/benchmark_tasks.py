@@ -1,4 +1,4 @@
-"""lmms-eval's benchmark tasks by name, the embedded and the published ones, where lmms-eval is installed."""
+"""lmms-eval's tasks by name, embedded and published ones; lmms-eval must be installed."""
 
 from __future__ import annotations
 
@@ -14,22 +14,16 @@ if TYPE_CHECKING:
     from lmms_eval.tasks import TaskManager
 
 PLUGIN = "lmms_eval_otprune"
-"""Package whose folder ``tasks`` defines the embedded tasks, beside lmms-eval's own."""
+"""Package whose folder ``tasks`` defines the embedded tasks."""
 
 PUBLISHED_GROUPS = ("otprune_paper.yaml", "otprune_documents.yaml")
 
 
 def load_tasks(name: str) -> dict[str, Any]:
-    """A task, or those of a group, with their documents: task name -> task.
+    """A task, or those of a group, with their documents, by task name.
 
-    Raises
-    ------
-    ImportError
-        If lmms-eval is not installed.
-    ValueError
-        If it does not know the name.
-    OSError
-        If a task's data are neither here nor to be downloaded.
+    It is an `ImportError` if lmms-eval is not installed, a `ValueError` if it does not know the name, and an `OSError`
+    if a task's data are neither cached nor can be downloaded.
     """
     from lmms_eval.tasks import TaskManager, get_task_dict
     from loguru import logger
@@ -51,16 +45,16 @@ def load_tasks(name: str) -> dict[str, Any]:
 
 
 def task_manager(tasks: Iterable[str], model: str = "llava", kind: str = "simple") -> TaskManager:
-    """An index of the folders that define some tasks; that of all of lmms-eval's takes four seconds.
+    """An index of the folders that define some tasks; indexing all of lmms-eval takes four seconds.
 
     Parameters
     ----------
     tasks : iterable of str
-        One that is no benchmark of ours takes those seconds.
+        If one is not among `BENCHMARKS`, everything is indexed.
     model : str
         lmms-eval's id: a task's settings may depend on it.
     kind : str
-        "chat" for a model that is asked in messages, of which lmms-eval does not think where a task is changed.
+        "chat" for a model that takes messages, which lmms-eval ignores where a task is changed.
     """
     from lmms_eval.tasks import TaskManager
 
@@ -76,15 +70,15 @@ def task_manager(tasks: Iterable[str], model: str = "llava", kind: str = "simple
 
 
 def task_folders() -> list[str]:
-    """Where lmms-eval finds the plug-in's tasks, beside its own; none without the plug-in."""
+    """The folders of the plug-in's tasks, besides lmms-eval's own; none without the plug-in."""
     plugin = find_spec(PLUGIN)
     return [str(Path(folder, "tasks")) for folder in (plugin and plugin.submodule_search_locations) or ()]
 
 
 def task_entry(name: str, all_metrics: bool) -> dict[str, Any]:
-    """How lmms-eval is asked for a task: with what we change of its definition.
+    """A task's entry for lmms-eval, with our changes of its definition.
 
-    Of the caption metrics only the table's is left, unless all are asked for: each of the others starts Java anew, and
+    Only the table's metric of captions is computed, unless ``all_metrics``: each of the others starts Java again, and
     METEOR alone takes as long as a small task's answers.
     """
     entry = published_entry(name) or {"task": name}
@@ -96,7 +90,7 @@ def task_entry(name: str, all_metrics: bool) -> dict[str, Any]:
 
 
 def published_entry(name: str) -> dict[str, Any] | None:
-    """A published benchmark with our changes, none of which needs a login for its data; None for another task."""
+    """A published benchmark with our changes, without the login for its data; None for another task."""
     benchmark = benchmark_of(name)
     if benchmark is None or name not in (benchmark.name, benchmark.task):
         return None
@@ -105,7 +99,7 @@ def published_entry(name: str) -> dict[str, Any] | None:
 
 
 def data_revision(task: str) -> str:
-    """``@`` and the revision of its data set that lmms-eval's definition of a published task names; mostly empty."""
+    """``@`` and the data set's revision in lmms-eval's definition of a published task; mostly empty."""
     benchmark = benchmark_of(task)
     revision = None if benchmark is None or task == benchmark.mini else _data_arguments(benchmark).get("revision")
     return f"@{revision}" if revision else ""
@@ -116,7 +110,7 @@ def _data_arguments(benchmark: Benchmark) -> dict[str, Any]:
 
 
 def changes(benchmark: Benchmark) -> dict[str, Any]:
-    """What our group of published benchmarks changes of a definition, besides where its data come from."""
+    """What our group of published benchmarks changes in a definition, besides the source of its data."""
     return {
         name: value
         for entry in _published_groups()
@@ -135,14 +129,14 @@ def _published_groups() -> list[dict[str, Any]]:
 
 
 def definition(benchmark: Benchmark, mode: str = "full") -> dict[str, Any]:
-    """lmms-eval's definition of a benchmark, its functions imported; "simple" leaves them alone."""
+    """lmms-eval's definition of a benchmark, with its functions imported unless ``mode`` is "simple"."""
     from lmms_eval.utils import load_yaml_config
 
     return load_yaml_config(yaml_path=str(definition_file(benchmark)), mode=mode)
 
 
 def definition_file(benchmark: Benchmark) -> Path:
-    """Where lmms-eval keeps that definition."""
+    """The file of that definition."""
     import lmms_eval.tasks
 
     return Path(lmms_eval.tasks.__file__).parent / benchmark.folder / f"{benchmark.task}.yaml"

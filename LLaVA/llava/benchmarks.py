@@ -1,7 +1,7 @@
-"""The benchmarks of the tables: each is declared here, and nowhere else. Imports nothing beyond the standard library.
+"""The benchmarks of the tables, declared here and nowhere else. Imports nothing beyond the standard library.
 
-A table's column, a suite's task, the papers' FLOPs, the need for Java, figures and the embedded data sets all read
-`BENCHMARKS`: to add a benchmark is to add an entry.
+Columns, suites, the papers' FLOPs, the check for Java, figures and the embedded data sets all read `BENCHMARKS`: a
+benchmark is added by adding an entry.
 """
 
 from __future__ import annotations
@@ -12,21 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 PAPER, DOCUMENTS = "paper", "documents"
-"""The groups: of the OTPrune paper's table, and of what has to be read."""
+"""The groups: the OTPrune paper's table, and benchmarks with text to read."""
 
 
 @dataclass(frozen=True)
 class Data:
     """A benchmark's data set in the embedded suite, under the name of the real one.
 
-    Attributes
-    ----------
-    folder : str
-        Below the suite's root.
-    config, split : str
-        What ``load_dataset(root / folder, config, split=split)`` takes.
-    image_config : str, or None
-        The configuration that holds the images, where it is another.
+    It is loaded by ``load_dataset(root / folder, config, split=split)``; ``image_config`` holds the images if it is
+    another configuration.
     """
 
     folder: str
@@ -44,17 +38,22 @@ class Benchmark:
     key : str
         The column's short name, as in the papers.
     name : str
-        lmms-eval's task of this name defines it.
+        lmms-eval's task.
     metric : str
-        As in lmms-eval's results: a filter's name follows a comma.
+        As in lmms-eval's results, where a filter's name follows a comma.
     folder : str
-        Where below lmms-eval's tasks the definition is.
+        The folder of its definition below lmms-eval's tasks.
+    tokens : (int, int), or None
+        What papers average FLOPs over: text tokens (no system prompt), and visual tokens of LLaVA-1.6.
+        Source: DivPrune, CVPR 2025, and OTPrune, arXiv 2602.20205.
+    data : Data, or None
+        Its embedded counterpart.
     variant : str, or None
         lmms-eval's task that is evaluated instead, if ``name`` cannot be.
     group : str
-        A table shows all columns of the groups that it has a score of.
+        A table shows all columns of each group that it has a score of.
     scale : float
-        What the framework's value is multiplied with to be read like the papers' (percent, CIDEr, MME's points).
+        Factor from lmms-eval's value to the papers' scale (percent, CIDEr, MME's points).
     digits : int
         Decimals shown.
     captions : bool
@@ -63,17 +62,14 @@ class Benchmark:
         Two neighbouring documents are scored together.
     reader : str
         How a log of samples is read (`llava.eval.results.samples`).
-    tokens : (int, int), or None
-        What papers average FLOPs over: text tokens (no system prompt), and LLaVA-1.6's visual tokens.
-        Source: DivPrune, CVPR 2025, and OTPrune, arXiv 2602.20205.
-    data : Data, or None
-        Its embedded counterpart.
     """
 
     key: str
     name: str
     metric: str
     folder: str
+    tokens: tuple[int, int] | None = None
+    data: Data | None = None
     variant: str | None = None
     group: str = PAPER
     scale: float = 100.0
@@ -81,8 +77,6 @@ class Benchmark:
     captions: bool = False
     in_pairs: bool = False
     reader: str = "answers"
-    tokens: tuple[int, int] | None = None
-    data: Data | None = None
 
     @property
     def task(self) -> str:
@@ -101,141 +95,85 @@ class Benchmark:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """All names that results of it may stand under."""
+        """All names that its results may have."""
         return tuple(task for task in (self.name, self.variant, self.mini) if task)
 
     def task_in(self, tasks: Mapping[str, Any]) -> str | None:
-        """The task among a run's results that this column is read from, or None."""
+        """The task among a run's results that has this column's score, or None."""
         values = {task: tasks[task]["metrics"].get(self.metric) for task in self.tasks if task in tasks}
         # lmms-eval gives nan where there was nothing to score.
         found = [task for task, value in values.items() if value is not None and math.isfinite(value)]
         return found[-1] if found else None
 
 
-def _captions(key: str, name: str, metric: str, folder: str, **more: Any) -> Benchmark:
-    return Benchmark(key, name, metric, folder, scale=1.0, captions=True, **more)
-
-
-def _data(folder: str, config: str, split: str, image_config: str | None = None) -> Data:
+def _data(folder: str, split: str, config: str = "default", image_config: str | None = None) -> Data:
     return Data(f"lmms-lab-encoder/{folder}", config, split, image_config)
 
 
-def _document(key: str, name: str, metric: str, folder: str, **more: Any) -> Benchmark:
-    return Benchmark(key, name, metric, folder, group=DOCUMENTS, **more)
-
-
+_CAPTIONS: dict[str, Any] = {"scale": 1.0, "captions": True}
+_DOCUMENT: dict[str, Any] = {"group": DOCUMENTS}
 BENCHMARKS = (
-    _captions(
-        "COCO",
-        "coco2017_cap_val",
-        "coco_CIDEr",
-        "coco_cap",
-        tokens=(15, 2225),
-        data=_data("COCO-Caption2017", "default", "val"),
+    Benchmark(
+        "COCO", "coco2017_cap_val", "coco_CIDEr", "coco_cap", (15, 2225), _data("COCO-Caption2017", "val"), **_CAPTIONS
     ),
-    _captions(
-        "Flickr30k",
-        "flickr30k_test",
-        "flickr_CIDEr",
-        "flickr30k",
-        tokens=(15, 1922),
-        data=_data("flickr30k", "default", "test"),
+    Benchmark(
+        "Flickr30k", "flickr30k_test", "flickr_CIDEr", "flickr30k", (15, 1922), _data("flickr30k", "test"), **_CAPTIONS
     ),
     Benchmark(
         "GQA",
         "gqa",
         "exact_match",
         "gqa",
-        tokens=(23, 2239),
-        data=_data("GQA", "testdev_balanced_instructions", "testdev", "testdev_balanced_images"),
+        (23, 2239),
+        _data("GQA", "testdev", "testdev_balanced_instructions", "testdev_balanced_images"),
     ),
+    # Its own name's task asks a paid judge about answers that it cannot read.
     Benchmark(
         "MMB",
         "mmbench_en_dev",
         "gpt_eval_score",
         "mmbench",
-        # The other asks a paid judge about answers that it cannot read.
+        (83, 1927),
+        _data("MMBench", "dev", "en"),
         variant="mmbench_en_dev_static",
         scale=1.0,
         reader="mmbench",
-        tokens=(83, 1927),
-        data=_data("MMBench", "en", "dev"),
     ),
     Benchmark(
         "MME-P",
         "mme",
         "mme_perception_score",
         "mme",
-        scale=1.0,
-        digits=0,
+        (25, 2108),
+        _data("MME", "test"),
         in_pairs=True,
         reader="mme",
-        tokens=(25, 2108),
-        data=_data("MME", "default", "test"),
+        scale=1.0,
+        digits=0,
+    ),
+    Benchmark("MMMU", "mmmu_val", "mmmu_acc", "mmmu", (113, 1882), _data("MMMU", "validation"), reader="mmmu"),
+    Benchmark("NoCaps", "nocaps_val", "nocaps_CIDEr", "nocaps", (15, 2292), _data("NoCaps", "validation"), **_CAPTIONS),
+    Benchmark("OKVQA", "ok_vqa_val2014", "exact_match", "ok_vqa", (39, 2249), _data("OK-VQA", "val2014")),
+    Benchmark("POPE", "pope", "pope_f1_score", "pope", (21, 2250), _data("POPE", "test"), reader="pope"),
+    Benchmark(
+        "SQA", "scienceqa_img", "exact_match", "scienceqa", (91, 1598), _data("ScienceQA", "test", "ScienceQA-IMG")
     ),
     Benchmark(
-        "MMMU",
-        "mmmu_val",
-        "mmmu_acc",
-        "mmmu",
-        reader="mmmu",
-        tokens=(113, 1882),
-        data=_data("MMMU", "default", "validation"),
+        "SEED-I", "seedbench", "seed_image", "seedbench", (57, 2116), _data("SEED-Bench", "test"), reader="letters"
     ),
-    _captions(
-        "NoCaps",
-        "nocaps_val",
-        "nocaps_CIDEr",
-        "nocaps",
-        tokens=(15, 2292),
-        data=_data("NoCaps", "default", "validation"),
-    ),
+    Benchmark("TextVQA", "textvqa_val", "exact_match", "textvqa", data=_data("textvqa", "validation"), **_DOCUMENT),
+    Benchmark("ChartQA", "chartqa", "relaxed_overall", "chartqa", data=_data("ChartQA", "test"), **_DOCUMENT),
+    Benchmark("DocVQA", "docvqa_val", "anls", "docvqa", data=_data("DocVQA", "validation", "DocVQA"), **_DOCUMENT),
+    Benchmark("InfoVQA", "infovqa_val", "anls", "infovqa", **_DOCUMENT),
     Benchmark(
-        "OKVQA",
-        "ok_vqa_val2014",
-        "exact_match",
-        "ok_vqa",
-        tokens=(39, 2249),
-        data=_data("OK-VQA", "default", "val2014"),
-    ),
-    Benchmark(
-        "POPE",
-        "pope",
-        "pope_f1_score",
-        "pope",
-        reader="pope",
-        tokens=(21, 2250),
-        data=_data("POPE", "default", "test"),
-    ),
-    Benchmark(
-        "SQA",
-        "scienceqa_img",
-        "exact_match",
-        "scienceqa",
-        tokens=(91, 1598),
-        data=_data("ScienceQA", "ScienceQA-IMG", "test"),
-    ),
-    Benchmark(
-        "SEED-I",
-        "seedbench",
-        "seed_image",
-        "seedbench",
-        reader="letters",
-        tokens=(57, 2116),
-        data=_data("SEED-Bench", "default", "test"),
-    ),
-    _document("TextVQA", "textvqa_val", "exact_match", "textvqa", data=_data("textvqa", "default", "validation")),
-    _document("ChartQA", "chartqa", "relaxed_overall", "chartqa", data=_data("ChartQA", "default", "test")),
-    _document("DocVQA", "docvqa_val", "anls", "docvqa", data=_data("DocVQA", "DocVQA", "validation")),
-    _document("InfoVQA", "infovqa_val", "anls", "infovqa"),
-    _document(
         "OCRBench",
         "ocrbench",
         "ocrbench_accuracy",
         "ocrbench",
         data=Data("echo840/OCRBench", "default", "test"),
+        **_DOCUMENT,
     ),
-    _document("AI2D", "ai2d", "exact_match,flexible-extract", "ai2d"),
+    Benchmark("AI2D", "ai2d", "exact_match,flexible-extract", "ai2d", **_DOCUMENT),
 )
 """In the order of the tables."""
 

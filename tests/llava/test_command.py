@@ -26,7 +26,7 @@ WRONG = {
     "ask --image x.png --query \udcff": "--query: must be UTF-8",
     "ask --image x.png --query What? --temperature nan": "--temperature: must be a number >= 0, not nan",
     "ask --image x.png --query What? --top-p 2": "--top-p: must be a number with 0 < r <= 1, not 2",
-    "ask --image x.png --query What? --ratio \u0660.\u0665": "--ratio: must be a number with 0 < r <= 1, not \u0660.\u0665",
+    "ask --image x.png --query What? --ratio \u0660.\u0665": "must be a number with 0 < r <= 1, not \u0660.\u0665",
     "chat --image x.png --temperature -1": "--temperature: must be a number >= 0, not -1",
     "chat --image x.png --temperature inf": "--temperature: must be a number >= 0, not inf",
     "chat --image-file no-such.png": "no-such.png does not exist",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from statistics import mean
 
 import pytest
 from PIL import Image
@@ -48,35 +49,29 @@ def data(monkeypatch):
     return found
 
 
+def samples(questions, place, record):
+    return [{"input": asked, "target": truth, **record(said[place], truth)} for asked, truth, *said in questions]
+
+
+def gqa_record(said, truth):
+    return {"filtered_resps": [said], "exact_match": float(said == truth)}
+
+
+def seed_record(said, truth):
+    return {"filtered_resps": said, "seed_image": {"pred": said, "answer": truth}}
+
+
 @pytest.fixture
 def folder(tmp_path):
     jobs = {}
     for place, name in enumerate(NAMES):
-        gqa = [
-            {
-                "input": asked,
-                "target": truth,
-                "filtered_resps": [said[place]],
-                "exact_match": float(said[place] == truth),
-            }
-            for asked, truth, *said in GQA
-        ]
-        seed = [
-            {
-                "input": asked,
-                "target": truth,
-                "filtered_resps": said[place],
-                "seed_image": {"pred": said[place], "answer": truth},
-            }
-            for asked, truth, *said in SEED
-        ]
+        gqa, seed = samples(GQA, place, gqa_record), samples(SEED, place, seed_record)
+        right = [one["filtered_resps"].upper() == one["target"] for one in seed]
         jobs[name] = {
             "logs": {"mini_gqa": gqa, "mini_seedbench": seed},
             "metrics": {
-                "mini_gqa": {"exact_match": sum(sample["exact_match"] for sample in gqa) / len(gqa)},
-                "mini_seedbench": {
-                    "seed_image": sum(s["target"] == s["filtered_resps"].upper() for s in seed) / len(seed)
-                },
+                "mini_gqa": {"exact_match": mean(one["exact_match"] for one in gqa)},
+                "mini_seedbench": {"seed_image": mean(right)},
             },
             "method": None if name == "unpruned" else name,
             "kept": 576 if name == "unpruned" else 56,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 
@@ -206,13 +207,6 @@ class TestCommand:
         said = (tmp_path / "figures" / "distance.csv").read_text()
         assert all(name in said for name in ("otprune", "uniform", "first_k"))
 
-    def test_draws_the_synthetic_experiment_without_a_run(self, tmp_path, monkeypatch):
-        synthetic = pytest.importorskip("llava.eval.plots.synthetic")
-        outcomes = [synthetic.Outcome("otprune", "wasserstein", (20, 10, 5), 90.0, 80.0)]
-        monkeypatch.setattr(synthetic, "run", lambda progress: outcomes)
-        assert figures.main(["synthetic", "--output", str(tmp_path)]) == 0
-        assert {file.name for file in tmp_path.iterdir()} == {"synthetic.png", "synthetic.csv"}
-
     @pytest.mark.parametrize(
         ("jobs", "said"),
         [
@@ -232,33 +226,25 @@ class TestCommand:
 
 
 class TestSynthetic:
-    def test_finds_that_a_method_which_knows_the_tokens_beats_chance(self):
-        pytest.importorskip("ot")
-        from llava.eval.plots import synthetic
-
-        outcomes = synthetic.run(settings=[(20, 10, 5)], methods=("divprune", "first_k"), trials=12, subsets=20)
-        wins = {(one.method, one.measure): one.win_rate for one in outcomes}
-        # The tokens are drawn independently: the first five are as good as any.
-        assert 20 < wins["first_k", "wasserstein"] < 80
-        assert 20 < wins["first_k", "log_det"] < 80
-        assert all(0 < one.optimality <= 100 for one in outcomes)
-        again = synthetic.run(settings=[(20, 10, 5)], methods=("divprune", "first_k"), trials=12, subsets=20)
-        assert outcomes == again
-
-    def test_finds_that_otprune_reaches_what_it_maximises(self):
-        pytest.importorskip("ot")
-        from llava.eval.plots import synthetic
-
-        outcomes = synthetic.run(settings=[(20, 10, 5)], methods=("otprune",), trials=6, subsets=20)
-        [by_objective] = [one for one in outcomes if one.measure == "log_det"]
+    def test_finds_that_otprune_reaches_what_it_maximises_and_that_the_first_tokens_are_as_good_as_any(self):
+        outcomes = synthetic().run([(20, 10, 5)], ("otprune", "first_k"), trials=12, subsets=20)
+        found = {(one.method, one.measure): one for one in outcomes}
         # The greedy's guarantee is 63 % of the best subset, of which twenty random ones know nothing.
-        assert by_objective.win_rate > 90
-        assert by_objective.optimality > 95
+        assert found["otprune", "log_det"].win_rate > 90 and found["otprune", "log_det"].optimality > 95
+        # The tokens are drawn independently.
+        assert all(20 < found["first_k", measure].win_rate < 80 for measure in ("wasserstein", "log_det"))
+        assert all(0 < one.optimality <= 100 for one in outcomes)
+        assert outcomes == synthetic().run([(20, 10, 5)], ("otprune", "first_k"), trials=12, subsets=20)
 
-    def test_shows_published_figures_beside_its_own(self, tmp_path):
-        pytest.importorskip("ot")
-        from llava.eval.plots import synthetic
-
-        outcomes = [synthetic.Outcome("otprune", "wasserstein", (20, 10, 5), 90.0, 80.0)]
-        [line] = lines(synthetic.draw(outcomes, 3, 4), tmp_path)
+    def test_shows_published_figures_beside_its_own_without_a_run(self, tmp_path, monkeypatch):
+        outcomes = [synthetic().Outcome("otprune", "wasserstein", (20, 10, 5), 90.0, 80.0)]
+        monkeypatch.setattr(synthetic(), "run", lambda progress: outcomes)
+        assert figures.main(["synthetic", "--output", str(tmp_path)]) == 0
+        assert {file.name for file in tmp_path.iterdir()} == {"synthetic.png", "synthetic.csv"}
+        [line] = lines_of(tmp_path / "synthetic.csv")
         assert (line["win_rate"], line["published_win_rate"]) == ("90.0", "94.56")
+
+
+def synthetic():
+    pytest.importorskip("ot")
+    return importlib.import_module("llava.eval.plots.synthetic")

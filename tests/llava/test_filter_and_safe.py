@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import random
 import shutil
@@ -38,6 +39,11 @@ def built(folder, jobs, **options):
     return build_table(load_runs([write_run(folder, jobs)]), draws=100, **options)
 
 
+THREE = {"unpruned": job(drawn(0, 0.9))}
+THREE |= {name: job(drawn(n, 0.6), **settings(name, 0.1)) for n, name in enumerate(("downsample", "otprune"), 1)}
+TWO = {"unpruned": job(drawn(0, 0.9)), "otprune": job(drawn(1, 0.3), **settings("otprune", 0.1))}
+
+
 class TestFilter:
     @pytest.mark.parametrize("seed", range(6))
     def test_scores_are_shares_of_what_unpruned_answers_and_downsample_does_not(self, tmp_path, seed):
@@ -57,9 +63,7 @@ class TestFilter:
 
     def test_each_ratio_has_its_own_questions_and_a_row_without_one_is_named(self, tmp_path):
         jobs = {"unpruned": job(drawn(0, 0.9))}
-        for n, (name, ratio) in enumerate(
-            [("downsample", 0.1), ("otprune", 0.1), ("downsample", 0.2), ("otprune", 0.2)]
-        ):
+        for n, (name, ratio) in enumerate(itertools.product(("downsample", "otprune"), (0.1, 0.2))):
             jobs[f"{name}-{ratio}"] = job(drawn(n, 0.6), **settings(name, ratio))
         jobs["fitprune"] = job(drawn(9, 0.6), **settings("fitprune", 0.3))
         made = built(tmp_path, jobs, filtered=True)
@@ -83,9 +87,7 @@ class TestFilter:
         assert folded["otprune"].filtered.evidence.random[MEAN].difference > 0
 
     def test_stands_in_every_format(self, tmp_path):
-        jobs = {"unpruned": job(drawn(0, 0.9))}
-        jobs |= {name: job(drawn(n, 0.6), **settings(name, 0.1)) for n, name in enumerate(("downsample", "otprune"), 1)}
-        made = built(tmp_path, jobs, filtered=True, intervals=True)
+        made = built(tmp_path, THREE, filtered=True, intervals=True)
         questions = made.rows[2].filtered.questions
         for name in ("markdown", "latex", "html"):
             assert "questions at 0.1" in made.render(name)
@@ -94,17 +96,14 @@ class TestFilter:
         assert json.loads(made.render("json"))["rows"][2]["filtered"]["questions"] == questions
 
     def test_has_neither_scores_nor_intervals_of_a_row_without_logs(self, tmp_path):
-        jobs = {"unpruned": job(drawn(0, 0.9))}
-        jobs |= {name: job(drawn(n, 0.6), **settings(name, 0.1)) for n, name in enumerate(("downsample", "otprune"), 1)}
-        run = write_run(tmp_path, jobs)
+        run = write_run(tmp_path, THREE)
         shutil.rmtree(run / "llava-mini/otprune/tasks")
         made = build_table(load_runs([run]), draws=100, filtered=True, intervals=True)
         filtered = json.loads(made.render("json"))["rows"][2]["filtered"]
         assert (filtered["scores"], filtered["evidence"]) == ({}, None)
 
     def test_needs_a_row_of_downsample(self, tmp_path, capsys):
-        jobs = {"unpruned": job(drawn(0, 0.9)), "otprune": job(drawn(1, 0.6), **settings("otprune", 0.1))}
-        run = write_run(tmp_path, jobs)
+        run = write_run(tmp_path, TWO)
         assert table.main([str(run), "--filter", "downsample"]) == 2
         [said] = capsys.readouterr().err.splitlines()
         assert "the filter needs an unpruned run and one of downsample at the kept ratio of the others" in said
@@ -112,40 +111,24 @@ class TestFilter:
 
 class TestRight:
     @pytest.mark.parametrize(
-        ("key", "samples", "right"),
+        ("key", "names", "records", "right"),
         [
-            ("OKVQA", [{"exact_match": score} for score in (1.0, 0.5, 0.3, 0.0)], [True, True, False, False]),
-            ("SEED-I", [{"seed_image": {"pred": said, "answer": "B"}} for said in "bA"], [True, False]),
-            (
-                "POPE",
-                [
-                    {"pope_f1_score": {"ground_truth": truth, "prediction": said}}
-                    for truth, said in (("yes", "yes"), ("no", "no"), ("no", "yes"), ("yes", "perhaps"))
-                ],
-                [True, True, False, False],
-            ),
-            (
-                "MME-P",
-                [
-                    {"mme_perception_score": {"category": "ocr", "question_id": "a", "score": score}}
-                    for score in (1.0, 0.0)
-                ],
-                [True, False],
-            ),
+            ("OKVQA", None, [1.0, 0.5, 0.3, 0.0], [True, True, False, False]),
+            ("SEED-I", ("pred", "answer"), ["bB", "AB"], [True, False]),
+            ("POPE", ("ground_truth", "prediction"), ["yy", "nn", "ny", "y?"], [True, True, False, False]),
+            ("MME-P", ("category", "question_id", "score"), [("ocr", "a", 1.0), ("ocr", "a", 0.0)], [True, False]),
             (
                 "MMB",
-                [
-                    {"gpt_eval_score": {"index": index, "answer": "A", "prediction": said}}
-                    for index, said in ((1, "A"), (1_000_001, "B"), (2, "A"), (1_000_002, "A"))
-                ],
+                ("index", "answer", "prediction"),
+                [(1, "A", "A"), (1_000_001, "A", "B"), (2, "A", "A"), (1_000_002, "A", "A")],
                 [False, True],
             ),
-            ("COCO", [{"coco_CIDEr": {"pred": "a", "answer": ["a"]}}], []),
+            ("COCO", ("pred", "answer"), [("a", ["a"])], []),
         ],
-        ids=lambda value: value if isinstance(value, str) else "",
     )
-    def test_answers_are_counted_by_question(self, key, samples, right):
-        logged = [{"doc_id": n, **sample} for n, sample in enumerate(samples)]
+    def test_answers_are_counted_by_question(self, key, names, records, right):
+        records = [dict(zip(names, record, strict=True)) for record in records] if names else records
+        logged = [{"doc_id": n, BY_KEY[key].logged: record} for n, record in enumerate(records)]
         assert list(right_answers(BY_KEY[key], logged).values()) == right
 
 
@@ -188,15 +171,13 @@ class TestSafe:
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_stands_in_every_format(self, tmp_path, capsys, name):
-        jobs = {"unpruned": job(drawn(0, 0.9)), "otprune": job(drawn(1, 0.3), **settings("otprune", 0.1))}
-        run = write_run(tmp_path, jobs)
+        run = write_run(tmp_path, TWO)
         assert table.main([str(run), "--safe", "0.99", "--draws", "50", "--format", name]) == 0
         said = capsys.readouterr().out
         assert "Ratios run" in said and "none of those run" in said
 
     def test_each_column_stands_once(self, tmp_path):
-        jobs = {"unpruned": job(drawn(0, 0.9)), "otprune": job(drawn(1, 0.3), **settings("otprune", 0.1))}
-        header, _ = safe_cells(safe_ratios(built(tmp_path, jobs, intervals=True).rows, 0.99))
+        header, _ = safe_cells(safe_ratios(built(tmp_path, TWO, intervals=True).rows, 0.99))
         assert header == ["Model", "Method", "Ratios run", "GQA", "POPE", "Mean"]
 
     def test_without_logs_it_says_what_it_needs(self, tmp_path, capsys):

@@ -16,7 +16,7 @@ from llava.eval.flops.__main__ import main
 from llava.flops import SHAPES, Cost, DecoderShape, ModelShape, exact_flops, literature_flops
 from llava.model import LlavaConfig, LlavaMistralConfig
 from llava.model.visual_cache import VisualCache
-from llava.pruning import PruningConfig, kept_count, pruning
+from llava.pruning import PruningConfig, kept_count
 from tiny_llava import build, pixels, prompt
 
 FILE = golden_root() / "pruning" / "flops_and_log_parser.json"
@@ -115,21 +115,25 @@ TEXT, N = 13, 16
 MARGIN = 1e-3
 
 
-@pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("mistral", "eager")])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {}),
+        ("mistral", {"attn_implementation": "eager"}),
+        ("llama", {"mm_vision_select_feature": "cls_patch"}),  # one more vector for the projector
+        ("mistral", {"head_dim": 20}),  # as in some Mistrals: heads times head width is not the hidden size
+    ],
+)
 @pytest.mark.parametrize("layer", [None, 0, 3])
-def test_the_exact_count_is_that_of_torch(tower, family, attention, layer):
+def test_the_exact_count_is_that_of_torch(tower, family, settings, layer):
     """Unpruned (None), pruned before the decoder and at a layer; four query heads on two key heads."""
-    model = build(tower, family)
-    model.set_attn_implementation(attention)
-    visual = [N] * 4 if layer is None else [N] * layer + [4] * (4 - layer)
+    model = build(tower, family, **settings)
+    n = N + ("mm_vision_select_feature" in settings)
+    visual = [n] * 4 if layer is None else [n] * layer + [4] * (4 - layer)
     tokens = flops.tokens_per_layer(TEXT, visual)
     expected = exact_flops(shape_of(model), tokens, logits=tokens[-1])
-    if layer is None:
-        measured = counted(model, input_ids=IDS, images=pixels(1))
-    else:
-        with pruning(model, "uniform", ratio=0.25, layer=layer):
-            measured = counted(model, input_ids=IDS, images=pixels(1))
-    assert expected.total == pytest.approx(measured, rel=MARGIN)
+    model.set_pruning(None if layer is None else PruningConfig("uniform", 0.25, layer))
+    assert expected.total == pytest.approx(counted(model, input_ids=IDS, images=pixels(1)), rel=MARGIN)
 
 
 def test_tower_and_projector_are_counted_apart(model):
@@ -146,21 +150,6 @@ def test_every_projector_is_counted(tower, kind):
     assert exact_flops(shape_of(model), [1] * 4).projector == counted(projector, torch.zeros(1, N, 32))
 
 
-def test_a_cls_feature_is_one_more_vector_for_the_projector(tower):
-    model = build(tower, mm_vision_select_feature="cls_patch")
-    measured = counted(model, input_ids=IDS, images=pixels(1))
-    tokens = [TEXT + N + 1] * 4
-    assert exact_flops(shape_of(model), tokens, logits=tokens[-1]).total == pytest.approx(measured, rel=MARGIN)
-
-
-def test_a_head_width_of_its_own_is_heeded(tower):
-    """As in some Mistrals: heads times head width is not the hidden size."""
-    model = build(tower, "mistral", head_dim=20)
-    measured = counted(model, input_ids=IDS, images=pixels(1))
-    tokens = [TEXT + N] * 4
-    assert exact_flops(shape_of(model), tokens, logits=tokens[-1]).total == pytest.approx(measured, rel=MARGIN)
-
-
 def test_every_crop_of_an_anyres_image_goes_through_the_tower(anyres):
     shape, images, sizes = shape_of(anyres), [pixels(5)], [(112, 112)]
     visual = len(anyres.visual_tokens(images, sizes)[0])
@@ -175,37 +164,20 @@ def test_a_text_only_prompt_has_no_crops(model):
     assert exact_flops(shape_of(model), [9] * 4, crops=0, logits=9).total == pytest.approx(measured, rel=MARGIN)
 
 
-@pytest.mark.parametrize("layer", [None, 0, 2])
-def test_generating_a_token_costs_a_prefill_with_one_position_s_logits(model, layer):
-    """Vision tower up to its layer, decoder, logits of one position; a second token one position of each layer."""
-    visual = [N] * 4 if layer is None else [N] * layer + [4] * (4 - layer)
-    tokens = flops.tokens_per_layer(TEXT, visual)
-    model.set_pruning(None if layer is None else PruningConfig("uniform", 0.25, layer))
-    try:
-        measured = counted(model.generate, IDS, images=pixels(1), max_new_tokens=1, do_sample=False)
-    finally:
-        model.set_pruning(None)
-    assert exact_flops(shape_of(model), tokens).total == pytest.approx(measured, rel=MARGIN)
-
-
-def test_a_remembered_image_costs_no_vision_tower(model):
+def test_a_generated_token_costs_a_prefill_and_a_remembered_image_no_vision_tower(model):
     model.visual_cache = VisualCache(10**7)
     try:
         first = counted(model.generate, IDS, images=pixels(1), max_new_tokens=1, do_sample=False)
         again = counted(model.generate, IDS, images=pixels(1), max_new_tokens=1, do_sample=False)
     finally:
         model.visual_cache = None
-    assert first - again == exact_flops(shape_of(model), [TEXT + N] * 4).vision_tower
+    expected = exact_flops(shape_of(model), [TEXT + N] * 4)
+    assert first == pytest.approx(expected.total, rel=MARGIN)
+    assert first - again == expected.vision_tower
 
 
-LARGE_TOWER = CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-)
+LARGE = {"num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+LARGE_TOWER = CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, **LARGE)
 LLAVA = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "vocab_size": 32000}
 SIZES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

@@ -15,8 +15,7 @@ from llava.adapters.transformers import active_session
 from llava.eval.latency import __main__ as command_line
 from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
-from llava.eval.latency.methods import read_methods
-from llava.eval.latency.models import load, prompts
+from llava.eval.latency.models import load, prompts, read_methods
 from llava.pruning import PruningConfig, available_methods, kept_count, own_budget
 from tiny_vlms import tiny as tiny_vlm
 
@@ -72,16 +71,9 @@ class TestSelect:
         measured = [row["method"] for row in rows]
         assert measured == ["published", *sorted(available_methods().keys() - set(select.NOTHING_TO_TIME))]
         assert [row["of_divprune"] for row in rows if row["method"] == "divprune"] == [1]
-        rows = select.measure(
-            [select.Size(9, 2, 1)], ["fastv"], width=4, repetitions=1, device=CPU, dtype=torch.float32
-        )
-        assert [row["of_divprune"] for row in rows] == [None, None]
 
-    @pytest.mark.parametrize("text", ["576", "56:576", "576:0", "576:56x0", "a:b", "576:56x"])
+    @pytest.mark.parametrize("text", ["576", "56:576", "576:0", "576:56x0", "a:b"])
     def test_a_size_that_is_none_is_refused(self, text):
-        if text == "576:56x":
-            assert select.Size.read(text) == select.Size(576, 56, 1)
-            return
         with pytest.raises(ValueError, match=f"not '{text}'"):
             select.Size.read(text)
 
@@ -100,20 +92,12 @@ class TestModels:
         assert torch.equal(asked["input_ids"][1], asked["input_ids"][2])
         assert int((asked["input_ids"][0] > 0).sum()) == 60
 
-    @pytest.mark.parametrize("name", ["otprune", "visionzip", "fastv", "sparsevlm"])
-    def test_methods_of_every_kind_can_be_measured_on_it(self, tiny, name):
-        tiny.set_pruning(read_methods([name], 0.5)[name])
-        try:
-            tiny.generate(**prompts(tiny, [0], [0]), max_new_tokens=2, pad_token_id=0)
-        finally:
-            tiny.set_pruning(None)
-
 
 class TestPrefill:
     def test_parts_add_up_and_kept_tokens_save_keys_and_values(self, tiny):
-        configs = read_methods(["otprune", "published", "fastv@2"], 0.25)
+        configs = read_methods(["otprune", "published", "fastv@2", "visionzip"], 0.25)
         rows = prefill.measure(tiny, configs, batch=2, new_tokens=3, repetitions=2)
-        unpruned, otprune, published, fastv = rows
+        unpruned, otprune, published, fastv, _ = rows
         assert [row["method"] for row in rows] == ["unpruned", *configs]
         # 4 layers of keys and values of 64 numbers, 4 bytes each
         assert unpruned["kv_bytes"] == 2 * 2 * 4 * 64 * 4 * (60 + 64)
@@ -169,18 +153,11 @@ class TestModelsOfTransformers:
 
     def test_a_folder_is_measured(self, tmp_path, capsys):
         tiny_vlm("gemma3").model.save_pretrained(tmp_path / "model")
-        command = [
-            "prefill",
-            "--model",
-            str(tmp_path / "model"),
-            "--batch",
-            "1",
-            "--repetitions",
-            "1",
-            "--device",
-            "cpu",
-        ]
-        assert main([*command, "--method", "otprune", "--ratio", "0.25", "--output", str(tmp_path)]) == 0
+        command = ["prefill", "--model", str(tmp_path / "model"), "--batch", "1", "--repetitions", "1"]
+        assert (
+            main([*command, "--device", "cpu", "--method", "otprune", "--ratio", "0.25", "--output", str(tmp_path)])
+            == 0
+        )
         assert [row["visual_tokens"] for row in json.loads((tmp_path / "prefill.json").read_text())["rows"]] == [16, 4]
 
     def test_remembered_images_are_llavas(self, tmp_path, capsys, monkeypatch):
@@ -190,25 +167,15 @@ class TestModelsOfTransformers:
         assert "--pope needs a LLaVA" in capsys.readouterr().err
 
 
-def test_a_run_of_many_questions_may_ask_fewer_one_by_one(tiny):
-    rows = pope.measure(tiny, {}, images=3, questions=2, batches=[4], cache_bytes=10**7, images_one_by_one=1)
-    assert [(row["batch"], row["cached"], row["samples"], row["hits"]) for row in rows] == [
-        (1, False, 2, 0),
-        (1, True, 2, 1),
-        (4, False, 6, 0),
-        (4, True, 6, 3),
-    ]
-    assert all(row["same_answers"] == 1 for row in rows)
-
-
 def test_a_run_of_many_questions_answers_alike_in_every_setting(tiny):
-    rows = pope.measure(tiny, read_methods(["otprune"], 0.25), images=2, questions=3, batches=[4], cache_bytes=10**7)
-    settings = [(1, False), (1, True), (4, False), (4, True)]
-    assert [(row["method"], row["batch"], row["cached"]) for row in rows] == [
-        (method, *setting) for method in ("unpruned", "otprune") for setting in settings
+    settings = {"images": 3, "questions": 2, "batches": [4], "cache_bytes": 10**7, "images_one_by_one": 1}
+    rows = pope.measure(tiny, read_methods(["otprune"], 0.25), **settings)
+    assert [(row["method"], row["batch"], row["cached"], row["samples"], row["hits"]) for row in rows] == [
+        (method, *setting)
+        for method in ("unpruned", "otprune")
+        for setting in ((1, False, 2, 0), (1, True, 2, 1), (4, False, 6, 0), (4, True, 6, 3))
     ]
-    assert all(row["same_answers"] == 1 for row in rows)
-    assert [(row["hits"], row["misses"]) for row in rows[:4]] == [(0, 6), (4, 2), (0, 6), (4, 2)]
+    assert all(row["same_answers"] == 1 and row["hits"] + row["misses"] == row["samples"] for row in rows)
     assert rows[0]["times_plain"] == rows[4]["times_plain"] == rows[0]["times_unpruned"] == 1
     assert tiny.visual_cache is None
 
@@ -237,15 +204,8 @@ class TestSuite:
         return started
 
     def measure(self, folder, **settings):
-        usual = {
-            "methods": ["otprune"],
-            "ratio": 0.2,
-            "batches": [8],
-            "tasks": ["mini_pope"],
-            "limit": 4,
-            "device": "cpu",
-            "folder": folder,
-        }
+        usual = {"methods": ["otprune"], "ratio": 0.2, "batches": [8], "tasks": ["mini_pope"], "limit": 4}
+        usual |= {"device": "cpu", "folder": folder}
         return suite.measure("llava-mini", **{**usual, **settings})
 
     def test_every_setting_is_a_run_beside_batches_of_1_without_a_cache(self, runs, tmp_path):
@@ -265,12 +225,8 @@ class TestSuite:
     def test_a_method_is_switched_on_as_the_other_commands_read_it(self, runs, tmp_path):
         self.measure(tmp_path, methods=["published", "fastv@3"])
         switches = [switch for _, switch in runs]
-        assert switches[4] == {
-            "BASELINE": "OTPRUNE",
-            "SUBSET_RATIO": "0.2",
-            "LAYER_INDEX": "0",
-            "OTPRUNE_COMPAT": "1",
-        }
+        otprune = {"BASELINE": "OTPRUNE", "SUBSET_RATIO": "0.2", "LAYER_INDEX": "0"}
+        assert switches[4] == otprune | {"OTPRUNE_COMPAT": "1"}
         assert switches[8] == {"BASELINE": "FASTV", "SUBSET_RATIO": "0.2", "LAYER_INDEX": "3"}
         assert PruningConfig.from_env(switches[4]).build_pruner().compat
 
@@ -299,12 +255,6 @@ class TestCommandLine:
         assert main([*command, "--device", "cpu", "--output", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert "| TTFT / unpruned |" in printed and "2 images, 2 questions each:" in printed
-
-    def test_prefill_takes_llava_mini_in_transformers_format(self, tmp_path):
-        command = ["prefill", "--model", "llava-mini-hf", "--batch", "1", "--repetitions", "1", "--device", "cpu"]
-        assert main([*command, "--output", str(tmp_path)]) == 0
-        rows = json.loads((tmp_path / "prefill.json").read_text())["rows"]
-        assert [row["visual_tokens"] for row in rows] == [576, 56]
 
     def test_a_finished_measurement_stays(self, tmp_path, capsys):
         command = ["select", "--sizes", "9:2", "--width", "4", "--repetitions", "1", "--output", str(tmp_path)]

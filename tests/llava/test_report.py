@@ -121,7 +121,7 @@ class TestReport:
 
 class View:
     name = "image"
-    picture = Image.new("RGB", (40, 40), (10, 20, 30))
+    image = Image.new("RGB", (40, 40), (10, 20, 30))
     patches = np.arange(4).reshape(2, 2)
 
 

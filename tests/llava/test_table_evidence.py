@@ -30,9 +30,14 @@ def by_label(built):
     return {row.label: row for row in built.rows}
 
 
+def logged(metric, *records):
+    """Samples with these records of a metric."""
+    return [{"doc_id": number, metric: record} for number, record in enumerate(records)]
+
+
 class TestIntervals:
     def test_of_a_mean_are_the_percentiles_of_the_binomial(self):
-        units = units_of(BY_KEY["GQA"], [{"doc_id": n, "exact_match": float(n < 75)} for n in range(100)])
+        units = units_of(BY_KEY["GQA"], logged("exact_match", *(float(n < 75) for n in range(100))))
         low, high = interval(draw_scores([units], "GQA", draws=4000)[0])
         # 95 % of Binomial(100, 0.75) / 100 lies within 0.66 .. 0.83
         assert low == pytest.approx(0.66, abs=0.015)
@@ -61,60 +66,37 @@ class TestIntervals:
 
 
 class TestUnits:
-    def test_of_mme_are_pictures_within_their_category(self):
-        records = [
-            ("ocr", "a", 1),
-            ("ocr", "a", 1),
-            ("ocr", "b", 1),
-            ("ocr", "b", 0),
-            ("count", "c", 0),
-            ("count", "c", 0),
-        ]
-        samples = [
-            {"doc_id": n, "mme_perception_score": {"category": category, "question_id": picture, "score": float(score)}}
-            for n, (category, picture, score) in enumerate(records)
-        ]
-        units = units_of(BY_KEY["MME-P"], samples)
+    def test_of_mme_are_images_within_their_category(self):
+        records = [("ocr", "a", 1), ("ocr", "a", 1), ("ocr", "b", 1), ("ocr", "b", 0), ("sum", "c", 0), ("sum", "c", 0)]
+        names = ("category", "question_id", "score")
+        units = units_of(
+            BY_KEY["MME-P"], logged("mme_perception_score", *(dict(zip(names, r, strict=True)) for r in records))
+        )
         assert units.value == (200 + 50) / 2 + 0
-        # The only picture of "sum" is always drawn once: the other category's two give 200, 125 or 50.
+        # The only image of "sum" is always drawn once: the other category's two give 200, 125 or 50.
         assert set(np.round(draw_scores([units], "MME-P", draws=200)[0], 6)) == {200.0, 125.0, 50.0}
 
     def test_of_pope_give_f1_as_lmms_eval_counts_it(self):
-        said = (
-            [("yes", "yes")] * 6 + [("no", "yes")] * 2 + [("yes", "no")] * 3 + [("yes", "maybe")] + [("no", "no")] * 4
-        )
-        samples = [
-            {"doc_id": n, "pope_f1_score": {"ground_truth": truth, "prediction": told}}
-            for n, (truth, told) in enumerate(said)
-        ]
+        pairs = {("yes", "yes"): 6, ("no", "yes"): 2, ("yes", "no"): 3, ("yes", "maybe"): 1, ("no", "no"): 4}
+        records = [{"ground_truth": a, "prediction": b} for (a, b), count in pairs.items() for _ in range(count)]
         precision, recall = 6 / 8, 6 / 9
         expected = 2 * precision * recall / (precision + recall)
-        assert units_of(BY_KEY["POPE"], samples).value == pytest.approx(expected)
+        assert units_of(BY_KEY["POPE"], logged("pope_f1_score", *records)).value == pytest.approx(expected)
 
     def test_of_mmbench_are_questions_that_are_right_in_every_order(self):
         letters = [(1, "A", "A"), (1_000_001, "B", "C"), (2, "D", "D"), (1_000_002, "A", "A")]
-        samples = [
-            {"doc_id": n, "gpt_eval_score": {"index": index, "answer": answer, "prediction": said}}
-            for n, (index, answer, said) in enumerate(letters)
-        ]
-        assert units_of(BY_KEY["MMB"], samples).value == 50.0
+        records = [dict(zip(("index", "answer", "prediction"), letter, strict=True)) for letter in letters]
+        assert units_of(BY_KEY["MMB"], logged("gpt_eval_score", *records)).value == 50.0
 
     def test_of_mmmu_and_seed_are_questions(self):
-        mmmu = [
-            {
-                "doc_id": n,
-                "mmmu_acc": {"id": str(n), "question_type": "multiple-choice", "answer": "A", "parsed_pred": [said]},
-            }
-            for n, said in enumerate("AABA")
-        ]
-        seed = [{"doc_id": n, "seed_image": {"pred": said, "answer": "B"}} for n, said in enumerate("bBA")]
+        mmmu = [{"question_type": "multiple-choice", "answer": "A", "parsed_pred": [said]} for said in "AABA"]
+        seed = logged("seed_image", *({"pred": said, "answer": "B"} for said in "bBA"))
         seed.append({"doc_id": 3, "seed_video": {"pred": "A", "answer": "B"}})
-        assert units_of(BY_KEY["MMMU"], mmmu).value == 0.75
+        assert units_of(BY_KEY["MMMU"], logged("mmmu_acc", *mmmu)).value == 0.75
         assert units_of(BY_KEY["SEED-I"], seed).value == pytest.approx(2 / 3)
 
-    def test_of_captions_are_pictures_by_document_whatever_the_order_of_the_log(self):
-        samples = [{"doc_id": 1}, {"doc_id": 0}]
-        units = units_of(BY_KEY["COCO"], samples, cider=[0.5, 2.5])
+    def test_of_captions_are_images_by_document_whatever_the_order_of_the_log(self):
+        units = units_of(BY_KEY["COCO"], [{"doc_id": 1}, {"doc_id": 0}], cider=[0.5, 2.5])
         assert units.parts[:, 0].tolist() == [2.5, 0.5]
         assert units.value == 1.5
 
@@ -137,11 +119,8 @@ class TestComparisons:
 
     def test_are_paired(self, tmp_path):
         """Ten questions more are a difference of one sign in every draw, though the intervals overlap."""
-        units = [
-            units_of(BY_KEY["GQA"], [{"doc_id": n, "exact_match": float(n < right)} for n in range(100)])
-            for right in (50, 60)
-        ]
-        one, other = draw_scores(units, "GQA", draws=500)
+        samples = [logged("exact_match", *(float(n < right) for n in range(100))) for right in (50, 60)]
+        one, other = draw_scores([units_of(BY_KEY["GQA"], own) for own in samples], "GQA", draws=500)
         assert (other >= one).all()
 
     def test_with_random_are_with_the_mean_of_its_seeds_at_the_same_budget(self, tmp_path):
@@ -198,9 +177,7 @@ class TestRanks:
     def test_are_averaged_over_columns_among_rows_of_one_budget(self, tmp_path):
         jobs = {
             "unpruned": job(FULL),
-            "otprune": job(
-                {"mini_gqa": [True] * 30 + [False] * 20, "mini_pope": [True] * 50}, method="otprune", kept=56
-            ),
+            "otprune": job({**WORSE, "mini_pope": [True] * 50}, method="otprune", kept=56),
             "divprune": job(SAME_BUT_ONE, method="divprune", kept=56),
             "fastv": job(FULL, method="fastv", kept=186, layer=2),
         }
@@ -246,16 +223,12 @@ class TestTimes:
         assert "Selection ms" not in made(tmp_path / "plain", {"unpruned": job(FULL)}).render("markdown")
 
 
-class TestFormats:
-    def test_latex_is_a_tabular_with_escaped_cells(self, tmp_path):
-        text = made(tmp_path, {"unpruned": job(FULL), "first_k": job(WORSE, method="first_k")}).render("latex")
-        assert text.startswith(r"\begin{tabular}{lll")
-        assert r"first\_k 0.098" in text and r"100.0 \%" in text
-
-    def test_html_is_one_page_without_anything_from_elsewhere(self, tmp_path):
-        text = made(tmp_path, {"unpruned": job(FULL)}).render("html")
-        assert text.startswith("<!doctype html>") and "<td>unpruned</td>" in text
-        assert "http" not in text and "<script" not in text
+def test_latex_is_escaped_and_html_is_one_page_of_its_own(tmp_path):
+    built = made(tmp_path, {"unpruned": job(FULL), "first_k": job(WORSE, method="first_k")})
+    latex, html = built.render("latex"), built.render("html")
+    assert latex.startswith(r"\begin{tabular}{lll") and r"first\_k 0.098" in latex and r"100.0 \%" in latex
+    assert html.startswith("<!doctype html>") and "<td>unpruned</td>" in html
+    assert "http" not in html and "<script" not in html
 
 
 class TestIncompleteRuns:

@@ -46,12 +46,10 @@ class TestWasserstein:
         expected = (one.sort(0).values - other.sort(0).values).square().mean().sqrt()
         assert wasserstein(one, other) == pytest.approx(float(expected))
 
-    def test_is_the_same_in_chunks(self, monkeypatch):
-        full = tokens(100, 6)
-        whole = squared_distances(full, full[:7])
-        monkeypatch.setattr("llava.eval.transport.CHUNK", 9)
-        assert squared_distances(full, full[:7]) == pytest.approx(whole)
-        assert whole == pytest.approx(torch.cdist(full, full[:7]).square().numpy(), abs=1e-9)
+    def test_costs_are_squared_distances(self):
+        full = tokens(100, 6) + 1e3
+        expected = torch.cdist(full, full[:7], compute_mode="donot_use_mm_for_euclid_dist").square().numpy()
+        assert squared_distances(full, full[:7]) == pytest.approx(expected, abs=1e-9)
 
 
 class TestGaussianDistance:

@@ -1,8 +1,8 @@
-"""How far the tokens that methods keep of an image are from all of them.
+"""Distances between all tokens of an image and those that methods keep.
 
     python -m llava.eval.distances --image cat.jpg --method otprune,divprune,random --ratio 0.098
 
-Methods that drop inside the decoder are refused: before it, everything is there.
+Methods that drop inside the decoder are refused: before it, all tokens are there.
 """
 
 from __future__ import annotations
@@ -22,16 +22,7 @@ from llava.pruning import PruningConfig, kept_count
 
 @dataclass(frozen=True)
 class Measured:
-    """One image under one method.
-
-    Attributes
-    ----------
-    kept : int
-    wasserstein, gaussian : float
-        Distances between all tokens and those that go on (merged tokens as they are).
-    log_det : float
-        OTPrune's objective of the tokens that are kept.
-    """
+    """One image under one method: distances between all tokens and the kept (or merged) ones, OTPrune's objective."""
 
     kept: int
     wasserstein: float

@@ -1,4 +1,4 @@
-"""What methods keep of images in a model of either kind, and the images to look at."""
+"""Which tokens methods keep of images, in a LLaVA or a model of transformers, and the images to look at."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ from llava.adapters.transformers.images import tiles as tiles_of
 from llava.benchmarks import PAPER
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates, image_mark
-from llava.eval.places import Tile, locate
 from llava.eval.results.rows import Row
-from llava.eval.views import Part, View, parts_of, pictures_of
+from llava.eval.views import Part, Tile, View, locate, parts_of, pictures_of
 from llava.images import load_rgb
 from llava.mm_utils import get_model_name_from_path, images_to, process_images, tokenizer_image_token
 from llava.model.image_tokens import tokens_in_prompts
@@ -34,8 +33,13 @@ from llava.pruning.signals import ENCODER_SIGNALS
 from llava.pruning.tokens import ImageTokens, KeptTokens, Layout
 
 ENCODED_BYTES = 2**26
-"""Of encoded images that are remembered: those of one image, and some more."""
+"""Size of the cache of encoded images: one image's, and some more."""
 EVERYTHING = PruningConfig("first_k", 1.0)
+Images = Sequence[Image.Image]
+Kept = list[tuple[int, list[int]]]
+"""Of each image of a prompt, the number of its visual tokens and the indices of kept ones."""
+Encoded = tuple[list[list[ImageTokens]], Any, float]
+"""Of each image what has a budget of its own; the method; the fraction that it keeps."""
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -61,22 +65,23 @@ class Encoder:
             model.visual_cache = VisualCache(ENCODED_BYTES)
         return Encoder(model, processor)
 
-    def views(self, images: Sequence[Image.Image]) -> list[list[View]]:
-        """The pictures that each image's visual tokens cover."""
-        encoded, _, _ = self._encoded(images, EVERYTHING, "")
-        tiles = locate(self._tiles_of, [image.size for image in images])
-        return [
-            pictures_of(image, parts_of(_known(tokens), own, image.size))
-            for image, [tokens], own in zip(images, encoded, tiles, strict=True)
-        ]
+    @torch.no_grad()
+    def views(self, images: Images) -> list[list[View]]:
+        """The views that each image's visual tokens cover."""
+        parts: list[list[Part]] = [[] for _ in images]
+        first = [0] * len(images)
+        for number, tokens, tiles in self._located(images):
+            parts[number] += parts_of(_known(tokens), tiles, images[number].size, first[number])
+            first[number] += len(tokens)
+        return [pictures_of(image, own) for image, own in zip(images, parts, strict=True)]
 
     def encode(self, image: Image.Image, config: PruningConfig, query: str = "") -> ImageTokens:
-        """An image's visual tokens, with what the method specifies of the encoder; a `ValueError` if it has none."""
+        """An image's visual tokens, with the signals that the method needs; a `ValueError` if there are none."""
         units = self.units(image, config, query)
         return _joined(units, reduce_images(None, units, 1.0))[0]
 
     def units(self, image: Image.Image, config: PruningConfig, query: str = "") -> list[ImageTokens]:
-        """The same by what has a budget of its own: the image, or in some models each of its tiles."""
+        """The same per budget: of the image, or in some models of each of its tiles."""
         [units], _, _ = self._encoded([image], config, query)
         return units
 
@@ -89,13 +94,11 @@ class Encoder:
         """`kept` of one image, without the total."""
         return self.kept([image], config, query)[0][1]
 
-    def kept(
-        self, images: Sequence[Image.Image], config: PruningConfig, query: str = ""
-    ) -> list[tuple[int, list[int]]]:
-        """How many visual tokens each image of a prompt has, and which of them a method keeps.
+    def kept(self, images: Images, config: PruningConfig, query: str = "") -> Kept:
+        """The tokens that a method keeps of each image of a prompt.
 
-        In greedy order for OTPrune, as they go on for the others; of a method that drops inside the decoder, what is
-        left in the end.
+        In greedy order for OTPrune, in that of the prompt for the others; of a method that drops inside the decoder,
+        those left after its last drop.
         """
         if _drops_inside(config):
             return self._left_inside(images, config, query)
@@ -103,10 +106,7 @@ class Encoder:
         return [_end_to_end(map(len, own), [_order(pruner, unit, fraction) for unit in own]) for own in encoded]
 
     @torch.no_grad()
-    def _encoded(
-        self, images: Sequence[Image.Image], config: PruningConfig, query: str
-    ) -> tuple[list[list[ImageTokens]], Any, float]:
-        """Of each image what has a budget of its own; the method; the fraction that it keeps."""
+    def _encoded(self, images: Images, config: PruningConfig, query: str) -> Encoded:
         _refuse_inside(config)
         with pruning(self.model, config):
             active = self.model.active_pruner
@@ -119,10 +119,7 @@ class Encoder:
         return [[one] for one in found], active.pruner, active.schedule[0][1]
 
     @torch.no_grad()
-    def _left_inside(
-        self, images: Sequence[Image.Image], config: PruningConfig, query: str
-    ) -> list[tuple[int, list[int]]]:
-        """What is left after the last layer that drops."""
+    def _left_inside(self, images: Images, config: PruningConfig, query: str) -> Kept:
         with pruning(self.model, config):
             ids = self._ids(images, query)[None].to(self.model.device)
             self.model(ids, images=self._pixels(images), image_sizes=[image.size for image in images])
@@ -130,15 +127,22 @@ class Encoder:
         left = [prefill.tokens_left(number).tolist() for number in range(len(images))]
         return [(total, own) for (total, _), own in zip(prefill.token_counts, left, strict=True)]
 
-    def _pixels(self, images: Sequence[Image.Image]) -> Any:
+    def _pixels(self, images: Images) -> Any:
         pixels = process_images(list(images), self.processor, self.model.config)
         return images_to(pixels, self.model.device, self.model.dtype)
 
-    def _tiles_of(self, images: Sequence[Image.Image]) -> list[list[torch.Tensor]]:
-        pixels = process_images(list(images), self.processor, self.model.config)
-        return [list(own) if own.ndim == 4 else [own] for own in pixels]
+    def _located(self, images: Images) -> Iterator[tuple[int, ImageTokens, list[Tile | None]]]:
+        """What has a budget of its own: its image's number, its tokens, and what its tiles show."""
 
-    def _ids(self, images: Sequence[Image.Image], query: str) -> torch.Tensor:
+        def tiles(shown: list[Image.Image]) -> list[list[torch.Tensor]]:
+            pixels = process_images(shown, self.processor, self.model.config)
+            return [list(own) if own.ndim == 4 else [own] for own in pixels]
+
+        encoded, _, _ = self._encoded(images, EVERYTHING, "")
+        found = locate(tiles, [image.size for image in images])
+        return ((number, tokens, found[number]) for number, [tokens] in enumerate(encoded))
+
+    def _ids(self, images: Images, query: str) -> torch.Tensor:
         """A prompt (T,) with marks, on the host."""
         config, tokenizer = self.model.config, self.model.prompt_tokenizer
         conversation = conv_templates[choose_conv_mode(config.name_or_path, None, config, tokenizer)].copy()
@@ -151,21 +155,7 @@ class TransformersEncoder(Encoder):
     """The same of a model of transformers and its processor."""
 
     @torch.no_grad()
-    def views(self, images: Sequence[Image.Image]) -> list[list[View]]:
-        with pruning(self.model, EVERYTHING) as session:
-            inputs, units = session.encode(self._inputs(images))
-        parts: list[list[Part]] = [[] for _ in images]
-        first = [0] * len(images)
-        for unit, tiles in zip(units, self._tiles(images, inputs, units), strict=True):
-            number, tokens = _image_of(tiles), unit.tokens
-            parts[number] += parts_of(_known(tokens), tiles, images[number].size, first[number])
-            first[number] += len(tokens)
-        return [pictures_of(image, own) for image, own in zip(images, parts, strict=True)]
-
-    @torch.no_grad()
-    def _encoded(
-        self, images: Sequence[Image.Image], config: PruningConfig, query: str
-    ) -> tuple[list[list[ImageTokens]], Any, float]:
+    def _encoded(self, images: Images, config: PruningConfig, query: str) -> Encoded:
         _refuse_inside(config)
         with pruning(self.model, config) as session:
             inputs, units = session.encode(self._inputs(images, query))
@@ -173,29 +163,32 @@ class TransformersEncoder(Encoder):
         return own, session.pruner, session.schedule[0][1]
 
     @torch.no_grad()
-    def _left_inside(
-        self, images: Sequence[Image.Image], config: PruningConfig, query: str
-    ) -> list[tuple[int, list[int]]]:
+    def _left_inside(self, images: Images, config: PruningConfig, query: str) -> Kept:
         with pruning(self.model, config) as session:
             inputs, units = session.encode(self._inputs(images, query))
             self.model(**inputs)
             left = [(len(unit.tokens), indices.tolist()) for unit, indices in zip(units, session.kept, strict=True)]
         return [_end_to_end(*zip(*own, strict=True)) for own in self._by_image(images, inputs, units, left)]
 
-    def _inputs(self, images: Sequence[Image.Image], query: str = "") -> dict[str, Any]:
+    def _inputs(self, images: Images, query: str = "") -> dict[str, Any]:
         return dict(hf.prompt(self.processor, [*images, query]).to(self.model.device, self.model.dtype))
 
-    def _by_image(self, images: Sequence[Image.Image], inputs: dict, units: Sequence[Any], values: Sequence) -> list:
-        """What there is of each unit, by image."""
+    def _located(self, images: Images) -> Iterator[tuple[int, ImageTokens, list[Tile | None]]]:
+        with pruning(self.model, EVERYTHING) as session:
+            inputs, units = session.encode(self._inputs(images))
+        tiles = self._tiles(images, inputs, units)
+        return ((_image_of(own), unit.tokens, own) for unit, own in zip(units, tiles, strict=True))
+
+    def _by_image(self, images: Images, inputs: dict, units: Sequence[Any], values: Sequence) -> list:
+        """The values of the units, by image."""
         if len(images) == 1:
             return [list(values)]
-        numbers = list(map(_image_of, self._tiles(images, inputs, units)))
-        return [
-            [value for value, own in zip(values, numbers, strict=True) if own == number]
-            for number in range(len(images))
-        ]
+        found: list[list] = [[] for _ in images]
+        for value, tiles in zip(values, self._tiles(images, inputs, units), strict=True):
+            found[_image_of(tiles)].append(value)
+        return found
 
-    def _tiles(self, images: Sequence[Image.Image], inputs: dict, units: Sequence[Any]) -> list[list[Tile | None]]:
+    def _tiles(self, images: Images, inputs: dict, units: Sequence[Any]) -> list[list[Tile | None]]:
         """What the tiles of each unit, which has a budget of its own, show."""
         base, entries = self.model.base_model, len(inputs["mm_encoder_outputs"]["image"].encoding.entries)
         found = locate(
@@ -228,7 +221,7 @@ def _refuse_inside(config: PruningConfig) -> None:
 
 
 def _order(pruner: Any, unit: ImageTokens, fraction: float) -> list[int]:
-    """What a method keeps of a unit: in greedy order for OTPrune."""
+    """The tokens that a method keeps of a unit, in greedy order for OTPrune."""
     if not isinstance(pruner, OTPrune) or pruner.compat or pruner.per_crop or pruner.drop_duplicates:
         return reduce_images(pruner, [unit], fraction)[0].indices.tolist()
     gamma = pruner.for_width(unit.features.shape[-1]).gamma
@@ -236,7 +229,7 @@ def _order(pruner: Any, unit: ImageTokens, fraction: float) -> list[int]:
 
 
 def _end_to_end(lengths: Iterable[int], indices: Iterable[Sequence[int]]) -> tuple[int, list[int]]:
-    """How long units are together, and indices into each as indices into all of them."""
+    """The units' total length, and indices into each as indices into all of them."""
     *starts, total = accumulate(lengths, initial=0)
     return total, [start + index for start, own in zip(starts, indices, strict=True) for index in own]
 
@@ -251,7 +244,7 @@ def _joined(units: Sequence[ImageTokens], kept: Sequence[KeptTokens]) -> tuple[I
 
 
 def image_configs(row: Row) -> list[PruningConfig]:
-    """A row's configurations, if they drop tokens before the decoder by what is in the image alone."""
+    """A row's configurations, if they drop tokens before the decoder and by the image alone."""
     if not row.pruned or row.published or row.ratio is None or row.layer != 0:
         return []
     settings = [run.content["pruning"] for run in row.runs]
@@ -264,10 +257,7 @@ def image_configs(row: Row) -> list[PruningConfig]:
 def images_of_suite(number: int, group: str = PAPER) -> dict[str, list[Image.Image]]:
     """The first images of each embedded benchmark of a group, by column key; fewer where it has fewer.
 
-    Raises
-    ------
-    ImportError
-        Without the package datasets (the extra "train").
+    Without the package datasets (the extra "train") it is an `ImportError`.
     """
     from llava.mini import suite
 

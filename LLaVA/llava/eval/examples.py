@@ -1,6 +1,6 @@
-"""Questions that show what pruning does: one about objects, one about text, one about something small.
+"""Questions that show the effect of pruning: one about objects, one about text, one about something small.
 
-They are found in the logs of finished runs, with what every row answered, so no model has to answer again.
+They are found in the logs of finished runs, with the answers of every row.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Example:
 
 
 def find_examples(rows: Sequence[Row]) -> tuple[list[Example], list[str]]:
-    """One example of each kind, of different images, where the logs of one model's rows and the data have one.
+    """One example of each kind, of different images, from the logs of one model's rows and the data.
 
-    Several seeds of a row are represented by the first. The sentences say why a kind has none.
+    Of several seeds of a row the first is shown. Also returns why a kind has no example.
     """
     examples: list[Example] = []
     missing = []
@@ -112,9 +112,9 @@ def _by_document(row: Row, column: Benchmark) -> dict[int, Mapping[str, Any]]:
 
 
 def _rank(rows: Sequence[Row], samples: Sequence[Mapping[str, Any]]) -> int | None:
-    """0 for a question that tells the methods apart by more than yes or no, 1 for another one that does.
+    """0 if the methods answer differently by more than yes or no, 1 if they do by yes or no, 2 if they all agree.
 
-    2 for another one that the unpruned model can answer; None for one that it cannot.
+    None if the unpruned model's answer is wrong.
     """
     right = [_right(sample) for sample in samples]
     if any(row.method == UNPRUNED and not one for one, row in zip(right, rows, strict=True)):
@@ -159,7 +159,7 @@ def _spelt(answer: str, prompt: str) -> str:
 
 
 def _image(task: str, document: int, prompt: str, tasks: dict[str, Any]) -> Image.Image | None:
-    """The image of a benchmark's document, if it has one only and its data are still those that were asked about."""
+    """The image of a benchmark's document, or None if it has several; its data must be those of the run."""
     from llava.benchmark_tasks import load_tasks
 
     if task not in tasks:

@@ -21,7 +21,7 @@ from llava.eval.results.formats import read_table
 from llava.eval.results.rows import Row
 from llava.eval.results.runs import unfinished
 from llava.eval.results.safe import SAFE
-from llava.eval.table import Table, add_arguments, add_safe, build_table, load_runs
+from llava.eval.table import Table, add_arguments, add_safe, build_table, load_runs, options_of
 from llava.files import check_writable
 
 FROM_SCORES = {"ratios": draw_ratios, "safe": draw_safe, "gamma": draw_gamma, "time": draw_time}
@@ -100,8 +100,7 @@ def _draw(found: argparse.Namespace) -> None:
     check_writable(found.output / f"{found.name}.png")
     rows: Sequence[Row] = ()
     if found.name != "synthetic":
-        chosen = {"folded": found.fold_seeds, "allow_mixed": found.allow_mixed, "seed": found.seed}
-        rows = complete_table(found.runs, intervals=not found.no_intervals, draws=found.draws, **chosen).rows
+        rows = complete_table(found.runs, intervals=not found.no_intervals, **options_of(found)).rows
     names = NAMES if found.name == "all" else (found.name,)
     device, every = find_device(found.device), found.name == "all"
     drawn, left_out = draw_figures(names, rows, found.images, found.image_folder, device, every, found.safe)

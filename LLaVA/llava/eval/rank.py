@@ -26,7 +26,7 @@ def ranks_of(encoder: Encoder, images: Sequence[Image.Image]) -> list[tuple[int,
 
 
 def reference_rank(ranks: Sequence[tuple[int, float]]) -> float:
-    """The mean rank, weighted by tokens: so the kept tokens of all images, added up, meet the ratio."""
+    """The mean rank, weighted by tokens, so that the kept tokens of all images together meet the ratio."""
     return sum(tokens * rank for tokens, rank in ranks) / sum(tokens for tokens, _ in ranks)
 
 

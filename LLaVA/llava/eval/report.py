@@ -9,11 +9,8 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
-
-from jinja2 import Environment, StrictUndefined
 
 from llava.command import Parser, find_device
 from llava.eval.examples import RULE, Example, find_examples
@@ -24,18 +21,18 @@ from llava.eval.figures import (
     complete_table,
     draw_figures,
 )
+from llava.eval.page import data_uri, render
 from llava.eval.plots.drawing import Drawn
 from llava.eval.results.formats import best_is_marked, table_html
 from llava.eval.results.rows import UNPRUNED, Row, row_of
 from llava.eval.results.runs import described, differences
 from llava.eval.results.safe import SAFE
-from llava.eval.table import Table, add_arguments, add_filter, add_safe
-from llava.eval.token_page import data_uri, script, selection_html, style
+from llava.eval.table import Table, add_arguments, add_filter, add_safe, options_of
+from llava.eval.token_page import selection_html
 from llava.files import atomic_write, check_writable
 from llava.mm_utils import load_image
 from llava.pruning import PruningConfig
 
-TEMPLATE = "report.html.jinja"
 MOST_MAPS = 6
 T = TypeVar("T")
 
@@ -102,8 +99,8 @@ def write_report(
             left_out += missing
         except (ImportError, OSError, ValueError) as error:
             left_out.append(f"token maps: {error}")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
-    text = environment.from_string(files("llava.eval").joinpath(TEMPLATE).read_text(encoding="utf-8")).render(
+    text = render(
+        "report.html.jinja",
         title=f"Visual token pruning: {', '.join(dict.fromkeys(row.model for row in table.rows))}",
         summary=_summary(table.rows),
         table=table_html(table.rows, (), True),
@@ -115,8 +112,6 @@ def write_report(
         rule=RULE if any(card["truth"] for card in cards) else "",
         left_out=left_out,
         facts=_made_with(table),
-        token_style=style(),
-        token_script=script(),
     )
     atomic_write(output, text)
     return left_out
@@ -244,22 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(found: argparse.Namespace) -> None:
-    left_out = write_report(
-        found.runs,
-        found.output,
-        folded=found.fold_seeds,
-        allow_mixed=found.allow_mixed,
-        filtered=found.filter is not None,
-        safe=found.safe,
-        seed=found.seed,
-        draws=found.draws,
-        images=found.images,
-        image_folder=found.image_folder,
-        image=found.image,
-        with_model=not found.no_model,
-        synthetic=found.synthetic,
-        device=find_device(found.device),
-    )
+    own = {name: getattr(found, name) for name in ("safe", "images", "image_folder", "image", "synthetic")}
+    own |= {"with_model": not found.no_model, "device": find_device(found.device)}
+    left_out = write_report(found.runs, found.output, **options_of(found), **own)
     for sentence in left_out:
         print(f"not in the report: {sentence}")
     print(found.output)

@@ -90,9 +90,8 @@ def eval_model(args: Any) -> str:
 def _ask_llava(args: Any, images: list[Image.Image], method: PruningConfig | None) -> str:
     model_name, device = get_model_name_from_path(args.model_path), getattr(args, "device", None)
     options = {"device": device} if device else {}
-    tokenizer, model, image_processor, _ = load_pretrained_model(
-        args.model_path, args.model_base, model_name, **options
-    )
+    loaded = load_pretrained_model(args.model_path, args.model_base, model_name, **options)
+    tokenizer, model, image_processor, _ = loaded
     if image_processor is None:
         raise ValueError(
             f"{args.model_path} is a language model without vision: give a LLaVA, such as {EMBEDDED_MODEL}"
@@ -127,7 +126,7 @@ def _ask_transformers(args: Any, images: list[Image.Image], method: PruningConfi
         if getattr(args, option, None):
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is for LLaVA's own checkpoints, and {args.model_path} is one of transformers")
-    _refuse_places_without_images(args)  # what follows such a place would not be asked
+    _refuse_places_without_images(args)  # the text after such a place would be lost
     method = method or PruningConfig.from_env()
     device = getattr(args, "device", None) or "cuda"
     model, processor = hf.load(args.model_path, device if torch.cuda.is_available() or device != "cuda" else "cpu")

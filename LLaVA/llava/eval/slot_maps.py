@@ -28,14 +28,10 @@ GOLDEN_RATIO = 0.618034
 
 @dataclass(frozen=True)
 class SlotMap:
-    """One image's slots.
+    """One image's slots, as arrays (N,).
 
-    Attributes
-    ----------
-    slot : ndarray (N,), int
-        The slot that attends to each token most; `NONE` for a newline.
-    claimed, kept : ndarray (N,), bool
-        Tokens that a slot claims, and those that go on: what was not claimed among them fills the budget.
+    ``slot`` is the one that attends most to each token, `NONE` for a newline; ``claimed`` are the tokens that a slot
+    claims, ``kept`` those that are kept, of which unclaimed ones fill the budget.
     """
 
     slot: np.ndarray
@@ -45,12 +41,9 @@ class SlotMap:
 
 @torch.no_grad()
 def slot_map(encoder: Encoder, image: Image.Image, config: PruningConfig) -> SlotMap:
-    """The slots of one image, as ``config`` (of the method ocvtp) has them.
+    """The slots of one image under ``config``, of the method ocvtp.
 
-    Raises
-    ------
-    ValueError
-        If the slots are of single crops, or of distinct patches alone.
+    Slots of single crops, or of distinct patches alone, are a `ValueError`.
     """
     pruner = config.build_pruner()
     for option in ("per_crop", "drop_duplicates"):

@@ -112,7 +112,7 @@ def build_table(
     draws: int = DRAWS,
     remarks: Sequence[str] = (),
 ) -> Table:
-    """Order rows by model, put published figures beside real checkpoints, and add means, ranks, intervals and tests.
+    """Order rows by model, add published rows to real checkpoints, and means, ranks, intervals and tests.
 
     Parameters
     ----------
@@ -201,11 +201,7 @@ def _show(found: argparse.Namespace) -> None:
     table = build_table(
         rows,
         intervals=found.intervals or found.safe is not None or found.format in ALWAYS_WITH_INTERVALS,
-        filtered=found.filter is not None,
-        folded=found.fold_seeds,
-        allow_mixed=found.allow_mixed,
-        seed=found.seed,
-        draws=found.draws,
+        **options_of(found),
         remarks=[f"Left out: {sentence}." for sentence in unreadable]
         + [f"Incomplete: {sentence}." for sentence in unfinished(found.runs) if "failed" not in sentence],
     )
@@ -223,16 +219,19 @@ def add_arguments(parser: Parser) -> None:
     """Arguments of the table, the figures and the report."""
     about = f"result folder of a run, or of one of its models; of figures also a CSV table (default: {DEFAULT_RUN})"
     parser.add_argument("runs", nargs="*", default=[DEFAULT_RUN], metavar="RUN", help=about)
-    parser.add_argument("--fold-seeds", action="store_true", help="one row of all seeds of a method")
-    parser.add_argument(
-        "--allow-mixed",
-        action="store_true",
-        help="take runs of different versions, data or settings, and mark them",
-    )
+    parser.add_argument("--fold-seeds", action="store_true", dest="folded", help="one row of all seeds of a method")
+    mixed = "take runs of different versions, data or settings, and mark them"
+    parser.add_argument("--allow-mixed", action="store_true", help=mixed)
     parser.add_argument("--seed", type=whole, default=0, metavar="N", help="of the bootstrap (default: 0)")
     parser.add_argument(
         "--draws", type=positive, default=DRAWS, metavar="N", help=f"of the bootstrap (default: {DRAWS})"
     )
+
+
+def options_of(found: argparse.Namespace) -> dict[str, Any]:
+    """The options of `build_table` among them."""
+    options = {name: getattr(found, name) for name in ("folded", "allow_mixed", "seed", "draws")}
+    return options | {"filtered": getattr(found, "filter", None) is not None}
 
 
 def add_filter(parser: Any) -> None:

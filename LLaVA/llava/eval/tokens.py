@@ -3,8 +3,8 @@
     python -m llava.eval.tokens --image cat.jpg --method otprune,random --ratio 0.098 --output maps/
 
 writes one PNG per image with the methods side by side, a CSV with every kept token, for ocvtp a PNG of its slots, and
-with --html a page that steps through the selection. Of methods that drop inside the decoder it shows what is left in
-the end. Options that --method leaves out come from a method's environment variables.
+with --html a page that steps through the selection. Of methods that drop inside the decoder it shows the tokens left
+after the last drop. Options that --method leaves out come from a method's environment variables.
 """
 
 from __future__ import annotations
@@ -33,14 +33,9 @@ WIDTH, TITLE = 4.2, 0.3
 
 
 def draw(views: Sequence[View], kept: Mapping[str, Sequence[int]], order: bool = False) -> Figure:
-    """A column per method, a row per view, what was dropped dimmed.
+    """A column per method, a row per view, dropped tokens dimmed.
 
-    Parameters
-    ----------
-    views : sequence of View
-    kept : mapping of method -> token indices
-    order : bool
-        Write each token's rank in the list on its patch.
+    ``kept`` are token indices by method; with ``order`` each token's rank in the list is written on its patch.
     """
     from matplotlib.figure import Figure
 
@@ -59,10 +54,10 @@ def draw(views: Sequence[View], kept: Mapping[str, Sequence[int]], order: bool =
 
 
 def dimmed(view: View, indices: Sequence[int]) -> np.ndarray:
-    """The picture (H, W, 3), uint8, with the patches that were dropped faded to grey."""
-    picture = view.pixels()
-    faded = DIMMED * picture + (1 - DIMMED) * 235
-    return np.where(view.enlarged(np.isin(view.patches, indices)), picture, faded).astype(np.uint8)
+    """The view (H, W, 3), uint8, with dropped patches faded to grey."""
+    pixels = view.pixels()
+    faded = DIMMED * pixels + (1 - DIMMED) * 235
+    return np.where(view.enlarged(np.isin(view.patches, indices)), pixels, faded).astype(np.uint8)
 
 
 def _number(axis, view: View, indices: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""How far the kept tokens are from all of them: optimal-transport distances, and what the greedy selection guarantees.
+"""Optimal-transport distances between kept tokens and all tokens, and what the greedy selection guarantees.
 
 Both distances take the tokens as uniformly weighted points. All arithmetic is in float64 on the CPU: distances between
 nearly equal sets are differences of large numbers.
@@ -8,25 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from llava.model.llava_arch import gamma_for_width, greedy_select, ot_kernel
 
-CHUNK = 512
-
 
 @dataclass(frozen=True)
 class Guarantee:
-    """How good a greedy selection is known to be: its log det K_C, and what no subset of the same size exceeds."""
+    """A greedy selection's log det K_C, and a bound that no subset of the same size exceeds."""
 
     value: float
     bound: float
 
     @property
     def share(self) -> float:
-        """At least this part of the optimum is reached; 1 - 1/e is known before looking."""
+        """At least this part of the optimum is reached; it is never below 1 - 1/e."""
         return self.value / self.bound if self.bound > 0 else 1.0
 
 
@@ -53,10 +52,7 @@ def transport_cost(cost: np.ndarray) -> float:
 
     Raises `ImportError` and `RuntimeError` as `wasserstein` does.
     """
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError("the exact distance needs POT: pip install 'llava[figures]'") from error
+    ot = _pot()
     # Scaled, for the solver's tolerances are absolute.
     scale = float(cost.max()) or 1.0
     scaled = np.ascontiguousarray(cost / scale)
@@ -75,8 +71,8 @@ def gaussian_distance(full: torch.Tensor, kept: torch.Tensor) -> float:
     Source: Dowson and Landau, Journal of Multivariate Analysis 12, 1982.
     """
     _check(full, kept)
-    origin = _rows(full, 0, len(full)).mean(0)
-    x, y = (_rows(points, 0, len(points)) - origin for points in (full, kept))
+    origin = _rows(full).mean(0)
+    x, y = _rows(full) - origin, _rows(kept) - origin
     means = y.mean(0)
     y -= means
     x, y = x / len(x) ** 0.5, y / len(y) ** 0.5
@@ -86,18 +82,10 @@ def gaussian_distance(full: torch.Tensor, kept: torch.Tensor) -> float:
 
 
 def squared_distances(full: torch.Tensor, kept: torch.Tensor) -> np.ndarray:
-    """Squared Euclidean distances (N, k), float64, computed in chunks of rows."""
-    # Around the kept tokens' mean, the products that cancel are smaller.
-    right = _rows(kept, 0, len(kept))
-    origin = right.mean(0)
-    right = right - origin
-    lengths = right.square().sum(1)
-    cost = torch.empty(len(full), len(kept), dtype=torch.float64)
-    for start in range(0, len(full), CHUNK):
-        left = _rows(full, start, start + CHUNK) - origin
-        part = left.square().sum(1, keepdim=True) + lengths - 2 * left @ right.T
-        cost[start : start + CHUNK] = part.clamp_min(0)
-    return cost.numpy()
+    """Squared Euclidean distances (N, k), float64; raises `ImportError` as `wasserstein` does."""
+    points, others = _rows(full), _rows(kept)
+    origin = others.mean(0)  # around it, the products that cancel are smaller
+    return _pot().dist((points - origin).numpy(), (others - origin).numpy())
 
 
 def objective(features: torch.Tensor, indices: Sequence[int] | torch.Tensor, gamma: float | None = None) -> float:
@@ -105,8 +93,7 @@ def objective(features: torch.Tensor, indices: Sequence[int] | torch.Tensor, gam
 
     ``gamma`` is that of `gamma_for_width` unless given.
     """
-    kernel = objective_kernel(features) if gamma is None else ot_kernel(features, gamma)
-    return log_det(kernel, indices)
+    return log_det(objective_kernel(features) if gamma is None else ot_kernel(features, gamma), indices)
 
 
 def objective_kernel(features: torch.Tensor) -> torch.Tensor:
@@ -115,7 +102,7 @@ def objective_kernel(features: torch.Tensor) -> torch.Tensor:
 
 
 def log_det(kernel: torch.Tensor, indices: Sequence[int] | torch.Tensor) -> float:
-    """log det of the rows and columns ``indices`` of a kernel (N, N); 0 of none."""
+    """log det of the rows and columns ``indices`` of a kernel (N, N); 0 without any."""
     chosen = torch.as_tensor(indices, dtype=torch.int64, device=kernel.device)
     return float(torch.linalg.slogdet(kernel[chosen][:, chosen].cpu().double()).logabsdet)
 
@@ -146,8 +133,16 @@ def guarantee(kernel: torch.Tensor, k: int) -> Guarantee:
     return Guarantee(value, min(bounds))
 
 
-def _rows(points: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    return points[start:stop].detach().to("cpu", torch.float64)
+def _pot() -> Any:
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError("the exact distance needs POT: pip install 'llava[figures]'") from error
+    return ot
+
+
+def _rows(points: torch.Tensor) -> torch.Tensor:
+    return points.detach().to("cpu", torch.float64)
 
 
 def _check(full: torch.Tensor, kept: torch.Tensor) -> None:

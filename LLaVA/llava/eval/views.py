@@ -1,42 +1,44 @@
-"""The pictures that an image's visual tokens cover, and which token lies where on them."""
+"""The views of an image that its visual tokens cover, and the position of each token on them.
+
+Where a model's input pixels come from is measured, whatever its processor does with an image: it gets images of the
+same sizes whose colours encode the pixels' positions, and how it scales, squeezes, cuts into tiles, pads or crops is
+read off its output. No family's preprocessing is written down here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
+import torch
 from PIL import Image
 
-from llava.eval.places import Box, Tile
 from llava.images import REDUCING_GAP
 from llava.pruning.tokens import Layout, TokenGrid
 
+Tiles = list[list[torch.Tensor]]
+"""For each entry of an encoder's output, the normalised pixels (3, H, W) of its tiles."""
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels of an image; beyond its edges where the processor pads."""
 NOTHING = -1
-"""In a view's patches: no token lies there."""
+"""In a view's patches: no token."""
 PADDING = (122, 116, 104)
-"""The colour of what lies beyond an image's edges: LLaVA's."""
+"""LLaVA's colour for what lies beyond an image's edges."""
 LONGEST = 1344
-"""Pixels that an image is shrunk to before it is cut into pictures."""
+"""Pixels that an image is shrunk to before it is cut into views."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One picture that a run of visual tokens covers.
+    """A part of an image (RGB) that visual tokens cover: "image", "base view" or "crops".
 
-    Attributes
-    ----------
-    name : str
-        "image", "base view" or "crops".
-    picture : PIL.Image
-        RGB, what the patches lie on.
-    patches : ndarray (rows, columns), int
-        Index of the visual token at each patch, or `NOTHING`.
+    ``patches`` (rows, columns), int: the index of the visual token at each patch, or `NOTHING`.
     """
 
     name: str
-    picture: Image.Image
+    image: Image.Image
     patches: np.ndarray
 
     @property
@@ -45,27 +47,19 @@ class View:
         return max(1, round(480 / max(self.patches.shape)))
 
     def pixels(self) -> np.ndarray:
-        """The picture as it is drawn: (rows * scale, columns * scale, 3), float32."""
+        """The view as it is drawn: (rows * scale, columns * scale, 3), float32."""
         rows, columns = self.patches.shape
-        return np.asarray(self.picture.resize((columns * self.scale, rows * self.scale)), dtype=np.float32)
+        return np.asarray(self.image.resize((columns * self.scale, rows * self.scale)), dtype=np.float32)
 
     def enlarged(self, values: np.ndarray) -> np.ndarray:
-        """What stands at each patch, (rows, columns) or (rows, columns, C), as large as `pixels`: (H, W, C or 1)."""
+        """The values of the patches, (rows, columns) or (rows, columns, C), as large as `pixels`: (H, W, C or 1)."""
         values = values[..., None] if values.ndim == 2 else values
         return values.repeat(self.scale, 0).repeat(self.scale, 1)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A grid of an image's tokens on the image.
-
-    Attributes
-    ----------
-    patches : ndarray (rows, columns), int
-        Index of the visual token at each patch.
-    box : Box
-        What of the image they cover.
-    """
+    """A grid of an image's tokens: the token's index at each patch (rows, columns), and the box that they cover."""
 
     patches: np.ndarray
     box: Box
@@ -78,17 +72,10 @@ class Part:
 
 
 def parts_of(layout: Layout, tiles: Sequence[Tile | None], size: tuple[int, int], first: int = 0) -> list[Part]:
-    """Where the grids of a layout lie on an image.
+    """Where the grids of a layout lie on an image of a size (width, height).
 
-    Parameters
-    ----------
-    layout : tuple of TokenGrid
-        One for each tile, or one for the first and one for all others together.
-    tiles : sequence of Tile or None
-    size : (width, height)
-        Of the image.
-    first : int
-        Index of the first token.
+    There is one grid for each tile, or one for the first and one for all others together; ``first`` is the index of the
+    first token.
     """
     parts = []
     for number, grid in enumerate(layout):
@@ -103,7 +90,7 @@ def parts_of(layout: Layout, tiles: Sequence[Tile | None], size: tuple[int, int]
 
 
 def _box_of_crops(grid: TokenGrid, tiles: Sequence[Tile | None], size: tuple[int, int]) -> Box:
-    """What a map of several tiles covers, by the tile that shows most of the image."""
+    """What a grid of several tiles covers, by the tile that shows most of the image."""
     shown = [(tile.content, number, tile) for number, tile in enumerate(tiles) if tile is not None]
     if not grid.crop_side or not shown:  # shrunk to fit, or next to nothing: the whole image
         return 0.0, 0.0, float(size[0]), float(size[1])
@@ -117,21 +104,13 @@ def _box_of_crops(grid: TokenGrid, tiles: Sequence[Tile | None], size: tuple[int
 
 
 def pictures_of(image: Image.Image, parts: Sequence[Part]) -> list[View]:
-    """What the parts of an image cover, tiles of the same size as one picture.
-
-    Parameters
-    ----------
-    image : PIL.Image
-        RGB.
-    parts : sequence of Part
-    """
+    """What the parts of an image (RGB) cover, tiles of the same size as one view."""
     groups: list[list[Part]] = []
     for part in parts:
         beside = next((group for group in groups if all(_lie_side_by_side(part, other) for other in group)), None)
         if beside is None:
-            groups.append([part])
-        else:
-            beside.append(part)
+            groups.append(beside := [])
+        beside.append(part)
     joined = [_joined(group) for group in groups]
     # The whole image has the largest patches.
     areas = [part.size[0] * part.size[1] / part.patches.size for part in joined]
@@ -169,17 +148,74 @@ def _cut(image: Image.Image, box: Box, shape: tuple[int, int]) -> Image.Image:
         across, down = small[0] / image.width, small[1] / image.height
         image = image.resize(small, reducing_gap=REDUCING_GAP)
         box = box[0] * across, box[1] * down, box[2] * across, box[3] * down
-    margins = [
-        max(0, ceil(beyond - 0.01)) for beyond in (-box[0], -box[1], box[2] - image.width, box[3] - image.height)
-    ]
-    left, top, right, bottom = margins
+    beyond = (-box[0], -box[1], box[2] - image.width, box[3] - image.height)
+    left, top, right, bottom = (max(0, ceil(pixels - 0.01)) for pixels in beyond)
     canvas = Image.new("RGB", (left + image.width + right, top + image.height + bottom), PADDING)
     canvas.paste(image, (left, top))
     scale = max(1, LONGEST // 2 // max(shape))
-    inside = (
-        max(0.0, box[0] + left),
-        max(0.0, box[1] + top),
-        min(float(canvas.width), box[2] + left),
-        min(float(canvas.height), box[3] + top),
-    )
+    inside = max(0.0, box[0] + left), max(0.0, box[1] + top)
+    inside += min(float(canvas.width), box[2] + left), min(float(canvas.height), box[3] + top)
     return canvas.resize((shape[1] * scale, shape[0] * scale), Image.Resampling.BICUBIC, box=inside)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a tile shows: the image by its number, the part of it, and the share of the tile that is not padding."""
+
+    image: int
+    box: Box
+    content: float
+
+
+def locate(tiles_of: Callable[[list[Image.Image]], Tiles], sizes: Sequence[tuple[int, int]]) -> list[list[Tile | None]]:
+    """What each tile shows of images of these sizes (width, height); None for a tile of padding alone.
+
+    ``tiles_of`` gives the tiles of RGB images of these sizes.
+    """
+    black, white = ([Image.new("RGB", size, colour) for size in sizes] for colour in ("black", "white"))
+    coded = [_coded(size, (number + 1) / (len(sizes) + 1)) for number, size in enumerate(sizes)]
+    shown = zip(*map(tiles_of, (black, white, coded)), strict=True)
+    return [[_tile(*tile, sizes) for tile in zip(*entry, strict=True)] for entry in shown]
+
+
+def _coded(size: tuple[int, int], blue: float) -> Image.Image:
+    """Red is a pixel's relative position from the left, green from the top; blue is the image's number."""
+    width, height = size
+    pixels = np.empty((height, width, 3))
+    pixels[..., 0] = (np.arange(width) + 0.5) / width
+    pixels[..., 1] = ((np.arange(height) + 0.5) / height)[:, None]
+    pixels[..., 2] = blue
+    return Image.fromarray(np.rint(255 * pixels).astype(np.uint8))
+
+
+def _tile(
+    black: torch.Tensor, white: torch.Tensor, coded: torch.Tensor, sizes: Sequence[tuple[int, int]]
+) -> Tile | None:
+    """Rescaling and normalising, which are linear, cancel out; padding is the same in all three."""
+    span = (white - black).double().mean(dim=0)  # (H, W)
+    content = span > 0.5 * span.max()
+    if not bool(span.max() > 0):
+        return None
+    values = (coded - black).double() / (white - black).double().where(content, torch.ones(()).double())
+    image = round(float(values[2][content].median()) * (len(sizes) + 1)) - 1
+    width, height = sizes[image]
+    left, right = _ends(values[0], content, width)
+    top, bottom = _ends(values[1].T, content.T, height)
+    box = left * width, top * height, right * width, bottom * height
+    return Tile(image, box, float(content.double().mean()))
+
+
+def _ends(values: torch.Tensor, content: torch.Tensor, pixels: int) -> tuple[float, float]:
+    """Both ends of the line through the columns of ``values`` (H, W), 0 to 1 over ``pixels``."""
+    counts = content.sum(dim=0)
+    columns = counts.nonzero().flatten()
+    means = (values * content).sum(dim=0)[columns] / counts[columns]
+    # An enlarged image is constant beyond the centres of its outermost pixels.
+    inner = (means > 0.6 / pixels) & (means < 1 - 0.6 / pixels)
+    x, y = columns[inner] + 0.5, means[inner]
+    if len(x) < 2 or float(y.max() - y.min()) < 2 / 255:  # too thin to tell: all of it
+        first, count = float(columns[0]), float(columns[-1] - columns[0] + 1)
+        return -first / count, (values.shape[1] - first) / count
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
+    start = float(y.mean() - slope * x.mean())
+    return start, start + slope * values.shape[1]

@@ -1,7 +1,7 @@
 """What a prefill costs, with and without pruning, in two named conventions.
 
-"literature" is the count of the pruning papers: multiply-accumulates of a decoder whose feed-forward block has two
-matrices. "exact" is what the model computes: two FLOPs per multiply-accumulate, vision tower included.
+"literature" is the pruning papers' count: multiply-accumulates of a decoder whose feed-forward block has two matrices.
+"exact" is what the model computes: two FLOPs per multiply-accumulate, vision tower included.
 """
 
 from llava.flops.count import (

@@ -16,12 +16,9 @@ UNITS = {"literature": "MACs", "exact": "FLOPs"}
 
 
 def visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[list[int], list[int]]:
-    """Visual tokens of an image that has ``visual`` of them: in each of so many layers, and after its attention.
+    """Visual tokens, of ``visual`` of an image, in each layer, and after its attention.
 
-    Raises
-    ------
-    ValueError
-        If the number depends on the image, or on what the method learns from a model.
+    If the number depends on the image, or on a recipe that is fitted to a model, it is a `ValueError`.
     """
     from llava.pruning.schedule import kept_after_attention, kept_per_layer
 
@@ -39,7 +36,7 @@ def visual_per_layer(config: PruningConfig, visual: int, layers: int) -> tuple[l
 
 
 def tokens_per_layer(text: int, visual_per_layer: Sequence[int]) -> list[int]:
-    """The tokens that each decoder layer sees: ``text``, which all layers see, and that layer's visual tokens."""
+    """The tokens in each decoder layer: text and visual ones."""
     return [text + visual for visual in visual_per_layer]
 
 

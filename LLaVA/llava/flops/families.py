@@ -1,7 +1,7 @@
-"""What a vision-language model of transformers computes: it runs without weights, and PyTorch counts.
+"""The cost of a vision-language model of transformers: it runs without weights, and PyTorch counts.
 
-Weights lie on the device "meta", which knows shapes alone, so that a model of any size runs in seconds. Ids, pixels and
-positions are real: the model's own code goes the way that it goes with them, and no family needs a formula.
+Weights are on the device "meta", which has shapes but no values, so that a model of any size runs in seconds. Ids,
+pixels and positions are real, so that the model's own code runs as usual, and no family needs a formula.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from llava.flops.made_up import USUAL_TOKENS, made_up_images, reads_whole
 from llava.flops.shape import CHUNK, Cost, DecoderShape, ModelShape
 
 LENGTHS = (1, CHUNK, 2 * CHUNK)
-"""Tokens of the prompts that the decoder's costs are read off."""
+"""Tokens of the prompts by which the decoder's costs are measured."""
 SIZES = (16, 64)
-"""Visual tokens of the images that an encoder's costs are read off: squares of whole windows."""
+"""Visual tokens of the images by which an encoder's costs are measured: squares of whole windows."""
 
 
 def family_shape(config: Any, visual: int | None = None, crops: int | None = None) -> ModelShape:
-    """The shape of a model by its configuration, with an image as `llava.flops.made_up.made_up_images` makes it.
+    """The shape of a model by its configuration, with an image of `llava.flops.made_up.made_up_images`.
 
-    Raises
-    ------
-    ValueError
-        If an image of this model has no such number of visual tokens or crops, or a model so configured does not run.
+    It is a `ValueError` if an image of this model cannot have so many visual tokens or crops, or if a model of this
+    configuration does not run.
     """
     try:
         return _counted(config, visual, crops)
-    except (RuntimeError, TypeError, AttributeError) as error:  # several families' default configurations do not fit
+    except (
+        RuntimeError,
+        TypeError,
+        AttributeError,
+    ) as error:  # several families' default configurations are inconsistent
         reason = str(error).splitlines()[0]
         raise ValueError(f"a {config.model_type} model of this configuration does not run: {reason}") from error
 
@@ -140,7 +142,7 @@ def _without_weights(config: Any) -> Any:
 
 
 class _Weightless(TorchDispatchMode):
-    """Computes with weights on "meta": what they touch goes there, what they do not touch stays real."""
+    """Computes with weights on "meta": results that depend on them are there, too, all others are real."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})

@@ -1,4 +1,4 @@
-"""Models of transformers by name, and made-up images as their processors hand them over."""
+"""Models of transformers by name, and made-up images in the format of their processors."""
 
 from __future__ import annotations
 
@@ -35,17 +35,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 def transformers_config(model: str) -> Any | None:
     """The configuration of a vision-language model of transformers; None for a checkpoint of LLaVA's own format.
 
-    Parameters
-    ----------
-    model : str
-        A name in `PUBLISHED`, a family (its default configuration), a checkpoint folder, a hub id or "llava-mini-hf".
-
-    Raises
-    ------
-    OSError
-        If there is no such checkpoint.
-    ValueError
-        If it is a model of a family that cannot be pruned.
+    ``model`` is a name in `PUBLISHED`, a family (its default configuration), a checkpoint folder, a hub id or
+    "llava-mini-hf"; a missing checkpoint is an `OSError`, a family that cannot be pruned a `ValueError`.
     """
     from transformers import AutoConfig
 
@@ -82,15 +73,8 @@ def made_up_images(
 ) -> dict[str, torch.Tensor]:
     """Random images, the same for the same number: arguments of ``get_image_features``.
 
-    Parameters
-    ----------
-    config
-        Of a vision-language model of transformers.
-    numbers : sequence of int
-    visual : int, optional
-        Visual tokens of each, of a model that `reads_whole`.
-    crops : int, optional
-        Crops of each, of other models: 1, or 5 where a base view and four crops make an image, unless given.
+    ``visual`` are the visual tokens of each, for a model that `reads_whole`; ``crops`` are the crops of each, for
+    others: by default 1, or 5 where an image is a base view and four crops.
     """
     make = _maker(config)
     found: list[dict[str, torch.Tensor]] = []
@@ -109,7 +93,7 @@ Maker = Callable[[Any, Draw, int, "int | None"], dict[str, torch.Tensor]]
 
 
 def _maker(config: Any) -> Maker:
-    """By how a family's images lie on the grid; otherwise they are crops of one size."""
+    """By the layout of a family's images; by default they are crops of one size."""
     from llava.adapters.transformers import family
 
     layouts = family.FAMILIES[config.model_type].layouts
@@ -171,15 +155,9 @@ def _stated_size(config: Any, draw: Draw, visual: int, crops: int | None) -> dic
 def made_up_prompts(
     model: Any, text: Sequence[tuple[Sequence[int], Sequence[int]]], images: Sequence[int], visual: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Prompts of a model of transformers, an image each: arguments of ``forward`` and ``generate``.
+    """Prompts of a model of transformers with an image each: arguments of ``forward`` and ``generate``.
 
-    Parameters
-    ----------
-    model
-    text : sequence of (ids, ids)
-        What stands before and after each image.
-    images, visual
-        As in `made_up_images`.
+    ``text`` are the ids before and after each image; the others as in `made_up_images`.
     """
     device = model.get_input_embeddings().weight.device
     pixels = {
@@ -195,5 +173,5 @@ def made_up_prompts(
 
 
 def _types(model: Any, marks: torch.Tensor) -> dict[str, torch.Tensor]:
-    """By which models with rotary positions of several axes find the images."""
+    """For models with rotary positions of several axes, which find the images by it."""
     return {"mm_token_type_ids": marks.long()} if hasattr(model.base_model, "get_rope_index") else {}

@@ -25,18 +25,14 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-accumulates of a layer, or of an image's way through an encoder.
+    """Multiply-accumulates of a layer, or of encoding an image.
 
     Attributes
     ----------
-    linear : int
-        Per token.
-    quadratic : int
-        Per pair of tokens.
+    linear, quadratic, chunk : int
+        Per token, per pair of tokens, and per started `CHUNK` of tokens.
     rest : int
-        Per token that is left after the attention, where tokens may leave there.
-    chunk : int
-        Per started `CHUNK` of tokens.
+        Per token that is left after the attention, where tokens may be dropped there.
     """
 
     linear: int
@@ -45,7 +41,7 @@ class Cost:
     chunk: int = 0
 
     def attention(self, tokens: int, squares: int) -> int:
-        """Up to the attention, of tokens that enter a layer: their number and its square, or sums of both."""
+        """Up to the attention: of the number of tokens that enter a layer and its square, or of sums of both."""
         return self.linear * tokens + self.quadratic * squares
 
     def layer(self, tokens: int, squares: int) -> int:
@@ -179,10 +175,7 @@ class ModelShape:
     def of(cls, config: Any, vision_config: Any) -> ModelShape:
         """From a LLaVA's configuration and its vision tower's.
 
-        Raises
-        ------
-        ValueError
-            Names a size that a configuration lacks, or an unknown projector.
+        A `ValueError` names a size that a configuration lacks, or an unknown projector.
         """
         return cls.llava(
             DecoderShape.of(config),
@@ -195,19 +188,9 @@ class ModelShape:
 def load_shape(model: str, visual: int | None = None, crops: int | None = None) -> ModelShape:
     """The shape of a model, of which only the configuration is read.
 
-    Parameters
-    ----------
-    model : str
-        A name in `SHAPES`, a checkpoint, or a model of transformers (see `llava.flops.made_up.transformers_config`).
-    visual, crops : int, optional
-        Visual tokens and crops of the image, if not the model's usual ones.
-
-    Raises
-    ------
-    OSError
-        If there is no such checkpoint.
-    ValueError
-        If its cost cannot be counted.
+    ``model`` is a name in `SHAPES`, a checkpoint, or a model of transformers (see
+    `llava.flops.made_up.transformers_config`); ``visual`` and ``crops`` are those of the image, if not the usual ones.
+    A missing checkpoint is an `OSError`, a cost that cannot be counted a `ValueError`.
     """
     other = None if model in SHAPES else transformers_config(model)
     if other is not None:

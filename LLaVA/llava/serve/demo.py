@@ -26,7 +26,7 @@ from llava.command import Parser, find_device, positive
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX
 from llava.conversation import choose_conv_mode, conv_templates, image_mark
 from llava.eval.encoder import Encoder
-from llava.eval.token_page import data_uri
+from llava.eval.page import data_uri
 from llava.eval.tokens import dimmed
 from llava.flops import ModelShape, exact_flops, tokens_per_layer
 from llava.images import load_rgb

@@ -92,7 +92,7 @@ def painted(image: Image.Image, draw: random.Random) -> Image.Image:
 def cells(view) -> np.ndarray:
     """The mean colour of each patch as it is drawn."""
     rows, columns = view.patches.shape
-    pixels = np.asarray(view.picture, dtype=float)
+    pixels = np.asarray(view.image, dtype=float)
     return pixels.reshape(rows, pixels.shape[0] // rows, columns, -1, 3).mean(axis=(1, 3))
 
 

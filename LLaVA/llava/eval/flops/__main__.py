@@ -70,7 +70,7 @@ def _count(arguments: argparse.Namespace) -> None:
 
 
 def _pruning(arguments: argparse.Namespace) -> PruningConfig | None:
-    """The method, read by the switch's rules; the shell's switch has no say."""
+    """The method, by the rules of the switch; the environment is ignored."""
     settings = [*arguments.option, *([] if arguments.layer is None else [f"layer={arguments.layer}"])]
     if arguments.method is None:
         if arguments.ratio is not None or settings:

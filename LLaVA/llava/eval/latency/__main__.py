@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,12 +14,13 @@ import torch
 from llava.adapters.vllm.switch import check_servable
 from llava.command import EMBEDDED, Parser, find_device, positive
 from llava.eval.latency import pope, prefill, select, serve, suite
-from llava.eval.latency.methods import read_methods
-from llava.eval.latency.models import RANDOM, is_llava, load
-from llava.eval.latency.report import NOT_MEASURED, Report, mebibytes, milliseconds, table
+from llava.eval.latency.models import RANDOM, is_llava, load, read_methods
+from llava.eval.latency.report import NOT_MEASURED, Report, mebibytes, table
 from llava.flops.made_up import PUBLISHED
 
 DTYPES = ("float32", "float16", "bfloat16")
+MEDIAN_AND_WORST = "{{{0}[median]:.3g}} / {{{0}[worst]:.3g}}"
+"""The format of a row's cell, by where the row has both."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,35 +50,32 @@ def _measure(arguments: argparse.Namespace, command: str) -> None:
 
 def _select(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
     sizes = [select.Size.read(text) for text in arguments.sizes] or select.SIZES
-    settings = {
-        "width": arguments.width,
-        "repetitions": arguments.repetitions,
-        "device": arguments.device,
-        "dtype": arguments.dtype,
-    }
+    settings = {name: getattr(arguments, name) for name in ("width", "repetitions", "device", "dtype")}
     rows = select.measure(sizes, arguments.method, **settings)
+    columns = {
+        "method": "{method}",
+        "N -> k": "{n} -> {k}",
+        "images": "{batch}",
+        "times as fast as published": "{times_published:.2f}",
+        "times DivPrune's": lambda row: "" if row["of_divprune"] is None else f"{row['of_divprune']:.2f}",
+        _ms_column("ms", arguments.device): MEDIAN_AND_WORST.format("ms"),
+        "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
+    }
+    text = table(columns, rows)
     if arguments.curve:
         points = {
             axis: select.measure(along, arguments.method, **settings) for axis, along in select.curve(sizes).items()
         }
         report.write_curve(points)
         rows += [row | {"axis": axis} for axis, along in points.items() for row in along]
-    columns = {
-        "method": lambda row: row["method"],
-        "N -> k": lambda row: f"{row['n']} -> {row['k']}",
-        "images": lambda row: str(row["batch"]),
-        "times as fast as published": lambda row: f"{row['times_published']:.2f}",
-        "times DivPrune's": lambda row: "" if row["of_divprune"] is None else f"{row['of_divprune']:.2f}",
-        _ms_column("ms", arguments.device): lambda row: milliseconds(row["ms"]),
-        "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
-    }
-    return rows, table(columns, [row for row in rows if "axis" not in row])
+    return rows, text
 
 
 def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
     configs = read_methods(arguments.method, arguments.ratio)
     model = load(arguments.model, arguments.device, arguments.dtype, arguments.attention)
-    if getattr(arguments, "pope", None) and not is_llava(model):
+    asks = getattr(arguments, "pope", None)
+    if asks and not is_llava(model):
         raise ValueError(f"--pope needs a LLaVA, whose encoded images can be remembered, not {arguments.model}")
     new_tokens = 1 if arguments.command == "prefill" else arguments.new_tokens
     rows = []
@@ -87,46 +85,33 @@ def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[s
     parts = [prefill.TTFT, prefill.VISION, prefill.SELECTION, prefill.PREFILL]
     parts += [prefill.DECODING] if new_tokens > 1 else []
     columns = {
-        "method": lambda row: row["method"],
-        "batch": lambda row: str(row["batch"]),
-        "visual tokens": lambda row: f"{row['visual_tokens']:.1f}",
-        "TTFT / unpruned": lambda row: f"{row['ttft_ratio']:.3f}",
-        "total / unpruned": lambda row: f"{row['total_ratio']:.3f}",
+        "method": "{method}",
+        "batch": "{batch}",
+        "visual tokens": "{visual_tokens:.1f}",
+        "TTFT / unpruned": "{ttft_ratio:.3f}",
+        "total / unpruned": "{total_ratio:.3f}",
         "selection / prefill": lambda row: f"{100 * row['selection_share']:.1f} %",
-        **{_ms_column(part, arguments.device): _part(part) for part in parts},
-        **({"answers/s": lambda row: f"{row['samples_per_second']:.3g}"} if new_tokens > 1 else {}),
+        **{_ms_column(part, arguments.device): MEDIAN_AND_WORST.format(f"ms[{part}]") for part in parts},
+        **({"answers/s": "{samples_per_second:.3g}"} if new_tokens > 1 else {}),
         "KV MiB": lambda row: mebibytes(row["kv_bytes"]),
         "peak MiB": lambda row: mebibytes(row["peak_bytes"]),
     }
     text = table(columns, rows)
-    if getattr(arguments, "pope", None):
-        images, questions = arguments.pope
-        asked = pope.measure(
-            model,
-            configs,
-            images=images,
-            questions=questions,
-            batches=arguments.batch,
-            cache_bytes=arguments.cache_mib * 2**20,
-            images_one_by_one=arguments.pope_one_by_one,
-        )
-        text += f"\n\n{images} images, {questions} questions each:\n\n{table(_run_columns(), asked)}"
+    if asks:
+        images, questions = asks
+        settings = {"images": images, "questions": questions, "batches": arguments.batch}
+        settings |= {"cache_bytes": arguments.cache_mib * 2**20, "images_one_by_one": arguments.pope_one_by_one}
+        asked = pope.measure(model, configs, **settings)
+        text += f"\n\n{images} images, {questions} questions each:\n\n{table(RUN_COLUMNS, asked)}"
         rows += [row | {"run": "pope"} for row in asked]
     return rows, text
 
 
 def _suite(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
-    rows = suite.measure(
-        arguments.model,
-        arguments.method,
-        ratio=arguments.ratio,
-        batches=arguments.batch,
-        tasks=arguments.tasks,
-        limit=arguments.limit,
-        device=str(arguments.device),
-        folder=report.folder / "runs",
-    )
-    return rows, table(_run_columns(), rows)
+    settings = {name: getattr(arguments, name) for name in ("ratio", "tasks", "limit")}
+    settings |= {"batches": arguments.batch, "device": str(arguments.device), "folder": report.folder / "runs"}
+    rows = suite.measure(arguments.model, arguments.method, **settings)
+    return rows, table(RUN_COLUMNS, rows)
 
 
 def _serve(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str, Any]], str]:
@@ -145,41 +130,34 @@ def _serve(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[str
             server = nullcontext(arguments.url.rstrip("/"))
         else:
             log = report.folder / f"serve_{name.replace(':', '_')}.log"
-            server = serve.started(
-                arguments.vllm, arguments.model or serve.RANDOM, config, arguments.server_options, log
-            )
+            model = arguments.model or serve.RANDOM
+            server = serve.started(arguments.vllm, model, config, arguments.server_options, log)
         with server as url:
             rows += serve.measure(url, arguments.vllm, name, config.ratio, load)
     columns = {
-        "method": lambda row: row["method"],
+        "method": "{method}",
         "kept": lambda row: f"{100 * row['ratio']:.3g} %",
-        "at once": lambda row: str(row["concurrency"]),
-        "requests/s / unpruned": lambda row: f"{row['times_unpruned']:.2f}",
-        "requests/s": lambda row: f"{row['requests_per_second']:.3g}",
-        "TTFT p50 / p95, ms": lambda row: f"{row['ttft_ms']['p50']:.0f} / {row['ttft_ms']['p95']:.0f}",
-        "tokens per prompt": lambda row: f"{row['prompt_tokens']:.0f}",
+        "at once": "{concurrency}",
+        "requests/s / unpruned": "{times_unpruned:.2f}",
+        "requests/s": "{requests_per_second:.3g}",
+        "TTFT p50 / p95, ms": "{ttft_ms[p50]:.0f} / {ttft_ms[p95]:.0f}",
+        "tokens per prompt": "{prompt_tokens:.0f}",
         "KV blocks": lambda row: NOT_MEASURED if row["kv_blocks"] is None else str(row["kv_blocks"]),
     }
     return rows, table(columns, rows)
 
 
-def _run_columns() -> dict[str, Any]:
-    return {
-        "method": lambda row: row["method"],
-        "batch": lambda row: str(row["batch"]),
-        "cache": lambda row: "on" if row["cached"] else "off",
-        "samples/s / its batch-1 run without a cache": lambda row: f"{row['times_plain']:.2f}",
-        "samples/s / unpruned batch-1 run without a cache": lambda row: f"{row['times_unpruned']:.2f}",
-        "hits": lambda row: f"{row['hits']:.0f}",
-        "same answers": lambda row: f"{100 * row['same_answers']:.1f} %" if "same_answers" in row else "",
-    }
-
-
 COMMANDS = {"select": _select, "prefill": _prefill, "generate": _prefill, "suite": _suite, "serve": _serve}
-
-
-def _part(name: str):
-    return lambda row: milliseconds(row["ms"][name])
+RUN_COLUMNS = {
+    "method": "{method}",
+    "batch": "{batch}",
+    "cache": lambda row: "on" if row["cached"] else "off",
+    "samples/s / its batch-1 run without a cache": "{times_plain:.2f}",
+    "samples/s / unpruned batch-1 run without a cache": "{times_unpruned:.2f}",
+    "hits": "{hits:.0f}",
+    "same answers": lambda row: f"{100 * row['same_answers']:.1f} %" if "same_answers" in row else "",
+}
+"""Of `pope` and `suite`."""
 
 
 def _ms_column(part: str, device: torch.device) -> str:
@@ -187,18 +165,16 @@ def _ms_column(part: str, device: torch.device) -> str:
     return name if device.type == "cuda" else f"{name} on this machine"
 
 
-def _pope(text: str) -> tuple[int, int]:
-    images, _, questions = text.partition("x")
-    if not (images.isdecimal() and questions.isdecimal() and int(images) and int(questions)):
-        raise argparse.ArgumentTypeError(f"must be IMAGESxQUESTIONS, such as 500x18, not {text!r}")
-    return int(images), int(questions)
+def _pair(names: str, example: str) -> Callable[[str], tuple[int, int]]:
+    """A reader of two whole numbers >= 1 with an x between them."""
 
+    def read(text: str) -> tuple[int, int]:
+        one, _, other = text.partition("x")
+        if not (text.isascii() and one.isdecimal() and other.isdecimal() and int(one) and int(other)):
+            raise argparse.ArgumentTypeError(f"must be {names}, such as {example}, not {text!r}")
+        return int(one), int(other)
 
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 336x336, not {text!r}")
-    return int(width), int(height)
+    return read
 
 
 def _parser() -> Parser:
@@ -245,7 +221,7 @@ def _parser() -> Parser:
     one.add_argument("--attention", **attention)
     one.add_argument("--new-tokens", type=positive, default=32, help="default: 32")
     questions = "also answer Q questions about each of I images, such as 500x18"
-    one.add_argument("--pope", type=_pope, metavar="IxQ", help=questions)
+    one.add_argument("--pope", type=_pair("IMAGESxQUESTIONS", "500x18"), metavar="IxQ", help=questions)
     fewer = (
         "images that its runs of batch 1 are asked about, whose samples per second do not depend on it; default: all"
     )
@@ -266,7 +242,8 @@ def _parser() -> Parser:
     at_once = {"type": positive, "nargs": "+", "default": [1, 8, 32], "metavar": "N"}
     one.add_argument("--concurrency", **at_once, help="requests at once; default: 1 8 32")
     one.add_argument("--requests", type=positive, default=32, help="of each measurement, at least; default: 32")
-    one.add_argument("--image", type=_size, default=(336, 336), metavar="WxH", help="their size; default: 336x336")
+    size = {"type": _pair("WIDTHxHEIGHT", "336x336"), "default": (336, 336), "metavar": "WxH"}
+    one.add_argument("--image", **size, help="their size; default: 336x336")
     one.add_argument("--new-tokens", type=positive, default=16, help="default: 16")
     one.add_argument("server_options", nargs="*", metavar="-- OPTION", help="of vllm serve, after --")
     return parser

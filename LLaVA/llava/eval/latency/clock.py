@@ -1,4 +1,4 @@
-"""Time by part, on a device that works while the host goes on."""
+"""Times the parts of a call, on a device that computes asynchronously."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TOTAL = "total"
 
 
 class Stopwatch:
-    """Adds up what parts of a call take.
+    """Adds up the time of a call's parts.
 
-    On a GPU events are laid into its stream and nothing waits for them before `milliseconds`, so measuring parts does
-    not slow the whole.
+    On a GPU by events in its stream, for which only `milliseconds` waits, so that measuring parts does not slow the
+    whole.
     """
 
     def __init__(self, device: torch.device):
@@ -46,7 +46,7 @@ class Stopwatch:
         self.add(name, begin, self.now())
 
     def milliseconds(self) -> dict[str, float]:
-        """Part -> time; waits until the device has done it all."""
+        """Part -> time; waits for the device."""
         synchronize(self._device)
         return {name: sum(self._length(*span) for span in spans) for name, spans in self._spans.items()}
 
@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has nothing left to do."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -68,24 +68,24 @@ def take_turns(
     label: str = "",
     before: Callable[[str], None] | None = None,
 ) -> dict[str, list[dict[str, float]]]:
-    """Run variants in turns, so that what else the machine does meets all of them.
+    """Run variants in turns, so that the machine's other load affects all of them alike.
 
     Parameters
     ----------
     variants : mapping
-        Name -> what to run; it counts its parts on the stopwatch.
+        Name -> what to run; it times its parts on the stopwatch.
     repetitions, warm_up : int
-        Rounds that are measured, and rounds before them.
+        Measured rounds, and rounds before them.
     device : torch.device
     label : str
         Of the progress bar.
     before : callable, optional
-        Gets a variant's name before each of its runs, and is not measured.
+        Called with a variant's name before each of its runs; not measured.
 
     Returns
     -------
     dict
-        Name -> for every round milliseconds by part, `TOTAL` among them.
+        Name -> milliseconds by part, `TOTAL` included, of every round.
     """
     times: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     with torch.inference_mode(), tqdm(total=len(variants) * (warm_up + repetitions), desc=label, leave=False) as bar:
@@ -121,7 +121,7 @@ def ratio(reference: Sequence[Mapping[str, float]], rounds: Sequence[Mapping[str
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, int | None]]:
-    """Gives a dictionary that has, after the block, the "bytes" that the device held at most; None on a CPU."""
+    """Yields a dictionary with, after the block, the device's peak memory in "bytes"; None on a CPU."""
     measured: dict[str, int | None] = {"bytes": None}
     if device.type == "cuda":
         synchronize(device)

@@ -1,6 +1,7 @@
-"""Models to measure: named shapes with random weights, llava-mini, or a checkpoint; and prompts for them.
+"""Models and methods to measure, and prompts for the models.
 
-They are LLaVAs of this package, or vision-language models of transformers.
+A model is a named shape with random weights, llava-mini, or a checkpoint: a LLaVA of this package, or a vision-language
+model of transformers.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Any
 
 import torch
 
-from llava import hf
+from llava import command, hf
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.flops import SHAPES, USUAL_TEXT
 from llava.flops.made_up import is_configuration, made_up_prompts, transformers_config
 from llava.pruning import PruningConfig
 
 SYSTEM_PROMPT = 35
-"""Tokens of Vicuna's system prompt, which stand before the image."""
+"""Tokens of Vicuna's system prompt, which come before the image."""
 
 ANYRES = {
     "image_aspect_ratio": "anyres",
@@ -39,6 +40,24 @@ RANDOM = ("tiny", "1.5-7b", "1.5-13b", "1.6-7b")
 """Shapes that are built with random weights: the published ones, and one that a CPU runs in milliseconds."""
 
 
+UNPRUNED, PUBLISHED = "unpruned", "published"
+
+
+def read_methods(texts: Sequence[str], ratio: float) -> dict[str, PruningConfig]:
+    """Label -> configuration, as `llava.command.read_methods` reads them.
+
+    "published" is OTPrune's published code, and ``NAME@LAYER`` is ``NAME:layer=LAYER``.
+    """
+    found = {}
+    for text in texts:
+        name, at, layer = text.partition("@")
+        if at and not layer.isdecimal():
+            raise ValueError(f"a method is NAME or NAME@LAYER, not {text!r}")
+        stated = "otprune:compat=1" if text == PUBLISHED else f"{name}:layer={layer}" if at else name
+        [found[text]] = command.read_methods(stated, ratio, {}).values()
+    return found
+
+
 def load(name: str, device: torch.device, dtype: torch.dtype, attention: str) -> torch.nn.Module:
     """A model in eval mode: one of `RANDOM`, a family of transformers, "llava-mini", a checkpoint folder or a hub id.
 
@@ -52,16 +71,8 @@ def load(name: str, device: torch.device, dtype: torch.dtype, attention: str) ->
     from llava.mm_utils import get_model_name_from_path
     from llava.model.builder import load_pretrained_model
 
-    _, model, _, _ = load_pretrained_model(
-        name,
-        None,
-        get_model_name_from_path(name),
-        device=str(device),
-        dtype=dtype,
-        attn_implementation=attention,
-        multimodal=True,
-    )
-    return model
+    settings = {"device": str(device), "dtype": dtype, "attn_implementation": attention}
+    return load_pretrained_model(name, None, get_model_name_from_path(name), **settings, multimodal=True)[1]
 
 
 def _of_transformers(name: str, config: Any, device: torch.device, dtype: torch.dtype, attention: str) -> Any:
@@ -78,14 +89,14 @@ def _of_transformers(name: str, config: Any, device: torch.device, dtype: torch.
 
 @contextmanager
 def _random_weights(device: torch.device) -> Iterator[None]:
-    """Weights that are made inside the block are the same every time, and lie on the device."""
+    """Weights created inside the block are the same every time, and on the device."""
     torch.manual_seed(0)
     with device:
         yield
 
 
 def _endless(model: Any) -> Any:
-    """In eval mode. Random weights end no answer: every one has the length that was asked for."""
+    """In eval mode, with answers that never end early: every one has the requested length."""
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -153,7 +164,7 @@ def set_pruning(model: torch.nn.Module, config: PruningConfig | None) -> None:
 
 
 def tokens_per_layer(model: torch.nn.Module, asked: dict[str, Any]) -> list[list[int]]:
-    """Of each image of the latest call, which answered these prompts, the tokens in every decoder layer."""
+    """The visual tokens of each image in every decoder layer, in the latest call, which answered these prompts."""
     if is_llava(model):
         return model.visual_tokens_per_layer
     from llava.adapters.transformers import active_session
@@ -168,21 +179,12 @@ def tokens_per_layer(model: torch.nn.Module, asked: dict[str, Any]) -> list[list
 def prompts(model: torch.nn.Module, images: Sequence[int], questions: Sequence[int]) -> dict[str, Any]:
     """Prompts of a benchmark's length with random text and random images, for the model's ``forward`` or ``generate``.
 
-    Parameters
-    ----------
-    model
-    images, questions : sequence of int
-        Of each row: the same number, the same image or question.
-
-    Returns
-    -------
-    dict
-        "input_ids" (B, T), int64; for a LLaVA "images" (B, 3, H, W), or a list of (crops, 3, H, W), and "image_sizes";
-        else what the model's processor gives.
+    Rows with the same number have the same image, or the same question. For a LLaVA: "input_ids" (B, T), int64,
+    "images" (B, 3, H, W), or a list of (crops, 3, H, W), and "image_sizes"; otherwise what its processor gives.
     """
     weight = model.get_input_embeddings().weight
     if not is_llava(model):
-        # Ids of images and other marks are high ones.
+        # Special tokens have high ids.
         rows = [_question(number, min(weight.shape[0], model.config.image_token_id)).tolist() for number in questions]
         text = [(row[:SYSTEM_PROMPT], row[SYSTEM_PROMPT + 1 :]) for row in rows]
         return made_up_prompts(model, text, images)

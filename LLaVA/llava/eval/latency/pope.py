@@ -1,4 +1,4 @@
-"""A synthetic run in POPE's shape: many questions about each image, a short answer each."""
+"""A synthetic run like POPE: many questions about each image, with short answers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from tqdm import tqdm
 
 from llava.eval.latency.clock import synchronize
-from llava.eval.latency.methods import UNPRUNED
-from llava.eval.latency.models import prompts
-from llava.eval.latency.report import add_ratios
+from llava.eval.latency.models import UNPRUNED, prompts
+from llava.eval.latency.report import add_ratios, settings_of
 from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig
 
@@ -32,27 +31,17 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Answer ``questions`` about each of ``images`` random images, with every batch size, with and without a cache.
 
-    Parameters
-    ----------
-    model
-    configs : mapping
-        Method -> configuration; unpruned runs as well.
-    images, questions : int
-    batches : sequence of int
-        Batch 1 without a cache, to which all is compared, runs in any case.
-    cache_bytes : int
-        What the cache may hold.
-    images_one_by_one : int, optional
-        How many of the images the runs of batch 1 ask about, whose samples per second do not depend on it.
+    Batch 1 without a cache, to which all is compared, runs in any case, and so does unpruned. ``cache_bytes`` limits
+    the cache. ``images_one_by_one`` limits the images that the runs of batch 1 ask about, whose samples per second do
+    not depend on it.
 
     Returns
     -------
     list of dict
         One per method and setting: "method", "batch", "cached", "seconds", "samples", "samples_per_second", "hits",
         "misses"; "times_plain" and "times_unpruned" (see `llava.eval.latency.report.add_ratios`); and "same_answers",
-        the share equal to those of the method's first run, of what that run was asked.
+        the share of answers that equal those of the method's first run.
     """
-    settings = dict.fromkeys((batch, cached) for batch in (1, *batches) for cached in (False, True))
     pairs = [(image, image * questions + number) for image in range(images) for number in range(questions)]
     before = model.pruning, model.visual_cache
     rows: list[dict[str, Any]] = []
@@ -60,7 +49,7 @@ def measure(
         for name, config in {UNPRUNED: None, **configs}.items():
             model.set_pruning(config)
             plain: list[int] = []
-            for batch, cached in settings:
+            for batch, cached in settings_of(batches):
                 model.visual_cache = None
                 _ask(model, pairs[:batch])  # warms up
                 model.visual_cache = cache = VisualCache(cache_bytes) if cached else None
@@ -70,8 +59,7 @@ def measure(
                 row = {"method": name, "batch": batch, "cached": cached, "seconds": seconds, "samples": len(asked)}
                 row |= {"samples_per_second": len(asked) / seconds}
                 row |= {"hits": cache.hits if cache else 0, "misses": cache.misses if cache else len(asked)}
-                row |= {"same_answers": sum(map(list.__eq__, answers, plain)) / len(plain)}
-                rows.append(row)
+                rows.append(row | {"same_answers": sum(map(list.__eq__, answers, plain)) / len(plain)})
     finally:
         model.set_pruning(before[0])
         model.visual_cache = before[1]

@@ -1,4 +1,4 @@
-"""``prefill`` and ``generate``: vision, selection, prefill and decoding of a model, method beside method."""
+"""``prefill`` and ``generate``: vision, selection, prefill and decoding of a model, by method."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from transformers import StoppingCriteria
 
 from llava.eval.latency.clock import TOTAL, Stopwatch, peak_memory, ratio, summarise, take_turns
-from llava.eval.latency.methods import UNPRUNED
-from llava.eval.latency.models import is_llava, prompts, set_pruning, tokens_per_layer
+from llava.eval.latency.models import UNPRUNED, is_llava, prompts, set_pruning, tokens_per_layer
 from llava.model.image_tokens import encode
 from llava.pruning import PruningConfig
 from llava.pruning.base import Pruner
@@ -32,24 +31,17 @@ def measure(
     new_tokens: int,
     repetitions: int,
 ) -> list[dict[str, Any]]:
-    """Time a batch of prompts, an image each, up to the first token or up to the last.
+    """Time a batch of prompts with an image each, up to the first token or up to the last.
 
-    Parameters
-    ----------
-    model
-    configs : mapping
-        Method -> configuration; unpruned runs in the same rounds.
-    batch, repetitions : int
-    new_tokens : int
-        1 is one ``forward``, more are ``generate``.
+    ``new_tokens`` = 1 is one ``forward``, more are ``generate``; unpruned runs in the same rounds.
 
     Returns
     -------
     list of dict
         One per method, `UNPRUNED` first: "ms" by part, median and worst (vision is tower and projector, ttft the time
-        to the first token, prefill what vision and selection leave of it); "ttft_ratio" and "total_ratio" to unpruned;
-        "selection_share" of selection and prefill; "visual_tokens" per image in the mean over the layers; "kv_bytes"
-        after the prefill, "peak_bytes" (None on a CPU), "samples_per_second".
+        to the first token, prefill the rest of it without vision and selection); "ttft_ratio" and "total_ratio" to
+        unpruned; "selection_share" of selection and prefill; "visual_tokens" per image in the mean over the layers;
+        "kv_bytes" after the prefill, "peak_bytes" (None on a CPU), "samples_per_second".
     """
     device = model.get_input_embeddings().weight.device
     asked = prompts(model, range(batch), range(batch))
@@ -96,7 +88,7 @@ def _row(model, name, config, asked, new_tokens, times, run) -> dict[str, Any]:
 
 
 def _split(measured: Mapping[str, float]) -> dict[str, float]:
-    """With the prefill of the decoder apart from vision and selection."""
+    """With the decoder's prefill, without vision and selection."""
     parts = {VISION: 0.0, SELECTION: 0.0} | dict(measured)
     return parts | {PREFILL: parts[TTFT] - parts[VISION] - parts[SELECTION]}
 
@@ -135,7 +127,7 @@ def _generate(model, asked: Mapping[str, Any], new_tokens: int) -> Callable[[Sto
 
 
 class _FirstToken(StoppingCriteria):
-    """Notes when the first token is there, and stops nothing."""
+    """Records the time of the first token, and stops nothing."""
 
     def __init__(self, watch: Stopwatch):
         self._watch, self.moment = watch, None

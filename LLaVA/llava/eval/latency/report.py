@@ -1,4 +1,4 @@
-"""What a measurement leaves: JSON, a Markdown table, and for curves CSV and PNG."""
+"""Writes the results of a measurement: JSON, a Markdown table, and for curves CSV and PNG."""
 
 from __future__ import annotations
 
@@ -36,14 +36,13 @@ class Report:
         where = f"{machine['name']}, PyTorch {machine['torch']}; {self.about}"
         text = f"`{settings['command']}`\n\n{where}\n\n{table}\n"
         atomic_write(self._markdown, text)
-        content = {"settings": dict(settings), "machine": machine, "rows": list(rows)}
-        write_json(self._json, content)
+        write_json(self._json, {"settings": dict(settings), "machine": machine, "rows": list(rows)})
         return text
 
     def write_curve(self, points: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Write ``<name>_curve.csv``, and a picture of it if matplotlib is there.
+        """Write ``<name>_curve.csv``, and a plot of it if matplotlib is installed.
 
-        ``points`` are what changes ("N", "k", "batch") -> rows as `select.measure` gives them.
+        ``points`` are the rows of `select.measure` by what changes ("N", "k", "batch").
         """
         numbers = ("method", "n", "k", "batch")
         lines = [
@@ -83,6 +82,11 @@ def _draw(points: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None
     atomic_write(file, lambda part: figure.savefig(part, format="png", dpi=150))
 
 
+def settings_of(batches: Sequence[int]) -> list[tuple[int, bool]]:
+    """Batch sizes with and without the cache, first of all batch 1 without it."""
+    return list(dict.fromkeys((batch, cached) for batch in (1, *batches) for cached in (False, True)))
+
+
 def add_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Samples per second over those of the method's first row ("times_plain") and of the first ("times_unpruned")."""
     for row in rows:
@@ -92,14 +96,10 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def table(columns: Mapping[str, Callable[[Mapping[str, Any]], str]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table: columns are heading -> function of a row that gives the cell's text."""
-    return markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows]).rstrip("\n")
-
-
-def milliseconds(ms: Mapping[str, float]) -> str:
-    """Median and worst."""
-    return f"{ms['median']:.3g} / {ms['worst']:.3g}"
+def table(columns: Mapping[str, str | Callable[[Any], str]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table: columns are heading -> format of a row's cell, or a function that gives its text."""
+    lines = [[cell(row) if callable(cell) else cell.format_map(row) for cell in columns.values()] for row in rows]
+    return markdown(list(columns), lines).rstrip("\n")
 
 
 def mebibytes(size: int | None) -> str:

@@ -1,4 +1,4 @@
-"""``select``: what choosing the tokens costs, beside the published algorithm."""
+"""``select``: the time of the selection alone, beside the published algorithm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava.eval.latency.clock import TOTAL, peak_memory, ratio, summarise, take_turns
-from llava.eval.latency.methods import PUBLISHED, read_methods
+from llava.eval.latency.models import PUBLISHED, read_methods
 from llava.pruning.base import Pruner
 from llava.pruning.registry import method_names
 from llava.pruning.signals import SIGNALS, content_key
@@ -40,7 +40,7 @@ class Size:
         """From ``N:K`` or ``N:KxBATCH``; a `ValueError` for anything else."""
         tokens, _, batch = text.partition("x")
         n, _, k = tokens.partition(":")
-        if not (n.isdecimal() and k.isdecimal() and (batch or "1").isdecimal()):
+        if not (text.isascii() and n.isdecimal() and k.isdecimal() and (batch or "1").isdecimal()):
             raise ValueError(f"a size is N:K or N:KxBATCH, such as 576:56x32, not {text!r}")
         size = cls(int(n), int(k), int(batch or 1))
         if not 1 <= size.k <= size.n or size.batch < 1:
@@ -52,7 +52,7 @@ SIZES = [Size(576, 56, 1), Size(2880, 282, 1), Size(576, 56, 32)]
 
 
 def curve(sizes: Sequence[Size]) -> dict[str, list[Size]]:
-    """Sizes around the first one: of N at the same share kept, of k, and of the batch."""
+    """Sizes around the first one: of N at the same kept ratio, of k, and of the batch."""
     n, k, batch = sizes[0].n, sizes[0].k, sizes[0].batch
     return {
         "N": [Size(max(1, n * i // 4), max(1, k * i // 4), batch) for i in (1, 2, 4, 8, 16)],
@@ -62,7 +62,7 @@ def curve(sizes: Sequence[Size]) -> dict[str, list[Size]]:
 
 
 def made_up_signals(pruner: Pruner, features: torch.Tensor) -> dict[str, Any]:
-    """Random values, of the shapes that a method finds in a model, for the signals that it needs beside the tokens."""
+    """Random signals of the shapes that a method gets from a model."""
     draw, (batch, n, width) = torch.Generator().manual_seed(1), features.shape
     found: dict[str, Any] = {}
     for signal in (SIGNALS[need] for need in sorted(pruner.needs - {"image_keys"})):
@@ -88,8 +88,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Time selections on random tokens of ``width`` numbers, beside the published algorithm in the same rounds.
 
-    What a method reads besides the tokens is made up, and what a model computes for it is not timed. ``ALL`` among the
-    methods stands for every one that is installed.
+    Other inputs of a method are made up, and what a model computes for it is not timed. `ALL` among the methods stands
+    for every installed one.
 
     Returns
     -------

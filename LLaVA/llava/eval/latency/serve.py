@@ -1,7 +1,7 @@
-"""``serve``: requests per second and time to the first token of a served model, unpruned beside pruned.
+"""``serve``: requests per second and time to the first token of a served model, unpruned and pruned.
 
 The requests are those of vLLM's own ``vllm bench serve``, each with an image of its own. One server answers both: a
-request names its ratio. KV blocks are read from the server's ``/metrics`` while it answers.
+request states its ratio. KV blocks are read from the server's ``/metrics`` while it answers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from llava.adapters.vllm.switch import RATIO
 from llava.command import EMBEDDED
-from llava.eval.latency.methods import UNPRUNED
+from llava.eval.latency.models import UNPRUNED
 from llava.eval.latency.suite import environ_with
 from llava.hf import path_of
 from llava.pruning import PruningConfig
@@ -40,25 +40,14 @@ DECODER |= {"num_attention_heads": 16, "num_key_value_heads": 16, "max_position_
 """152 M parameters: as much as a CPU reads in a tenth of a second, and enough for the prompt's length to count."""
 START_SECONDS, STOP_SECONDS = 1800, 60
 LOOK_SECONDS = 0.2
-"""Between two looks at the KV cache."""
+"""Between two readings of the KV cache."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a server.
+    """What a server is asked: so many requests per measurement, each with an image (width, height), in turns.
 
-    Attributes
-    ----------
-    concurrency : sequence of int
-        Requests at once.
-    requests : int
-        Of each measurement, if they are not fewer than requests at once.
-    repetitions : int
-        Measurements of each kind, which take turns.
-    width, height : int
-        Of the images.
-    new_tokens : int
-        Of each answer.
+    ``concurrency`` are the numbers of requests at once; a measurement has at least as many requests.
     """
 
     concurrency: Sequence[int]
@@ -72,24 +61,15 @@ class Load:
 def measure(url: str, vllm: str, method: str, ratio: float, load: Load) -> list[dict[str, Any]]:
     """Ask a running server, unpruned and pruned in turns.
 
-    Parameters
-    ----------
-    url : str
-        Of an OpenAI-compatible server with this package's plug-in that trusts the ratios of requests.
-    vllm : str
-        The program whose ``bench serve`` sends the requests.
-    method : str
-        What the server prunes with.
-    ratio : float
-        Kept ratio, compared with 1.
-    load : Load
+    ``url`` is an OpenAI-compatible server with this package's plug-in, which trusts the ratios of requests and prunes
+    with ``method``; ``vllm`` is the program whose ``bench serve`` sends the requests; ``ratio`` is compared with 1.
 
     Returns
     -------
     list of dict
         One per number of requests at once and ratio, medians over the repetitions: "method", "ratio", "concurrency",
-        "requests", "requests_per_second", "ttft_ms" ("p50" and "p95"), "prompt_tokens", "kv_blocks" (the most at a
-        time, None where the server does not say) and "times_unpruned", the ratio of requests per second.
+        "requests", "requests_per_second", "ttft_ms" ("p50" and "p95"), "prompt_tokens", "kv_blocks" (the peak; None
+        where the server does not state it) and "times_unpruned", the ratio of requests per second.
 
     Raises
     ------
@@ -123,21 +103,19 @@ def measure(url: str, vllm: str, method: str, ratio: float, load: Load) -> list[
 def _row(
     name: str, ratio: float, at_once: int, found: Sequence[dict[str, Any]], unpruned: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    def median(of: Callable[[dict[str, Any]], float]) -> float:
-        return statistics.median(map(of, found))
+    def median(key: str) -> float:
+        return statistics.median(one[key] for one in found)
 
     blocks = [one["kv_blocks"] for one in found if one["kv_blocks"] is not None]
-    times = [
-        own["request_throughput"] / other["request_throughput"] for own, other in zip(found, unpruned, strict=True)
-    ]
+    times = [own["request_throughput"] / one["request_throughput"] for own, one in zip(found, unpruned, strict=True)]
     return {
         "method": name,
         "ratio": ratio,
         "concurrency": at_once,
         "requests": sum(one["completed"] for one in found),
-        "requests_per_second": median(lambda one: one["request_throughput"]),
-        "ttft_ms": {name: median(lambda one, name=name: one[f"{name}_ttft_ms"]) for name in ("p50", "p95")},
-        "prompt_tokens": median(lambda one: one["total_input_tokens"] / one["completed"]),
+        "requests_per_second": median("request_throughput"),
+        "ttft_ms": {name: median(f"{name}_ttft_ms") for name in ("p50", "p95")},
+        "prompt_tokens": statistics.median(one["total_input_tokens"] / one["completed"] for one in found),
         "kv_blocks": max(blocks, default=None),
         "times_unpruned": statistics.median(times),
     }
@@ -161,10 +139,8 @@ def bench(
         command += ["--percentile-metrics", "ttft", "--metric-percentiles", "50,95", "--disable-tqdm"]
         command += ["--extra-body", json.dumps({"mm_processor_kwargs": {RATIO: ratio}})]
         command += ["--save-result", "--result-dir", folder, "--result-filename", file.name]
-        try:
+        with _program_exists(vllm):
             done = subprocess.run(command, env=environ_with({}), capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise OSError(f"{vllm} is not there: pip install vllm, or name the program with --vllm") from None
         if done.returncode or not file.exists():
             raise OSError(f"vllm bench serve ended with status {done.returncode}: {_reason(done.stderr)}")
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -175,7 +151,7 @@ def bench(
 
 @contextmanager
 def _watched_cache(url: str) -> Iterator[list[int]]:
-    """Yields a list that grows by the number of KV blocks in use, as long as the block runs."""
+    """Yields a list to which the number of KV blocks in use is added as long as the block runs."""
     used: list[int] = []
     over = threading.Event()
 
@@ -198,7 +174,7 @@ def _watched_cache(url: str) -> Iterator[list[int]]:
 
 
 def kv_blocks(metrics: str) -> int | None:
-    """KV blocks in use by vLLM's metrics, in Prometheus's text format; None where they do not say."""
+    """KV blocks in use by vLLM's metrics, in Prometheus's text format; None if they are not stated."""
     shares = re.findall(r"^vllm:kv_cache_usage_perc(?:{.*})? (\S+)$", metrics, re.MULTILINE)
     totals = re.findall(r'^vllm:cache_config_info{.*num_gpu_blocks="(\d+)".*$', metrics, re.MULTILINE)
     if not shares or len(shares) != len(totals):
@@ -238,12 +214,9 @@ def _prompt_tokens(url: str, model: str, load: Load, ratio: float) -> int:
 
 @contextmanager
 def started(vllm: str, model: str, config: PruningConfig, options: Sequence[str], log: Path) -> Iterator[str]:
-    """A server of ``model`` that prunes with ``config``, and yields its address; its output goes to ``log``.
+    """Yields the address of a server of ``model`` that prunes with ``config``; its output goes to ``log``.
 
-    Raises
-    ------
-    OSError
-        If it does not start.
+    If it does not start, it is an `OSError`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -252,12 +225,9 @@ def started(vllm: str, model: str, config: PruningConfig, options: Sequence[str]
     with tempfile.TemporaryDirectory() as folder, log.open("w", encoding="utf-8") as output:
         command = [vllm, "serve", _folder_of(model, Path(folder)), "--host", "127.0.0.1", "--port", port]
         command += ["--trust-request-mm-kwargs", *options]
-        try:
-            process = subprocess.Popen(
-                command, env=environ_with(config.to_env()), stdout=output, stderr=subprocess.STDOUT
-            )
-        except FileNotFoundError:
-            raise OSError(f"{vllm} is not there: pip install vllm, or name the program with --vllm") from None
+        env = environ_with(config.to_env())
+        with _program_exists(vllm):
+            process = subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT)
         try:
             _wait(process, f"http://127.0.0.1:{port}", log)
             yield f"http://127.0.0.1:{port}"
@@ -268,6 +238,14 @@ def started(vllm: str, model: str, config: PruningConfig, options: Sequence[str]
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def _program_exists(vllm: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise OSError(f"{vllm} is not there: pip install vllm, or name the program with --vllm") from None
 
 
 def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
@@ -291,7 +269,7 @@ def _reason(output: str) -> str:
 
 
 def _folder_of(model: str, folder: Path) -> str:
-    """What vLLM loads: llava-mini, and the random decoder behind its tower, are written first."""
+    """What vLLM loads: llava-mini, and a random decoder after its tower, are written first."""
     if model not in (EMBEDDED, RANDOM):
         return path_of(model)
     from llava.serve.export_hf import export, published_name
@@ -311,6 +289,6 @@ def _folder_of(model: str, folder: Path) -> str:
 
 
 def program() -> str:
-    """The ``vllm`` beside this Python, or the one on the path."""
+    """The ``vllm`` of this environment, or the one on the path."""
     beside = Path(sys.executable).with_name("vllm")
     return str(beside) if beside.exists() else "vllm"

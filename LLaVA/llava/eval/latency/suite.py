@@ -1,4 +1,4 @@
-"""``suite``: the embedded suite through lmms-eval, samples a second with and without pruning, batches and the cache."""
+"""``suite``: samples per second of the embedded suite through lmms-eval, by method, batch size and use of the cache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from llava.benchmark_tasks import task_folders
-from llava.eval.latency.methods import UNPRUNED, read_methods
-from llava.eval.latency.report import add_ratios
+from llava.eval.latency.models import UNPRUNED, read_methods
+from llava.eval.latency.report import add_ratios, settings_of
 from llava.runtime import forget_place
 
 TASKS = ["mini_pope", "mini_gqa"]
@@ -34,23 +34,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Run tasks with every method and batch size, and compare with an unpruned run of batches of 1 without a cache.
 
-    Every run is a process of its own. What it takes is lmms-eval's own measurement of the answering: loading the model
-    and scoring are left out, reading and preparing images is not.
-
-    Parameters
-    ----------
-    pretrained : str
-    methods : sequence of str
-        See `llava.eval.latency.methods.read_methods`.
-    ratio : float
-        Kept ratio.
-    batches : sequence of int
-    tasks : sequence of str
-    limit : int or None
-        Samples per task.
-    device : str
-    folder : Path
-        Gets a folder per run with lmms-eval's results.
+    Every run is a process of its own and leaves lmms-eval's results in a folder of its own in ``folder``. The time is
+    lmms-eval's own measurement of the answers, which includes reading and preparing images, but not loading the model.
 
     Returns
     -------
@@ -69,7 +54,7 @@ def measure(
     for package in ("lmms_eval", "lmms_eval_otprune"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"suite runs the embedded benchmarks through {package}, which is not installed")
-    settings = dict.fromkeys((batch, cached) for batch in (1, *batches) for cached in (False, True))
+    settings = settings_of(batches)
     rows: list[dict[str, Any]] = []
     names = list(dict.fromkeys([UNPRUNED, *configs]))
     with tqdm(total=len(names) * len(settings), desc="suite", unit=" runs") as bar:
@@ -86,9 +71,8 @@ def measure(
 
 def environ_with(switch: Mapping[str, str]) -> dict[str, str]:
     """This process's environment for a process of its own with another switch."""
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
-    }
+    own = ("BASELINE", "SUBSET_RATIO", "LAYER_INDEX")
+    kept = {name: value for name, value in os.environ.items() if name not in own}
     forget_place(kept)
     return kept | switch
 
@@ -98,11 +82,9 @@ def run_tasks(
 ) -> dict[str, Any]:
     """One run in a process of its own: its "samples_per_second", "hits" and "misses"; an `OSError` if it fails.
 
-    ``model_args`` are our lmms-eval model's, ``switch`` is `BASELINE` and what belongs to it; ``folder`` gets
-    lmms-eval's results.
+    ``switch`` is `BASELINE` with its options.
     """
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava", "--model_args", model_args]
-    # lmms-eval looks for tasks in its own folder and in those that it is told.
     command += ["--include_path", *task_folders()]
     command += ["--tasks", ",".join(tasks), "--batch_size", str(batch), "--output_path", str(folder)]
     command += [] if limit is None else ["--limit", str(limit)]

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from llava.benchmarks import PAPER
 from llava.eval import distances
+from llava.eval.distances import Measured
 from llava.eval.encoder import Encoder, image_configs, images_of_folder, images_of_suite
 from llava.eval.plots.drawing import Drawn, new_figure, new_grid, spearman, styles
 from llava.eval.results.rows import MEAN, Row
@@ -34,24 +35,10 @@ class Distance:
 def measure(
     rows: Sequence[Row], images: int = IMAGES, folder: Path | None = None, device: str = "cpu", progress: bool = False
 ) -> list[Distance]:
-    """Distances of every configuration that drops tokens before the decoder by what is in the image.
+    """Distances of every configuration that drops tokens before the decoder by the image alone.
 
-    Parameters
-    ----------
-    rows : sequence of Row
-        Of one model.
-    images : int
-        How many of each benchmark.
-    folder : Path, optional
-        Images to take for all benchmarks in place of the embedded suite's.
-    device : str
-    progress : bool
-        Show a bar where a person watches.
-
-    Raises
-    ------
-    ValueError
-        If the runs are of several models, or not of the mini suite and no folder is given.
+    They are measured on the first ``images`` of each benchmark of the embedded suite, or of ``folder``. Runs of several
+    models are a `ValueError`; without ``folder``, so are runs of another suite.
     """
     configs = [(row, config) for row in rows for config in image_configs(row)]
     if not configs:
@@ -65,32 +52,27 @@ def measure(
     shown = images_of_suite(images, group) if folder is None else {MEAN: images_of_folder(folder, images)}
     encoder = Encoder.load(models.pop(), device)
     found: list[Distance] = []
+
+    def add(row: Row, benchmark: str, own: Sequence[Measured | Distance]) -> None:
+        found.append(Distance(row, benchmark, *(mean(getattr(one, name) for one in own) for name in VALUES)))
+
     for benchmark, several in tqdm(shown.items(), "distances", leave=False, disable=None if progress else True):
-        # Image by image: what the vision tower gave is remembered for all configurations.
+        # Image by image, so that an encoded image serves all configurations.
         measured = [[distances.measure(encoder, image, config) for _, config in configs] for image in several]
         for row in rows:
             own = [one for values in measured for (of, _), one in zip(configs, values, strict=True) if of is row]
             if own:
-                found.append(Distance(row, benchmark, *(mean(getattr(one, name) for one in own) for name in VALUES)))
-    return found if folder is not None else found + _means(found)
-
-
-def _means(found: Sequence[Distance]) -> list[Distance]:
-    rows = {id(one.row): one.row for one in found}.values()
-    by_row = [(row, [one for one in found if one.row is row]) for row in rows]
-    return [Distance(row, MEAN, *(mean(getattr(one, name) for one in own) for name in VALUES)) for row, own in by_row]
+                add(row, benchmark, own)
+    for row in dict.fromkeys(one.row for one in found) if folder is None else ():
+        add(row, MEAN, [one for one in found if one.row is row])
+    return found
 
 
 def draw_distance(found: Sequence[Distance]) -> Drawn:
     """Score against exact distance, with Spearman's correlation at each kept ratio.
 
-    The correlation is between the rank by distance, nearest first, and the rank by score, highest first: 1 where the
-    nearest set always answers best.
-
-    Raises
-    ------
-    ValueError
-        With fewer than three methods at every ratio.
+    The correlation is between the rank by distance, nearest first, and the rank by score, highest first: 1 if the
+    nearest set always answers best. With fewer than three methods at every ratio it is a `ValueError`.
     """
     groups = _by_ratio([one for one in found if one.benchmark == MEAN and one.row.relative is not None])
     groups = {ratio: group for ratio, group in groups.items() if len({one.row.label for one in group}) >= LEAST_METHODS}
@@ -125,23 +107,19 @@ def draw_distance(found: Sequence[Distance]) -> Drawn:
 def draw_relative_distance(found: Sequence[Distance]) -> Drawn:
     """Every method's distance divided by OTPrune's, each benchmark and their mean, at the smallest common ratio.
 
-    Raises
-    ------
-    ValueError
-        Without OTPrune and another method at one ratio.
+    Without OTPrune and another method at one ratio it is a `ValueError`.
     """
-    split = [
-        (ratio, *([one for one in group if (one.row.family == "otprune") == own] for own in (True, False)))
-        for ratio, group in _by_ratio(found).items()
-    ]
-    groups = [parts for parts in split if all(parts)]
-    if not groups:
+    groups = _by_ratio(found)
+    families = {ratio: {one.row.family for one in group} for ratio, group in groups.items()}
+    ratio = next((ratio for ratio, names in families.items() if "otprune" in names and len(names) > 1), None)
+    if ratio is None:
         raise ValueError("the figure of relative distances needs otprune and another method at one kept ratio")
-    ratio, of_otprune, others = groups[0]
-    # By default: of several OTPrunes the one without options is what the others are divided by.
-    own = min(of_otprune, key=lambda one: one.row.method).row.method
-    reference = {one.benchmark: one.wasserstein for one in of_otprune if one.row.method == own}
-    others += [one for one in of_otprune if one.row.method != own]
+    # Of several OTPrunes, the others are divided by the one without options.
+    own = min(one.row.method for one in groups[ratio] if one.row.family == "otprune")
+    reference = {one.benchmark: one.wasserstein for one in groups[ratio] if one.row.method == own}
+    others = sorted(
+        (one for one in groups[ratio] if one.row.method != own), key=lambda one: one.row.family == "otprune"
+    )
     figure = new_figure(max(5.0, 0.85 * len(reference) + 2), 4.4)
     axis = figure.subplots()
     records = []

@@ -1,4 +1,4 @@
-"""What all figures have in common: a drawing with its numbers, saved as PNG and CSV, the same bytes each time."""
+"""What all figures share: a plot with its numbers, saved as PNG and CSV, the same bytes each time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# After Okabe and Ito: told apart with any colour vision.
+# After Okabe and Ito: distinguishable with any colour vision.
 _FIXED = {
     "otprune": ("#D55E00", "o"),
     "divprune": ("#0072B2", "s"),
@@ -28,16 +28,13 @@ _FIXED = {
     "unpruned": ("#000000", "h"),
     "grey picture": ("#A0A0A0", "h"),
 }
-_FURTHER = tuple(
-    f"#{color}"
-    for color in ["8C564B", "17A2B8", "9A9A00", "1F4E79", "AA3377", "228833", "EE6677", "4B0082", "FF9F40", "2F4F4F"]
-)
+_FURTHER = ("8C564B", "17A2B8", "9A9A00", "1F4E79", "AA3377", "228833", "EE6677", "4B0082", "FF9F40", "2F4F4F")
 _FURTHER_MARKERS = "<>pdH8"
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure, what is shown and how it was made (``caption``), and the numbers in it: one record per line."""
+    """A figure, its ``caption`` (what is shown, and how it was made), and its numbers, one record per CSV line."""
 
     name: str
     title: str
@@ -53,7 +50,7 @@ class Drawn:
         return path
 
     def png(self) -> bytes:
-        """The picture. Without metadata: matplotlib's version would change the file and nothing in it."""
+        """The PNG file, without metadata: matplotlib's version would change it."""
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
         return buffer.getvalue()
@@ -66,10 +63,7 @@ class Drawn:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, laid out without overlaps; independent of the user's matplotlib settings.
 
-    Raises
-    ------
-    ImportError
-        Without matplotlib (the extra "figures").
+    Without matplotlib (the extra "figures") it is an `ImportError`.
     """
     try:
         import matplotlib
@@ -100,14 +94,14 @@ def styles(series: Iterable[str]) -> dict[str, dict[str, str]]:
         method = re.split(r" \(|,|:", name)[0]
         look = free.pop(method, None)
         if look is None:
-            look = _FURTHER[further % len(_FURTHER)], _FURTHER_MARKERS[further % len(_FURTHER_MARKERS)]
+            look = f"#{_FURTHER[further % len(_FURTHER)]}", _FURTHER_MARKERS[further % len(_FURTHER_MARKERS)]
             further += 1
         found[name] = dict(zip(("color", "marker"), look, strict=True))
     return found
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
-    """Rank correlation; ties share the mean of their ranks. nan where one side is all the same."""
+    """Rank correlation; ties share the mean of their ranks. nan if one side is constant."""
     import pandas
 
     return float(pandas.Series(one).rank().corr(pandas.Series(other).rank()))

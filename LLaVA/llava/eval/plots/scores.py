@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
+from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from llava.eval.plots.drawing import Drawn, new_figure, new_grid, styles
@@ -19,15 +20,12 @@ if TYPE_CHECKING:
 def draw_ratios(rows: Sequence[Row]) -> Drawn:
     """Methods across kept ratios: every benchmark's score, and the mean relative to unpruned.
 
-    Raises
-    ------
-    ValueError
-        Without two kept ratios of one method.
+    Without two kept ratios of one method it is a `ValueError`.
     """
     model, rows, full = _one_model(rows)
     measured = [row for row in rows if row.pruned and row.ratio is not None and row.relative is not None]
     series = {
-        name: sorted((row for row in measured if row.series == name), key=lambda row: row.ratio)
+        name: sorted((row for row in measured if row.series == name), key=attrgetter("ratio"))
         for name in dict.fromkeys(row.series for row in measured)
     }
     series = {name: several for name, several in series.items() if len({row.ratio for row in several}) > 1}
@@ -61,10 +59,7 @@ def draw_ratios(rows: Sequence[Row]) -> Drawn:
 def draw_safe(rows: Sequence[Row], share: float = SAFE) -> Drawn:
     """Each method's safe ratio in each benchmark: `llava.eval.results.safe`.
 
-    Raises
-    ------
-    ValueError
-        Without two kept ratios of one method, or intervals.
+    Without two kept ratios of one method, or without intervals, it is a `ValueError`.
     """
     model, rows, _ = _one_model(rows)
     found = safe_ratios(rows, share)
@@ -101,22 +96,19 @@ def draw_safe(rows: Sequence[Row], share: float = SAFE) -> Drawn:
 def draw_gamma(rows: Sequence[Row]) -> Drawn:
     """Relative mean of OTPrune by its option gamma, a line per kept ratio.
 
-    Raises
-    ------
-    ValueError
-        Without two values of gamma at one ratio.
+    Without two values of gamma at one ratio it is a `ValueError`.
     """
     model, rows, _ = _one_model(rows)
     runs = [row for row in rows if row.family == "otprune" and row.relative is not None and row.layer == 0]
     runs.sort(key=lambda row: (row.ratio, _gamma(row)))
-    lines = [(ratio, list(several)) for ratio, several in groupby(runs, lambda row: row.ratio)]
+    lines = [(ratio, list(several)) for ratio, several in groupby(runs, attrgetter("ratio"))]
     if not any(len(set(map(_gamma, several))) > 1 for _, several in lines):
         raise ValueError("the figure of gamma needs runs of otprune with two values of gamma or more, and unpruned")
     figure = new_figure(6.4, 4)
     axis = figure.subplots()
     for number, (ratio, several) in enumerate(lines):
         _plot(axis, map(_gamma, several), several, MEAN, marker="osD^v"[number % 5], label=f"ratio {ratio:g}")
-    by_default = (_gamma(row) for row in runs if "gamma" not in _pruning(row).get("set_options", ()))
+    by_default = (_gamma(row) for row in runs if "gamma" not in row.runs[0].content["pruning"].get("set_options", ()))
     for gamma, name, style in ((GAMMA, "published", ":"), (next(by_default, None), "default at this width", "--")):
         if gamma is not None:
             axis.axvline(gamma, color="0.5", linestyle=style, label=f"{name}, {gamma:.3g}")
@@ -135,19 +127,15 @@ def draw_gamma(rows: Sequence[Row]) -> Drawn:
 def draw_time(rows: Sequence[Row]) -> Drawn:
     """Relative mean against measured time: selection and prefill where all rows have them, else the whole answer.
 
-    Raises
-    ------
-    ValueError
-        Without two rows with a time and a relative mean.
+    Without two rows with a time and a relative mean it is a `ValueError`.
     """
     model, rows, _ = _one_model(rows)
     rows = [row for row in rows if row.relative is not None and row.method != GREY]
     times, what = [_prefill_time(row) for row in rows], "selection and prefill"
     if None in times:
         times, what = [row.answer_milliseconds for row in rows], "a prompt to its answer, images encoded"
-    timed = sorted(
-        ((time, row) for time, row in zip(times, rows, strict=True) if time is not None), key=lambda one: one[0]
-    )
+    known = [(time, row) for time, row in zip(times, rows, strict=True) if time is not None]
+    timed = sorted(known, key=itemgetter(0))
     if len(timed) < 2:
         raise ValueError("the figure of times needs two runs with measured times, and unpruned")
     figure = new_figure(8.5, 4.8)
@@ -188,33 +176,27 @@ def _one_model(rows: Sequence[Row]) -> tuple[str, list[Row], Row]:
     return models[0], measured, full
 
 
-def _pruning(row: Row) -> dict[str, Any]:
-    return row.runs[0].content["pruning"]
-
-
 def _gamma(row: Row) -> float:
-    return _pruning(row)["options"]["gamma"]
+    return row.runs[0].content["pruning"]["options"]["gamma"]
 
 
 def _numbers(row: Row, key: str, name: str) -> dict[str, float | None]:
     return dict(zip((name, "low", "high"), (row.score(key), *row.interval(key)), strict=True))
 
 
-def _plot(axis: Axes, places: Any, rows: Sequence[Row], key: str, **look: Any) -> None:
-    """Scores at their places, with intervals where all rows have them."""
-    values = [row.score(key) for row in rows]
-    spans = [row.interval(key) for row in rows]
+def _plot(axis: Axes, places: Iterable[float], rows: Sequence[Row], key: str, **look: Any) -> None:
+    """Scores by x, with intervals where all rows have them."""
+    spans = [(row.score(key), *row.interval(key)) for row in rows]
     bars = None
-    if all(low is not None for low, _ in spans):
-        around = [
-            (max(0.0, value - low), max(0.0, high - value)) for value, (low, high) in zip(values, spans, strict=True)
+    if rows and all(low is not None for _, low, _ in spans):
+        bars = [
+            [max(0.0, value - low) for value, low, _ in spans],
+            [max(0.0, high - value) for value, _, high in spans],
         ]
-        bars = list(zip(*around, strict=True)) or None
-    axis.errorbar(list(places), values, bars, capsize=2, elinewidth=0.8, **look)
+    axis.errorbar(list(places), [value for value, *_ in spans], bars, capsize=2, elinewidth=0.8, **look)
 
 
 def _prefill_time(row: Row) -> float | None:
     prefill, selection = row.milliseconds("prefill"), row.milliseconds("selection")
-    if prefill is None or (row.pruned and selection is None):
-        return None
-    return prefill + (selection or 0)
+    selection = 0.0 if selection is None and not row.pruned else selection
+    return None if prefill is None or selection is None else prefill + selection

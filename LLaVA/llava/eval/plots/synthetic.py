@@ -8,8 +8,8 @@ with R random subsets of size k, by two measures: the exact 2-Wasserstein distan
 * optimality: the best value seen in the trial (the random subsets' and the method's) against the method's, as the
   smaller one's share of the larger one, mean over the trials, in percent.
 
-The paper (arXiv 2602.20205, table 2) does not say which data, measure and definitions its figures stand for: the
-published numbers are shown beside these, and are not expected to be equal.
+The paper (arXiv 2602.20205, table 2) does not state its data, measure and definitions: the published numbers are shown
+beside these, and are not expected to be equal.
 """
 
 from __future__ import annotations
@@ -62,18 +62,9 @@ def run(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Outcome]:
-    """The experiment.
+    """The experiment in settings (m, d, k), 0 < k < m, with R = ``subsets`` random subsets per trial.
 
-    Parameters
-    ----------
-    settings : sequence of (m, d, k)
-        With 0 < k < m.
-    methods : sequence of str
-        Methods with their options (`PruningConfig.from_text`), which need nothing but features.
-    trials, subsets, seed : int
-        Trials per setting, random subsets per trial (R), and where the draws start.
-    progress : bool
-        Show a bar on stderr.
+    ``methods`` may have options (`PruningConfig.from_text`) and must need nothing but features.
     """
     configs = {method: PruningConfig.from_text(method, 1.0, {}) for method in methods}
     outcomes = []

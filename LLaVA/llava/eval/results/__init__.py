@@ -1,1 +1,1 @@
-"""Finished runs read back: rows of scores, their published counterparts, and what differences are worth."""
+"""Finished runs: rows of scores, published rows beside them, intervals and tests."""

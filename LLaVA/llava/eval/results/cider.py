@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-# A report asks for the scores of the same runs as the table before it, and a published benchmark's take minutes.
+# The report needs the same scores as the table before it, and those of a published benchmark take minutes.
 _known: dict[tuple, list[float]] = {}
-# What the tokeniser ends a line at. U+0085 and the separators at which Python's splitlines breaks are none of it.
+# The tokeniser's line ends, which are not all of those of Python's splitlines.
 _LINE_ENDS = str.maketrans(dict.fromkeys("\n\v\f\r\u2028\u2029", " "))
 
 
@@ -24,23 +24,13 @@ def one_line(caption: str) -> str:
 
 
 def cider_of_runs(runs: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> list[list[float]]:
-    """CIDEr of each image of several runs; the mean of a run's is its corpus score.
+    """CIDEr of each image of several runs; the mean over a run's images is its corpus score.
 
-    Parameters
-    ----------
-    runs : sequence of (predictions, references)
-        One prediction and several references per image, in the order in which they were scored: the tokeniser looks
-        beyond the end of a line, so that the score of the same captions in another order differs in the third digit.
+    A run is one prediction and several references per image, in the order in which they were scored: the tokeniser
+    looks beyond the end of a line, so that in another order the score differs in the third digit. Document frequencies
+    are those of all references of a run.
 
-    Returns
-    -------
-    list of lists of float
-        Document frequencies are those of all of a run's references.
-
-    Raises
-    ------
-    CaptionsCannotBeScored
-        Without Java or pycocoevalcap, or if the tokeniser gives another number of captions than it was given.
+    `CaptionsCannotBeScored` is raised without Java or pycocoevalcap, or if the tokeniser fails.
 
     Source: Vedantam et al., CVPR 2015.
     """

@@ -72,7 +72,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A score, its draws, and what was asked: scores of the same units are compared draw by draw."""
+    """A score, its draws, and its questions: scores on the same questions are compared draw by draw."""
 
     value: float
     draws: np.ndarray
@@ -110,7 +110,7 @@ def draw_scores(group: Sequence[Units], label: str, seed: int = 0, draws: int = 
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The percentile interval of draws, to six decimals: what lies beyond is the order of a machine's sums."""
+    """The percentile interval of draws, to six decimals: further ones depend on the machine."""
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return round(float(low), 6), round(float(high), 6)
 
@@ -175,7 +175,7 @@ def graded(scores: Mapping[Row, Scores]) -> list[Row]:
 
 
 def _shares(own: Scores, full: Scores) -> dict[str, np.ndarray]:
-    """Draws of each score in percent of the unpruned one, where both were asked the same and no draw divides by 0."""
+    """Draws of each score in percent of the unpruned one, if the questions are the same and no draw divides by 0."""
     same = [key for key in own if key in full and own[key].asked == full[key].asked]
     return {key: 100 * own[key].draws / full[key].draws for key in same if (full[key].draws > 0).all()}
 

@@ -21,7 +21,7 @@ CONTROL = "downsample"
 def with_filter(rows: Sequence[Row], seed: int, draws: int) -> tuple[list[Row], list[str]]:
     """Give each pruned row `Row.filtered`: its scores on the questions that ``downsample`` at its ratio cannot answer.
 
-    Also returns which rows have no ``downsample`` beside them; if none has, it is a `ValueError`.
+    Also returns which rows have no ``downsample`` at their ratio; if none has, it is a `ValueError`.
     """
     pruned = [row for row in rows if row.pruned and not row.published]
     remarks: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.benchmarks import BENCHMARKS, Benchmark, columns_of, shown_columns
+from llava.eval import page
 from llava.eval.results.evidence import Evidence
 from llava.eval.results.rows import MEAN, RANK, Row, best_of_columns
 from llava.files import csv_text
@@ -25,7 +25,7 @@ WORDS = 3
 BEST = "Bold: the best of the rows of one model that keep equally many tokens (within a tenth)."
 COUNTS = ("kept_tokens_mean", "total_tokens_mean", "kept_tokens_per_layer")
 BUDGET = (*COUNTS, "flops_ratio_literature", "flops_ratio_exact")
-"""Columns of the CSV table and keys of the JSON table; tokens per layer stand in one cell, separated by spaces."""
+"""Columns of the CSV table and keys of the JSON table; tokens per layer are in one cell, separated by spaces."""
 WORDS_OF_CSV = ("model", "method", "source", "kept_tokens_per_layer", "notes")
 _DAGGER, _DOUBLE_DAGGER = "\N{DAGGER}", "\N{DOUBLE DAGGER}"
 _LATEX = {character: rf"\{character}" for character in "%_&#"} | {
@@ -35,12 +35,6 @@ _LATEX = {character: rf"\{character}" for character in "%_&#"} | {
 }
 Cells = tuple[list[str], list[list[str]]]
 """A table for people: its header, and its lines as text."""
-_STYLE = (
-    ":root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;margin:1rem}"
-    ".wide{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.3rem .6rem;white-space:nowrap;"
-    "text-align:right;border-bottom:1px solid #8886}th:nth-child(-n+3),td:nth-child(-n+3){text-align:left}"
-    ".published{font-style:italic}"
-)
 
 
 def render(rows: Sequence[Row], remarks: Sequence[str], name: str, intervals: bool) -> str:
@@ -50,7 +44,7 @@ def render(rows: Sequence[Row], remarks: Sequence[str], name: str, intervals: bo
     if name == "json":
         return _json(rows, remarks)
     if name == "html":
-        return html_page(table_html(rows, [*remarks, *best_is_marked(rows)], intervals))
+        return table_html(rows, [*remarks, *best_is_marked(rows)], intervals, whole=True)
     return text_of(_tables(rows, intervals, " *(published)*" if name == "markdown" else " (published)"), remarks, name)
 
 
@@ -61,7 +55,9 @@ def render_cells(table: Cells, remarks: Sequence[str], name: str) -> str:
         return csv_text(header, lines)
     if name == "json":
         return _dumped({"rows": [dict(zip(header, line, strict=True)) for line in lines], "remarks": remarks})
-    return html_page(html_table(*table) + _paragraphs(remarks)) if name == "html" else text_of([table], remarks, name)
+    if name == "html":
+        return page.render("table.html.jinja", tables=[_shown_cells(table)], remarks=remarks, whole=True)
+    return text_of([table], remarks, name)
 
 
 def named(row: Row) -> str:
@@ -126,55 +122,31 @@ def _tables(rows: Sequence[Row], intervals: bool, published: str) -> list[Cells]
     return [cells(rows, intervals, published), *filtered]
 
 
-def table_html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool) -> str:
-    """The table (and that of the filter) and its remarks as a fragment of HTML."""
-    (header, lines), *filtered = _tables(rows, intervals, " (published)")
+def table_html(rows: Sequence[Row], remarks: Sequence[str], intervals: bool, whole: bool = False) -> str:
+    """The table (and that of the filter) and its remarks as a fragment of HTML, or with ``whole`` as a page."""
+    table, *filtered = _tables(rows, intervals, " (published)")
     best = best_of_columns(rows)
-    bold = [[name in best[row] for name in header] for row in rows]
-    text = html_table(header, lines, bold, [row.published for row in rows])
-    return text + "".join(html_table(*table) for table in filtered) + _paragraphs(remarks)
+    bold = [[name in best[row] for name in table[0]] for row in rows]
+    tables = [_shown_cells(table, bold, [row.published for row in rows]), *map(_shown_cells, filtered)]
+    return page.render("table.html.jinja", tables=tables, remarks=remarks, whole=whole)
 
 
-def html_table(
-    header: Sequence[str],
-    lines: Sequence[Sequence[str]],
-    bold: Sequence[Sequence[bool]] = (),
-    published: Sequence[bool] = (),
-) -> str:
-    """A table of HTML without its empty columns, for which a screen has no room."""
+def _shown_cells(
+    table: Cells, bold: Sequence[Sequence[bool]] | None = None, published: Sequence[bool] | None = None
+) -> dict[str, Any]:
+    """A table for the template, without its empty columns, for which a screen has no room; intervals below scores."""
+    header, lines = table
     shown = [place for place in range(len(header)) if place < WORDS or any(line[place] != MISSING for line in lines)]
-    head = "".join(f"<th>{html.escape(header[place])}</th>" for place in shown)
-    text = f'<table class="results">\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+    rows = []
     for number, line in enumerate(lines):
-        texts = [_two_lines(line[place], bool(bold) and bold[number][place]) for place in shown]
-        mark = ' class="published"' if published and published[number] else ""
-        text += f"<tr{mark}>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>\n"
-    return text + "</tbody>\n</table>\n"
-
-
-def _paragraphs(remarks: Iterable[str]) -> str:
-    return "".join(f"<p>{html.escape(remark)}</p>\n" for remark in remarks)
+        texts = [(*line[place].partition(" [")[::2], bool(bold) and bold[number][place]) for place in shown]
+        rows.append({"cells": texts, "published": bool(published) and published[number]})
+    return {"header": [header[place] for place in shown], "rows": rows}
 
 
 def best_is_marked(rows: Sequence[Row]) -> list[str]:
     """The remark on what `table_html` prints bold, if anything."""
     return [BEST] if best_of_columns(rows) else []
-
-
-def _two_lines(cell: str, best: bool) -> str:
-    """The interval below the score, so that eleven columns fit a screen."""
-    score, bracket, interval = html.escape(cell).partition(" [")
-    return (f"<strong>{score}</strong>" if best else score) + (f"<br><small>[{interval}</small>" if bracket else "")
-
-
-def html_page(fragment: str) -> str:
-    """A page around a table."""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Results</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f'<div class="wide">\n{fragment}</div>\n</body>\n</html>\n'
-    )
 
 
 def _csv(rows: Sequence[Row]) -> str:

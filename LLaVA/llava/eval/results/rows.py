@@ -1,4 +1,4 @@
-"""The table's rows: read from runs or published, one a configuration; seeds folded, ranks at equal budget."""
+"""The table's rows: read from runs or published, one per configuration; seeds folded, ranks at equal budget."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 PUBLISHED_FILE = Path(__file__).with_name("published.json")
 ENCODING = "avg_encoding_latency"
-"""What lmms-eval calls the seconds a sample that our model spent on encoding images."""
+"""lmms-eval's name for the seconds per sample that our model spent on encoding images."""
 UNPRUNED, GREY = "unpruned", "grey picture"
 MEAN, RANK = "Mean", "Rank"
-"""The columns beside those of the benchmarks."""
+"""The columns that are no benchmarks."""
 EQUAL_BUDGET = 1.1
 """Rows whose kept tokens differ by no more than this factor are ranked, and compared with Random, together."""
 
@@ -117,7 +117,7 @@ class Row:
         """Mean over the images and the decoder layers of the visual tokens present."""
         if not self.visual_tokens:
             return None
-        # Older results say what is left at the end of the decoder, which is another figure when it drops tokens.
+        # Older results state the tokens after the last layer, which are fewer if the decoder drops some.
         return None if self.layer != 0 and self.kept_per_layer is None else self.visual_tokens["kept"]["mean"]
 
     @property

@@ -1,4 +1,4 @@
-"""Result folders as they lie on the disk, and whether what is in them may stand in one table."""
+"""Reads result folders, and checks whether their runs may be in one table."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Run:
         task = column.task_in(self.tasks)
         if self.folder is None or task is None:
             return None
-        # A task that was evaluated again has left an older log beside the newer one.
+        # A task that was evaluated again has an older log, too.
         stamp = self.tasks[task].get("date", "*")
         return min((self.folder / "tasks" / task).glob(f"*/{stamp}_samples_{task}.jsonl"), default=None)
 
@@ -162,7 +162,7 @@ def short_name(model: str) -> str:
 
 
 def _jobs(folder: Path, contents: Sequence[Any], unreadable: list[str] | None) -> list[Run]:
-    """The runs in a whole run's results, each with the folder whose results.json says the same."""
+    """The runs in a whole run's results, each with the folder whose results.json is the same."""
     places = [(folder / job, read_json(folder / job / "results.json")) for job in _manifest(folder).get("jobs", ())]
     runs = []
     for content in contents:

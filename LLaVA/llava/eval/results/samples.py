@@ -28,7 +28,7 @@ class Units:
     Attributes
     ----------
     names : tuple of str
-        Two runs with the same names were asked the same.
+        Two runs with the same names have the same questions.
     parts : ndarray (units, parts), float64
         What each unit adds to the sums.
     score : callable
@@ -200,6 +200,6 @@ _SCORES: dict[str, Callable[[Any], float]] = {
     "mmmu": _mmmu_right,
     "pope": lambda record: record["ground_truth"] == record["prediction"],
 }
-"""By a column's reader: a question's score from what is logged of it."""
+"""By a column's reader: a question's score from its logged record."""
 _OTHER_UNITS: dict[str, Callable[[Column, Samples], Units]] = {"mme": _mme, "pope": _pope}
 """Where the benchmark's score is no mean over questions."""

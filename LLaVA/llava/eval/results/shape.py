@@ -1,4 +1,4 @@
-"""What results look like on the disk, and a sentence on what does not look like it."""
+"""The format of results on disk, and a sentence on what deviates from it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Task(TypedDict):
 
 
 class TaskResult(Task):
-    """Of one task, as a run leaves it and puts it together with the others."""
+    """The result of one task, as a run stores it."""
 
     visual_tokens: CountedTokens | None
     samples: Whole
@@ -75,7 +75,7 @@ class Pruning(TypedDict):
 
 
 class Results(TypedDict):
-    """Of one model under one pruning configuration."""
+    """The results of one model under one pruning configuration."""
 
     suite: str
     model: str
@@ -106,12 +106,10 @@ TASK_RESULT, RESULTS, MANIFEST, WHOLE_RUN = map(TypeAdapter, (TaskResult, Result
 
 
 def check(content: Any, shape: TypeAdapter) -> None:
-    """Refuse what does not have a shape; what the shape does not name may be there.
+    """Refuse what does not have a shape; further entries are allowed.
 
-    Raises
-    ------
-    ValueError
-        Says what is missing, or where which value stands and what belongs there; or that a later version wrote it.
+    The `ValueError` says what is missing, or where which value is and what belongs there; or that a later version wrote
+    it.
     """
     version = content.get("format", 0) if isinstance(content, Mapping) else 0
     if version not in range(FORMAT + 1):

@@ -7,7 +7,7 @@ for (const box of document.querySelectorAll(".selection")) {
     const figure = figures[place * data.views.length + number], image = new Image();
     const canvas = figure.querySelector("canvas"), count = figure.querySelector(".count");
     image.onload = () => { canvas.width = image.width; canvas.height = image.height; show(); };
-    image.src = view.picture;
+    image.src = view.image;
     panels.push({method, view, number, image, canvas, count});
   }
   const most = Math.max(...data.methods.map(method => method.places ? method.places.length : 0));
