@@ -12,16 +12,13 @@ import shutil
 import numpy as np
 import pytest
 
-from llava.benchmarks import BENCHMARKS
 from llava.eval import table
 from llava.eval.results.formats import FORMATS
 from llava.eval.results.rows import MEAN
 from llava.eval.results.safe import safe_cells, safe_ratios
-from llava.eval.results.samples import right_answers
 from llava.eval.table import build_table, load_runs
 from run_folders import job, write_run
 
-BY_KEY = {column.key: column for column in BENCHMARKS}
 TASKS = {"GQA": "mini_gqa", "POPE": "mini_pope"}
 
 
@@ -107,29 +104,6 @@ class TestFilter:
         assert table.main([str(run), "--filter", "downsample"]) == 2
         [said] = capsys.readouterr().err.splitlines()
         assert "the filter needs an unpruned run and one of downsample at the kept ratio of the others" in said
-
-
-class TestRight:
-    @pytest.mark.parametrize(
-        ("key", "names", "records", "right"),
-        [
-            ("OKVQA", None, [1.0, 0.5, 0.3, 0.0], [True, True, False, False]),
-            ("SEED-I", ("pred", "answer"), ["bB", "AB"], [True, False]),
-            ("POPE", ("ground_truth", "prediction"), ["yy", "nn", "ny", "y?"], [True, True, False, False]),
-            ("MME-P", ("category", "question_id", "score"), [("ocr", "a", 1.0), ("ocr", "a", 0.0)], [True, False]),
-            (
-                "MMB",
-                ("index", "answer", "prediction"),
-                [(1, "A", "A"), (1_000_001, "A", "B"), (2, "A", "A"), (1_000_002, "A", "A")],
-                [False, True],
-            ),
-            ("COCO", ("pred", "answer"), [("a", ["a"])], []),
-        ],
-    )
-    def test_answers_are_counted_by_question(self, key, names, records, right):
-        records = [dict(zip(names, record, strict=True)) for record in records] if names else records
-        logged = [{"doc_id": n, BY_KEY[key].logged: record} for n, record in enumerate(records)]
-        assert list(right_answers(BY_KEY[key], logged).values()) == right
 
 
 class TestSafe:

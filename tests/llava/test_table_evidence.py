@@ -11,7 +11,7 @@ import pytest
 from llava.benchmarks import BENCHMARKS as COLUMNS
 from llava.eval import table
 from llava.eval.results.evidence import draw_scores, interval
-from llava.eval.results.samples import units_of
+from llava.eval.results.samples import right_answers, units_of
 from llava.eval.table import build_table, load_runs
 from run_folders import job, write_run
 
@@ -65,40 +65,59 @@ class TestIntervals:
         assert "No interval of GQA, llava-mini/unpruned: the log gives 80, the results say 50." in built.remarks
 
 
+SAID = {("yes", "yes"): 6, ("no", "yes"): 2, ("yes", "no"): 3, ("yes", "maybe"): 1, ("no", "no"): 4}
+MME = [("ocr", "a", 1), ("ocr", "a", 1), ("ocr", "b", 1), ("ocr", "b", 0), ("sum", "c", 0), ("sum", "c", 0)]
+
+
 class TestUnits:
-    def test_of_mme_are_images_within_their_category(self):
-        records = [("ocr", "a", 1), ("ocr", "a", 1), ("ocr", "b", 1), ("ocr", "b", 0), ("sum", "c", 0), ("sum", "c", 0)]
-        names = ("category", "question_id", "score")
-        units = units_of(
-            BY_KEY["MME-P"], logged("mme_perception_score", *(dict(zip(names, r, strict=True)) for r in records))
-        )
-        assert units.value == (200 + 50) / 2 + 0
+    @pytest.mark.parametrize(
+        ("key", "names", "records", "value", "right"),
+        [
+            ("OKVQA", None, [1.0, 0.5, 0.3, 0.0], 0.45, [1, 1, 0, 0]),
+            ("SEED-I", ("pred", "answer"), ["bB", "BB", "AB"], 2 / 3, [1, 1, 0]),
+            (
+                "MMMU",
+                ("question_type", "answer", "parsed_pred"),
+                [("multiple-choice", "A", [said]) for said in "AABA"],
+                0.75,
+                [1, 1, 0, 1],
+            ),
+            (
+                "MMB",  # a question has to be right in every order of its options
+                ("index", "answer", "prediction"),
+                [(1, "A", "A"), (1_000_001, "B", "C"), (2, "D", "D"), (1_000_002, "A", "A")],
+                50.0,
+                [0, 1],
+            ),
+            ("MME-P", ("category", "question_id", "score"), MME, (200 + 50) / 2 + 0, [1, 1, 1, 0, 0, 0]),
+            (
+                "POPE",  # F1 of precision 6 / 8 and recall 6 / 9, as lmms-eval counts it
+                ("ground_truth", "prediction"),
+                [pair for pair, count in SAID.items() for _ in range(count)],
+                2 * (6 / 8) * (6 / 9) / (6 / 8 + 6 / 9),
+                [a == b for (a, b), count in SAID.items() for _ in range(count)],
+            ),
+        ],
+    )
+    def test_give_the_benchmarks_score_and_the_questions_that_are_right(self, key, names, records, value, right):
+        records = [dict(zip(names, record, strict=True)) for record in records] if names else records
+        samples = logged(BY_KEY[key].logged, *records)
+        if key == "SEED-I":
+            samples.append({"doc_id": len(records), "seed_video": {"pred": "A", "answer": "B"}})
+        assert units_of(BY_KEY[key], samples).value == pytest.approx(value)
+        assert list(right_answers(BY_KEY[key], samples).values()) == right
+
+    def test_of_mme_are_images_drawn_within_their_category(self):
+        records = [dict(zip(("category", "question_id", "score"), record, strict=True)) for record in MME]
+        units = units_of(BY_KEY["MME-P"], logged("mme_perception_score", *records))
         # The only image of "sum" is always drawn once: the other category's two give 200, 125 or 50.
         assert set(np.round(draw_scores([units], "MME-P", draws=200)[0], 6)) == {200.0, 125.0, 50.0}
-
-    def test_of_pope_give_f1_as_lmms_eval_counts_it(self):
-        pairs = {("yes", "yes"): 6, ("no", "yes"): 2, ("yes", "no"): 3, ("yes", "maybe"): 1, ("no", "no"): 4}
-        records = [{"ground_truth": a, "prediction": b} for (a, b), count in pairs.items() for _ in range(count)]
-        precision, recall = 6 / 8, 6 / 9
-        expected = 2 * precision * recall / (precision + recall)
-        assert units_of(BY_KEY["POPE"], logged("pope_f1_score", *records)).value == pytest.approx(expected)
-
-    def test_of_mmbench_are_questions_that_are_right_in_every_order(self):
-        letters = [(1, "A", "A"), (1_000_001, "B", "C"), (2, "D", "D"), (1_000_002, "A", "A")]
-        records = [dict(zip(("index", "answer", "prediction"), letter, strict=True)) for letter in letters]
-        assert units_of(BY_KEY["MMB"], logged("gpt_eval_score", *records)).value == 50.0
-
-    def test_of_mmmu_and_seed_are_questions(self):
-        mmmu = [{"question_type": "multiple-choice", "answer": "A", "parsed_pred": [said]} for said in "AABA"]
-        seed = logged("seed_image", *({"pred": said, "answer": "B"} for said in "bBA"))
-        seed.append({"doc_id": 3, "seed_video": {"pred": "A", "answer": "B"}})
-        assert units_of(BY_KEY["MMMU"], logged("mmmu_acc", *mmmu)).value == 0.75
-        assert units_of(BY_KEY["SEED-I"], seed).value == pytest.approx(2 / 3)
 
     def test_of_captions_are_images_by_document_whatever_the_order_of_the_log(self):
         units = units_of(BY_KEY["COCO"], [{"doc_id": 1}, {"doc_id": 0}], cider=[0.5, 2.5])
         assert units.parts[:, 0].tolist() == [2.5, 0.5]
         assert units.value == 1.5
+        assert right_answers(BY_KEY["COCO"], logged("coco_CIDEr", {"pred": "a", "answer": ["a"]})) == {}
 
 
 class TestComparisons:
