@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -272,6 +271,8 @@ def encoder_fingerprint(tower: Any, projector: torch.nn.Module | None = None) ->
     Weights, sizes and the layer that is read, dtype, attention and device, this code, and the libraries' versions; with
     a ``projector`` also what the projected features depend on.
     """
+    import transformers  # slow, and not needed to select tokens
+
     digest = hashlib.sha256()
     for module in (tower,) if projector is None else (tower, projector):
         for name, values in sorted(module.state_dict().items()):
