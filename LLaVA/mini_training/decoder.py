@@ -69,13 +69,8 @@ def build_llava(config: dict, vocabulary: int, folder: Path, device: str = "cpu"
 class ConversationTask(nn.Module):
     """A LLaVA model, asked many packed questions at once.
 
-    Parameters
-    ----------
-    model : LlavaLlamaForCausalLM
-    grounding : Grounding, optional
-        Also asks what noun phrases and options point at.
-    pointing : float
-        Weight of the loss that asks one head of two layers to attend to where the answer is seen.
+    With ``grounding`` it is also asked what noun phrases and options point at; ``pointing`` is the weight of the loss
+    that asks one head of two layers to attend to where the answer is seen.
     """
 
     def __init__(self, model: LlavaLlamaForCausalLM, grounding: Grounding | None = None, pointing: float = 0.0):
@@ -159,12 +154,7 @@ class ConversationTask(nn.Module):
     def answer_logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Predictions of all answers' tokens.
 
-        Returns
-        -------
-        logits : Tensor (A, V), float32
-        labels : Tensor (A,), int64
-        segments, rows : Tensor (A,), int64
-            The question and the row that each token belongs to.
+        Logits (A, V), float32, and of each token the label, the question (segment) and the row: (A,), int64.
         """
         device = batch.ids.device
         valid = batch.segments >= 0

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from llava.files import write_json
 from llava.mini.pages import PAGES
 from llava.model.builder import load_pretrained_model
 from mini_training.decoder import ConversationTask
-from mini_training.packing import Mixture, Packed, PackedScenes, collate
+from mini_training.packing import Mixture, PackedScenes, collate
 from mini_training.reading import PackedPages, Reading
 
 GREY = 128
@@ -34,21 +35,13 @@ def accuracy_by_form(
     """Right answers and questions of each form.
 
     An answer is right when each of its tokens is the likeliest after the ones before it: exactly those that greedy
-    decoding gives word for word.
-
-    Parameters
-    ----------
-    task : ConversationTask
-    data : PackedScenes or PackedPages
-    grey : bool
-        Show a grey image instead.
-    batch : int
+    decoding gives word for word. ``grey`` shows a grey image instead.
     """
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for start in range(0, len(data), batch):
         examples = [data[number] for number in range(start, min(start + batch, len(data)))]
         if grey:
-            examples = [_greyed(example) for example in examples]
+            examples = [replace(example, images=np.full_like(example.images, GREY)) for example in examples]
         (packed,) = collate(examples)
         logits, labels, segments, rows = task.answer_logits(packed)
         wrong = torch.zeros(len(examples), int(segments.max()) + 1)
@@ -60,24 +53,11 @@ def accuracy_by_form(
     return {form: (right, asked) for form, (right, asked) in sorted(counts.items())}
 
 
-def _greyed(example: Packed) -> Packed:
-    images = example.images.copy()
-    images[:] = GREY
-    return replace(example, images=images)
-
-
 def evaluate(checkpoint: Path, scenes: int, report: Path, sorts: Mapping[str, Mixture | Reading] = SCENE_SORTS) -> dict:
-    """Print and write accuracies of a checkpoint on validation scenes or pages, seen and grey.
+    """Print and write accuracies of a checkpoint on so many validation scenes or pages, seen and grey.
 
-    Parameters
-    ----------
-    checkpoint : Path
-    scenes : int
-        How many images.
-    sorts : mapping
-        What is asked: `SCENE_SORTS` or `PAGE_SORTS`.
-    report : Path
-        JSON: sort of question -> form -> ``{"asked", "right", "grey"}`` (the latter two as shares).
+    ``sorts`` is what is asked: `SCENE_SORTS` or `PAGE_SORTS`. ``report`` is JSON: sort of question -> form ->
+    ``{"asked", "right", "grey"}`` (the latter two as shares).
     """
     tokenizer, model, _, _ = load_pretrained_model(
         str(checkpoint), None, "llava-mini", device="cpu", torch_dtype=torch.float32, attn_implementation="sdpa"

@@ -44,15 +44,7 @@ def export_tower(tower: CLIPVisionModel, folder: Path) -> None:
 def export_checkpoint(model: LlavaLlamaForCausalLM, run: Path, config: dict, base: str | None = None) -> None:
     """Write configuration, weights and ``training.json`` beside the tokenizer and tower in ``run / "checkpoint"``.
 
-    Parameters
-    ----------
-    model : LlavaLlamaForCausalLM
-    run : Path
-        The run's folder, with the stages' states.
-    config : dict
-        The recipe.
-    base : str, optional
-        The model that the run went on from.
+    ``run`` is the run's folder, with the stages' states, and ``base`` the model that it went on from, if any.
     """
     folder = run / "checkpoint"
     settings = copy.deepcopy(model.config)

@@ -53,19 +53,9 @@ BOX_WEIGHT = 20.0
 def grounding_targets(pieces: Sequence[str], scenes: Sequence[Scene], right: str = "") -> list[tuple[int, ...]]:
     """Targets of the tokens at the ends of a prompt's noun phrases and options.
 
-    Parameters
-    ----------
-    pieces : sequence of str
-        The prompt's tokens, as the tokenizer's vocabulary spells them.
-    scenes : sequence of Scene
-        What the images show, one or two; none for a question without an image.
-    right : str
-        The right option's letter; empty for an open question.
-
-    Returns
-    -------
-    list of tuple of int
-        Index of the token, then `COLUMNS`, -1 where there is nothing to say.
+    ``pieces`` are the prompt's tokens as the vocabulary spells them; ``scenes`` what the images show, one or two, or
+    none for a question without an image; ``right`` the right option's letter, empty for an open question. A target is
+    the index of the token, then `COLUMNS`, -1 where there is nothing to say.
     """
     words = [piece.replace("▁", " ").strip() for piece in pieces]
     targets: dict[int, dict[str, int]] = {}
@@ -203,13 +193,7 @@ class Grounding:
 
 
 class GroundingHeads(nn.Module):
-    """Linear heads on hidden states of the ends of noun phrases and options.
-
-    Parameters
-    ----------
-    width : int
-        Of the hidden states.
-    """
+    """Linear heads on hidden states, of this width, of the ends of noun phrases and options."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -222,11 +206,8 @@ class GroundingHeads(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Losses by name, and accuracies under ``accuracy/<name>``.
 
-        Parameters
-        ----------
-        phrases, comparisons, options : Tensor (G, width)
-            Hidden states of the same tokens, of the layers where phrases, comparisons and options are read.
-        targets : Tensor (G, len(COLUMNS)), int64
+        The hidden states (G, width) are of the same tokens, of the layers where phrases, comparisons and options are
+        read; targets (G, len(COLUMNS)) are int64.
         """
         phrases, options = self.norms["phrases"](phrases), self.norms["options"](options)
         read = {"right": options} | dict.fromkeys(COMPARISONS, self.norms["comparisons"](comparisons))

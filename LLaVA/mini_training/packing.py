@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -60,17 +62,8 @@ class Packed:
 def pack(asked: list[QA], scenes: Sequence[Scene | Page], tokenizer) -> Packed:
     """Tokenise questions about the same images as benchmarks will ask them, and cut off what they have in common.
 
-    Parameters
-    ----------
-    asked : list of QA
-    scenes : sequence of Scene or Page
-        What the images show.
-    tokenizer
-
-    Raises
-    ------
-    ValueError
-        If an answer does not continue its prompt's tokens, or a question ends before its images.
+    ``scenes`` are what the images show. A ValueError if an answer does not continue its prompt's tokens, or a question
+    ends before its images.
     """
     texts = [conversation_texts(qa, len(scenes)) for qa in asked]
     encoded = encode_prompts([text for pair in texts for text in pair], tokenizer)
@@ -162,13 +155,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Drawn(Dataset):
-    """Examples by number: the same number gives the same example, in any process.
-
-    Attributes
-    ----------
-    split : str
-    first_seed, length : int
-    """
+    """Examples by number: the same number gives the same example, in any process."""
 
     split: str
     first_seed: int
@@ -180,15 +167,7 @@ class Drawn(Dataset):
 
 @dataclass(frozen=True)
 class PackedScenes(Drawn):
-    """Packed examples.
-
-    Attributes
-    ----------
-    batch : int
-        Examples a batch: all of a batch are of one sort (one image, two, or none).
-    mixture : Mixture
-    tokenizer
-    """
+    """Packed examples; the ``batch`` examples of a batch are all of one sort (one image, two, or none)."""
 
     batch: int
     mixture: Mixture
@@ -231,8 +210,7 @@ def _images(shown: Sequence[Scene | Page]) -> np.ndarray:
     return np.stack([np.array(render_page(one) if isinstance(one, Page) else render(one)) for one in shown])
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Packed examples, padded on the right.
 
     Attributes
@@ -242,8 +220,6 @@ class Batch:
     labels : Tensor (B, T), int64
     segments : Tensor (B, T), int64
         0 for the prefix, 1, 2, ... for the questions, -1 for padding.
-    forms : list of list of str
-        Form of each row's questions.
     grounding : Tensor (G, 2 + C), int64
         Row, index in ``ids``, and what the token there points at (`mini_training.grounding.COLUMNS`).
     pointers : Tensor (P, 2), int64
@@ -256,15 +232,9 @@ class Batch:
     ids: torch.Tensor
     labels: torch.Tensor
     segments: torch.Tensor
-    forms: list[list[str]]
     grounding: torch.Tensor
     pointers: torch.Tensor
     patches: torch.Tensor
-
-    def to(self, device: torch.device | str, **_: object) -> Batch:
-        """The batch on a device."""
-        moved = ("images", "ids", "labels", "segments", "grounding", "pointers", "patches")
-        return replace(self, **{name: getattr(self, name).to(device) for name in moved})
 
 
 def collate(examples: list[Packed]) -> tuple[Batch]:
@@ -277,9 +247,9 @@ def collate(examples: list[Packed]) -> tuple[Batch]:
         numbered = [[number] * len(question) for number, question in enumerate(example.questions, start=1)]
         segments.append([0] * len(example.prefix) + [*chain(*numbered)])
         starts = accumulate(map(len, example.questions), initial=len(example.prefix))
-        for start, targets in zip(starts, example.grounding, strict=False):  # the last start is the end
+        *starts, _ = starts  # the last one is the end
+        for start, targets in zip(starts, example.grounding, strict=True):
             grounding += [(row, start + token, *values) for token, *values in targets]
-        starts = accumulate(map(len, example.questions), initial=len(example.prefix))
         for start, answer, shown in zip(starts, example.labels, example.patches, strict=False):
             said = [place for place, label in enumerate(answer) if label != IGNORE_INDEX][:-1]  # without the end
             pointers += [(row, start + place - 1) for place in said if shown.any()]
@@ -290,7 +260,6 @@ def collate(examples: list[Packed]) -> tuple[Batch]:
             _stacked(ids, 0),
             _stacked(labels, IGNORE_INDEX),
             _stacked(segments, -1),
-            [example.forms for example in examples],
             torch.tensor(grounding, dtype=torch.int64).view(-1, 2 + len(COLUMNS)),
             torch.tensor(pointers, dtype=torch.int64).view(-1, 2),
             torch.from_numpy(np.array(patches, bool).reshape(-1, GRID * GRID)),
@@ -299,25 +268,15 @@ def collate(examples: list[Packed]) -> tuple[Batch]:
 
 
 def _stacked(rows: list[list[int]], filler: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=filler)
 
 
 def packed_mask(segments: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each token sees, and where it stands.
+    """What each token sees, (B, 1, T, T), and its position, (B, T); of `Batch.segments`.
 
-    Parameters
-    ----------
-    segments : Tensor (B, T), int64
-        0 for the prefix, which comes first, then 1, 2, ...; -1 for padding, which comes last.
-
-    Returns
-    -------
-    mask : Tensor (B, 1, T, T)
-        0 where a token sees another one (earlier, and of the prefix or of its own segment), else a large negative
-        number. Padding sees itself, so that no row of scores is empty.
-    positions : Tensor (B, T), int64
-        Counted through the prefix, and from its end anew in every segment.
+    The mask is 0 where a token sees another one (earlier, and of the prefix or of its own segment), else a large
+    negative number. Padding sees itself, so that no row of scores is empty. Positions are counted through the prefix,
+    and from its end anew in every segment.
     """
     length = segments.shape[1]
     order = torch.arange(length, device=segments.device)

@@ -135,10 +135,7 @@ def _any_text(rng: SeededRandom) -> str:
 def page_targets(page: Page) -> dict[str, np.ndarray]:
     """What the heads should say about a page.
 
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        For each of ``HEADS`` int64 (576,), -1 where it is not asked; ``words`` float32 (28,), which words stand there.
+    For each of ``HEADS`` int64 (576,), -1 where it is not asked; ``words`` float32 (28,), which words stand there.
     """
     targets = {name: np.full((GRID, GRID), -1, np.int64) for name in HEADS}
     targets["kind"][:] = 0
@@ -261,11 +258,7 @@ class ReadTowerTask(nn.Module):
     def forward(self, levels: torch.Tensor, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Losses by name, and accuracies (no gradient) under ``accuracy/<name>``.
 
-        Parameters
-        ----------
-        levels : Tensor uint8 (B, 336, 336, 3)
-        targets : dict
-            `page_targets` of every page, stacked.
+        Of uint8 images (B, 336, 336, 3), and their stacked `page_targets`.
         """
         hidden = hidden_state(self.tower, pixel_values(levels))
         summary, patches = hidden[:, 0], hidden[:, 1:]

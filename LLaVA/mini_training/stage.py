@@ -75,19 +75,8 @@ def make_optimizers(task: nn.Module, matrices: Iterable[nn.Parameter], stage: St
     chosen = list(matrices)
     known = {id(p) for p in chosen}
     rest = [p for p in task.parameters() if p.requires_grad and id(p) not in known]
-    optimizers: list[torch.optim.Optimizer] = []
-    if chosen:
-        optimizers.append(
-            torch.optim.Muon(
-                chosen,
-                lr=stage.matrix_learning_rate,
-                momentum=0.95,
-                nesterov=True,
-                weight_decay=stage.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-    optimizers.append(
-        torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=stage.weight_decay)
+    decay = stage.weight_decay
+    muon = torch.optim.Muon(
+        chosen, stage.matrix_learning_rate, decay, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw"
     )
-    return optimizers
+    return [muon, torch.optim.AdamW(rest, lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=decay)]

@@ -110,12 +110,8 @@ def hidden_state(tower: CLIPVisionModel, images: torch.Tensor) -> torch.Tensor:
 def scene_targets(scene: scenes.Scene) -> dict[str, np.ndarray]:
     """What the heads should say about a scene.
 
-    Returns
-    -------
-    dict of str to numpy.ndarray
-        For each of ``PATCH_HEADS`` int64 (576,), -1 where the head is not trained; ``box`` float32 (576, 6);
-        ``kinds`` float32 (72,), which pairs of shape and colour are there; ``texts`` float32 (34,); ``count`` int64
-        ().
+    For each of ``PATCH_HEADS`` int64 (576,), -1 where the head is not trained; ``box`` float32 (576, 6); ``kinds``
+    float32 (72,), which pairs of shape and colour are there; ``texts`` float32 (34,); ``count`` int64 ().
     """
     labels = patch_labels(scene)
     instance = labels["instance"]
@@ -275,11 +271,7 @@ class TowerTask(nn.Module):
     def forward(self, levels: torch.Tensor, targets: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Losses by name, and accuracies (no gradient) under ``accuracy/<name>``.
 
-        Parameters
-        ----------
-        levels : Tensor uint8 (B, 336, 336, 3)
-        targets : dict
-            `scene_targets` of every image, stacked.
+        Of uint8 images (B, 336, 336, 3), and their stacked `scene_targets`.
         """
         hidden = hidden_state(self.tower, pixel_values(levels))
         summary, patches = hidden[:, 0], hidden[:, 1:]
@@ -298,12 +290,9 @@ class TowerTask(nn.Module):
         box = self.box(patches).float()
         out["box"] = BOX_WEIGHT * F.smooth_l1_loss(box[seen], targets["box"][seen], beta=0.05)
         out["accuracy/box"] = ((box - targets["box"]).abs()[seen].amax(-1) < 0.03).float().mean().detach()
-        out["kinds"] = (
-            IMAGE_WEIGHT * 5 * F.binary_cross_entropy_with_logits(self.kinds(summary).float(), targets["kinds"])
-        )
-        out["texts"] = (
-            IMAGE_WEIGHT * 5 * F.binary_cross_entropy_with_logits(self.texts(summary).float(), targets["texts"])
-        )
+        for name, head in (("kinds", self.kinds), ("texts", self.texts)):
+            loss = F.binary_cross_entropy_with_logits(head(summary).float(), targets[name])
+            out[name] = IMAGE_WEIGHT * 5 * loss
         count = self.count(summary).float()
         out["count"] = 0.3 * IMAGE_WEIGHT * F.cross_entropy(count, targets["count"])
         out["accuracy/count"] = (count.argmax(-1) == targets["count"]).float().mean().detach()

@@ -27,7 +27,6 @@ import torch
 import yaml
 from accelerate import PartialState
 from safetensors.torch import load_file
-from torch import nn
 from torch.utils.data import default_collate
 
 from llava.command import Parser, positive, whole
@@ -55,12 +54,8 @@ LAYERS = "model.model.layers."
 def read_config(file: Path, smoke: bool = False) -> dict:
     """The recipe in a YAML file; with `smoke`, with the sizes and steps that its section ``smoke`` has instead.
 
-    Raises
-    ------
-    OSError
-        If there is no such file.
-    ValueError
-        If it holds no recipe, or one with a setting that cannot be: a stage is hours away when it is read.
+    An OSError if there is no such file, a ValueError if it holds no recipe, or one with a setting that cannot be: a
+    stage is hours away when it is read.
     """
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -141,7 +136,7 @@ def _begin(name: str, task: ConversationTask, folder: Path) -> None:
     if name == "read":
         task.model.load_state_dict(load_file(folder / "checkpoint" / "model.safetensors"), strict=False)
     elif name != "align":
-        grow(task, torch.load(folder / f"{_before(name)}.pt", map_location="cpu", weights_only=True)["model"])
+        grow(task, _weights(folder / f"{_before(name)}.pt"))
 
 
 def conversation_task(stage: str, config: dict, vocabulary: int, folder: Path, device: str = "cpu") -> ConversationTask:
@@ -160,16 +155,7 @@ def _grounding(stage: str, config: dict) -> Grounding | None:
 def grow(task: ConversationTask, state: dict[str, torch.Tensor]) -> None:
     """Load the weights of an equal or shallower model, spread over the layers; a layer in between does nothing yet.
 
-    Parameters
-    ----------
-    task : ConversationTask
-    state : dict
-        Of a task with at most as many decoder layers.
-
-    Raises
-    ------
-    ValueError
-        If the state has more layers.
+    A ValueError if the state has more layers.
     """
     layers = task.model.get_model().layers
     old = 1 + max(int(name.split(".")[3]) for name in state if name.startswith(LAYERS))
@@ -189,8 +175,8 @@ def grow(task: ConversationTask, state: dict[str, torch.Tensor]) -> None:
             layers[number].mlp.down_proj.weight.zero_()
 
 
-def _load(task: nn.Module, file: Path) -> None:
-    task.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"], strict=False)
+def _weights(file: Path) -> dict[str, torch.Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True)["model"]
 
 
 def _before(name: str) -> str:
@@ -218,7 +204,7 @@ def _prepare(name: str, config: dict, folder: Path, base: str | None) -> None:
         task = ReadTowerTask(folder / "checkpoint" / TOWER_FOLDER)
     else:
         return
-    _load(task, before)
+    task.load_state_dict(_weights(before), strict=False)
     export_tower(task.tower, folder / "checkpoint")
 
 
@@ -248,7 +234,7 @@ def _export(config: dict, folder: Path, base: str | None) -> None:
     tokenizer = load_tokenizer(folder / "checkpoint")
     last = next(name for name in reversed(READ_STAGES if base else STAGES) if (folder / f"{name}.pt").exists())
     task = conversation_task(last, config, len(tokenizer), folder)
-    _load(task, folder / f"{last}.pt")
+    task.load_state_dict(_weights(folder / f"{last}.pt"), strict=False)
     export_checkpoint(task.model, folder, config, base)
 
 

@@ -91,15 +91,8 @@ def build_tokenizer(folder: Path, pieces: int, scenes: int) -> None:
     """Train the tokenizer and write ``tokenizer.model``, ``tokenizer_config.json`` and ``special_tokens_map.json``.
 
     SentencePiece byte-pair encoding as Llama's: nothing normalised, bytes for what is unknown, single digits. The
+    vocabulary has so many pieces, 3 special ones and 256 bytes included, learnt from so many scenes' questions. The
     same corpus gives the same file.
-
-    Parameters
-    ----------
-    folder : Path
-    pieces : int
-        Size of the vocabulary, with 3 special pieces and 256 bytes.
-    scenes : int
-        How many scenes' questions to learn from.
     """
     model = io.BytesIO()  # a file name would be written into the model
     SentencePieceTrainer.train(

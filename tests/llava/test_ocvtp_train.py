@@ -58,7 +58,7 @@ def trained(features, tmp_path_factory):
 
 
 def run_extract(tower, source, output, **settings):
-    settings = {"layer": 0, "shard": 4, "batch": 3, "quiet": True} | settings
+    settings = {"layer": 0, "shard": 4, "batch": 3} | settings
     images = source if isinstance(source, Source) else find_images(str(source))
     return extract(tower, "tiny", images, output, **settings)
 
@@ -67,7 +67,7 @@ def run_train(features, output, recipe=RECIPE, **settings) -> bool:
     def sizes(description) -> SlotConfig:
         return tiny_config(description.width, description.layer, description.tokens)
 
-    return train(features, sizes, recipe, Run(output, quiet=True, **settings))
+    return train(features, sizes, recipe, Run(output, **settings))
 
 
 # ---- features

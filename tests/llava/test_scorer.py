@@ -44,7 +44,7 @@ def prompts(model, count: int = 10) -> Prompts:
 
 
 def gathered(model, folder, count: int = 10):
-    gather(model, model.get_vision_tower().image_processor, prompts(model, count), folder, "tiny", quiet=True)
+    gather(model, model.get_vision_tower().image_processor, prompts(model, count), folder, "tiny")
     return folder
 
 
@@ -56,7 +56,7 @@ def attention(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(attention, tmp_path_factory):
     folder = tmp_path_factory.mktemp("scorer")
-    assert train(attention, RECIPE, Run(folder, quiet=True), "float32")
+    assert train(attention, RECIPE, Run(folder))
     return folder
 
 
@@ -98,8 +98,8 @@ def test_training_learns_and_resumes_to_the_same_weights(attention, trained, tmp
     lines = read_log(trained)
     assert lines[-1]["divergence"] < 0.5 * lines[0]["divergence"]
     for last_step in (1, 7, 30):
-        assert not train(attention, RECIPE, Run(tmp_path, quiet=True, resume=True, last_step=last_step), "float32")
-    assert train(attention, RECIPE, Run(tmp_path, quiet=True, resume=True), "float32")
+        assert not train(attention, RECIPE, Run(tmp_path, resume=True, last_step=last_step))
+    assert train(attention, RECIPE, Run(tmp_path, resume=True))
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / name).read_bytes() == (trained / name).read_bytes()
     config = json.loads((trained / "config.json").read_text())

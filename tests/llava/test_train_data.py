@@ -72,13 +72,6 @@ def test_marks_around_an_image_are_those_that_the_model_is_asked_with(tokenizer)
     assert find_faults(entries, "v1", None, tokenizer, len(input_ids) - 8, mark) == {}
 
 
-def test_v1_labels_are_the_answers_with_their_ends(tokenizer):
-    input_ids, labels = tokenize_conversation(TURNS, tokenizer, "v1")
-
-    assert labelled_text(input_ids, labels, tokenizer).split() == ["A", "red", "star.</s>", "red</s>"]
-    assert all(label in (IGNORE_INDEX, token) for token, label in zip(input_ids, labels, strict=True))
-
-
 def test_plain_is_the_image_and_its_caption(tokenizer):
     turns = [{"from": "human", "value": "Describe it.\n<image>"}, {"from": "gpt", "value": "A red star."}]
 
@@ -330,14 +323,6 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, golden_llava, t
 
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert a == b
-
-
-def test_an_unfinished_run_is_not_overwritten(run, golden_llava, tmp_path):
-    source = golden_llava / "checkpoints" / "llava-v1.5-tiny"
-    run("--stage", "finetune", "--model", source, "--output", tmp_path / "a", "--stop-after", "1")
-
-    with pytest.raises(ValueError, match="give --resume"):
-        run("--stage", "finetune", "--model", source, "--output", tmp_path / "a")
 
 
 @pytest.mark.parametrize(

@@ -22,5 +22,5 @@ def trained_networks(folder: Path) -> dict[str, dict[str, str]]:
 def save_tiny_scorer(folder: Path, width: int = WIDTH, seed: int = 22) -> str:
     """Write a random scorer into a folder."""
     torch.manual_seed(seed)
-    save_scorer(TokenScorer(width, 6), folder, torch.float32, {})
+    save_scorer(TokenScorer(width, 6), folder, {})
     return str(folder)

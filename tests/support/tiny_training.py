@@ -44,7 +44,7 @@ def optimizers(task: Task) -> list[torch.optim.Optimizer]:
 
 def train(folder, killed_after=None, task=None, **settings) -> tuple[Trainer, bool]:
     task = Task() if task is None else task
-    run = Run(folder, log_steps=4, cpu=True, quiet=True, **settings)
+    run = Run(folder, log_steps=4, cpu=True, **settings)
     trainer = Trainer(task, optimizers(task), run, accumulate=ACCUMULATE)
     batches = trainer.batches(data(), range(STEPS * SIZE), SIZE, STEPS)
 

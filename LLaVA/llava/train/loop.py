@@ -50,8 +50,6 @@ class Run:
         "no" or "bf16": of matrix products; the weights keep their dtype.
     cpu : bool
         Stay on the CPU where there is a GPU.
-    quiet : bool
-        No progress bar. There is none without a terminal either.
 
     Raises
     ------
@@ -70,7 +68,6 @@ class Run:
     log_steps: int = 50
     precision: str = "no"
     cpu: bool = False
-    quiet: bool = False
 
     def __post_init__(self):
         if self.state_file.exists() and not self.resume:
@@ -237,7 +234,7 @@ class Trainer:
         saved, end = time.monotonic(), time.monotonic() + run.seconds
         batches, ended = iter(batches), False
         self.task.train()
-        hidden = True if run.quiet or not main else None
+        hidden = None if main else True  # None: where there is no terminal
         with tqdm(total=steps, initial=self.step, desc=run.name, unit="step", disable=hidden, mininterval=1) as bar:
             while self.step < steps and not ended:
                 late, means = self._take_step(batches, factor(self.step), time.monotonic() > end)

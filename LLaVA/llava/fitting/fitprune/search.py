@@ -100,21 +100,13 @@ def least_share(cost: Cost, tokens: int, layers: int) -> float:
     return walk.stopped_at(cost)[-1] / walk.unpruned(cost)
 
 
-def search(walk_at: Callable[[float], Walk], cost: Cost, share: float, tolerance: float = TOLERANCE) -> Found:
-    """Bisect for the smallest alpha whose walk meets the budget.
+def search(walk_at: Callable[[float], Walk], cost: Cost, share: float) -> Found:
+    """Bisect for the smallest alpha whose walk, ``walk_at(alpha)``, meets the budget.
 
-    Parameters
-    ----------
-    walk_at : callable
-        The walk of an alpha between 0 and 1.
-    cost : Cost
-    share : float
-        Of the unpruned cost, what may be spent; a ValueError if no walk meets it.
-    tolerance : float
-        Ends the search.
+    ``share`` of the unpruned cost may be spent; a ValueError if no walk meets that.
     """
     low, high, best = 0.0, 1.0, None
-    while high - low > tolerance + 1e-6:
+    while high - low > TOLERANCE + 1e-6:
         alpha = (low + high) / 2
         walk = walk_at(alpha)
         stop = walk.stop(cost, share)

@@ -31,17 +31,10 @@ def padding_flops(tower: TowerShape) -> int:
 def cost(model: str, checkpoint: str | None, kept: int | None, text: int) -> str:
     """A table: the pruner, and the model's prefill with and without it.
 
-    Parameters
-    ----------
-    model : str
-        See `llava.flops.load_shape`.
-    checkpoint : str or None
-        A pruner; None for the published sizes at the width of the model's vision tower, and for llava-mini's own.
-        An OSError or ValueError if it is missing or damaged, or reads features of another width.
-    kept : int or None
-        Visual tokens kept; the published 0.098 of them if left out.
-    text : int
-        Text tokens.
+    ``model`` is one of `llava.flops.load_shape`; ``checkpoint`` a pruner, None for the published sizes at the width of
+    the model's vision tower, and for llava-mini's own; ``kept`` and ``text`` are visual tokens kept, by default the
+    published 0.098 of them, and text tokens. An OSError or ValueError if the checkpoint is missing or damaged, or reads
+    features of another width.
     """
     shape, tower = load_shape(model), load_tower(model)
     if checkpoint is None and model == EMBEDDED:

@@ -84,27 +84,12 @@ def extract(
     layer: int | None = None,
     shard: int = 64,
     batch: int = 16,
-    quiet: bool = False,
 ) -> Description:
     """Write the features of images, each squeezed to the tower's square as published; shards that are there stay.
 
-    Parameters
-    ----------
-    tower : CLIPVisionTower
-    model : str
-        Name of the checkpoint, for the description.
-    images, folder
-    layer : int, optional
-        Of the tower, from 0, or from the end of the layers that run; `default_layer` if left out.
-    shard, batch : int
-        Images per file, and images at a time.
-    quiet : bool
-        No progress bar.
-
-    Raises
-    ------
-    OSError, ValueError
-        If an image cannot be read, the layer is not one that runs, or the folder holds other features.
+    ``model`` is the checkpoint's name, for the description; ``layer`` the tower's, from 0, or from the end of the
+    layers that run (`default_layer` if left out); ``shard`` and ``batch`` are images per file, and images at a time. An
+    OSError or ValueError if an image cannot be read, the layer is not one that runs, or the folder holds others.
     """
     depth = tower.depth
     layer = default_layer(depth) if layer is None else layer
@@ -118,7 +103,7 @@ def extract(
     for name, value in asdict(described).items():
         if there[name] != value:
             raise ValueError(f"{folder} holds features with {name} {there[name]}, not {value}: give another --output")
-    with tqdm(total=len(images), desc="features", unit="image", disable=quiet or None) as bar:
+    with tqdm(total=len(images), desc="features", unit="image", disable=None) as bar:
         for file, members in described.shards(folder):
             names = json.dumps([images.names[number] for number in members])
             if not file.exists():

@@ -84,28 +84,12 @@ def split(count: int, recipe: Recipe) -> tuple[list[int], list[int]]:
 def train(
     folder: Path, sizes: Callable[[Description], SlotConfig], recipe: Recipe, run: Run, dtype: str = "float32"
 ) -> bool:
-    """Train a pruner, from its last saved state or from nothing.
+    """Train a pruner on a folder of `extract`, from its last saved state or from nothing.
 
-    Parameters
-    ----------
-    folder : Path
-        Of `extract`.
-    sizes : callable
-        The network for features of a description.
-    recipe : Recipe
-    run : Run
-        Its folder gets the pruner with the best validation loss, with weights of ``dtype``.
-
-    Returns
-    -------
-    bool
-        True when the run is complete, False when its time was up; the state is saved in both cases.
-
-    Raises
-    ------
-    OSError, ValueError, FloatingPointError
-        If the features are missing or others than those of the run to resume, the recipe does not fit them, or a loss
-        is not finite.
+    ``sizes`` gives the network for features of a description. The run's folder gets the pruner with the best validation
+    loss, with weights of ``dtype``. True when the run is complete, False when its time was up; the state is saved in
+    both cases. An OSError, ValueError or FloatingPointError if the features are missing or others than those of the run
+    to resume, the recipe does not fit them, or a loss is not finite.
     """
     features = Features(folder)
     described, config = features.description, sizes(features.description)

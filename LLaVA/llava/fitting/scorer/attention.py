@@ -22,7 +22,7 @@ from llava.pruning.methods.fitprune.recipe import model_fingerprint
 DESCRIPTION = "attention.json"
 
 
-def gather(model, image_processor, prompts: Prompts, folder: Path, name: str, quiet: bool = False) -> None:
+def gather(model, image_processor, prompts: Prompts, folder: Path, name: str) -> None:
     """Write a file per prompt; those that are there stay, so the same call continues where it was.
 
     The model, of this ``name``, is a loaded LLaVA, unpruned. An OSError or ValueError if a prompt cannot be used, or
@@ -36,7 +36,7 @@ def gather(model, image_processor, prompts: Prompts, folder: Path, name: str, qu
     if found not in (None, described):
         raise ValueError(f"{folder} holds the attention of another model, or other data: give another --output")
     write_json(folder / DESCRIPTION, described)
-    for number in tqdm(range(len(prompts)), desc="attention", unit="image", disable=True if quiet else None):
+    for number in tqdm(range(len(prompts)), desc="attention", unit="image", disable=None):
         file = sample_file(folder, number)
         if not file.exists():
             prompt = prompts[number]

@@ -72,7 +72,7 @@ def collate(examples: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Te
     return pad(list(features), batch_first=True), pad(list(attention), batch_first=True)
 
 
-def train(folder: Path, recipe: Recipe, run: Run, dtype: str = "bfloat16") -> bool:
+def train(folder: Path, recipe: Recipe, run: Run) -> bool:
     """Train a scorer on a folder of `gather`, from its last saved state or from nothing.
 
     True when the run is complete and ``run.folder`` holds the scorer, False when its time was up. An OSError or
@@ -114,7 +114,7 @@ def train(folder: Path, recipe: Recipe, run: Run, dtype: str = "bfloat16") -> bo
     if trainer.accelerator.is_main_process:
         scorer = trainer.accelerator.unwrap_model(trainer.task).scorer
         trained_on = {**data.description, "recipe": dataclasses.asdict(recipe), **scores}
-        save_scorer(scorer, run.folder, getattr(torch, dtype), trained_on)
+        save_scorer(scorer, run.folder, trained_on)
     return True
 
 
@@ -139,7 +139,7 @@ def evaluate(scorer: TokenScorer, data, device: torch.device | str = "cpu") -> d
     }
 
 
-def save_scorer(scorer: TokenScorer, folder: Path, dtype: torch.dtype, trained_on: dict[str, Any]) -> None:
-    """Write a scorer's folder."""
+def save_scorer(scorer: TokenScorer, folder: Path, trained_on: dict[str, Any]) -> None:
+    """Write a scorer's folder, with weights in bfloat16."""
     config = {"model_type": MODEL_TYPE, "width": scorer.width, "hidden": scorer.hidden, "trained_on": trained_on}
-    save_network(scorer, folder, dtype, config)
+    save_network(scorer, folder, torch.bfloat16, config)
