@@ -44,6 +44,11 @@ class KeptColumns:
         return KeptColumns(self.source.to(device), self.present.to(device))
 
     @classmethod
+    def whole(cls, valid: torch.Tensor) -> KeptColumns:
+        """All columns of ``valid`` (B, T), bool, which is False at padding."""
+        return cls(torch.arange(valid.shape[1], device=valid.device).repeat(len(valid), 1), valid)
+
+    @classmethod
     def closing_gaps(cls, keep: torch.Tensor, pad_right: bool = False) -> KeptColumns:
         """The columns of ``keep`` (B, T), bool, side by side, and padding to the length of the longest row."""
         return cls.sorted(keep, pad_right, longest=int(keep.sum(dim=1).max()))

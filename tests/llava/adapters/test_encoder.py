@@ -98,7 +98,7 @@ def test_encoder_attention_is_that_of_the_eager_encoder(name):
             "value_norms": heads.mean(dim=2).abs().sum(dim=-1),
         }
         for signal in of_layers:
-            found = signals[f"{signal} {layer}"][0][..., 0]
+            found = signals[signal][0][..., layer]
             torch.testing.assert_close(found, expected[signal][:, 1:], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
         signals["cls_attention"][0], maps[view.depth - 1][:, :, 0, 1:].transpose(1, 2), rtol=1e-4, atol=1e-6

@@ -6,9 +6,11 @@ follows is the model's own code on a shorter prompt. Nothing is patched, and ``g
 counting the columns of the whole prompt, which the same hook translates in every decoding step.
 
     family.py    what differs between families of models: one line each
+    encoder.py   what a method wants to know of the vision encoder, by attention.py
     images.py    which tokens of the prompts are which image's
     inputs.py    the rewriting, tensors in and tensors out
     session.py   the hooks: switching pruning on and off
+    inside.py    drops at the decoder's layers
 """
 
 from llava.adapters.transformers.family import FAMILIES, Family, register_family

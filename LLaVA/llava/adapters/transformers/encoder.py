@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -87,70 +87,73 @@ class EncoderView:
 
     @contextmanager
     def observed(self) -> Iterator[Signals]:
-        """Yields signals that are filled while images are encoded inside the block.
+        """Yields signals that are filled when images have been encoded inside the block.
 
-        Those of several layers are named "received_attention 0" and so on, one per layer.
+        Of several layers, side by side.
         """
         signals: Signals = {}
+        found: dict[str, list[list[torch.Tensor]]] = {}  # for each name and layer, of every call
         names, modules = list(self.attention), list(self.attention.values())
-        last, following = self.depth - 1, min(self.depth, len(modules) - 1)
+        looks: dict[int, list[Callable[[Call], None]]] = {}
         with ExitStack() as stack:
-            looks: dict[int, list] = {}
-            if self.needs & {"cls_attention", "encoder_keys"}:
-                looks.setdefault(last, []).append(self._last)
-            if self.needs & {"final_keys", "final_cls_attention"}:
-                looks.setdefault(following, []).append(_wide_head)
-            for number, layer in enumerate(self._layers):
-                for name in sorted(self.needs & PER_LAYER.keys()):
-                    looks.setdefault(layer % self.depth, []).append(_named(f"{name} {number}", PER_LAYER[name]))
+            for name in sorted(self.needs):
+                found[name] = [[] for _ in self._layers_of(name)]
+                for layer, notes in zip(self._layers_of(name), found[name], strict=True):
+                    if name in OF_ATTENTION:
+                        looks.setdefault(layer, []).append(self._noting(notes, OF_ATTENTION[name]))
+                    else:
+                        block = self.tower.get_submodule(names[layer].rpartition(".")[0])
+                        stack.callback(block.register_forward_hook(self._noting(notes, _states)).remove)
             for layer, own in looks.items():
-
-                def look(call: Call, own=own) -> None:
-                    for one in own:
-                        self._note(signals, one(call))
-
-                stack.callback(self._watch(modules[layer], look))
-            features = [("encoder_features", last), *(("layer_features", layer) for layer in self._feature_layer)]
-            for name, layer in features:
-                if name in self.needs:
-                    block = self.tower.get_submodule(names[layer % self.depth].rpartition(".")[0])
-
-                    def hook(module, args, output, name=name) -> None:
-                        hidden = output[0] if isinstance(output, tuple) else output
-                        self._note(signals, {name: hidden if hidden.ndim == 3 else hidden[None]})
-
-                    stack.callback(block.register_forward_hook(hook).remove)
+                stack.callback(self._watch(modules[layer], _each(own)))
             yield signals
+        for name, layers in found.items():
+            if layers:
+                signals[name] = (
+                    layers[0] if len(layers) == 1 else [torch.cat(c, dim=-1) for c in zip(*layers, strict=True)]
+                )
 
-    def _note(self, signals: Signals, found: dict[str, torch.Tensor]) -> None:
-        for name, values in found.items():
-            signals.setdefault(name, []).append(values[:, 1:] if self.has_cls else values)
+    def _layers_of(self, name: str) -> list[int]:
+        """The layers in which a signal is read."""
+        if name in ("final_keys", "final_cls_attention"):
+            return [min(self.depth, len(self.attention) - 1)]
+        if name == "layer_features":
+            return [layer % self.depth for layer in self._feature_layer]
+        return [layer % self.depth for layer in self._layers] if SIGNALS[name].per_layer else [self.depth - 1]
 
-    def _last(self, call: Call) -> dict[str, torch.Tensor]:
-        found = {}
-        if "encoder_keys" in self.needs:
-            found["encoder_keys"] = call.key.float().mean(dim=1)
-        if "cls_attention" in self.needs:
-            found["cls_attention"] = _paid_by_cls(call).transpose(1, 2)
-        return found
+    def _noting(self, notes: list[torch.Tensor], look: Callable[..., torch.Tensor]) -> Callable[..., None]:
+        def note(*args: Any) -> None:
+            values = look(*args)
+            notes.append(values[:, 1:] if self.has_cls else values)
+
+        return note
 
 
-def _wide_head(call: Call) -> dict[str, torch.Tensor]:
-    """Keys, and [CLS]'s attention if all heads were one."""
-    keys, query = call.key.transpose(1, 2).flatten(2), call.query[:, :, :1].transpose(1, 2).flatten(2)
-    with torch.autocast(keys.device.type, enabled=False):
-        rows = ((query @ keys.mT).float() * keys.shape[-1] ** -0.5).softmax(dim=-1)
-    return {"final_keys": keys, "final_cls_attention": rows[:, 0, :, None]}
+def _each(looks: Sequence[Callable[[Call], None]]) -> Callable[[Call], None]:
+    def look(call: Call) -> None:
+        for one in looks:
+            one(call)
+
+    return look
+
+
+def of_tokens(
+    base: Model, family: Any, entries: Sequence[torch.Tensor], inputs: Mapping[str, Any], patches: Signals
+) -> dict[str, list[torch.Tensor]]:
+    """Signals of the tokens of each entry of an encoder's output: name -> (N, C), or (N,) where there is one channel.
+
+    ``family`` is one of transformers' or vLLM's, with ``to_tokens`` if there are any signals.
+    """
+    found = {name: family.to_tokens(base, calls, entries, inputs) for name, calls in patches.items()}
+    if "final_cls_attention" in found:
+        found["final_cls_attention"] = [values[:, 0] for values in found["final_cls_attention"]]
+    return found
 
 
 def has_cls_token(tower: Model) -> bool:
     """Whether a vision encoder has a [CLS] token."""
     embeddings = getattr(tower, "embeddings", None)
     return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
-
-
-def _named(name: str, look: Callable[[Call], torch.Tensor]) -> Callable[[Call], dict[str, torch.Tensor]]:
-    return lambda call: {name: look(call)[..., None]}
 
 
 def _received(call: Call) -> torch.Tensor:
@@ -171,10 +174,31 @@ def _affinity(call: Call) -> torch.Tensor:
     return products(call.value[:, :, :1], call.value).softmax(dim=-1).mean(dim=1)[:, 0]
 
 
-PER_LAYER: dict[str, Callable[[Call], torch.Tensor]] = {
-    "received_attention": _received,
-    "layer_cls_attention": lambda call: _paid_by_cls(call).mean(dim=1),
-    "cls_affinity": _affinity,
-    "value_norms": lambda call: call.value.float().mean(dim=1).abs().sum(dim=-1),
+def _wide_head(call: Call) -> torch.Tensor:
+    """Attention of [CLS] if all heads were one: (B, T)."""
+    keys, query = _wide_keys(call), call.query[:, :, :1].transpose(1, 2).flatten(2)
+    with torch.autocast(keys.device.type, enabled=False):
+        return ((query @ keys.mT).float() * keys.shape[-1] ** -0.5).softmax(dim=-1)[:, 0]
+
+
+def _wide_keys(call: Call) -> torch.Tensor:
+    return call.key.transpose(1, 2).flatten(2)
+
+
+def _states(module: Any, args: tuple, output: Any) -> torch.Tensor:
+    """A layer's output: (B, T, D)."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    return hidden if hidden.ndim == 3 else hidden[None]
+
+
+OF_ATTENTION: dict[str, Callable[[Call], torch.Tensor]] = {
+    "cls_attention": lambda call: _paid_by_cls(call).transpose(1, 2),
+    "encoder_keys": lambda call: call.key.float().mean(dim=1),
+    "final_keys": _wide_keys,
+    "final_cls_attention": lambda call: _wide_head(call)[..., None],
+    "received_attention": lambda call: _received(call)[..., None],
+    "layer_cls_attention": lambda call: _paid_by_cls(call).mean(dim=1)[..., None],
+    "cls_affinity": lambda call: _affinity(call)[..., None],
+    "value_norms": lambda call: call.value.float().mean(dim=1).abs().sum(dim=-1)[..., None],
 }
-"""Signals of several layers: what each layer's call makes of every token, (B, T)."""
+"""What a layer's call makes of every token: (B, T, C)."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from llava.adapters.transformers.encoder import Signals
+from llava.adapters.transformers.encoder import Signals, of_tokens
 from llava.adapters.transformers.family import Entries, Family, Inputs, Model
+from llava.pruning.base import Pruner
 from llava.pruning.own_budget import patch_ids, patch_rows
 from llava.pruning.signals import content_key
 from llava.pruning.tokens import ImageTokens, Layout, TokenGrid
@@ -33,6 +34,15 @@ class PromptImage:
     tokens: ImageTokens
 
 
+class Grid(NamedTuple):
+    """Neighbouring tokens of one entry of an encoder's output, from one place among all tokens to another."""
+
+    begin: int
+    end: int
+    entry: int
+    tokens: TokenGrid | None
+
+
 @dataclass(frozen=True)
 class Encoding:
     """What is known of an encoder's output when it is made, and is gone when the prompts are read.
@@ -47,30 +57,31 @@ class Encoding:
         Digest of each entry's pixels.
     signals : dict of name -> sequence of Tensor (N_i, ...)
         The signals that a pruner needs of the vision encoder, for the tokens of each entry.
+    listed : bool
+        Whether the model reads a list of features, not a tensor.
     """
 
     entries: Sequence[torch.Tensor]
     layouts: Sequence[Layout | None]
     keys: Sequence[int] | None
     signals: Mapping[str, Sequence[torch.Tensor]]
+    listed: bool
 
     @classmethod
-    def of(
-        cls, base: Model, family: Family, output: Any, inputs: Inputs, patches: Signals, keys: bool, ids: bool
-    ) -> Encoding:
-        """Describe an output of ``get_image_features``, whose ``pooler_output`` is a list.
+    def of(cls, base: Model, family: Family, pruner: Pruner, output: Any, inputs: Inputs, patches: Signals) -> Encoding:
+        """Describe an output of ``get_image_features``, whose ``pooler_output`` becomes a list.
 
-        ``patches`` are the encoder's signals; ``keys`` says whether images have to be told apart by their pixels, and
-        ``ids`` whether patches have.
+        ``patches`` are the encoder's signals.
         """
-        entries = output.pooler_output
+        listed = not isinstance(output.pooler_output, torch.Tensor)
+        output.pooler_output = entries = list(output.pooler_output)  # in a list they keep their identity
         flat = [entry.reshape(-1, entry.shape[-1]) for entry in entries]
         layouts = family.layouts(base, flat, inputs) if family.layouts else [None] * len(flat)
-        to_tokens: Any = family.to_tokens  # there are signals only where it is known
-        signals = {name: to_tokens(base, calls, flat, inputs) for name, calls in patches.items()}
-        digests = [content_key(own) for own in _pixels(inputs, len(flat))] if keys else None
-        told_apart = {"patch_ids": _patch_ids(base, flat, layouts, inputs)} if ids else {}
-        return cls(entries, layouts, digests, by_field(signals) | told_apart)
+        signals = of_tokens(base, family, flat, inputs, patches)
+        if pruner.drop_duplicates:
+            signals["patch_ids"] = _patch_ids(base, flat, layouts, inputs)
+        keys = [content_key(own) for own in _pixels(inputs, len(flat))] if "image_keys" in pruner.needs else None
+        return cls(entries, layouts, keys, signals, listed)
 
     def images(self, output: Any, marks: torch.Tensor, family: Family) -> list[PromptImage]:
         """The images of the prompts, row by row.
@@ -96,8 +107,7 @@ class Encoding:
                 f"the prompts have {len(places)} image tokens and the images {len(features)}: the processor that made "
                 "the prompts must be this model's"
             )
-        lengths = [entry.numel() // entry.shape[-1] for entry in output.pooler_output]
-        edges = [0, *accumulate(lengths)]
+        edges = [0, *accumulate(entry.numel() // entry.shape[-1] for entry in output.pooler_output)]
         borders = torch.zeros(len(places) + 1, dtype=torch.bool)
         borders[[0, -1]] = True
         borders[1:-1] = places[1:, 0] != places[:-1, 0]
@@ -106,64 +116,35 @@ class Encoding:
         else:
             borders[1:-1] |= places[1:, 1] != places[:-1, 1] + 1
         signals = {name: torch.cat([own[index] for index in order]) for name, own in self.signals.items()}
-        layout_of = _layout_by_span([self.layouts[index] for index in order], lengths)
-        return [
-            PromptImage(
-                int(places[begin, 0]),
-                places[begin:end, 1],
-                ImageTokens(
-                    features[begin:end],
-                    layout_of(begin, end),
-                    {name: values[begin:end] for name, values in signals.items()} | self._key(begin, end, order, edges),
-                ),
+        grids = list(self._grids(order, edges))
+        images = []
+        for begin, end in pairwise(borders.nonzero().flatten().tolist()):
+            own = [grid for grid in grids if grid.begin < end and begin < grid.end]
+            layout = tuple(grid.tokens for grid in own if grid.tokens is not None)
+            tokens = ImageTokens(
+                features[begin:end],
+                layout if sum(map(len, layout)) == end - begin else None,
+                {name: values[begin:end] for name, values in signals.items()},
             )
-            for begin, end in pairwise(borders.nonzero().flatten().tolist())
-        ]
+            if self.keys is not None:
+                # Of each entry that it is made of, whole or in part, the key and where the part begins.
+                starts = {one.entry: max(begin - edges[one.entry], 0) for one in own}
+                parts = tuple((self.keys[order[entry]], start) for entry, start in starts.items())
+                whole = len(parts) == 1 and parts[0][1] == 0
+                tokens.signals["image_keys"] = parts[0][0] if whole else hash(parts) & (2**63 - 1)
+            images.append(PromptImage(int(places[begin, 0]), places[begin:end, 1], tokens))
+        return images
 
-    def _key(self, begin: int, end: int, order: Sequence[int], edges: Sequence[int]) -> dict[str, int]:
-        """The signal ``image_keys`` of the tokens from ``begin`` to ``end``: which parts of which entries they are."""
-        if self.keys is None:
-            return {}
-        parts = [
-            (self.keys[order[entry]], max(low, begin) - low)
-            for entry, (low, high) in enumerate(pairwise(edges))
-            if max(low, begin) < min(high, end)
-        ]
-        whole = len(parts) == 1 and parts[0][1] == 0
-        return {"image_keys": parts[0][0] if whole else hash(tuple(parts)) & (2**63 - 1)}
-
-
-def by_field(signals: dict[str, list[torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
-    """Signals by their name in `llava.pruning.signals.Signals`: those of several layers side by side."""
-    fields = {name: values for name, values in signals.items() if " " not in name}
-    if "final_cls_attention" in fields:
-        fields["final_cls_attention"] = [values[:, 0] for values in fields["final_cls_attention"]]
-    of_layers: dict[str, list[list[torch.Tensor]]] = {}
-    for name in sorted(signals.keys() - fields.keys(), key=lambda name: int(name.rpartition(" ")[2])):
-        of_layers.setdefault(name.partition(" ")[0], []).append(signals[name])
-    for name, layers in of_layers.items():
-        fields[name] = [torch.cat(columns, dim=-1) for columns in zip(*layers, strict=True)]
-    return fields
-
-
-def _layout_by_span(layouts: Sequence[Layout | None], lengths: Sequence[int]) -> Callable[[int, int], Layout | None]:
-    """Feature maps of the tokens from one place to another, which may be several entries or a part of one."""
-    starts: dict[int, TokenGrid | None] = {}
-    place = 0
-    for layout, length in zip(layouts, lengths, strict=True):
-        if layout is not None and sum(map(len, layout)) == length:
-            for part, offset in zip(layout, accumulate(map(len, layout), initial=0), strict=False):
-                starts[place + offset] = part
-        else:
-            starts[place] = None
-        place += length
-
-    def layout_of(begin: int, end: int) -> Layout | None:
-        parts = [part for start, part in starts.items() if begin <= start < end]
-        known = tuple(part for part in parts if part is not None)
-        return known if len(known) == len(parts) and sum(map(len, known)) == end - begin else None
-
-    return layout_of
+    def _grids(self, order: Sequence[int], edges: Sequence[int]) -> Iterator[Grid]:
+        """Of entries in an ``order``, with ``edges`` among the tokens; one a whole entry where no layout is known."""
+        for entry, (index, (begin, end)) in enumerate(zip(order, pairwise(edges), strict=True)):
+            layout = self.layouts[index]
+            if layout is None or sum(map(len, layout)) != end - begin:
+                yield Grid(begin, end, entry, None)
+                continue
+            for grid in layout:
+                yield Grid(begin, begin + len(grid), entry, grid)
+                begin += len(grid)
 
 
 def tiles(base: Model, inputs: Inputs, entries: int) -> list[list[torch.Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transformers.masking_utils import create_causal_mask
 
 from llava.adapters.transformers.images import PromptImage
+from llava.constants import IGNORE_INDEX
 from llava.pruning.rows import CACHE_NAMES, KeptColumns
 from llava.pruning.tokens import KeptTokens
 
@@ -36,10 +37,19 @@ def kept_columns(valid: torch.Tensor, images: Sequence[PromptImage], kept: Seque
     return KeptColumns.closing_gaps(keep, pad_right).of_tokens_at(source).to(device)
 
 
-def kept_types(columns: KeptColumns, types: torch.Tensor, length: int) -> torch.Tensor:
-    """Token types (B, T') of prompts of ``length`` columns; 0, text, where a place only pads."""
-    # Assisted decoding does not count its candidates in them.
-    return columns.take(torch.nn.functional.pad(types, (0, length - types.shape[1])), 0)
+def token_types(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Token types (B, T) among the inputs, by name; 0, text, for the candidates that assisted decoding leaves out."""
+    types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
+    length = inputs["input_ids"].shape[1]
+    return {name: torch.nn.functional.pad(own, (0, length - own.shape[1])) for name, own in types.items()}
+
+
+def kept_inputs(inputs: Mapping[str, Any], columns: KeptColumns, pad_id: int) -> dict[str, torch.Tensor]:
+    """Ids, token types and labels of what is kept; text where a place only pads."""
+    found = {name: columns.take(own, 0) for name, own in token_types(inputs).items()}
+    if inputs.get("labels") is not None:
+        found["labels"] = columns.labels(inputs["labels"], IGNORE_INDEX)
+    return found | {"input_ids": columns.take(inputs["input_ids"], pad_id)}
 
 
 def kept_positions(columns: KeptColumns, positions: torch.Tensor) -> torch.Tensor:
@@ -79,17 +89,59 @@ def spread(logits: torch.Tensor, columns: KeptColumns, length: int) -> torch.Ten
 
 
 @dataclass(frozen=True)
-class KeptPrompt:
-    """What decoding steps have to know of a pruned prompt; it hangs on the KV cache.
+class Prefill:
+    """Prompts that lose tokens, between a call's inputs and its outputs.
 
-    It covers the prompts up to their last image alone: what follows may grow, and be cropped by assisted decoding.
+    Attributes
+    ----------
+    images : sequence of PromptImage
+    length : int
+        Columns of the prompts, as the caller counts them.
+    entered : KeptColumns
+        Which of them enter the decoder.
+    positions : Tensor (..., B, T')
+        Their rotary positions.
+    shift : Tensor (B, 1), or None
+        See `KeptPrompt`.
+    labels : Tensor (B, length), or None
+        Where layers drop tokens too, and the loss is computed after them.
+    """
+
+    images: Sequence[PromptImage]
+    length: int
+    entered: KeptColumns
+    positions: torch.Tensor
+    shift: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+    def in_cache(self, left: Mapping[int, KeptColumns], cached: int) -> KeptPrompt:
+        """What decoding steps have to know, with a cache that counts ``cached`` columns of the prompts.
+
+        Of prompts that lost nothing inside the decoder it ends with the last image: what follows may grow, and be
+        cropped by assisted decoding.
+        """
+        end = self.length if left else 1 + max(int(image.columns[-1]) for image in self.images)
+        tail = self.length - end
+        upto = self.entered.source.shape[1] - tail
+        entered = KeptColumns(self.entered.source[:, :upto], self.entered.present[:, :upto])
+        following = self.positions[..., -1:] + 1 - tail
+        return KeptPrompt(end, cached - tail, entered, left, following, self.shift, not bool(entered.present.all()))
+
+
+@dataclass(frozen=True)
+class KeptPrompt:
+    """What decoding steps have to know of a pruned prompt, or its beginning; it hangs on the KV cache.
 
     Attributes
     ----------
     length : int
-        Columns of that part, as the caller counts them.
-    source, present : Tensor (B, T')
-        As in `KeptColumns`, of that part.
+        Its columns, as the caller counts them.
+    cached : int
+        How many of them the cache counts.
+    entered : KeptColumns
+        Which of them entered the decoder.
+    left : mapping of int to KeptColumns
+        Layer at whose input tokens were dropped -> which of those that entered it and the deeper ones hold.
     next_position : Tensor (..., B, 1)
         Rotary position of the first column after it.
     shift : Tensor (B, 1), or None
@@ -99,49 +151,37 @@ class KeptPrompt:
     """
 
     length: int
-    source: torch.Tensor
-    present: torch.Tensor
+    cached: int
+    entered: KeptColumns
+    left: Mapping[int, KeptColumns]
     next_position: torch.Tensor
     shift: torch.Tensor | None
     padded: bool
 
-    @classmethod
-    def of(
-        cls,
-        columns: KeptColumns,
-        images: Sequence[PromptImage],
-        positions: torch.Tensor,
-        shift: torch.Tensor | None,
-        length: int,
-    ) -> KeptPrompt:
-        """Of prompts of ``length`` columns, of which the kept ones have the rotary ``positions`` (..., B, T')."""
-        end = 1 + max(int(image.columns[-1]) for image in images)
-        tail = length - end
-        upto = columns.source.shape[1] - tail
-        present = columns.present[:, :upto]
-        last = positions[..., -1:] + 1 - tail
-        return cls(end, columns.source[:, :upto], present, last, shift, not bool(present.all()))
-
-    def mask(self, given: torch.Tensor | None, total: int) -> torch.Tensor | None:
-        """The attention mask (B, total) of the kept prompt and all that follows; ``given`` is the caller's."""
+    def mask(self, given: torch.Tensor | None, following: int) -> torch.Tensor | None:
+        """The attention mask (B, T) of it and ``following`` columns after it; ``given`` is the caller's."""
+        present = self.entered.present
         if given is None:
-            if not self.padded:
-                return None
-            following = self.present.new_ones(len(self.present), total - self.present.shape[1])
-            return torch.cat([self.present, following], dim=1).long()
-        prompt = given[:, : self.length].gather(1, self.source) * self.present.to(given.dtype)
-        return torch.cat([prompt, given[:, self.length :]], dim=1)
+            after = present.new_ones(len(present), following)
+            return torch.cat([present, after], dim=1).long() if self.padded else None
+        return torch.cat([self.entered.take(given[:, : self.length], 0), given[:, self.length :]], dim=1)
 
-    def positions(self, cached: int, new: int) -> torch.Tensor:
-        """Rotary positions (..., B, new) of columns after ``cached`` ones."""
-        return self.next_position + (cached - self.source.shape[1]) + torch.arange(new, device=self.source.device)
+    def positions(self, since: int, new: int) -> torch.Tensor:
+        """Rotary positions (..., B, new) of columns, when there are ``since`` others after it already."""
+        return self.next_position + torch.arange(since, since + new, device=self.next_position.device)
 
 
-def kept_features(output: Any, images: Sequence[PromptImage], kept: Sequence[KeptTokens], listed: bool) -> Any:
-    """The encoder's output with the kept tokens alone, of images in the order of the placeholders.
+def all_features(output: Any) -> Any:
+    """An encoder's whole output, with features in the container that the model reads."""
+    if output.encoding.listed:
+        return output
+    return type(output)(**{**output, "pooler_output": torch.stack(output.pooler_output)})
 
-    A new object, since ``generate`` hands the old one over again where it does without a cache; ``listed`` says whether
-    the model reads a list of features or a tensor.
+
+def kept_features(output: Any, images: Sequence[PromptImage], kept: Sequence[KeptTokens]) -> Any:
+    """An encoder's output with the kept tokens alone, of images in the order of the placeholders.
+
+    A new object, since ``generate`` hands the old one over again where it does without a cache.
     """
     edge, rows = 0, []
     for image, left in zip(images, kept, strict=True):
@@ -151,7 +191,7 @@ def kept_features(output: Any, images: Sequence[PromptImage], kept: Sequence[Kep
     features = torch.cat([left.features for left in kept])
     # Patch-level fields are of no use on a prompt of fewer tokens; others, as Ovis2's indicators, are handed on.
     fields = {name: value for name, value in output.items() if name not in PATCH_LEVEL}
-    fields["pooler_output"] = [features] if listed else features[None]
+    fields["pooler_output"] = [features] if output.encoding.listed else features[None]
     if output.get("deepstack_features") is not None:
         fields["deepstack_features"] = [_rows(level, indices) for level in output["deepstack_features"]]
     return type(output)(**fields)

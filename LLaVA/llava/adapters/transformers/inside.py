@@ -8,7 +8,7 @@ layer before computes it. Decoding steps see, layer by layer, what the prefill l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, c
 from llava.adapters.transformers.attention import Call, Watch
 from llava.adapters.transformers.family import Model
 from llava.adapters.transformers.images import PromptImage
-from llava.adapters.transformers.inputs import CACHE, KeptPrompt, kept_positions, kept_rotary, kept_types
+from llava.adapters.transformers.inputs import CACHE, kept_positions, kept_rotary
 from llava.pruning.attention import attention_of_queries, received_by_images
 from llava.pruning.base import Pruner
 from llava.pruning.rows import (
@@ -31,6 +31,7 @@ from llava.pruning.rows import (
     refuse_images_without_text,
 )
 from llava.pruning.signals import DECODER_SIGNALS
+from llava.pruning.tokens import ImageTokens
 
 STATES = frozenset({"states", "text_states"})
 """The input of the layer at which tokens are dropped."""
@@ -42,29 +43,34 @@ WITHOUT_KEYS = ("linear_attention", "conv")
 """Kinds of layers that keep a running state instead of keys and values."""
 
 
-@dataclass(frozen=True)
-class KeptInside:
-    """What decoding steps have to know of prompts that lost tokens at decoder layers; it hangs on the KV cache.
+@dataclass
+class Pass:
+    """A call of the model in which layers see to what is left of the prompts.
 
     Attributes
     ----------
-    length : int
-        Columns of the whole prompts.
-    cached : int
-        How many of them the cache counts.
-    left : mapping of int to KeptColumns
+    left : dict of int to KeptColumns
         Layer at whose input tokens were dropped -> what it and the deeper ones hold.
-    next_position : Tensor (..., B, 1)
-        Rotary position of the first column after the prompts.
-    before : KeptPrompt or None
-        What they had lost before the decoder already; all else is counted without it.
+    following : Tensor (B, M), or None
+        In a decoding step the caller's mask of all columns after the prompts.
+    rows : Rows, or None
+        In a prefill the prompts at the present layer; its images, and token types, which masks are made from.
+    raters : Tensor (B, T), or None
+        See `choose_raters`.
+    seen : dict of str to Tensor (B, T, ...)
+        Signals for the next drop.
+    masks : dict
+        (layer of the last drop, kind of layer) -> attention mask.
     """
 
-    length: int
-    cached: int
-    left: Mapping[int, KeptColumns]
-    next_position: torch.Tensor
-    before: KeptPrompt | None = None
+    left: dict[int, KeptColumns]
+    following: torch.Tensor | None = None
+    rows: Rows | None = None
+    images: Sequence[ImageTokens] = ()
+    types: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    raters: torch.Tensor | None = None
+    seen: dict[str, torch.Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, str | None], Any] = field(default_factory=dict)
 
 
 class InsideDecoder:
@@ -102,15 +108,11 @@ class InsideDecoder:
                 raise ValueError(f"{kind} ranks by the attention of decoder layer {looked_at}, which has none")
         self._handles: list[Any] = []
         self._ahead: dict[int, Watch] = {}
-        self.forget()
+        self._pass: Pass | None = None
 
     def forget(self) -> None:
         """What an earlier call has left, if it failed."""
-        self._rows: Rows | None = None
-        self._raters: torch.Tensor | None = None
-        self._left: dict[int, KeptColumns] | None = None
-        self._seen: dict[str, torch.Tensor] = {}
-        self._masks: dict[tuple[int, str | None], Any] = {}
+        self._pass = None
 
     # Switching on and off
 
@@ -144,7 +146,7 @@ class InsideDecoder:
         images: Sequence[PromptImage],
         prompt: torch.Tensor,
         types: Mapping[str, torch.Tensor],
-        entered: KeptColumns | None = None,
+        entered: KeptColumns,
     ) -> None:
         """A prefill begins.
 
@@ -154,12 +156,12 @@ class InsideDecoder:
             False at padding.
         images : sequence of PromptImage
             In the order of their placeholders.
-        prompt : Tensor (B, T'), bool
+        prompt : Tensor (B, T), bool
             False at padding and at what is to be predicted.
         types : mapping of str to Tensor (B, T')
             Token types, which masks are made from.
-        entered : KeptColumns or None
-            What of the prompts enters the decoder, T' of T columns; all of them if left out.
+        entered : KeptColumns
+            What of the prompts enters the decoder, T' of T columns.
         """
         if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
             raise NotImplementedError("gradient checkpointing runs layers twice, which drops inside the decoder refuse")
@@ -167,77 +169,64 @@ class InsideDecoder:
         for number, image in enumerate(images):
             image_id[image.row, image.columns] = number
         nothing = valid.new_zeros(*valid.shape, 0, dtype=torch.float32)
-        rows = Rows.start(nothing, valid, image_id.to(valid.device))
-        if entered is not None:
-            rows = rows.take(entered)
-        column = torch.arange(prompt.shape[1], device=valid.device).expand(len(valid), -1)
-        self._rows = replace(rows, column=column, prompt=prompt)
-        self._images = [image.tokens for image in images]
-        self._types, self._left, self._length = types, {}, prompt.shape[1]
+        rows = Rows.start(nothing, valid, image_id.to(valid.device), prompt).take(entered)
+        rows = replace(rows, column=KeptColumns.whole(rows.valid).source)
+        self._pass = Pass({}, rows=rows, images=[image.tokens for image in images], types=types)
 
-    def resume(self, kept: KeptInside, following: torch.Tensor | None) -> None:
-        """A decoding step begins.
-
-        Parameters
-        ----------
-        kept : KeptInside
-        following : Tensor (B, M), optional
-            The caller's mask of all columns after the prompts.
-        """
-        self._left, self._following = dict(kept.left), following
+    def resume(self, left: Mapping[int, KeptColumns], following: torch.Tensor | None) -> None:
+        """A decoding step begins: see `Pass`."""
+        self._pass = Pass(dict(left), following)
 
     def finish(self) -> dict[int, KeptColumns]:
         """The call has ended: what each layer of the schedule has left of prompts; nothing after a decoding step."""
-        left = self._left if self._rows is not None and self._left is not None else {}
-        self.forget()
-        return left
+        now, self._pass = self._pass, None
+        return {} if now is None or now.rows is None else now.left
 
     # The layers
 
     def _before_layer(self, depth: int) -> Callable[..., Any]:
         def hook(layer: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-            if self._left is None:
+            now = self._pass
+            if now is None:
                 return None
             named = "hidden_states" in kwargs
             hidden, rest = (kwargs["hidden_states"], args) if named else (args[0], args[1:])
-            if self._rows is not None:
-                hidden = self._entered(depth, layer, hidden, rest, kwargs)
-            kwargs = self._fitting(depth, hidden, kwargs)
+            if now.rows is not None:
+                now.rows = replace(now.rows, hidden=hidden).to(hidden.device)
+                hidden = self._entered(now, now.rows, depth, layer, rest, kwargs)
+            kwargs = self._fitting(now, depth, hidden, kwargs)
             return (rest, kwargs | {"hidden_states": hidden}) if named else ((hidden, *rest), kwargs)
 
         return hook
 
     def _entered(
-        self, depth: int, layer: Model, hidden: torch.Tensor, args: tuple, kwargs: dict[str, Any]
+        self, now: Pass, rows: Rows, depth: int, layer: Model, args: tuple, kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """A layer's input, without what is dropped there."""
-        assert self._rows is not None and self._left is not None
-        self._rows = replace(self._rows, hidden=hidden).to(hidden.device)
+        """A layer's input ``rows``, without what is dropped there."""
+        hidden = rows.hidden
         if depth == 0:
             if "rater_attention" in self.pruner.needs:
-                self._raters = choose_raters(self._rows, self.pruner)
+                now.raters = choose_raters(rows, self.pruner)
             if "text_attention" in self.pruner.needs:
-                refuse_images_without_text(self._rows, self.pruner)
+                refuse_images_without_text(rows, self.pruner)
         if depth not in self.schedule:
             return hidden
         if depth in self._ahead:
-            self._look_ahead(depth, layer, args, self._fitting(depth, hidden, kwargs) | {"hidden_states": hidden})
+            fitting = self._fitting(now, depth, hidden, kwargs) | {"hidden_states": hidden}
+            now.seen |= self._look_ahead(rows, depth, layer, args, fitting)
         if self.pruner.needs & STATES:
-            self._seen["states"] = self.decoder.norm(hidden.detach()).to(hidden.device)
-        fraction = self.schedule[depth]
-        self._rows = drop_image_tokens(self._rows, self._images, self.pruner, fraction, self._seen)
-        self._seen = {}
-        self._left[depth] = KeptColumns(self._rows.column, self._rows.valid)
-        return self._rows.hidden
+            now.seen["states"] = self.decoder.norm(hidden.detach()).to(hidden.device)
+        now.rows = drop_image_tokens(rows, now.images, self.pruner, self.schedule[depth], now.seen)
+        now.left[depth], now.seen = KeptColumns(now.rows.column, now.rows.valid), {}
+        return now.rows.hidden
 
-    def _fitting(self, depth: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _fitting(self, now: Pass, depth: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A layer's other arguments, for what is left at its input."""
-        assert self._left is not None
-        dropped_at = max((layer for layer in self._left if layer <= depth), default=None)
+        dropped_at = max((layer for layer in now.left if layer <= depth), default=None)
         if dropped_at is None:
             return kwargs
-        columns, fitting = self._left[dropped_at].to(hidden.device), dict(kwargs)
-        if self._rows is not None:
+        columns, fitting = now.left[dropped_at].to(hidden.device), dict(kwargs)
+        if now.rows is not None:
             if kwargs.get("position_embeddings") is not None:
                 fitting["position_embeddings"] = tuple(
                     kept_rotary(columns, part) for part in kwargs["position_embeddings"]
@@ -245,12 +234,12 @@ class InsideDecoder:
             if kwargs.get("position_ids") is not None:
                 fitting["position_ids"] = kept_positions(columns, kwargs["position_ids"])
         key = dropped_at, self.kinds[depth]
-        if key not in self._masks:
-            make = self._step_mask if self._rows is None else self._prefill_mask
-            self._masks[key] = make(depth, hidden, columns, cache_of(kwargs))
-        return fitting | {"attention_mask": self._masks[key]}
+        if key not in now.masks:
+            make = self._step_mask if now.rows is None else self._prefill_mask
+            now.masks[key] = make(now, depth, hidden, columns, cache_of(kwargs))
+        return fitting | {"attention_mask": now.masks[key]}
 
-    def _prefill_mask(self, depth: int, hidden: torch.Tensor, columns: KeptColumns, cache: Any) -> Any:
+    def _prefill_mask(self, now: Pass, depth: int, hidden: torch.Tensor, columns: KeptColumns, cache: Any) -> Any:
         """As the model itself makes it, on a prompt of the kept columns."""
         make = getattr(self.model, "create_masks_for_generate", create_masks_for_generate)
         masks = make(
@@ -260,15 +249,15 @@ class InsideDecoder:
             position_ids=None,
             is_first_iteration=True,
             **{CACHE: None},
-            **{name: kept_types(columns, values, self._length) for name, values in self._types.items()},
+            **{name: columns.take(values, 0) for name, values in now.types.items()},
         )
         return masks[self.kinds[depth]] if isinstance(masks, dict) else masks
 
-    def _step_mask(self, depth: int, hidden: torch.Tensor, columns: KeptColumns, cache: Any) -> Any:
+    def _step_mask(self, now: Pass, depth: int, hidden: torch.Tensor, columns: KeptColumns, cache: Any) -> Any:
         kind = self.kinds[depth]
         if kind in WITHOUT_KEYS:
             return None  # what is generated is never padding
-        following = self._following
+        following = now.following
         if following is None:
             n = cache.get_seq_length(depth) + hidden.shape[1] - columns.present.shape[1]
             following = columns.present.new_ones(len(columns.present), n)
@@ -284,9 +273,9 @@ class InsideDecoder:
 
     def _deepstack(self, marks: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the encoder adds after a layer, to the image tokens that are still there."""
-        if not self._left:
+        if self._pass is None or not self._pass.left:
             return marks, features
-        columns = self._left[max(self._left)].to(marks.device)
+        columns = self._pass.left[max(self._pass.left)].to(marks.device)
         number = (marks.flatten().cumsum(0) - 1).view_as(marks)
         kept = columns.take(marks, False)
         return kept, features[columns.take(number, 0)[kept]]
@@ -295,17 +284,19 @@ class InsideDecoder:
 
     def _look(self, needs: frozenset[str]) -> Callable[[Call], None]:
         def look(call: Call) -> None:
-            if self._rows is not None:
-                self._seen = decoder_signals(needs, call, self._rows, self._raters)
+            if self._pass is not None and self._pass.rows is not None:
+                self._pass.seen = decoder_signals(needs, call, self._pass.rows, self._pass.raters)
 
         return look
 
-    def _look_ahead(self, depth: int, layer: Model, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _look_ahead(
+        self, rows: Rows, depth: int, layer: Model, args: tuple, kwargs: dict[str, Any]
+    ) -> dict[str, torch.Tensor]:
         """Run a layer on what is there before the drop, up to its attention and without a cache."""
+        seen: dict[str, torch.Tensor] = {}
 
         def look(call: Call) -> None:
-            assert self._rows is not None
-            self._seen |= decoder_signals(self.pruner.needs & AHEAD, call, self._rows, None)
+            seen.update(decoder_signals(self.pruner.needs & AHEAD, call, rows, None))
             raise _Seen
 
         watch = self._ahead[depth]
@@ -316,6 +307,7 @@ class InsideDecoder:
             pass
         finally:
             watch.look = lambda call: None
+        return seen
 
 
 class _Seen(Exception):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,18 @@ from llava.adapters.transformers.encoder import EncoderView, Signals, has_cls_to
 from llava.adapters.transformers.family import FAMILIES, Family, Model, anyres, why_not
 from llava.adapters.transformers.images import Encoding, PromptImage
 from llava.adapters.transformers.inputs import (
-    TOKEN_TYPES,
     KeptPrompt,
+    Prefill,
+    all_features,
     kept_columns,
     kept_features,
+    kept_inputs,
     kept_positions,
-    kept_types,
     spread,
+    token_types,
     tokens_left,
 )
-from llava.adapters.transformers.inside import InsideDecoder, KeptInside
+from llava.adapters.transformers.inside import InsideDecoder
 from llava.constants import IGNORE_INDEX
 from llava.pruning.config import PruningConfig
 from llava.pruning.reduce import reduce_images
@@ -101,15 +104,10 @@ class Session:
         self.seen: Counter[str] = Counter()
         self.error: Exception | None = None
         self.encoder: EncoderView | None = None
-        self._handles: list[Any] = []
-        self._columns: KeptColumns | None = None
-        self._length = 0
-        self._prompt: KeptPrompt | None = None
-        self._inside_prompt: tuple[int, torch.Tensor] | None = None
-        self._labels: torch.Tensor | None = None
-        self._places: list[tuple[int, torch.Tensor]] = []
-        self._left: list[torch.Tensor] | KeptColumns = []
         self.inside: InsideDecoder | None = None
+        self._handles: list[Any] = []
+        self._prefill: Prefill | None = None
+        self._left: tuple[KeptColumns, list[tuple[int, torch.Tensor]]] | None = None
         self._refuse_what_cannot_work()
 
     def _refuse_what_cannot_work(self) -> None:
@@ -137,9 +135,10 @@ class Session:
     @property
     def kept(self) -> list[torch.Tensor]:
         """Which tokens of each image of the latest prompts are left after the last drop: (k,), int64."""
-        if isinstance(self._left, KeptColumns):
-            return [tokens_left(self._left, *place) for place in self._places]
-        return self._left
+        if self._left is None:
+            return []
+        columns, places = self._left
+        return [tokens_left(columns, *place) for place in places]
 
     @property
     def _multimodal_rope(self) -> bool:
@@ -173,7 +172,8 @@ class Session:
             with nothing if self.encoder is None else self.encoder.observed() as patches:
                 output = original(*args, **kwargs)
             given = signature.bind_partial(*args, **kwargs).arguments
-            self._describe(output, {**given, **given.get("kwargs", {})}, patches)
+            inputs = {**given, **given.get("kwargs", {})}
+            output.encoding = Encoding.of(base, self.family, self.pruner, output, inputs, patches)
             return output
 
         base.get_image_features = described
@@ -194,14 +194,6 @@ class Session:
         self.model.base_model.__dict__.pop("get_image_features", None)
         self.model.__dict__.pop(ATTRIBUTE, None)
 
-    def _describe(self, output: Any, inputs: dict[str, Any], patches: Signals) -> None:
-        """Hang on an encoder's output what is known of it only now."""
-        listed = not isinstance(output.pooler_output, torch.Tensor)
-        output.pooler_output = list(output.pooler_output)  # entries keep their identity in a list
-        pixels = "image_keys" in self.pruner.needs, self.pruner.drop_duplicates
-        output.encoding = Encoding.of(self.model.base_model, self.family, output, inputs, patches, *pixels)
-        output.listed = listed
-
     # Each call
 
     def _before_forward(self, model: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -214,92 +206,108 @@ class Session:
             raise
 
     def _rewritten(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self._columns = self._prompt = self._inside_prompt = self._labels = None  # of a call that failed
+        self._prefill = None  # of a call that failed
         if self.inside is not None:
             self.inside.forget()
         cache = cache_of(inputs)
         cached = 0 if cache is None else cache.get_seq_length()
-        filled = cached > 0
-        if cache is not None and not filled:
+        if cache is not None and not cached:
             cache.__dict__.pop(ATTRIBUTE, None)  # it was reset
         prompt = getattr(cache, ATTRIBUTE, None)
         encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if inputs.get("pixel_values") is None and encoded is None:
-            if prompt is None:
-                return inputs
-            step = self._step if isinstance(prompt, KeptPrompt) else self._step_inside
-            return step(inputs, prompt, cached)
-        if filled:
+            return inputs if prompt is None else self._step(inputs, prompt, cached)
+        if cached:
             raise NotImplementedError("images after a filled KV cache are not pruned: start each turn without a cache")
-        return self._prefill(inputs)
+        return self._start(inputs)
 
     def _step(self, inputs: dict[str, Any], prompt: KeptPrompt, cached: int) -> dict[str, Any]:
         """A decoding step after a pruned prompt."""
         given, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         _refuse_prepared_mask(given)
         text = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        new = text.shape[1]
-        following = prompt.positions(cached, new)
+        since, new = cached - prompt.cached, text.shape[1]
+        following = prompt.positions(since, new)
         if positions is not None and prompt.shift is not None:
             positions = positions - prompt.shift
-        counted = given is None or given.shape[1] == prompt.length + cached - prompt.source.shape[1] + new
+        counted = given is None or given.shape[1] == prompt.length + since + new
         if not counted or (
             new > 1 and positions is not None and bool((positions[..., :1] != following[..., :1]).any())
         ):
             raise NotImplementedError(ANOTHER_TURN)
+        if prompt.left:
+            assert self.inside is not None
+            self.inside.resume(prompt.left, None if given is None else given[:, prompt.length :])
         return {
             **inputs,
-            "attention_mask": prompt.mask(given, cached + new),
+            "attention_mask": prompt.mask(given, since + new),
             "position_ids": following if positions is None else positions,
         }
 
-    def _step_inside(self, inputs: dict[str, Any], prompt: KeptInside, cached: int) -> dict[str, Any]:
-        """A decoding step after prompts that lost tokens inside the decoder: the layers see to what is left."""
-        if prompt.before is not None:
-            inputs = self._step(inputs, prompt.before, cached)
-        given = inputs.get("attention_mask")
-        _refuse_prepared_mask(given)
-        text = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        new, since = text.shape[1], cached - prompt.cached
-        if given is not None and given.shape[1] != prompt.length + since + new:
-            raise NotImplementedError(ANOTHER_TURN)
-        assert self.inside is not None
-        self.inside.resume(prompt, None if given is None else given[:, prompt.length :])
-        if inputs.get("position_ids") is not None:
-            return inputs
-        following = torch.arange(since, since + new, device=prompt.next_position.device)
-        return inputs | {"position_ids": prompt.next_position + following}
-
-    def _prefill(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Drop what the pruner does not keep of every image."""
-        ids = inputs.get("input_ids")
+    def _start(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a prefill without what the pruner does not keep of every image before the decoder."""
+        ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
         if ids is None:
             raise NotImplementedError("pruning reads input_ids beside the images, not inputs_embeds")
         _refuse_prepared_mask(inputs.get("attention_mask"))
-        positions = inputs.get("position_ids")
         if positions is None:
             positions = self.model._prepare_position_ids_for_generation(ids, inputs) + self.family.first_position
         inputs, images = self.encode(inputs)
-        valid = _valid(inputs)
-        self._length = ids.shape[1]
-        totals = [len(image.tokens) for image in images]
-        kept = [KeptTokens.all_of(image.tokens.features) for image in images]
+        valid, drops = _valid(inputs), False
+        labels = None if self.inside is None else inputs.pop("labels", None)
+        prefill = Prefill(images, ids.shape[1], KeptColumns.whole(valid), positions, labels=labels)
+        totals = left = [len(image.tokens) for image in images]
         if self.before:
             kept = reduce_images(self.pruner, [image.tokens for image in images], self.schedule[0][1])
-        self._left, left = [one.indices for one in kept], [len(one.indices) for one in kept]
-        if self.before and (left != totals or self.pruner.varies):
-            output = inputs["mm_encoder_outputs"]["image"]
-            inputs = self._without_dropped(inputs, output, images, kept, valid, positions)
-            positions = inputs["position_ids"]
+            left = [len(one.indices) for one in kept]
+            drops = left != totals or self.pruner.varies
+        outputs = inputs["mm_encoder_outputs"]
+        if drops:
+            inputs, prefill = self._drop_before(inputs, prefill, kept)
         else:  # `reduce` hands such images on as they came
-            inputs |= _as_it_came(inputs)
+            inputs["mm_encoder_outputs"] = outputs | {"image": all_features(outputs["image"])}
         if self.inside is not None:
             depth = len(self.inside.layers)
             left = [kept_per_layer(self.schedule, n, depth, self.pruner.kept_count)[-1] for n in totals]
-            inputs = self._start_inside(inputs, images, valid, positions)
+            inputs, prefill = self._start_inside(self.inside, inputs, prefill, valid)
+        self._prefill = prefill if drops or self.inside is not None else None
+        self._left = prefill.entered, [(image.row, image.columns) for image in images]
         self.visual_token_counts = list(zip(totals, left, strict=True))
         self.seen.update(images=len(totals), total=sum(totals), kept=sum(left))
         return inputs
+
+    def _drop_before(
+        self, inputs: dict[str, Any], prefill: Prefill, kept: Sequence[KeptTokens]
+    ) -> tuple[dict[str, Any], Prefill]:
+        """Prompts with the kept tokens alone."""
+        entered, shift = kept_columns(prefill.entered.present, prefill.images, kept), None
+        positions = kept_positions(entered, prefill.positions)
+        if self._compact:
+            new = entered.positions() + self.family.first_position
+            positions, shift = new, positions[..., -1:] - new[..., -1:]
+        # Without a mask, gaps in the positions would be read as borders between packed sequences.
+        masked = inputs.get("attention_mask") is not None or not self._compact or not bool(entered.present.all())
+        outputs = inputs["mm_encoder_outputs"]
+        inputs |= kept_inputs(inputs, entered, self._pad_id()) | {
+            "attention_mask": entered.present.long() if masked else None,
+            "position_ids": positions,
+            "mm_encoder_outputs": outputs | {"image": kept_features(outputs["image"], prefill.images, kept)},
+        }
+        return inputs, replace(prefill, entered=entered, positions=positions, shift=shift)
+
+    def _start_inside(
+        self, inside: InsideDecoder, inputs: dict[str, Any], prefill: Prefill, valid: torch.Tensor
+    ) -> tuple[dict[str, Any], Prefill]:
+        """Prompts, False at padding in ``valid`` (B, T), of which the decoder's layers are to lose tokens."""
+        entered, positions = prefill.entered, prefill.positions
+        if inputs.get("position_ids") is None and not self._multimodal_rope:
+            # As the model itself counts, padding included.
+            positions = torch.arange(valid.shape[1], device=valid.device)[None] + self.family.first_position
+        # The first answer and all that follows it must not choose what is kept.
+        asked = valid if prefill.labels is None else valid & ((prefill.labels != IGNORE_INDEX).cumsum(dim=1) == 0)
+        inside.start(valid, prefill.images, asked, token_types(inputs), entered)
+        inputs |= {"attention_mask": entered.present.long(), "position_ids": positions}
+        return inputs, replace(prefill, positions=positions)
 
     def encode(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], list[PromptImage]]:
         """Encode the images of prompts, with what the pruner looks at.
@@ -340,32 +348,6 @@ class Session:
             inputs[pixels] = None
         return inputs | {"mm_encoder_outputs": outputs}
 
-    def _start_inside(
-        self,
-        inputs: dict[str, Any],
-        images: list[PromptImage],
-        valid: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> dict[str, Any]:
-        """Prompts of which the decoder's layers are to lose tokens, besides those that they have lost already.
-
-        ``valid`` is of the whole prompts, and ``positions`` of what is left of them.
-        """
-        if inputs.get("position_ids") is None and not self._multimodal_rope:
-            # As the model itself counts, padding included.
-            positions = torch.arange(valid.shape[1], device=valid.device)[None] + self.family.first_position
-        assert self.inside is not None
-        present = valid if self._columns is None else self._columns.present
-        prompt, labels = present, inputs.pop("labels", None)
-        if labels is not None:
-            # The first answer and all that follows it must not choose what is kept.
-            prompt = present & ((labels != IGNORE_INDEX).cumsum(dim=1) == 0)
-        types = {name: inputs[name] for name in TOKEN_TYPES if inputs.get(name) is not None}
-        self.inside.start(valid, images, prompt, types, self._columns)
-        self._places = [(image.row, image.columns) for image in images]
-        self._labels, self._inside_prompt = labels, (present.shape[1], positions[..., -1:] + 1)
-        return inputs | {"attention_mask": present.long(), "position_ids": positions}
-
     def _question(
         self,
         image: PromptImage,
@@ -383,87 +365,31 @@ class Session:
             text &= labels[image.row] == IGNORE_INDEX
         return self.model.get_input_embeddings()(row[text])
 
-    def _without_dropped(
-        self,
-        inputs: dict[str, Any],
-        output: Any,
-        images: list[PromptImage],
-        kept: list[KeptTokens],
-        valid: torch.Tensor,
-        positions: torch.Tensor,
-    ) -> dict[str, Any]:
-        columns = kept_columns(valid, images, kept)
-        original = kept_positions(columns, positions)
-        shift = None
-        if self._compact:
-            new = columns.positions() + self.family.first_position
-            original, shift = new, original[..., -1:] - new[..., -1:]
-        self._columns, self._prompt = columns, KeptPrompt.of(columns, images, original, shift, self._length)
-        # Without a mask, gaps in the positions would be read as borders between packed sequences.
-        masked = inputs.get("attention_mask") is not None or not self._compact or self._prompt.padded
-        rewritten = {
-            "input_ids": columns.take(inputs["input_ids"], self._pad_id()),
-            "attention_mask": columns.present.long() if masked else None,
-            "position_ids": original,
-            "mm_encoder_outputs": {
-                **inputs["mm_encoder_outputs"],
-                "image": kept_features(output, images, kept, output.listed),
-            },
-        }
-        types = {
-            name: kept_types(columns, inputs[name], self._length)
-            for name in TOKEN_TYPES
-            if inputs.get(name) is not None
-        }
-        labels = {} if inputs.get("labels") is None else {"labels": columns.labels(inputs["labels"], IGNORE_INDEX)}
-        return inputs | rewritten | types | labels
-
     def _pad_id(self) -> int:
         """Any id of text."""
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         return pad if isinstance(pad, int) and pad >= 0 and pad != self.model.config.image_token_id else 0
 
     def _after_forward(self, model: Model, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        dropped, cache = [(self._columns, self._length)], cache_of(output)
-        prompt: KeptPrompt | KeptInside | None = self._prompt
-        left = {} if self.inside is None else self.inside.finish()
-        if left:
-            assert self._inside_prompt is not None
-            length, next_position = self._inside_prompt
-            last = left[max(left)]
-            dropped.append((last, length))
-            cached = 0 if cache is None else cache.get_seq_length()
-            prompt = KeptInside(length, cached, left, next_position, self._prompt)
-            self._left = last if self._columns is None else last.of_tokens_at(self._columns.source)
-        self._columns = self._prompt = None
-        if self._labels is not None:
-            output.loss = self._loss(output.logits, left[max(left)] if left else None, self._labels)
-        if prompt is None:
+        prefill, self._prefill = self._prefill, None
+        inside = {} if self.inside is None else self.inside.finish()
+        if prefill is None:
             return output
-        if cache is None and (kwargs.get("use_cache") or cache_of(kwargs) is not None):
-            raise RuntimeError("this release of transformers hides the KV cache: decoding would go wrong")
+        left, cache, logits = prefill.entered, cache_of(output), output.get("logits")
+        if inside:
+            left = inside[max(inside)].of_tokens_at(left.source)
+            self._left = left, [(image.row, image.columns) for image in prefill.images]
+        if prefill.labels is not None:
+            labels = left.labels(prefill.labels, IGNORE_INDEX)[:, -logits.shape[1] :]
+            vocabulary = self.model.config.get_text_config().vocab_size
+            output.loss = self.model.loss_function(logits=logits, labels=labels, vocab_size=vocabulary)
         if cache is not None:
-            setattr(cache, ATTRIBUTE, prompt)
-        for columns, length in reversed(dropped):
-            logits = output.get("logits")
-            if logits is not None and columns is not None and logits.shape[1] == columns.source.shape[1]:
-                output.logits = spread(logits, columns, length)
+            setattr(cache, ATTRIBUTE, prefill.in_cache(inside, cache.get_seq_length()))
+        elif kwargs.get("use_cache") or cache_of(kwargs) is not None:
+            raise RuntimeError("this release of transformers hides the KV cache: decoding would go wrong")
+        if logits is not None and logits.shape[1] == left.source.shape[1]:
+            output.logits = spread(logits, left, prefill.length)
         return output
-
-    def _loss(self, logits: torch.Tensor, columns: KeptColumns | None, labels: torch.Tensor) -> torch.Tensor:
-        """Of prompts that lost ``columns`` inside the decoder, as the model would count it."""
-        labels = labels if columns is None else columns.labels(labels, IGNORE_INDEX)
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return self.model.loss_function(logits=logits, labels=labels[:, -logits.shape[1] :], vocab_size=vocabulary)
-
-
-def _as_it_came(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The images' whole encoder output, features in the container that the model reads."""
-    outputs = inputs["mm_encoder_outputs"]
-    output = outputs["image"]
-    if not output.listed:
-        output = type(output)(**{**output, "pooler_output": torch.stack(output.pooler_output)})
-    return {"mm_encoder_outputs": {**outputs, "image": output}}
 
 
 def _family(model: Model) -> Family:

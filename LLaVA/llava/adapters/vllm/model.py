@@ -12,9 +12,8 @@ from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from llava.adapters.transformers.encoder import Signals
+from llava.adapters.transformers.encoder import Signals, of_tokens
 from llava.adapters.transformers.family import Inputs
-from llava.adapters.transformers.images import by_field
 from llava.adapters.vllm import mrope
 from llava.adapters.vllm.encoder import ServedEncoder
 from llava.adapters.vllm.families import Family, Mixin
@@ -124,8 +123,7 @@ class PrunedModel(Mixin):
 
     def _signals(self, features: Sequence[torch.Tensor], inputs: Inputs, patches: Signals) -> list[dict[str, Any]]:
         """What the method looks at beside each image's features (N_i, D)."""
-        to_tokens: Any = self.family.to_tokens  # there are signals only where it is known
-        seen = by_field({name: to_tokens(self, calls, features, inputs) for name, calls in patches.items()})
+        seen = of_tokens(self, self.family, features, inputs, patches)
         signals: list[dict[str, Any]] = [{name: own[i] for name, own in seen.items()} for i in range(len(features))]
         if "image_keys" in self._image_pruner.needs:
             pixels = inputs["pixel_values"]
