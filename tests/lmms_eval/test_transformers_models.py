@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18), reason="transformers 5.18 encodes images apart"
 )
 TASK, SPLIT = "colours", "test"
+RUNNER, ROWS = "lmms_eval_otprune.runner", 8
 VTW = PruningConfig("vtw", layer=1)
 
 
@@ -191,3 +194,32 @@ class TestRows:
     )
     def test_the_configuration_chooses_the_wrapper(self, config, name):
         assert wrapper_of(config) == name
+
+
+def test_a_run_that_was_killed_goes_on_where_it_was(folder, workplace, start, run):
+    """The runner's row of such a model: a finished task stays as it is, and its next one's answers are reused."""
+    arguments = [RUNNER, "paper", "--model", folder, "--tasks", "gqa,pope", "--ratio", "0.25", "--device", "cpu"]
+    arguments += ["--no-unpruned", "--no-report", "--batch-size", "1", "--output", "killed-hf"]
+    row = workplace / "killed-hf" / Path(folder).name / "otprune-0.25"
+    log, scored = row / "answers-published" / "answers_rank0.jsonl", row / "tasks" / "gqa" / "result.json"
+    process = start(workplace, arguments)
+    while not (scored.exists() and len(log.read_text().splitlines()) >= ROWS + 2):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=60)  # the worker's pipe closes when it is gone as well
+    answered, score = log.read_text().splitlines(), scored.stat()
+    assert len(answered) < 2 * ROWS and not (row / "tasks" / "pope" / "result.json").exists()
+
+    status, printed = run(workplace, arguments)
+    assert status == 0, printed
+    lines = log.read_text().splitlines()
+    assert lines[: len(answered)] == answered and len(lines) == 2 * ROWS
+    assert scored.stat().st_mtime_ns == score.st_mtime_ns
+    [samples] = (row / "tasks" / "pope").glob("*/*_samples_pope.jsonl")
+    scores = {
+        one["doc_id"]: "".join(one["filtered_resps"]) for one in map(json.loads, samples.read_text().splitlines())
+    }
+    assert scores == {one["doc_id"]: one["text"] for one in map(json.loads, lines[ROWS:])}
+    kept = json.loads((row / "results.json").read_text())["visual_tokens"]["kept"]
+    assert (kept["min"], kept["max"]) == (4, 4)
