@@ -33,7 +33,8 @@ class Plain(Picture):
 def test_one_of_the_tokens_of_one_colour_is_left(name):
     family = tiny(name)
     with pruning(family.model, "otprune", ratio=1.0, drop_duplicates=True) as report:
-        family.model(**family.inputs([[3, Plain(0, 1), 4], [5, Plain(1, 0, 0.5), 6], [7, Plain(2, 2, 0.0), 8]]))
+        rows = [[3, Plain(0, 1), 4], [5, Plain(1, 0, 0.5), 6], [9, 10], [7, Plain(2, 2, 0.0), 8]]
+        family.model(**family.inputs(rows))
         counts = report.visual_token_counts
     # Three pictures, or their 3, 1 and 2 tiles where each has a budget of its own.
     (_, uniform), (half, some), (whole, every) = counts if len(counts) == 3 else (counts[0], counts[3], counts[4])

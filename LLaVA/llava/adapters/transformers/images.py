@@ -181,7 +181,9 @@ def _patch_ids(base: Model, entries: Entries, layouts: Sequence[Layout | None], 
     lengths, size = [len(entry) for entry in entries], base.config.vision_config.patch_size
     side = size if isinstance(size, int) else size[0]
     own = zip(tiles(base, inputs, len(entries)), lengths, layouts, strict=True)
-    return list(patch_ids(torch.cat([_token_pixels(*one, side) for one in own])).split(lengths))
+    # Of a prompt without an image, Idefics3 has an entry without tokens.
+    rows = [_token_pixels(pixels, tokens, layout, side) for pixels, tokens, layout in own if tokens]
+    return list(patch_ids(torch.cat(rows)).split(lengths))
 
 
 def _token_pixels(pixels: Sequence[torch.Tensor], tokens: int, layout: Layout | None, side: int) -> torch.Tensor:
