@@ -11,6 +11,7 @@ import torch
 
 from llava.pruning import Pruner, PruningConfig, apply_switch, kept_count, prune, pruning, registry, unprune
 from llava.pruning.base import INSIDE
+from llava.pruning.rows import cache_of
 from tiny_vlms import IMAGE, SPECIAL, Picture, tiny
 
 ROW = [3, 4, Picture(0), 5, 6]
@@ -99,6 +100,18 @@ def test_a_further_turn_through_generate_is_refused():
             family.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values, **options
             )
+
+
+@torch.no_grad()
+def test_a_cache_that_a_method_inside_the_decoder_filled_is_refused_by_another():
+    family = tiny("internvl")
+    with pruning(family.model, "otprune", ratio=0.4, layer=1):
+        cache = cache_of(family.model(**family.inputs([ROW]), use_cache=True))
+    with (
+        pruning(family.model, "random", ratio=0.4),
+        pytest.raises(NotImplementedError, match="lost tokens inside the decoder: go on under that method"),
+    ):
+        family.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
 def test_prompts_that_do_not_go_with_the_images_are_refused():

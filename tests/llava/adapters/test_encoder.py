@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from llava.adapters.transformers import FAMILIES, active_session
 from llava.adapters.transformers.encoder import EncoderView
@@ -103,3 +105,41 @@ def test_encoder_attention_is_that_of_the_eager_encoder(name):
     torch.testing.assert_close(
         signals["cls_attention"][0], maps[view.depth - 1][:, :, 0, 1:].transpose(1, 2), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flash_pretended"])
+@pytest.mark.parametrize("name", [name for name in LOOKING if name not in ("llava_next", "llava_onevision")])
+def test_what_a_patch_receives_does_not_depend_on_the_other_images(name, kernel, monkeypatch):
+    """Some encoders pack all images into one sequence, told apart by a mask or, for flash attention, by their edges."""
+    AttentionInterface.register("flash_pretended", flash_pretended)
+    family = tiny(name)
+    tower = family.model.get_encoder("image")
+    for module in tower.modules():
+        if kernel != "sdpa" and hasattr(module, "config") and getattr(module.config, "_attn_implementation", None):
+            monkeypatch.setattr(module.config, "_attn_implementation_internal", kernel)
+    pruner = SimpleNamespace(needs=frozenset({"received_attention"}), encoder_layers=(-1,), feature_layer=None)
+
+    def received(*pictures: Picture) -> list[torch.Tensor]:
+        model, pixels = family.model, family.pixels([[*pictures]])
+        with torch.no_grad(), EncoderView(model, pruner).observed() as signals:
+            output = model.base_model.get_image_features(**pixels, return_dict=True)
+        entries = [entry.reshape(-1, entry.shape[-1]) for entry in output.pooler_output]
+        (calls,) = signals.values()
+        return FAMILIES[model.config.model_type].to_tokens(model.base_model, calls, entries, pixels)
+
+    one, two = Picture(0, 1), Picture(1, 2)
+    torch.testing.assert_close(torch.cat(received(one, two)), torch.cat([*received(one), *received(two)]))
+
+
+def flash_pretended(module, query, key, value, attention_mask, *args, cu_seq_lens_q=None, **kwargs):
+    """Attention inside each of the sequences that ``cu_seq_lens_q`` tells apart, as flash attention has it."""
+    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        kwargs.pop(name, None)
+    sdpa = AttentionInterface()["sdpa"]
+    edges = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    parts = [slice(*pair) for pair in itertools.pairwise(edges)]
+    found = [
+        sdpa(module, query[:, :, own], key[:, :, own], value[:, :, own], attention_mask, *args, **kwargs)
+        for own in parts
+    ]
+    return torch.cat([output for output, _ in found], dim=1), None

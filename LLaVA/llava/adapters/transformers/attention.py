@@ -64,6 +64,14 @@ class Call(NamedTuple):
             logits = logits.masked_fill(~seen[:, None], -torch.inf)
         return logits.softmax(dim=-1)
 
+    def askers(self) -> torch.Tensor | int:
+        """How many queries may look at each key, (T,), or at all of them: in a packed sequence, those of its image."""
+        if self.mask is None or self.mask.ndim != 4:
+            return self.query.shape[2]
+        mask = self.mask[0, 0, :, : self.key.shape[2]]
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return allowed.sum(dim=0).clamp_min(1)
+
 
 class Watch:
     """Calls ``look`` with every `Call` of one attention module, until it is removed."""
@@ -96,8 +104,18 @@ def _watched(
 ) -> Any:
     scaling = kwargs.get("scaling", args[0] if args else None)
     watch, causal = module._watch_for_pruning, getattr(module, "is_causal", True)
-    watch.look(Call(query, key, attention_mask, scaling, kwargs.get("softcap"), causal, value))
+    mask, edges = attention_mask, kwargs.get("cu_seq_lens_q")
+    if mask is None and edges is not None:
+        mask = _packed(edges, causal)
+    watch.look(Call(query, key, mask, scaling, kwargs.get("softcap"), causal, value))
     return watch.function(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _packed(edges: torch.Tensor, causal: bool) -> torch.Tensor:
+    """The mask (1, 1, T, T), bool, of sequences that stand one after the other, which flash attention does without."""
+    number = torch.arange(len(edges) - 1, device=edges.device).repeat_interleave(edges.diff())
+    mask = (number[:, None] == number)[None, None]
+    return mask.tril() if causal else mask
 
 
 AttentionInterface.register(NAME, _watched)

@@ -157,10 +157,10 @@ def has_cls_token(tower: Model) -> bool:
 
 
 def _received(call: Call) -> torch.Tensor:
-    """What each patch receives, averaged over heads and queries; an image at a time, whose maps are (H, P, P)."""
+    """What each patch receives, averaged over heads and its image's queries; maps (H, P, P) of one row at a time."""
     every = torch.arange(call.query.shape[2], device=call.query.device)[None]
-    images = (call.rows(slice(image, image + 1)) for image in range(len(call.query)))
-    return torch.stack([one.weights(every)[0].mean(dim=(0, 1)) for one in images])
+    rows = [call.rows(slice(row, row + 1)) for row in range(len(call.query))]
+    return torch.stack([row.weights(every)[0].mean(dim=0).sum(dim=0) / row.askers() for row in rows])
 
 
 def _paid_by_cls(call: Call) -> torch.Tensor:

@@ -41,6 +41,7 @@ ATTRIBUTE = "_visual_token_pruning"
 ANOTHER_TURN = (
     "a further turn on the KV cache of a pruned prompt counts its columns wrongly: start each turn without a cache"
 )
+ANOTHER_METHOD = "the KV cache holds prompts that lost tokens inside the decoder: go on under that method"
 
 
 def set_pruning(model: Model, config: PruningConfig | None) -> Session | None:
@@ -236,7 +237,8 @@ class Session:
         ):
             raise NotImplementedError(ANOTHER_TURN)
         if prompt.left:
-            assert self.inside is not None
+            if self.inside is None:
+                raise NotImplementedError(ANOTHER_METHOD)
             self.inside.resume(prompt.left, None if given is None else given[:, prompt.length :])
         return {
             **inputs,
