@@ -6,7 +6,7 @@ import io
 import json
 import random
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +69,15 @@ def evaluate(tmp_path, monkeypatch):
     jobs = [Job("model", None, tmp_path / "model" / name) for name in ("first", "second", "third")]
     identities = {job.folder: {task: {"task": task} for task in TASKS} for job in jobs}
     suite = SimpleNamespace(name="paper", tasks=TASKS)
-    plan = SimpleNamespace(tasks=TASKS, device="cpu", dtype="float32", batch_size=1, num_processes=1, suite=suite)
+    plan = SimpleNamespace(
+        tasks=TASKS,
+        device="cpu",
+        dtype="float32",
+        batch_size=1,
+        pruned_batch_size=1,
+        num_processes=1,
+        suite=suite,
+    )
     plan.visual_cache = 0
 
     def run(workers: int = 2, start: str = "", arguments: Sequence[str] = (), **fates: str):
@@ -119,6 +127,13 @@ def test_a_task_costs_itself_alone(evaluate, seed):
         again = [task for task in TASKS if f"{number}{task}" in fates]
         assert tries(job) == Counter(TASKS) + Counter(again)
         assert not any(failed(job, task) for task in TASKS)
+
+
+def test_a_worker_gets_the_tasks_that_it_has_prepared():
+    todo = deque((number, task) for number in range(2) for task in "abcd")
+    first, second = (SimpleNamespace(tasks=set()) for _ in range(2))
+    given = [dispatch._next(todo, worker) for worker in (first, second, second, second, second, second, first, first)]
+    assert "".join(f"{number}{task}" for number, task in given) == "0a0b0c0d1b1c1a1d" and not todo
 
 
 def test_a_worker_that_cannot_start_says_why_for_all_tasks(evaluate):

@@ -521,7 +521,9 @@ class TestPlan:
         monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
         mini = plan.make_plan(options.read([]))
         assert (mini.suite.name, mini.dtype, mini.device) == ("mini", "float32", "cpu")
-        assert mini.visual_cache == 8 * 2**30
+        assert (mini.batch_size, mini.pruned_batch_size, mini.visual_cache) == (8, 16, 8 * 2**30)
+        small = plan.make_plan(options.read(["--batch-size", "3"]))
+        assert (small.batch_size, small.pruned_batch_size) == (3, 3)
         assert [job.folder.as_posix() for job in mini.jobs] == [
             f"results/mini/llava-mini/{name}"
             for name in ("unpruned", "otprune-0.098", "random-0.098", "divprune-0.098")

@@ -259,6 +259,10 @@ class Llava(RowsInTurn):
     def batch_size(self) -> int:
         return self._batch_size
 
+    @batch_size.setter
+    def batch_size(self, prompts: int) -> None:
+        self._batch_size = prompts
+
     @property
     def device(self) -> torch.device:
         return self._device

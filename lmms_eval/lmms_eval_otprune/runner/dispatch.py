@@ -90,7 +90,7 @@ def evaluate(
         while workers:
             worker, event = events.get()
             if "ready" in event:
-                unit = todo.popleft() if todo else None
+                unit = _next(todo, worker) if todo else None
                 worker.give(unit)
             elif "begins" in event:
                 number, task = worker.unit = tuple(event["begins"])
@@ -127,6 +127,15 @@ def evaluate(
         raise
 
 
+def _next(todo: deque[tuple[int, str]], worker: Worker) -> tuple[int, str]:
+    """Take a task of the first row for a worker: one that it has prepared for an earlier row, if there is any."""
+    row = [unit for unit in todo if unit[0] == todo[0][0]]
+    unit = next((unit for unit in row if unit[1] in worker.tasks), row[0])
+    todo.remove(unit)
+    worker.tasks.add(unit[1])
+    return unit
+
+
 def describe_workers(plan: Plan, options: Options, units: int, wrapped: bool = False) -> tuple[int, Launch]:
     """How many workers evaluate so many tasks, and how to start them; ``wrapped`` models share tasks on GPUs only."""
     enough = units >= UNITS_PER_PROCESS * plan.num_processes
@@ -159,6 +168,7 @@ def _specification(
         "device": None if plan.device == "cuda" else plan.device,
         "dtype": plan.dtype,
         "batch_size": options.batch_size or 1 if jobs[0].wrapper else plan.batch_size,
+        "pruned_batch_size": plan.pruned_batch_size,
         "conv_template": options.conv_template,
         "visual_cache": _visual_cache(plan),
         "processes": plan.num_processes * options.num_machines,

@@ -19,8 +19,9 @@ REFERENCE = 88e9
 """FLOPs a second."""
 SHARE = 0.82
 """Speed of a whole prefill as a fraction of that of a matrix product."""
-QUESTION, CAPTION = 0.008, 0.016
-"""Seconds per question besides its prefill, and additional ones per caption, at the reference speed."""
+QUESTION, CAPTION, AGAIN = 0.008, 0.016, 0.007
+"""Seconds per question besides its prefill, additional ones per caption, and fewer where an earlier row prepared the
+question, at the reference speed."""
 START, REPORT = 15.0, 30.0
 """Seconds to load libraries and model, and to write the report, at the reference speed."""
 
@@ -46,11 +47,12 @@ def estimate(units: Sequence[tuple[Job, str]], plan: Plan, limit: int | None, re
         prefills = {job: _prefill(job) for job in dict.fromkeys(job for job, _ in units)}
         for job, task in units:
             questions = min(rows_of(task), limit or rows_of(task))
-            flops, images = prefills[job], (job.model, job.grey, task)
-            if not (plan.visual_cache and images in encoded):  # few questions of this suite share an image
-                flops += _encoding(job)
-                encoded.add(images)
-            beside = (QUESTION + CAPTION * needs_java(task)) * REFERENCE
+            images = (job.model, job.grey, task)
+            again = bool(plan.visual_cache) and images in encoded
+            # Few questions of this suite share an image, but all grey images are the same.
+            flops = prefills[job] if again or job.grey else prefills[job] + _encoding(job)
+            encoded.add(images)
+            beside = (QUESTION + CAPTION * needs_java(task) - AGAIN * again) * REFERENCE
             seconds += questions * (flops / SHARE + beside) / speed / plan.num_processes
     except (OSError, ValueError):  # the checkpoint is not here, or its cost cannot be counted
         return None
@@ -67,7 +69,8 @@ def _prefill(job: Job) -> int:
     """FLOPs of a question, without the vision tower's."""
     shape = load_shape(job.model)
     layers = shape.decoder.layers
-    visual = ([shape.visual_tokens] * layers,) * 2
+    # The beginnings of prompts with grey images are computed once.
+    visual = ([0 if job.grey else shape.visual_tokens] * layers,) * 2
     if job.pruning is not None:
         try:
             visual = visual_per_layer(job.pruning, shape.visual_tokens, layers)

@@ -83,11 +83,14 @@ class Worker:
         Number of the job, and the task that it is working on.
     has_worked : bool
         Whether it has begun a task.
+    tasks : set of str
+        Those that it was given, of any row.
     """
 
     def __init__(self, launch: Launch, specification: Path, log: Path, events: Queue):
         self.unit: tuple[int, str] | None = None
         self.has_worked = False
+        self.tasks: set[str] = set()
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as file:
             self._process = subprocess.Popen(

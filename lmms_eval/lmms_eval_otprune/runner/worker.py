@@ -196,6 +196,8 @@ def _enter(lm: RowsInTurn, job: Mapping[str, Any], spec: Mapping[str, Any]) -> N
     """Switch to another row: its log, its pruning, its answers."""
     _log_to(Path(job["folder"]) / "worker.log")
     lm.set_pruning(_pruning(job))
+    if isinstance(lm, Llava):
+        lm.batch_size = spec["pruned_batch_size" if lm.model.active_pruner.before_decoder else "batch_size"]
     grey = {"grey_pictures": True} if job["grey"] else {}
     lm.start_run(job["answers"], writer=spec["writer"], **grey)
     if lm.rank == 0:
