@@ -26,7 +26,7 @@ from llava.model.tokenizer import load_tokenizer
 from mini_training import reading, tower
 from mini_training.decoder import ConversationTask
 from mini_training.letter_exercises import sample_letter_exercises
-from mini_training.packing import Mixture, PackedScenes, collate, encode_prompts, packed_mask
+from mini_training.packing import Mixture, PackedScenes, collate, packed_mask
 from mini_training.stage import Stage, learning_rate_factor
 from mini_training.train import CONFIG, STAGES, conversation_task, grow, main, read_config
 from mini_training.vocabulary import build_tokenizer, conversation_texts
@@ -73,13 +73,6 @@ def test_a_letter_exercise_names_the_option_whose_letter_is_the_answer():
     for qa in sample_letter_exercises(SeededRandom("exercises"), 40):
         assert qa.answer_text in qa.question
         assert len(set(qa.choices)) == len(qa.choices) >= 2
-
-
-def test_many_prompts_are_encoded_as_each_one_is(tokenizer):
-    asked = sample_questions(scenes.sample_scene(5, "train"), SeededRandom("test"), 8)
-    texts = [text for images in (0, 1, 2) for qa in asked for text in conversation_texts(qa, images)]
-
-    assert encode_prompts(texts, tokenizer) == [tokenizer_image_token(text, tokenizer) for text in texts]
 
 
 def test_fixed_phrases_and_the_words_of_the_world_are_single_pieces(tmp_path):
