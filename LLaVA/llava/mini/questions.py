@@ -89,32 +89,17 @@ class QA:
 def as_open(fact: Fact, style: str = "short") -> QA:
     """Ask a fact openly.
 
-    Parameters
-    ----------
-    fact : Fact
-    style : str
-        ``short`` (GQA, MME, POPE), ``okvqa``, ``mmmu``, ``chartqa`` or ``plain`` (captions, and as people ask).
+    The style is ``short`` (GQA, MME, POPE), ``okvqa``, ``mmmu``, ``chartqa`` or ``plain`` (captions, and as people
+    ask).
     """
     return QA(fact.form, style, _with_image_token(fact.question, style), fact.answer)
 
 
 def as_choice(fact: Fact, rng: SeededRandom, style: str, n_choices: int | None = None) -> QA:
-    """Ask a fact with options in random order.
+    """Ask a fact with options in random order: four, or as many as the fact allows, unless ``n_choices`` is given.
 
-    Parameters
-    ----------
-    fact : Fact
-    rng : SeededRandom
-        Draws the wrong options and the order.
-    style : str
-        ``mmbench``, ``seedbench`` (always four options), ``mmmu`` or ``scienceqa``.
-    n_choices : int, optional
-        How many options; by default four, or as many as the fact allows.
-
-    Raises
-    ------
-    ValueError
-        If the fact has too few wrong answers.
+    The style is ``mmbench``, ``seedbench`` (always four options), ``mmmu`` or ``scienceqa``. A ValueError if the fact
+    has too few wrong answers.
     """
     most = 1 + len(fact.wrong)
     n = min(4, most) if n_choices is None else n_choices
@@ -138,15 +123,10 @@ def sample_questions(
     choice_percent: int = 40,
     plain_percent: int = 0,
 ) -> list[QA]:
-    """Up to `n` different questions about a scene, in the benchmarks' layouts.
+    """Up to `n` different questions about a scene, in the benchmarks' layouts; fewer when the scene gives no more.
 
     Parameters
     ----------
-    scene : Scene
-    rng : SeededRandom
-        Where all choices come from.
-    n : int
-        How many questions; fewer come back when the scene gives no more.
     forms : iterable of str, optional
         Keys of `FORMS` to draw from; by default all, ``caption`` and ``exists`` more often than the others.
     choice_percent : int

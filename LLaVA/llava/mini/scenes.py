@@ -76,10 +76,8 @@ class SceneObject:
 
     Attributes
     ----------
-    shape : str
-        One of `SHAPES`, or `SIGN`.
-    color : str
-        A key of `COLORS`: the shape's fill, or the sign's plate.
+    shape, color : str
+        One of `SHAPES`, or `SIGN`; a key of `COLORS`: the shape's fill, or the sign's plate.
     size : str
         A key of `SIZES`. Signs are ``small`` when their letters are at most 21 pixels high, else ``medium``.
     left, top, width, height : int
@@ -140,10 +138,8 @@ class Scene:
     ----------
     split, seed : str, int
         What the scene was drawn from.
-    background : str
-        A key of `BACKGROUNDS`.
-    texture : str
-        One of `TEXTURES`.
+    background, texture : str
+        A key of `BACKGROUNDS`, and one of `TEXTURES`.
     cell : int
         Period of the texture in pixels.
     slant : tuple of int
@@ -182,17 +178,8 @@ def place_of(x: int, y: int) -> str:
 def sample_scene(seed: int, split: str) -> Scene:
     """Draw a scene. The same seed and split give the same scene everywhere; no two splits share one.
 
-    Parameters
-    ----------
-    seed : int
-        Any number from 0.
-    split : str
-        One of `SPLITS`: training, validation, or the benchmark that the scene is for.
-
-    Raises
-    ------
-    ValueError
-        For an unknown split or a negative seed.
+    The split is one of `SPLITS`: training, validation, or the benchmark that the scene is for. A ValueError for an
+    unknown split or a negative seed.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")

@@ -18,12 +18,7 @@ class SeededRandom:
     """Random choices that are the same on every machine and Python version.
 
     Only `random.Random.random()` is used, the one method whose sequence Python promises to keep; the choices are
-    made from it here.
-
-    Parameters
-    ----------
-    *key : object
-        What the stream is drawn from: the ``str()`` of each part, in order, with the world's version.
+    made from it here. The stream depends on the ``str()`` of each part of the key, in order, and the world's version.
     """
 
     def __init__(self, *key: object) -> None:

@@ -75,18 +75,16 @@ def _name(group: str) -> str:
 def default_root(group: str = PAPER) -> Path:
     """The suite's folder: ``mini-suite-<VERSION>`` in ``$LLAVA_MINI_CACHE``, or in ``otprune`` in the user's cache.
 
-    Raises
-    ------
-    OSError
-        If that variable is not set and the user has no cache.
+    An OSError if that variable is not set and the user has no cache.
     """
     return made_folder(_name(group), "the mini suite")
 
 
 def prepare(root: str | Path | None = None, force: bool = False, group: str = PAPER) -> Path:
-    """Build the suite unless it is complete, and return its folder.
+    """Build the suite unless it is complete, and return its folder, absolute.
 
-    It appears complete or not at all; see `llava.files.make_once`.
+    It appears complete or not at all; see `llava.files.make_once`. The data of each of `TASKS` lie in their ``folder``
+    below it.
 
     Parameters
     ----------
@@ -97,17 +95,10 @@ def prepare(root: str | Path | None = None, force: bool = False, group: str = PA
     group : str
         Whose suite: that of the paper's benchmarks, or "documents".
 
-    Returns
-    -------
-    pathlib.Path
-        `root`, absolute; the data of each of `TASKS` lie in their ``folder`` below it.
-
     Raises
     ------
-    FileExistsError
-        If `root` is a file, or a folder that is not empty and not a suite.
     OSError
-        If it cannot be written.
+        If `root` is a file, or a folder that is not empty and not a suite (`FileExistsError`), or cannot be written.
     RuntimeError
         If this machine produces other rows or pixels than recorded.
     """

@@ -58,12 +58,8 @@ def table(
 ) -> Table:
     """A table of pairs of a prompt and the row that has to give it.
 
-    Parameters
-    ----------
-    types : dict
-        See `columns`. A row may leave out a column: its value is then empty, 0 or no image.
-    order : str, optional
-        The split of the world whose fixed random order the rows get; None for the order that they come in.
+    Column types are those of `columns`. A row may leave out a column: its value is then empty, 0 or no image. The rows
+    get the fixed random order of the split ``order`` of the world, or keep theirs where it is None.
     """
     rows = list(rows) if order is None else SeededRandom("order", order).shuffled(list(rows))
     full = [{name: row[name] if name in row else _empty(kind) for name, kind in types.items()} for _, row in rows]
@@ -121,14 +117,9 @@ class Quota:
 def balanced_facts(
     split: str, wanted: dict[str, Any], per_scene: int = 1, fits: Callable[[Fact], bool] = lambda fact: True
 ) -> Iterator[tuple[Scene, Fact, SeededRandom]]:
-    """Facts with balanced answers, at most `per_scene` about one scene.
+    """Facts with balanced answers, at most `per_scene` about one scene; those for which ``fits`` is false are left out.
 
-    Parameters
-    ----------
-    wanted : dict
-        Form -> number of facts, or a tuple that begins with it.
-    fits : callable
-        Facts for which it is false are left out.
+    ``wanted`` is a number of facts for each form, or a tuple that begins with it.
     """
     quota = Quota({form: n[0] if isinstance(n, tuple) else n for form, n in wanted.items()})
     for scene in scenes_of(split):
