@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from llava.adapters.transformers import active_session
-from llava.eval.latency import __main__ as command_line
 from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
 from llava.eval.latency.models import load, prompts, read_methods
@@ -160,11 +159,15 @@ class TestModelsOfTransformers:
         )
         assert [row["visual_tokens"] for row in json.loads((tmp_path / "prefill.json").read_text())["rows"]] == [16, 4]
 
-    def test_remembered_images_are_llavas(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(command_line, "load", lambda *_: tiny_vlm("gemma3").model)
-        command = ["generate", "--model", "gemma3", "--pope", "2x2", "--device", "cpu", "--output", str(tmp_path)]
-        assert main(command) == 2
-        assert "--pope needs a LLaVA" in capsys.readouterr().err
+    def test_many_questions_are_answered_without_a_cache(self):
+        model = tiny_vlm("qwen2_5_vl").model
+        settings = {"images": 2, "questions": 2, "batches": [2], "cache_bytes": 10**7}
+        rows = pope.measure(model, read_methods(["otprune"], 0.25), **settings)
+        assert [(row["method"], row["batch"], row["cached"], row["hits"], row["misses"]) for row in rows] == [
+            (method, batch, False, 0, 4) for method in ("unpruned", "otprune") for batch in (1, 2)
+        ]
+        assert all(row["same_answers"] == 1 for row in rows)
+        assert active_session(model) is None and not hasattr(model, "visual_cache")
 
 
 def test_a_run_of_many_questions_answers_alike_in_every_setting(tiny):
@@ -229,6 +232,12 @@ class TestSuite:
         assert switches[4] == otprune | {"OTPRUNE_COMPAT": "1"}
         assert switches[8] == {"BASELINE": "FASTV", "SUBSET_RATIO": "0.2", "LAYER_INDEX": "3"}
         assert PruningConfig.from_env(switches[4]).build_pruner().compat
+
+    def test_models_of_transformers_say_why_not(self, tmp_path, capsys):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "vision_config": {}}))
+        command = ["suite", "--model", str(tmp_path), "--device", "cpu", "--output", str(tmp_path / "out")]
+        assert main(command) == 2
+        assert "suite compares batch sizes and a cache" in capsys.readouterr().err
 
     def test_a_run_that_fails_says_why(self, runs, tmp_path, monkeypatch):
         failed = SimpleNamespace(returncode=3, stdout="so far so good\nno such task\n")

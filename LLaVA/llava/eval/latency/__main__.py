@@ -14,7 +14,7 @@ import torch
 from llava.adapters.vllm.switch import check_servable
 from llava.command import EMBEDDED, Parser, find_device, positive
 from llava.eval.latency import pope, prefill, select, serve, suite
-from llava.eval.latency.models import RANDOM, is_llava, load, read_methods
+from llava.eval.latency.models import RANDOM, load, read_methods
 from llava.eval.latency.report import NOT_MEASURED, Report, mebibytes, table
 from llava.flops.made_up import PUBLISHED
 
@@ -75,8 +75,6 @@ def _prefill(arguments: argparse.Namespace, report: Report) -> tuple[list[dict[s
     configs = read_methods(arguments.method, arguments.ratio)
     model = load(arguments.model, arguments.device, arguments.dtype, arguments.attention)
     asks = getattr(arguments, "pope", None)
-    if asks and not is_llava(model):
-        raise ValueError(f"--pope needs a LLaVA, whose encoded images can be remembered, not {arguments.model}")
     new_tokens = 1 if arguments.command == "prefill" else arguments.new_tokens
     rows = []
     for batch in arguments.batch:

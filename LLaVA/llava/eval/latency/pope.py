@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from llava.eval.latency.clock import synchronize
-from llava.eval.latency.models import UNPRUNED, prompts
+from llava.eval.latency.models import UNPRUNED, is_llava, prompts, set_pruning
 from llava.eval.latency.report import add_ratios, settings_of
 from llava.model.visual_cache import VisualCache
 from llava.pruning import PruningConfig
@@ -31,7 +31,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Answer ``questions`` about each of ``images`` random images, with every batch size, with and without a cache.
 
-    Batch 1 without a cache, to which all is compared, runs in any case, and so does unpruned. ``cache_bytes`` limits
+    Models of transformers have no cache. Batch 1 without a cache, to which all is compared, runs in any case, and so does unpruned. ``cache_bytes`` limits
     the cache. ``images_one_by_one`` limits the images that the runs of batch 1 ask about, whose samples per second do
     not depend on it.
 
@@ -43,16 +43,17 @@ def measure(
         the share of answers that equal those of the method's first run.
     """
     pairs = [(image, image * questions + number) for image in range(images) for number in range(questions)]
-    before = model.pruning, model.visual_cache
+    before = (model.pruning, model.visual_cache) if is_llava(model) else (None, None)
     rows: list[dict[str, Any]] = []
     try:
         for name, config in {UNPRUNED: None, **configs}.items():
-            model.set_pruning(config)
+            set_pruning(model, config)
             plain: list[int] = []
-            for batch, cached in settings_of(batches):
-                model.visual_cache = None
+            for batch, cached in settings_of(batches, is_llava(model)):
+                cache = VisualCache(cache_bytes) if cached else None
+                _remember(model, None)
                 _ask(model, pairs[:batch])  # warms up
-                model.visual_cache = cache = VisualCache(cache_bytes) if cached else None
+                _remember(model, cache)
                 asked = pairs if batch > 1 or not images_one_by_one else pairs[: images_one_by_one * questions]
                 answers, seconds = _run(model, asked, batch, f"{name}, batch {batch}")
                 plain = plain or answers
@@ -61,9 +62,15 @@ def measure(
                 row |= {"hits": cache.hits if cache else 0, "misses": cache.misses if cache else len(asked)}
                 rows.append(row | {"same_answers": sum(map(list.__eq__, answers, plain)) / len(plain)})
     finally:
-        model.set_pruning(before[0])
-        model.visual_cache = before[1]
+        set_pruning(model, before[0])
+        _remember(model, before[1])
     return add_ratios(rows)
+
+
+def _remember(model, cache: VisualCache | None) -> None:
+    """Encode images through a cache, which models of transformers have none of."""
+    if is_llava(model):
+        model.visual_cache = cache
 
 
 def _run(model, pairs: Sequence[tuple[int, int]], batch: int, label: str) -> tuple[list[list[int]], float]:
@@ -84,4 +91,4 @@ def _run(model, pairs: Sequence[tuple[int, int]], batch: int, label: str) -> tup
 def _ask(model, pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
     asked = prompts(model, [image for image, _ in pairs], [question for _, question in pairs])
     length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    return model.generate(**asked, **length, do_sample=False, pad_token_id=0).tolist()
+    return model.generate(**asked, **length, do_sample=False, pad_token_id=0)[:, -NEW_TOKENS:].tolist()

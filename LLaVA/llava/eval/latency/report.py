@@ -82,9 +82,10 @@ def _draw(points: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None
     atomic_write(file, lambda part: figure.savefig(part, format="png", dpi=150))
 
 
-def settings_of(batches: Sequence[int]) -> list[tuple[int, bool]]:
-    """Batch sizes with and without the cache, first of all batch 1 without it."""
-    return list(dict.fromkeys((batch, cached) for batch in (1, *batches) for cached in (False, True)))
+def settings_of(batches: Sequence[int], has_cache: bool = True) -> list[tuple[int, bool]]:
+    """Batch sizes with and without the cache, if there is one, first of all batch 1 without it."""
+    caches = (False, True) if has_cache else (False,)
+    return list(dict.fromkeys((batch, cached) for batch in (1, *batches) for cached in caches))
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

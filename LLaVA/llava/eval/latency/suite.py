@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llava import hf
 from llava.benchmark_tasks import task_folders
 from llava.eval.latency.models import UNPRUNED, read_methods
 from llava.eval.latency.report import add_ratios, settings_of
@@ -47,9 +48,16 @@ def measure(
     ------
     ImportError
         If lmms-eval is not installed.
+    ValueError
+        For a model of transformers.
     OSError
         If a run fails.
     """
+    if hf.holds(pretrained):
+        raise ValueError(
+            "suite compares batch sizes and a cache of encoded images, which lmms-eval's wrappers of transformers' "
+            f"models do not have: use `run_OTPrune.sh mini --model {pretrained}`"
+        )
     configs = read_methods([method for method in methods if method != UNPRUNED], ratio)
     for package in ("lmms_eval", "lmms_eval_otprune"):
         if importlib.util.find_spec(package) is None:
