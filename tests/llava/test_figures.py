@@ -87,43 +87,36 @@ class TestDistance:
         assert float(found["divprune", "GQA"]["relative_to_otprune"]) == 0.75
 
 
-class TestRatios:
-    def test_show_scores_and_the_mean_of_every_ratio(self, tmp_path):
-        jobs = {
-            f"otprune-{ratio}": answered(0.5 + ratio, method="otprune", kept=576 * ratio, ratio=ratio)
-            for ratio in (0.05, 0.2)
-        }
-        found = lines(draw_ratios(rows_of(tmp_path / "run", jobs)), tmp_path)
-        scores = {(line["ratio"], line["benchmark"]): float(line["score"]) for line in found}
-        assert scores["0.2", "GQA"] == 70
-        assert scores["0.05", "Mean"] < scores["0.2", "Mean"] < 100
-
-    def test_are_the_same_from_a_csv_table(self, tmp_path):
-        jobs = {"unpruned": job(FULL)}
-        for ratio in (0.05, 0.2):
-            jobs[f"otprune-{ratio}"] = answered(0.5 + ratio, method="otprune", kept=576 * ratio, ratio=ratio)
-        run = write_run(tmp_path / "run", jobs)
-        assert table.main([str(run), "--format", "csv", "--output", str(tmp_path / "table.csv")]) == 0
-        for given, name in ((run, "a"), (tmp_path / "table.csv", "b")):
-            assert figures.main(["ratios", str(given), "--output", str(tmp_path / name)]) == 0
-        one, other = (lines_of(tmp_path / name / "ratios.csv") for name in "ab")
-        assert one == other and one[0]["low"]
+def from_run_and_table(name, jobs, folder):
+    """The lines of a figure's CSV, which are the same from a run and from its CSV table."""
+    run = write_run(folder / "run", {"unpruned": job(FULL), **jobs})
+    assert table.main([str(run), "--format", "csv", "--output", str(folder / "table.csv")]) == 0
+    for given in (run, folder / "table.csv"):
+        assert figures.main([name, str(given), "--output", str(folder / f"from_{given.stem}")]) == 0
+    one, other = (lines_of(folder / f"from_{given}" / f"{name}.csv") for given in ("run", "table"))
+    assert one == other
+    return one
 
 
-class TestSafe:
-    def test_shows_the_smallest_ratio_that_keeps_the_score_also_from_a_csv_table(self, tmp_path):
-        jobs = {"unpruned": job(FULL)}
-        for method, ratio, right in (("otprune", 0.05, 0.4), ("otprune", 0.2, None), ("uniform", 0.2, 0.3)):
-            answers = {"method": method, "kept": 576 * ratio, "ratio": ratio}
-            jobs[f"{method}-{ratio}"] = job(FULL, **answers) if right is None else answered(right, **answers)
-        run = write_run(tmp_path / "run", jobs)
-        assert table.main([str(run), "--format", "csv", "--output", str(tmp_path / "table.csv")]) == 0
-        for given, name in ((run, "a"), (tmp_path / "table.csv", "b")):
-            assert figures.main(["safe", str(given), "--output", str(tmp_path / name)]) == 0
-        one, other = (lines_of(tmp_path / name / "safe.csv") for name in "ab")
-        assert one == other
-        safe = {(line["method"], line["benchmark"]): line["safe_ratio"] for line in one}
-        assert safe["otprune", "GQA"] == "0.2" and safe["uniform", "Mean"] == "none of those run"
+def test_ratios_show_scores_and_the_mean_of_every_ratio(tmp_path):
+    jobs = {
+        f"otprune-{ratio}": answered(0.5 + ratio, method="otprune", kept=576 * ratio, ratio=ratio)
+        for ratio in (0.05, 0.2)
+    }
+    found = from_run_and_table("ratios", jobs, tmp_path)
+    scores = {(line["ratio"], line["benchmark"]): float(line["score"]) for line in found}
+    assert scores["0.2", "GQA"] == 70 and found[0]["low"]
+    assert scores["0.05", "Mean"] < scores["0.2", "Mean"] < 100
+
+
+def test_safe_ratios_are_the_smallest_that_keep_the_score(tmp_path):
+    jobs = {}
+    for method, ratio, share in (("otprune", 0.05, 0.4), ("otprune", 0.2, None), ("uniform", 0.2, 0.3)):
+        settings = {"method": method, "kept": 576 * ratio, "ratio": ratio}
+        jobs[f"{method}-{ratio}"] = job(FULL, **settings) if share is None else answered(share, **settings)
+    found = from_run_and_table("safe", jobs, tmp_path)
+    safe = {(line["method"], line["benchmark"]): line["safe_ratio"] for line in found}
+    assert safe["otprune", "GQA"] == "0.2" and safe["uniform", "Mean"] == "none of those run"
 
 
 class TestGamma:

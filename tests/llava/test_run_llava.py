@@ -168,31 +168,28 @@ def test_a_model_without_vision_is_one_sentence(stub, capsys):
     )
 
 
+SAMPLING = ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens")
+
+
 def test_the_defaults_of_the_command_line(stub):
     made = stub()
     assert run("--image-file", "images/im2_97x61.png") == 0
     assert made.loads == [[["x/llava-v1.5-7b", None, "llava-v1.5-7b"], {"device": "cuda"}]]
-    (given,) = made.calls
-    kept = {key: given[key] for key in ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens")}
-    assert kept == {"do_sample": True, "temperature": 0.2, "top_p": None, "num_beams": 1, "max_new_tokens": 512}
+    assert [made.calls[0][key] for key in SAMPLING] == [True, 0.2, None, 1, 512]
 
 
 def test_the_options_of_the_command_line(stub):
     made = stub()
-    code = run_llava.main(
-        [
-            *("--model-path", "x/llava-v1.6-lora", "--model-base", "x/base", "--sep", ";"),
-            *("--image-file", "images/im2_97x61.png;images/im5_61x250.png"),
-            *("--query", "<image-placeholder><image-placeholder>Which?", "--conv-mode", "vicuna_v1"),
-            *("--temperature", "0", "--top_p", "0.5", "--num_beams", "2", "--max_new_tokens", "9", "--device", "cpu"),
-        ]
-    )
-    assert code == 0
+    options = [
+        *("--model-path", "x/llava-v1.6-lora", "--model-base", "x/base", "--sep", ";"),
+        *("--image-file", "images/im2_97x61.png;images/im5_61x250.png"),
+        *("--query", "<image-placeholder><image-placeholder>Which?", "--conv-mode", "vicuna_v1"),
+        *("--temperature", "0", "--top_p", "0.5", "--num_beams", "2", "--max_new_tokens", "9", "--device", "cpu"),
+    ]
+    assert run_llava.main(options) == 0
     assert made.loads == [[["x/llava-v1.6-lora", "x/base", "llava-v1.6-lora"], {"device": "cpu"}]]
-    (given,) = made.calls
-    kept = {key: given[key] for key in ("do_sample", "temperature", "top_p", "num_beams", "max_new_tokens")}
-    assert kept == {"do_sample": False, "temperature": 0.0, "top_p": 0.5, "num_beams": 2, "max_new_tokens": 9}
-    assert given["image_sizes"] == [(97, 61), (61, 250)]
+    assert [made.calls[0][key] for key in SAMPLING] == [False, 0.0, 0.5, 2, 9]
+    assert made.calls[0]["image_sizes"] == [(97, 61), (61, 250)]
 
 
 def test_importing_the_package_or_the_utilities_does_not_import_a_model():
