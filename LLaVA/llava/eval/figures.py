@@ -57,7 +57,9 @@ def draw_figures(
     any_of: bool = False,
     safe: float = SAFE,
 ) -> tuple[list[Drawn], list[str]]:
-    """Draw figures of a table's rows; a figure without data is a `ValueError`, or with ``any_of`` a sentence.
+    """Draw figures of a table's rows; a figure without data is a `ValueError`.
+
+    With ``any_of`` it is one of the sentences, and so are distances for which a model, images or POT are missing.
 
     ``images``, ``folder`` and ``device`` are those of `plots.distances.measure`; ``safe`` is the share of the figure of
     safe ratios.
@@ -77,8 +79,8 @@ def draw_figures(
                 if measured is None:
                     measured = distances.measure(rows, images, folder, device, progress=True)
                 drawn.append(FROM_DISTANCES[name](measured))
-        except ValueError as error:
-            if not any_of:
+        except (ImportError, OSError, ValueError) as error:
+            if not any_of or not (name in FROM_DISTANCES or isinstance(error, ValueError)):
                 raise
             left_out.append(str(error))
     return drawn, list(dict.fromkeys(left_out))

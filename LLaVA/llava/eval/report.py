@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,7 +91,8 @@ def write_report(
     own = Example("Image", "", Path(image).name, "", load_image(image), ()) if image else None
     chosen = {"folded": folded, "allow_mixed": allow_mixed, "filtered": filtered, "seed": seed, "draws": draws}
     table = complete_table(folders, intervals=True, **chosen)
-    figures, left_out = _figures(table.rows, images, image_folder, device, with_model, synthetic, safe)
+    settings = {"images": images, "folder": image_folder, "device": device, "safe": safe}
+    figures, left_out = _figures(table.rows, with_model, synthetic, settings)
     cards: list[dict[str, Any]] = []
     if with_model:
         try:
@@ -118,33 +119,22 @@ def write_report(
 
 
 def _figures(
-    rows: Sequence[Row],
-    images: int,
-    folder: Path | None,
-    device: str,
-    with_model: bool,
-    synthetic: bool,
-    safe: float,
+    rows: Sequence[Row], with_model: bool, synthetic: bool, settings: Mapping[str, Any]
 ) -> tuple[list[Drawn], list[str]]:
     """Every figure of every model that there are data for, and why others are missing."""
+    names = (*(FROM_DISTANCES if with_model else ()), *FROM_SCORES)
     measured = [row for row in rows if not row.published]
     models = list(dict.fromkeys(row.model for row in measured))
     drawn, left_out = [], []
     for model in models:
         own = [row for row in measured if row.model == model]
-        found, missing = draw_figures(tuple(FROM_SCORES), own, images, any_of=True, safe=safe)
-        if with_model:
-            try:
-                more, lacking = draw_figures(tuple(FROM_DISTANCES), own, images, folder, device, any_of=True)
-                found, missing = [*more, *found], [*lacking, *missing]
-            except (ImportError, OSError) as error:
-                missing = [str(error), *missing]
+        found, missing = draw_figures(names, own, any_of=True, **settings)
         if len(models) > 1:
             found = [replace(one, name=f"{one.name}-{model}", title=f"{one.title}: {model}") for one in found]
             missing = [f"{model}: {sentence}" for sentence in missing]
         drawn += found
         left_out += missing
-    return drawn + (draw_figures(("synthetic",), rows, images)[0] if synthetic else []), left_out
+    return drawn + (draw_figures(("synthetic",), rows, **settings)[0] if synthetic else []), left_out
 
 
 def _cards(rows: Sequence[Row], own: Example | None, device: str) -> tuple[list[dict[str, Any]], list[str]]:
