@@ -38,15 +38,14 @@ CLIP_L_336 |= {"num_attention_heads": 16, "image_size": 336, "patch_size": 14}
 
 RANDOM = ("tiny", "1.5-7b", "1.5-13b", "1.6-7b")
 """Shapes that are built with random weights: the published ones, and one that a CPU runs in milliseconds."""
-
-
 UNPRUNED, PUBLISHED = "unpruned", "published"
+"""Names of no method, and of OTPrune's published code."""
 
 
 def read_methods(texts: Sequence[str], ratio: float) -> dict[str, PruningConfig]:
     """Label -> configuration, as `llava.command.read_methods` reads them.
 
-    "published" is OTPrune's published code, and ``NAME@LAYER`` is ``NAME:layer=LAYER``.
+    ``NAME@LAYER`` is ``NAME:layer=LAYER``.
     """
     found = {}
     for text in texts:
@@ -82,17 +81,22 @@ def _of_transformers(name: str, config: Any, device: torch.device, dtype: torch.
     settings = {"dtype": dtype, "attn_implementation": attention}
     if not is_configuration(name):
         return AutoModelForImageTextToText.from_pretrained(hf.path_of(name), **settings).to(device).eval()
-    with _random_weights(device):
+    with _random_weights(device, dtype):
         model = AutoModelForImageTextToText.from_config(config, **settings)
     return _endless(model.to(device))
 
 
 @contextmanager
-def _random_weights(device: torch.device) -> Iterator[None]:
-    """Weights created inside the block are the same every time, and on the device."""
+def _random_weights(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Weights created inside the block are the same every time, of a dtype, and on the device."""
     torch.manual_seed(0)
-    with device:
-        yield
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _endless(model: Any) -> Any:
@@ -124,13 +128,8 @@ def _random(name: str, device: torch.device, dtype: torch.dtype, attention: str)
             pad_token_id=0,
             attn_implementation=attention,
         )
-        usual = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with _random_weights(device):
-                model = LlavaLlamaForCausalLM(config)
-        finally:
-            torch.set_default_dtype(usual)
+        with _random_weights(device, dtype):
+            model = LlavaLlamaForCausalLM(config)
         model.get_vision_tower().mark_loaded()
     if hasattr(model.get_model(), "image_newline"):
         torch.nn.init.normal_(model.get_model().image_newline, std=decoder["hidden_size"] ** -0.5)
