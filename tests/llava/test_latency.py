@@ -55,14 +55,12 @@ class TestClock:
 class TestSelect:
     def test_every_size_is_compared_with_the_published_algorithm(self):
         sizes = [select.Size(20, 3, 1), select.Size(12, 2, 4)]
-        rows = select.measure(sizes, ["divprune"], width=8, repetitions=2, device=CPU, dtype=torch.float16)
+        rows = select.measure(sizes, ["dpp"], width=8, repetitions=2, device=CPU, dtype=torch.float16)
         assert [(row["method"], row["n"], row["k"], row["batch"]) for row in rows] == [
-            ("published", 20, 3, 1),
-            ("divprune", 20, 3, 1),
-            ("published", 12, 2, 4),
-            ("divprune", 12, 2, 4),
+            (method, *size) for size in ((20, 3, 1), (12, 2, 4)) for method in ("published", "dpp")
         ]
         assert all(row["times_published"] == 1 for row in rows if row["method"] == "published")
+        assert all(row["of_divprune"] is None for row in rows)
 
     def test_every_method_is_timed_with_what_it_reads_made_up(self):
         settings = {"width": 8, "repetitions": 1, "device": CPU, "dtype": torch.float16}
@@ -152,11 +150,9 @@ class TestModelsOfTransformers:
 
     def test_a_folder_is_measured(self, tmp_path, capsys):
         tiny_vlm("gemma3").model.save_pretrained(tmp_path / "model")
-        command = ["prefill", "--model", str(tmp_path / "model"), "--batch", "1", "--repetitions", "1"]
-        assert (
-            main([*command, "--device", "cpu", "--method", "otprune", "--ratio", "0.25", "--output", str(tmp_path)])
-            == 0
-        )
+        command = ["prefill", "--model", str(tmp_path / "model"), "--method", "otprune", "--ratio", "0.25"]
+        command += ["--batch", "1", "--repetitions", "1", "--device", "cpu", "--output", str(tmp_path)]
+        assert main(command) == 0
         assert [row["visual_tokens"] for row in json.loads((tmp_path / "prefill.json").read_text())["rows"]] == [16, 4]
 
     def test_many_questions_are_answered_without_a_cache(self):

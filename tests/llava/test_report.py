@@ -104,20 +104,6 @@ class TestReport:
         report.main([str(write_run(tmp_path / "run", JOBS)), "--no-model", "--output", str(tmp_path / "again.html")])
         assert (tmp_path / "again.html").read_text() == text
 
-    @pytest.mark.parametrize(
-        ("jobs", "said"),
-        [
-            ({"unpruned": job({"mini_gqa": [True]})}, "the run is not complete: llava-mini/unpruned: mini_pope is not"),
-            ({"unpruned": {"logs": {}, "metrics": {}}}, "the run is not complete: llava-mini/unpruned has no finished"),
-        ],
-        ids=["unfinished", "nothing"],
-    )
-    def test_is_not_written_of_runs_that_are_not_complete(self, tmp_path, capsys, jobs, said):
-        output = tmp_path / "report.html"
-        assert report.main([str(write_run(tmp_path / "run", jobs)), "--no-model", "--output", str(output)]) == 2
-        assert said in capsys.readouterr().err
-        assert not output.exists()
-
 
 class View:
     name = "image"
