@@ -225,18 +225,9 @@ def crowded_scene(split: str, seeds: Iterable[int]) -> scenes.Scene:
     rest = [thing for scene in drawn[1:] for thing in scene.shapes]
     kept: list[scenes.SceneObject] = []
     for thing in (*signs, *drawn[0].shapes, *sorted(rest, key=lambda o: o.width)):
-        if not any(_touch(thing, other) for other in kept):
+        if not any(scenes.touch(thing, other) for other in kept):
             kept.append(thing)
     return replace(drawn[0], objects=tuple(kept))
-
-
-def _touch(a: scenes.SceneObject, b: scenes.SceneObject, gap: int = 6) -> bool:
-    return (
-        a.left < b.left + b.width + gap
-        and b.left < a.left + a.width + gap
-        and a.top < b.top + b.height + gap
-        and b.top < a.top + a.height + gap
-    )
 
 
 @dataclass(frozen=True)

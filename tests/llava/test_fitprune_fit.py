@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import weakref
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.fitting import data
-from llava.fitting.data import Source, find_questions
+from llava.fitting.data import find_questions
 from llava.fitting.fitprune import __main__ as command_line
 from llava.fitting.fitprune import statistics
 from llava.fitting.fitprune.fit import Budget, fit, write_recipe
@@ -25,30 +23,10 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningConfig, pruning
 from llava.pruning.methods.fitprune.recipe import SHIPPED_FOLDER, describe, model_fingerprint, read_recipe
 from tiny_llava import build, pixels, prompt
+from tiny_prompts import Words, noise, questions
 
 N, LAYERS = 16, 4
 COST = visual_flops(SHAPES["1.5-7b"].decoder)
-
-
-class Words:
-    """A tokenizer: a token a word."""
-
-    bos_token_id = 1
-
-    def __call__(self, text: str) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[1, *(3 + sum(map(ord, word)) % 190 for word in text.split())])
-
-
-def picture(seed: int) -> Image.Image:
-    draw = np.random.default_rng(seed)
-    return Image.fromarray(draw.integers(0, 256, (60, 50, 3), dtype=np.uint8))
-
-
-def questions(count: int, opener=None) -> Source:
-    def usual(number: int):
-        return picture(number), " ".join(["what", "is", "this"] * (number + 1))
-
-    return Source("images", [f"sample {number}" for number in range(count)], opener or usual, "1")
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +255,7 @@ class TestStatistics:
 
     def test_an_image_without_text_or_a_damaged_one_is_told(self, model, tmp_path):
         def opener(number: int):
-            return picture(number), " \n" if number == 1 else "what"
+            return noise(number), " \n" if number == 1 else "what"
 
         with pytest.raises(ValueError, match=r"^image sample 1: nothing is asked"):
             gather(model, tmp_path, opener=opener).unpruned()
@@ -358,7 +336,7 @@ class TestRecipe:
         )
 
         def opener(number: int):
-            return picture(number).resize(((100, 50), (60, 100))[number % 2]), "what is this"
+            return noise(number).resize(((100, 50), (60, 100))[number % 2]), "what is this"
 
         metadata = fit(gather(anyres, tmp_path, opener=opener), Budget(0.5), "tiny")
         assert metadata["model"]["visual_tokens"] is None and metadata["tokens"] > N
@@ -441,14 +419,14 @@ def turns(question: str) -> list[dict[str, str]]:
 
 
 class TestData:
-    def test_a_file_gives_its_first_questions_about_one_picture(self, tmp_path):
+    def test_a_file_gives_its_first_questions_about_one_noise(self, tmp_path):
         entries = [
             {"id": f"c{number}", "image": f"{number}.png", "conversations": turns("<image>\nwhat?") * 2}
             for number in range(3)
         ]
         for number, entry in enumerate(entries):
             entry["conversations"] = turns(f"<image>\nwhat {number}?") + turns("and then?")
-            picture(number).save(tmp_path / f"{number}.png")
+            noise(number).save(tmp_path / f"{number}.png")
         entries.append({"id": "text", "conversations": turns("hello")})
         entries.append({"id": "two", "image": ["0.png", "1.png"], "conversations": turns("<image><image> which?")})
         file = tmp_path / "data.json"
@@ -489,7 +467,7 @@ class TestData:
                 self.eval_docs = self.eval_docs_no_media = list(range(len(pictures)))
 
             def doc_to_visual(self, document):
-                return [picture(document)] * self.pictures[document]
+                return [noise(document)] * self.pictures[document]
 
             def doc_to_text(self, document):
                 return f"<image> {self.name} {document}?"

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from llava.fitting.data import Source
 from llava.fitting.prompts import Prompts
 from llava.fitting.scorer.__main__ import main
 from llava.fitting.scorer.attention import Attention, gather, text_attention
@@ -21,26 +17,14 @@ from llava.pruning.methods.fitprune.recipe import read_recipe
 from llava.pruning.methods.scorer import Scorer, TokenScorer, load_scorer, read_scorer_config
 from llava.train.loop import Run, read_log
 from tiny_llava import build
+from tiny_prompts import Words, questions
 from tiny_trained import save_tiny_scorer
 
 RECIPE = Recipe(hidden=16, epochs=30, batch=4, learning_rate=1e-2, validation=0.2)
 
 
-def tokenizer(text: str) -> SimpleNamespace:
-    return SimpleNamespace(input_ids=[1, *(3 + sum(map(ord, word)) % 190 for word in text.split())])
-
-
-tokenizer.bos_token_id = 1
-
-
-def opener(number: int):
-    values = np.random.default_rng(number).integers(0, 256, (60, 50, 3), dtype=np.uint8)
-    return Image.fromarray(values), "what is this"
-
-
 def prompts(model, count: int = 10) -> Prompts:
-    source = Source("images", [str(number) for number in range(count)], opener, "1")
-    return Prompts(source, tokenizer, model.config)
+    return Prompts(questions(count), Words(), model.config)
 
 
 def gathered(model, folder, count: int = 10):

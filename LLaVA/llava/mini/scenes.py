@@ -209,9 +209,8 @@ def _sample_objects(rng: SeededRandom) -> tuple[SceneObject, ...]:
     wanted = sorted(signs + shapes, key=lambda o: -o.width * o.height)
     placed: list[SceneObject] = []
     for thing in wanted:
-        spot = _free_spot(rng, thing, placed)
-        if spot is not None:
-            placed.append(replace(thing, left=spot[0], top=spot[1]))
+        if (there := _placed(rng, thing, placed)) is not None:
+            placed.append(there)
     return tuple(sorted(placed, key=_reading_order))
 
 
@@ -257,21 +256,22 @@ def _tinted(rng: SeededRandom, rgb: tuple[int, int, int]) -> tuple[int, int, int
     return red, green, blue
 
 
-def _free_spot(rng: SeededRandom, thing: SceneObject, placed: list[SceneObject]) -> tuple[int, int] | None:
-    """A left and top corner at least six pixels from every other object, or None when forty tries found none."""
-    gap, rim = 6, 4
+def _placed(rng: SeededRandom, thing: SceneObject, others: list[SceneObject]) -> SceneObject | None:
+    """The object at a random place where it touches no other one, or None when forty tries found none."""
+    rim = 4
     for _ in range(40):
         left = rng.between(rim, IMAGE_SIZE - rim - thing.width)
-        top = rng.between(rim, IMAGE_SIZE - rim - thing.height)
-        if all(
-            left >= o.left + o.width + gap
-            or o.left >= left + thing.width + gap
-            or top >= o.top + o.height + gap
-            or o.top >= top + thing.height + gap
-            for o in placed
-        ):
-            return left, top
+        there = replace(thing, left=left, top=rng.between(rim, IMAGE_SIZE - rim - thing.height))
+        if not any(touch(there, other) for other in others):
+            return there
     return None
+
+
+def touch(a: SceneObject, b: SceneObject) -> bool:
+    """Whether two objects overlap or lie less than six pixels apart."""
+    gap = 6
+    beside = a.left >= b.left + b.width + gap or b.left >= a.left + a.width + gap
+    return not (beside or a.top >= b.top + b.height + gap or b.top >= a.top + a.height + gap)
 
 
 def _sample_stroke(rng: SeededRandom) -> Stroke:
