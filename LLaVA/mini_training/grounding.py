@@ -69,7 +69,7 @@ def grounding_targets(pieces: Sequence[str], scenes: Sequence[Scene], right: str
             target["second_count"] = min(len(things[1]), MOST)
         elif len(things[0]) == 1:
             (thing,) = things[0]
-            target |= _facts(thing) | ({} if before is None else _comparison(thing, before))
+            target |= facts_of(thing) | ({} if before is None else _comparison(thing, before))
             before = thing
         targets[end] = target
     for end, letter in _options(words):
@@ -145,7 +145,8 @@ def _fits(thing: SceneObject, attributes: dict[str, object]) -> bool:
     )
 
 
-def _facts(thing: SceneObject) -> dict[str, int]:
+def facts_of(thing: SceneObject) -> dict[str, int]:
+    """What a single thing is, as numbers: the columns of a target that it alone decides."""
     facts = {
         "shape": KINDS.index(thing.shape),
         "color": tuple(COLORS).index(thing.color),

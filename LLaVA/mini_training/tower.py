@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.mini import scenes
+from mini_training.grounding import facts_of
 from mini_training.packing import Drawn
 
 # CLIP's own, so that the published image processor's numbers serve unchanged.
@@ -129,13 +130,13 @@ def scene_targets(scene: scenes.Scene) -> dict[str, np.ndarray]:
         patch_x, patch_y = (columns + 0.5) * scenes.PATCH_SIZE, (rows + 0.5) * scenes.PATCH_SIZE
         distance = (patch_x - x) ** 2 + (patch_y - y) ** 2
         middle.flat[np.where(own, distance, np.inf).argmin()] = 1
-        place[own] = scenes.PLACES.index(thing.place)
+        facts = facts_of(thing)
+        place[own] = facts["place"]
         values = (x, y, thing.width, thing.height, x - patch_x, y - patch_y)
         box[own] = np.stack(np.broadcast_arrays(*values), -1)[own] / scenes.IMAGE_SIZE
-        shape = (*scenes.SHAPES, scenes.SIGN).index(thing.shape)
-        kinds[shape * len(scenes.COLORS) + tuple(scenes.COLORS).index(thing.color)] = 1
-        if thing.is_sign:
-            texts[scenes.TEXTS.index(thing.text)] = 1
+        kinds[facts["shape"] * len(scenes.COLORS) + facts["color"]] = 1
+        if "text" in facts:
+            texts[facts["text"]] = 1
     targets["middle"], targets["place"] = middle, place
     flat = {name: np.ascontiguousarray(value.reshape(-1)) for name, value in targets.items()}
     flat["box"] = box.reshape(-1, BOX_WIDTH)
@@ -182,7 +183,8 @@ def patch_labels(scene: scenes.Scene) -> dict[str, np.ndarray]:
 
     ink = _patch_counts(letters, len(scenes.CHARACTERS) + 1)
     ink[..., 0] = 0
-    described = [(0, 0, 0, 0)] + [_label_ids(o) for o in scene.objects]
+    names = ("shape", "color", "size", "text")
+    described = [(0, 0, 0, 0)] + [[1 + facts_of(o).get(name, -1) for name in names] for o in scene.objects]
     shape, color, size, word = np.moveaxis(np.array(described)[instance], -1, 0)
     everywhere = np.ones((scenes.GRID, scenes.GRID), np.int64)
     return {
@@ -195,15 +197,6 @@ def patch_labels(scene: scenes.Scene) -> dict[str, np.ndarray]:
         "background": everywhere * tuple(scenes.BACKGROUNDS).index(scene.background),
         "texture": everywhere * scenes.TEXTURES.index(scene.texture),
     }
-
-
-def _label_ids(thing: scenes.SceneObject) -> tuple[int, int, int, int]:
-    return (
-        1 + (*scenes.SHAPES, scenes.SIGN).index(thing.shape),
-        1 + tuple(scenes.COLORS).index(thing.color),
-        1 + tuple(scenes.SIZES).index(thing.size),
-        1 + scenes.TEXTS.index(thing.text) if thing.is_sign else 0,
-    )
 
 
 def _patch_counts(ids: np.ndarray, n: int) -> np.ndarray:
