@@ -19,6 +19,10 @@ Signals = dict[str, list[torch.Tensor]]
 sequence of several (or a window of one)."""
 
 
+BEYOND = frozenset({"final_keys", "final_cls_attention"})
+"""Read in the layer after those that the language model's input went through, if there is one."""
+
+
 class EncoderView:
     """The vision encoder of a model of transformers, as far as a pruner needs to see it.
 
@@ -36,11 +40,12 @@ class EncoderView:
                 f"{kind} ranks by the attention of [CLS], and the vision encoder, {type(self.tower).__name__}, "
                 "has no such token"
             )
-        for layer in (*self._layers, *self._feature_layer):
+        for layer in (layer for name in sorted(self.needs - BEYOND) for layer in self._layers_of(name)):
             if not -self.depth <= layer < self.depth:
                 raise ValueError(f"{kind} asks for layer {layer} of the vision encoder, of which {self.depth} are read")
         whole: Sequence[int] = getattr(model.config.vision_config, "fullatt_block_indexes", None) or ()
-        windowed = [layer for layer in self._layers if whole and layer % self.depth not in whole]
+        layers = pruner.encoder_layers if any(SIGNALS[name].per_layer for name in self.needs) else ()
+        windowed = [layer for layer in layers if whole and layer % self.depth not in whole]
         if windowed:
             raise ValueError(
                 f"{kind} asks for the attention of layer {windowed[0]} of the vision encoder, which only looks at "
@@ -76,14 +81,13 @@ class EncoderView:
         config = self.tower.config
         return getattr(config, "embed_dim", None) or config.hidden_size
 
-    @property
-    def _layers(self) -> Sequence[int]:
-        return self.pruner.encoder_layers if any(SIGNALS[need].per_layer for need in self.needs) else ()
-
-    @property
-    def _feature_layer(self) -> Sequence[int]:
-        layer = self.pruner.feature_layer
-        return () if layer is None or "layer_features" not in self.needs else (layer,)
+    def _layers_of(self, name: str) -> Sequence[int]:
+        """The layers in which a signal is read, as the method numbers them."""
+        if name in BEYOND:
+            return (min(self.depth, len(self.attention) - 1),)
+        if name == "layer_features":
+            return () if self.pruner.feature_layer is None else (self.pruner.feature_layer,)
+        return self.pruner.encoder_layers if SIGNALS[name].per_layer else (self.depth - 1,)
 
     @contextmanager
     def observed(self) -> Iterator[Signals]:
@@ -99,10 +103,11 @@ class EncoderView:
             for name in sorted(self.needs):
                 found[name] = [[] for _ in self._layers_of(name)]
                 for layer, notes in zip(self._layers_of(name), found[name], strict=True):
+                    number = layer if name in BEYOND else layer % self.depth
                     if name in OF_ATTENTION:
-                        looks.setdefault(layer, []).append(self._noting(notes, OF_ATTENTION[name]))
+                        looks.setdefault(number, []).append(self._noting(notes, OF_ATTENTION[name]))
                     else:
-                        block = self.tower.get_submodule(names[layer].rpartition(".")[0])
+                        block = self.tower.get_submodule(names[number].rpartition(".")[0])
                         stack.callback(block.register_forward_hook(self._noting(notes, _states)).remove)
             for layer, own in looks.items():
                 stack.callback(self._watch(modules[layer], _each(own)))
@@ -112,14 +117,6 @@ class EncoderView:
                 signals[name] = (
                     layers[0] if len(layers) == 1 else [torch.cat(c, dim=-1) for c in zip(*layers, strict=True)]
                 )
-
-    def _layers_of(self, name: str) -> list[int]:
-        """The layers in which a signal is read."""
-        if name in ("final_keys", "final_cls_attention"):
-            return [min(self.depth, len(self.attention) - 1)]
-        if name == "layer_features":
-            return [layer % self.depth for layer in self._feature_layer]
-        return [layer % self.depth for layer in self._layers] if SIGNALS[name].per_layer else [self.depth - 1]
 
     def _noting(self, notes: list[torch.Tensor], look: Callable[..., torch.Tensor]) -> Callable[..., None]:
         def note(*args: Any) -> None:
