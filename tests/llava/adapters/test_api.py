@@ -145,6 +145,14 @@ class TwoLayers(Pruner):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Neighbours(TwoLayers):
+    """The same at two layers, of which the first is looked at for both."""
+
+    def schedule_for(self, ratio, layer, num_layers):
+        return ((1, 2 * ratio), (2, ratio))
+
+
+@dataclass(frozen=True, kw_only=True)
 class LargestState(Pruner):
     """Looks at no attention."""
 
@@ -157,7 +165,7 @@ class LargestState(Pruner):
         return tokens.states.norm(dim=-1).argsort(dim=-1, descending=True)[:, : tokens.k]
 
 
-@pytest.mark.parametrize(("name", "method"), [("llava", TwoLayers), ("qwen3_5", LargestState)])
+@pytest.mark.parametrize(("name", "method"), [("llava", TwoLayers), ("llava", Neighbours), ("qwen3_5", LargestState)])
 def test_a_method_gets_what_it_needs_of_each_layer(name, method, monkeypatch):
     """Of Qwen3.5's first layers, which have no attention, the states."""
     monkeypatch.setitem(registry._TARGETS, "own", f"{__name__}:{method.__name__}")

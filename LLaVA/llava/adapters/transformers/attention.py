@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "watched_for_pruning"
+NAME, WATCH = "watched_for_pruning", "_watch_for_pruning"
 
 
 class Call(NamedTuple):
@@ -74,23 +74,32 @@ class Call(NamedTuple):
 
 
 class Watch:
-    """Calls ``look`` with every `Call` of one attention module, until it is removed."""
+    """Calls ``look`` with every `Call` of one attention module, until it is removed; the latest of several goes first.
+
+    They are removed in the opposite order.
+    """
 
     def __init__(self, module: Any, look: Callable[[Call], None]):
-        name = module.config._attn_implementation
         self.module, self.look, self.config = module, look, module.config
-        eager = name in (None, "eager")
-        module_file = sys.modules[type(module).__module__]
-        self.function = module_file.eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[name]
-        # The setter of this attribute would walk into other configurations.
-        module.config = copy.copy(module.config)
-        module.config._attn_implementation_internal = NAME
-        module._watch_for_pruning = self
+        self.earlier: Watch | None = vars(module).get(WATCH)
+        if self.earlier is None:
+            name = module.config._attn_implementation
+            eager = name in (None, "eager")
+            module_file = sys.modules[type(module).__module__]
+            self.function = module_file.eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[name]
+            # The setter of this attribute would walk into other configurations.
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation_internal = NAME
+        else:
+            self.function = self.earlier.function
+        vars(module)[WATCH] = self
 
     def remove(self) -> None:
         """Leave the module as it was."""
         self.module.config = self.config
-        del self.module._watch_for_pruning
+        del vars(self.module)[WATCH]
+        if self.earlier is not None:
+            vars(self.module)[WATCH] = self.earlier
 
 
 def _watched(
@@ -103,12 +112,16 @@ def _watched(
     **kwargs: Any,
 ) -> Any:
     scaling = kwargs.get("scaling", args[0] if args else None)
-    watch, causal = module._watch_for_pruning, getattr(module, "is_causal", True)
+    causal = getattr(module, "is_causal", True)
     mask, edges = attention_mask, kwargs.get("cu_seq_lens_q")
     if mask is None and edges is not None:
         mask = _packed(edges, causal)
-    watch.look(Call(query, key, mask, scaling, kwargs.get("softcap"), causal, value))
-    return watch.function(module, query, key, value, attention_mask, *args, **kwargs)
+    call = Call(query, key, mask, scaling, kwargs.get("softcap"), causal, value)
+    function, watch = vars(module)[WATCH].function, vars(module)[WATCH]
+    while watch is not None:
+        watch.look(call)
+        watch = watch.earlier
+    return function(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def _packed(edges: torch.Tensor, causal: bool) -> torch.Tensor:

@@ -98,19 +98,16 @@ class EncoderView:
         signals: Signals = {}
         found: dict[str, list[list[torch.Tensor]]] = {}  # for each name and layer, of every call
         names, modules = list(self.attention), list(self.attention.values())
-        looks: dict[int, list[Callable[[Call], None]]] = {}
         with ExitStack() as stack:
             for name in sorted(self.needs):
                 found[name] = [[] for _ in self._layers_of(name)]
                 for layer, notes in zip(self._layers_of(name), found[name], strict=True):
                     number = layer if name in BEYOND else layer % self.depth
                     if name in OF_ATTENTION:
-                        looks.setdefault(number, []).append(self._noting(notes, OF_ATTENTION[name]))
+                        stack.callback(self._watch(modules[number], self._noting(notes, OF_ATTENTION[name])))
                     else:
                         block = self.tower.get_submodule(names[number].rpartition(".")[0])
                         stack.callback(block.register_forward_hook(self._noting(notes, _states)).remove)
-            for layer, own in looks.items():
-                stack.callback(self._watch(modules[layer], _each(own)))
             yield signals
         for name, layers in found.items():
             if layers:
@@ -124,14 +121,6 @@ class EncoderView:
             notes.append(values[:, 1:] if self.has_cls else values)
 
         return note
-
-
-def _each(looks: Sequence[Callable[[Call], None]]) -> Callable[[Call], None]:
-    def look(call: Call) -> None:
-        for one in looks:
-            one(call)
-
-    return look
 
 
 def of_tokens(

@@ -8,6 +8,7 @@ layer before computes it. Decoding steps see, layer by layer, what the prefill l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,37 +107,21 @@ class InsideDecoder:
         for looked_at in sorted(looks):
             if not hasattr(self.layers[looked_at], "self_attn"):
                 raise ValueError(f"{kind} ranks by the attention of decoder layer {looked_at}, which has none")
-        self._handles: list[Any] = []
-        self._ahead: dict[int, Watch] = {}
         self._pass: Pass | None = None
 
-    def forget(self) -> None:
-        """What an earlier call has left, if it failed."""
-        self._pass = None
-
-    # Switching on and off
-
-    def attach(self) -> None:
-        """Hook into the decoder."""
-        needs = self.pruner.needs
+    def attach(self, hooks: ExitStack) -> None:
+        """Hook into the decoder, until ``hooks`` is closed."""
         for depth, layer in enumerate(self.layers):
-            self._handles.append(layer.register_forward_pre_hook(self._before_layer(depth), with_kwargs=True))
-            if depth + 1 in self.schedule and needs & BEFORE:
-                self._handles.append(Watch(layer.self_attn, self._look(needs & BEFORE)))
-            if depth in self.schedule and needs & AHEAD:
-                self._ahead[depth] = Watch(layer.self_attn, lambda call: None)
-        self._handles += self._ahead.values()
+            hook = layer.register_forward_pre_hook(self._before_layer(depth), with_kwargs=True)
+            hooks.callback(hook.remove)
+            if depth + 1 in self.schedule and self.pruner.needs & BEFORE:
+                hooks.callback(Watch(layer.self_attn, self._look).remove)
         if hasattr(self.decoder, "_deepstack_process"):
             original = self.decoder._deepstack_process
             self.decoder._deepstack_process = lambda hidden, marks, features: original(
                 hidden, *self._deepstack(marks, features)
             )
-
-    def detach(self) -> None:
-        """Leave the decoder as it was."""
-        for handle in self._handles:
-            handle.remove()
-        self.decoder.__dict__.pop("_deepstack_process", None)
+            hooks.callback(self.decoder.__dict__.pop, "_deepstack_process")
 
     # A call of the model
 
@@ -211,9 +196,9 @@ class InsideDecoder:
                 refuse_images_without_text(rows, self.pruner)
         if depth not in self.schedule:
             return hidden
-        if depth in self._ahead:
+        if self.pruner.needs & AHEAD:
             fitting = self._fitting(now, depth, hidden, kwargs) | {"hidden_states": hidden}
-            now.seen |= self._look_ahead(rows, depth, layer, args, fitting)
+            now.seen |= self._look_ahead(rows, layer, args, fitting)
         if self.pruner.needs & STATES:
             now.seen["states"] = self.decoder.norm(hidden.detach()).to(hidden.device)
         now.rows = drop_image_tokens(rows, now.images, self.pruner, self.schedule[depth], now.seen)
@@ -282,16 +267,12 @@ class InsideDecoder:
 
     # Looking at attention
 
-    def _look(self, needs: frozenset[str]) -> Callable[[Call], None]:
-        def look(call: Call) -> None:
-            if self._pass is not None and self._pass.rows is not None:
-                self._pass.seen = decoder_signals(needs, call, self._pass.rows, self._pass.raters)
+    def _look(self, call: Call) -> None:
+        now = self._pass
+        if now is not None and now.rows is not None:
+            now.seen = decoder_signals(self.pruner.needs & BEFORE, call, now.rows, now.raters)
 
-        return look
-
-    def _look_ahead(
-        self, rows: Rows, depth: int, layer: Model, args: tuple, kwargs: dict[str, Any]
-    ) -> dict[str, torch.Tensor]:
+    def _look_ahead(self, rows: Rows, layer: Model, args: tuple, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Run a layer on what is there before the drop, up to its attention and without a cache."""
         seen: dict[str, torch.Tensor] = {}
 
@@ -299,14 +280,13 @@ class InsideDecoder:
             seen.update(decoder_signals(self.pruner.needs & AHEAD, call, rows, None))
             raise _Seen
 
-        watch = self._ahead[depth]
-        watch.look = look
+        watch = Watch(layer.self_attn, look)
         try:
             layer.forward(*args, **{name: value for name, value in kwargs.items() if name not in CACHE_NAMES})
         except _Seen:
             pass
         finally:
-            watch.look = lambda call: None
+            watch.remove()
         return seen
 
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +106,7 @@ class Session:
         self.error: Exception | None = None
         self.encoder: EncoderView | None = None
         self.inside: InsideDecoder | None = None
-        self._handles: list[Any] = []
+        self._hooks = ExitStack()
         self._prefill: Prefill | None = None
         self._left: tuple[KeptColumns, list[tuple[int, torch.Tensor]]] | None = None
         self._refuse_what_cannot_work()
@@ -178,22 +178,17 @@ class Session:
             return output
 
         base.get_image_features = described
-        self._handles = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward, with_kwargs=True),
-        ]
+        self._hooks.callback(base.__dict__.pop, "get_image_features")
+        self._hooks.callback(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True).remove)
+        self._hooks.callback(self.model.register_forward_hook(self._after_forward, with_kwargs=True).remove)
         if self.inside is not None:
-            self.inside.attach()
+            self.inside.attach(self._hooks)
         self.model.__dict__[ATTRIBUTE] = self
+        self._hooks.callback(self.model.__dict__.pop, ATTRIBUTE)
 
     def detach(self) -> None:
         """Leave the model as it was."""
-        for handle in self._handles:
-            handle.remove()
-        if self.inside is not None:
-            self.inside.detach()
-        self.model.base_model.__dict__.pop("get_image_features", None)
-        self.model.__dict__.pop(ATTRIBUTE, None)
+        self._hooks.close()
 
     # Each call
 
@@ -207,9 +202,9 @@ class Session:
             raise
 
     def _rewritten(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        self._prefill = None  # of a call that failed
         if self.inside is not None:
-            self.inside.forget()
+            self.inside.finish()  # a call that failed
+        self._prefill = None
         cache = cache_of(inputs)
         cached = 0 if cache is None else cache.get_seq_length()
         if cache is not None and not cached:
