@@ -41,27 +41,21 @@ def write_report(
     folders: Sequence[Path | str],
     output: Path,
     *,
-    folded: bool = False,
-    allow_mixed: bool = False,
-    filtered: bool = False,
     safe: float = SAFE,
-    seed: int = 0,
-    draws: int = 2000,
     images: int = 16,
     image_folder: Path | None = None,
     image: str | None = None,
     with_model: bool = True,
     synthetic: bool = False,
     device: str = "cpu",
+    **options: Any,
 ) -> list[str]:
-    """Write the report of finished runs.
+    """Write the report of finished runs; returns what it lacks, and why.
 
     Parameters
     ----------
     folders : sequence of path
     output : Path
-    folded, allow_mixed, filtered, seed, draws
-        See `table.build_table`.
     safe : float
         The share of the figure of safe ratios.
     images, image_folder, device
@@ -72,11 +66,8 @@ def write_report(
         Load the runs' model for distances and token maps.
     synthetic : bool
         Also run the synthetic experiment (a minute).
-
-    Returns
-    -------
-    list of str
-        What the report lacks, and why.
+    **options
+        Of `llava.eval.table.build_table`.
 
     Raises
     ------
@@ -89,8 +80,7 @@ def write_report(
     """
     check_writable(output)
     own = Example("Image", "", Path(image).name, "", load_image(image), ()) if image else None
-    chosen = {"folded": folded, "allow_mixed": allow_mixed, "filtered": filtered, "seed": seed, "draws": draws}
-    table = complete_table(folders, intervals=True, **chosen)
+    table = complete_table(folders, intervals=True, **options)
     settings = {"images": images, "folder": image_folder, "device": device, "safe": safe}
     figures, left_out = _figures(table.rows, with_model, synthetic, settings)
     cards: list[dict[str, Any]] = []
