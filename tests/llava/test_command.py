@@ -93,6 +93,8 @@ WRONG = {
     "fitprune plot recipe.json": "invalid choice: 'plot'",
     "ocvtp extract --images no-such-folder": "no-such-folder",
     "train --stage finetune --model m --data no-such.json --output o": "m/config.json",
+    "fitprune fit --subset-ratio 0.3 --seed -1": "--seed: must be a whole number >= 0, not -1",
+    "scorer train --seed 1_0": "--seed: must be a whole number >= 0, not 1_0",
     "ocvtp train --epochs 0": "--epochs: must be a whole number >= 1, not 0",
     "train --stage pretrain --model x --data x": "required: --output",
     "export llava-mini": "required: folder",

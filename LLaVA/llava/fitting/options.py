@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llava.command import Parser, above_zero, find_device, positive
+from llava.command import Parser, above_zero, find_device, positive, whole
 from llava.fitting.data import MINI, Source, find_questions
 
 
@@ -35,7 +35,7 @@ def add_samples(parser: Parser, samples: int, seed: int) -> None:
     parser.add_argument("--image-folder", type=Path, metavar="DIR", help=folder)
     count = f"images with a question each (default: {samples})"
     parser.add_argument("--samples", type=int, default=samples, metavar="N", help=count)
-    parser.add_argument("--seed", type=int, default=seed, metavar="N", help=f"of the choice (default: {seed})")
+    parser.add_argument("--seed", type=whole, default=seed, metavar="N", help=f"of the choice (default: {seed})")
 
 
 def add_training(parser: Parser, output: str, epochs: int, batch: int, rate: float, seed: int) -> None:
@@ -47,7 +47,7 @@ def add_training(parser: Parser, output: str, epochs: int, batch: int, rate: flo
     about = f"images per step, of all processes (default: {batch})"
     add("--batch-size", type=positive, default=batch, metavar="N", help=about)
     add("--learning-rate", type=above_zero, default=rate, metavar="R", help=f"default: {rate}")
-    add("--seed", type=int, default=seed, metavar="N", help=f"default: {seed}")
+    add("--seed", type=whole, default=seed, metavar="N", help=f"default: {seed}")
     add("--minutes", type=above_zero, default=math.inf, metavar="M", help="save and stop after this long")
 
 
