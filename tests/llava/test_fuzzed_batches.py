@@ -153,3 +153,8 @@ def test_a_batch_is_its_rows_alone(models, options, method, seed, monkeypatch):
     # Norms and rotary angles are float32 in a float64 model, too.
     differing = [i for i, (found, own) in enumerate(zip(batch, alone, strict=True)) if (found - own).abs().max() > 1e-3]
     assert not differing, case
+
+
+def test_padding_on_the_left_turns_no_keys_that_a_method_ranks_by(models, options, monkeypatch):
+    """DART's L1 norms of keys hold a trace of their positions, which padding must not move, in `forward` either."""
+    test_a_batch_is_its_rows_alone(models, options, "dart", 22, monkeypatch)

@@ -78,11 +78,11 @@ class DroppingDecoder(Mixin):
         n = tokens.shape[1]
         before = Filling.of(cache, tokens.device)
         new = before.new_content(attention_mask, n)
-        if position_ids is None:
-            # A first prompt's padding counts, as in transformers.
-            position_ids = before.new_positions(n, new if before.length else None)
-        after = before.grown(n, new, position_ids)
         dropping = prefill if prefill is not None and prefill.active.inside_decoder else None
+        if position_ids is None:
+            # A first prompt's padding counts, as in transformers, but where methods may rank by turned keys.
+            position_ids = before.new_positions(n, None if before.length == 0 and dropping is None else new)
+        after = before.grown(n, new, position_ids)
         if dropping is not None and before.length and dropping.images:
             raise NotImplementedError("LAYER_INDEX > 0 does not take images after a filled KV cache")
         if before.left or (dropping is not None and not before.length):

@@ -56,7 +56,7 @@ class DART(Pruner):
     At the input of decoder layer K, the norm is that of the keys in layer K - 1, pivots are chosen among the image's
     tokens and, apart, among the text after it, and the cosines are those of the hidden states at layer K after the
     decoder's final norm. Keys carry their rotary embedding, and so the L1 norm a trace of their position: where padding
-    counts as positions, it may change a choice.
+    counts as positions, as in the forward pass of transformers' models without position_ids, it may change a choice.
 
     Attributes
     ----------
