@@ -32,8 +32,8 @@ def measure(
     """Answer ``questions`` about each of ``images`` random images, with every batch size, with and without a cache.
 
     Models of transformers have no cache. Batch 1 without a cache, to which all is compared, runs in any case, and so
-    does unpruned. ``cache_bytes`` limits the cache. ``images_one_by_one`` limits the images that the runs of batch 1 ask
-    about, whose samples per second do not depend on it.
+    does unpruned. ``cache_bytes`` limits the cache. ``images_one_by_one`` limits the images that the runs of batch 1
+    ask about, whose samples per second do not depend on it.
 
     Returns
     -------
