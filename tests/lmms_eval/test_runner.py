@@ -13,11 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lmms_eval_otprune.models import java
 from lmms_eval_otprune.runner import dispatch, lock, options, plan, records
 from lmms_eval_otprune.runner.__main__ import main
+from lmms_eval_otprune.runner.launch import KEEPING_MEMORY, describe_launch
 
 from llava.model.llava_arch import gamma_for_width
 
@@ -558,6 +560,13 @@ class TestPlan:
         assert number == 1 and "--nproc_per_node=2" in launch.command
         assert not set(plan.SWITCH) & launch.environment.keys()
         assert launch.environment["ACCELERATE_USE_CPU"] == "true"
+
+    def test_a_worker_on_a_cpu_keeps_its_memory_unless_the_user_decides(self, monkeypatch):
+        monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
+        for device, expected in (("cpu", ("5", "33554432")), ("cuda", ("5", None))):
+            made = SimpleNamespace(device=device, num_processes=1)
+            environment = describe_launch(made, options.read(["mini"]), 1).environment
+            assert tuple(map(environment.get, KEEPING_MEMORY)) == expected
 
     def test_with_enough_to_do_the_processes_of_a_cpu_work_alone(self):
         chosen = options.read(["mini", "--device", "cpu", "--num-processes", "2"])
