@@ -11,14 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from golden import golden_root
+from llava import flops
 from llava.constants import IGNORE_INDEX
 from llava.eval.flops.__main__ import main as flops_command
 from llava.fitting.fitprune.search import Found, Walk, search, visual_flops
-from llava.flops import SHAPES, exact_flops
+from llava.flops import SHAPES, ModelShape, exact_flops
 from llava.model.language_model.kv_cache import CACHE
 from llava.model.language_model.observed_attention import observed_attention
 from llava.pruning import PruningConfig, VisualTokens, pruning
@@ -363,6 +365,42 @@ class TestInTheDecoder:
         expected = torch.nn.functional.cross_entropy(out.logits[0, -4:-1], torch.tensor([7, 8, 9]))
         torch.testing.assert_close(out.loss, expected)
 
+    def test_what_is_to_be_predicted_takes_no_part(self, model, recipe):
+        row, images, kept = prompt(4, 6)[None], pixels(1), []
+        with pruning(model, "fitprune", recipe=recipe), torch.no_grad():
+            for answer in ([7, 8, 9], [100, 101, 102]):
+                ids = torch.cat([row, torch.tensor([answer])], dim=1)
+                labels = torch.cat([torch.full_like(row, IGNORE_INDEX), ids[:, -3:]], dim=1)
+                model(input_ids=ids, labels=labels, images=images)
+                kept.append(model.latest_prefill.left.source[0].tolist())
+            model(input_ids=row, images=images)
+        assert kept[0] == kept[1]
+        assert kept[0][:-3] == model.latest_prefill.left.source[0].tolist()
+
+    @pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("mistral", "eager")])
+    def test_the_flops_of_a_run_are_the_predicted_ones(self, tower, recipe, family, attention):
+        """The ranking reads the attention that the layer computes anyway: it costs no product of its own."""
+        model = build(tower, family)
+        model.set_attn_implementation(attention)
+        shape = ModelShape.of(model.config, model.get_vision_tower().config)
+        expected = exact_flops(
+            shape,
+            flops.tokens_per_layer(13, ENTERING),
+            after=flops.tokens_per_layer(13, BEHIND),
+            logits=13 + BEHIND[-1],
+        )
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), pruning(model, "fitprune", recipe=recipe):
+            model(input_ids=prompt(5, 7)[None], images=pixels(1))
+        assert counter.get_total_flops() == pytest.approx(expected.total, rel=1e-3)
+        assert model.visual_tokens_per_layer == [ENTERING]
+        assert model.visual_tokens_after_attention == [BEHIND]
+
+    def test_nan_is_refused(self, tower, recipe):
+        model = build(tower)
+        model.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
+        with pruning(model, "fitprune", recipe=recipe), pytest.raises(ValueError, match=r"_attention.*NaN"):
+            model(input_ids=prompt(5, 4)[None], images=pixels(1))
+
     def test_an_image_without_text_behind_it_is_refused(self, model, recipe):
         with (
             pruning(model, "fitprune", recipe=recipe),
@@ -453,3 +491,11 @@ def test_a_merging_method_cannot_drop_behind_the_attention(model):
 
     with pytest.raises(ValueError, match="Merging merges tokens"):
         ActivePruner(Merging(), ((1, 0.5),))
+
+
+def test_published_reductions_are_those_of_the_budget():
+    """Within half a per cent of what it is called; those that save little are off by more, every layer rounded down."""
+    cost = visual_flops(SHAPES["1.5-7b"].decoder)
+    for percent in (50, 60, 70, 80, 90):
+        walk = Walk.of(read_recipe(f"llava-1.5-7b/{percent}").kept)
+        assert 1 - walk.stopped_at(cost)[-1] / walk.unpruned(cost) == pytest.approx(percent / 100, abs=0.005)

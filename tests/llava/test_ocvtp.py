@@ -20,6 +20,7 @@ from llava.fitting.ocvtp.objective import (
     weighted_error,
 )
 from llava.fitting.ocvtp.train import save_pruner as save
+from llava.pruning import PruningConfig, VisualTokens
 from llava.pruning.methods.ocvtp.checkpoint import PrunerFiles
 from llava.pruning.methods.ocvtp.network import SlotConfig, SlotPruner, slot_noise
 from llava.pruning.methods.ocvtp.published import PRUNER_NAMES, load_published, renamed
@@ -330,3 +331,70 @@ def test_a_pruner_that_is_trained_on_is_read_anew(tmp_path):
     save(changed, tmp_path, torch.bfloat16)
     assert files.digest != before
     assert torch.equal(files.network("cpu").initial.mean, changed.initial.mean.bfloat16().float())
+
+
+CLIP_L = {
+    "encode_project.mlp.0.weight": (1024,),
+    "encode_project.mlp.0.bias": (1024,),
+    "encode_project.mlp.1.weight": (2048, 1024),
+    "encode_project.mlp.1.bias": (2048,),
+    "encode_project.mlp.4.weight": (512, 2048),
+    "encode_project.mlp.4.bias": (512,),
+    "initializ.mean": (1, 1, 512),
+    "initializ.logstd": (1, 1, 512),
+    **{f"aggregat.norm_{name}.{part}": (512,) for name in ("in", "slots_0", "slots_1") for part in ("weight", "bias")},
+    **{f"aggregat.proj_{name}.weight": (512, 512) for name in "qkv"},
+    **{f"aggregat.gru.weight_{name}": (1536, 512) for name in ("ih", "hh")},
+    **{f"aggregat.gru.bias_{name}": (1536,) for name in ("ih", "hh")},
+    "aggregat.ffn.mlp.0.weight": (2048, 512),
+    "aggregat.ffn.mlp.0.bias": (2048,),
+    "aggregat.ffn.mlp.3.weight": (512, 2048),
+    "aggregat.ffn.mlp.3.bias": (512,),
+}
+
+CLIP_L_DECODER = {
+    "decode.mask_token": (1, 1, 1024),
+    "decode.project1.project.weight": (1024, 1024),
+    "decode.project2.project.weight": (1024, 512),
+    "decode.norm0.weight": (1024,),
+    "decode.backbone.layers.3.linear1.weight": (4096, 1024),
+}
+
+CLIP_L_SIZES = """\
+enc_in_dim: 1024
+enc_dims: [2048, 512]
+enc_ln: pre
+agg_num_iter: 3
+agg_embed_dim: 512
+agg_ffn_dim: 2048
+agg_trunc_bp: bi-level
+"""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "with_sizes"),
+    [(576, 64, False), (576, 64, True), (2880, 160, False)],
+    ids=["1.5", "sizes", "next"],
+)
+def test_a_published_pruner_for_clip_l_chooses_tokens(tmp_path, tokens, kept, with_sizes):
+    draw = torch.Generator().manual_seed(5)
+    weights = {name: 0.1 * torch.randn(shape, generator=draw) for name, shape in CLIP_L.items()}
+    decoder = CLIP_L_DECODER | {"decode.posit_embed._pe": (1, tokens, 1024)}
+    weights |= {name: torch.zeros(()).expand(shape) for name, shape in decoder.items()}
+    torch.save(weights, tmp_path / "best.pth")
+    environ = {"OCL_ENABLE": "1", "OCL_CKPT": str(tmp_path / "best.pth"), "OCL_TARGET_NUM": str(kept)}
+    if with_sizes:
+        (tmp_path / "sizes.yml").write_text(CLIP_L_SIZES)
+        environ["OCL_CONFIG"] = str(tmp_path / "sizes.yml")
+    pruner = PruningConfig.from_env(environ).build_pruner()
+    assert pruner.feature_layer == 8
+    pruner.check_model(None, 1024)
+    found = pruner.indices(
+        VisualTokens(
+            torch.zeros(1, tokens, 4),
+            tokens,
+            layer_features=torch.randn(1, tokens, 1024, generator=draw),
+            received_attention=torch.rand(1, tokens, 1, generator=draw),
+        )
+    )
+    assert found.shape == (1, kept) and found.unique().numel() == kept
