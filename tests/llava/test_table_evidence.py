@@ -191,6 +191,14 @@ class TestFoldedSeeds:
         assert [row.scores["GQA"] for row in folded] == pytest.approx([(40 + 78) / 2, 40])
         assert len(rows) == 6
 
+    def test_are_not_two_runs_of_one_seed_or_of_none_that_scored_otherwise(self, tmp_path):
+        scored = (("a", FULL), ("b", WORSE))
+        folders = [
+            write_run(tmp_path / name, {"unpruned": job(own), "random": job(own, **RANDOM)}) for name, own in scored
+        ]
+        rows = build_table(load_runs(folders), folded=True, allow_mixed=True).rows
+        assert sorted(row.label for row in rows) == ["random (seed 0) 0.098"] * 2 + ["unpruned"] * 2
+
 
 class TestRanks:
     def test_are_averaged_over_columns_among_rows_of_one_budget(self, tmp_path):
