@@ -386,6 +386,14 @@ class TestFirstUse:
             assert torch.equal(model(input_ids=ids, images=images).logits, first)
         assert sent == []
 
+    def test_a_subset_ratio_is_translated_and_told(self, model, capsys, monkeypatch):
+        monkeypatch.setattr(model, "prompt_tokenizer", Words())
+        with pruning(model, "fitprune", ratio=0.6, samples=2), torch.no_grad():
+            model(input_ids=prompt(5, 7)[None], images=pixels(1))
+            present = model.visual_tokens_per_layer[0]
+        assert 0.6 - 1 / N < sum(present) / LAYERS / N <= 0.6
+        assert "SUBSET_RATIO 0." in capsys.readouterr().err
+
     def test_one_that_ships_with_this_very_model_is_taken(self, model, sent, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(model, "prompt_tokenizer", Words())
         asked = Prompts(find_questions("mini", 2), Words(), model.config)

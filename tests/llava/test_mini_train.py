@@ -106,6 +106,16 @@ def test_a_packed_question_is_answered_as_if_it_were_asked_alone(loaded, tokeniz
         torch.testing.assert_close(logits[segments == number], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_prompts_end_where_the_answer_begins(tokenizer):
+    example = PackedScenes("train", 0, 1, 1, Mixture(questions=6, choice_percent=50), tokenizer)[0]
+
+    assert example.prefix[-1] == IMAGE_TOKEN_INDEX and example.prefix.count(IMAGE_TOKEN_INDEX) == 1
+    for question, labels in zip(example.questions, example.labels, strict=True):
+        first = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+        assert tokenizer.decode(question[:first]).endswith("ASSISTANT:")
+        assert labels[first:] == question[first:] and labels[-1] == tokenizer.eos_token_id
+
+
 def test_examples_come_by_number_and_batches_are_of_one_sort(tokenizer):
     data = PackedScenes("train", 0, 12, 2, Mixture(questions=4, pair_every=3, text_every=3), tokenizer)
 

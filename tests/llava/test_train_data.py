@@ -55,6 +55,13 @@ def test_v1_tokens_are_those_of_the_prompt_that_inference_builds(tokenizer):
     assert input_ids.count(IMAGE_TOKEN_INDEX) == 1
 
 
+def test_v1_labels_are_the_answers_with_their_ends(tokenizer):
+    input_ids, labels = tokenize_conversation(TURNS, tokenizer, "v1")
+
+    assert labelled_text(input_ids, labels, tokenizer).split() == ["A", "red", "star.</s>", "red</s>"]
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(input_ids, labels, strict=True))
+
+
 def test_marks_around_an_image_are_those_that_the_model_is_asked_with(tokenizer):
     entries = [{"image": "a.png", "conversations": TURNS}]
     config = SimpleNamespace(mm_use_im_start_end=True)
@@ -311,6 +318,14 @@ def test_adapters_load_on_their_base(run, golden_llava, tmp_path):
     after = model.state_dict()
     assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+
+
+def test_an_unfinished_run_is_not_overwritten(run, golden_llava, tmp_path):
+    source = golden_llava / "checkpoints" / "llava-v1.5-tiny"
+    run("--stage", "finetune", "--model", source, "--output", tmp_path / "a", "--stop-after", "1")
+
+    with pytest.raises(ValueError, match="give --resume"):
+        run("--stage", "finetune", "--model", source, "--output", tmp_path / "a")
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, golden_llava, tmp_path):
