@@ -241,7 +241,9 @@ def train(arguments: argparse.Namespace) -> int:
     entries = read_entries(arguments.data, *checks)
     model, tokenizer, processor = load_trainable(arguments)
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Older transformers know the second name alone, version 6 the first.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.enable_input_require_grads()
     trained = [p for p in model.parameters() if p.requires_grad]
     trainer = Trainer(

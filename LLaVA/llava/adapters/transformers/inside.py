@@ -148,7 +148,7 @@ class InsideDecoder:
         entered : KeptColumns
             What of the prompts enters the decoder, T' of T columns.
         """
-        if self.model.training and getattr(self.model, "is_gradient_checkpointing", False):
+        if self.model.training and _checkpoints_activations(self.model):
             raise NotImplementedError("gradient checkpointing runs layers twice, which drops inside the decoder refuse")
         image_id = torch.full(valid.shape, TEXT)
         for number, image in enumerate(images):
@@ -288,6 +288,12 @@ class InsideDecoder:
         finally:
             watch.remove()
         return seen
+
+
+def _checkpoints_activations(model: Model) -> bool:
+    # Older transformers know the second name alone, version 6 the first.
+    known = getattr(model, "is_activation_checkpointing", None)
+    return model.is_gradient_checkpointing if known is None else known
 
 
 class _Seen(Exception):
