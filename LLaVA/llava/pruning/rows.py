@@ -61,6 +61,11 @@ class KeptColumns:
             order = order[:, :longest] if pad_right else order[:, keep.shape[1] - longest :]
         return cls(order, keep.gather(1, order))
 
+    def without_last(self, n: int) -> KeptColumns:
+        """All but the last ``n`` places."""
+        end = self.source.shape[1] - n
+        return KeptColumns(self.source[:, :end], self.present[:, :end])
+
     def of_tokens_at(self, source: torch.Tensor) -> KeptColumns:
         """The same where each column (B, T) is to hold the token of another one, as a method that reorders has it."""
         return KeptColumns(source.gather(1, self.source), self.present)

@@ -58,6 +58,22 @@ METHODS = {
     ],
 }
 """A family each, in turn; what they share is what is tested."""
+HIDDEN = [
+    Method("otprune"),
+    Method("otprune", layer=1),
+    Method("divprune", {"position_ids": "original"}),
+    Method("fastv"),
+    Method("random"),
+    Method("vtw", ratio=0.6),
+    Method("uniform", {"position_ids": "original"}),
+    Method("random", layer=2),
+    Method("dart"),
+]
+"""Methods that merge nothing and drop in one place, before the decoder or inside it."""
+SETTINGS = list(itertools.product((torch.float32, torch.bfloat16), ("sdpa", "eager")))
+SAMPLING = [{}, {"num_return_sequences": 2}, {"num_beams": 2, "num_return_sequences": 2}]
+
+
 ASKS_THE_TEXT = ("dart", "fastv", "pyramiddrop", "sparsevlm", "vscan")
 """Without a cache the answer's newest token would rank."""
 
@@ -174,6 +190,21 @@ def test_a_loop_through_forward_is_generate(family, method):
     assert torch.equal(torch.cat(answer, dim=1), expected)
 
 
+@pytest.mark.parametrize("helper", ["assistant_model", "prompt_lookup_num_tokens"])
+@pytest.mark.parametrize("name", sorted(set(TINY) - {"paligemma", "qwen3_5"}))
+def test_assisted_decoding_is_greedy(name, helper):
+    """Its first call holds candidates beside the prompt, and the cache is cropped behind those that are refused.
+
+    PaliGemma reads candidates as a part of its prefix, and Qwen3.5's state cannot be cropped.
+    """
+    family, row = tiny(name), [3, 4, Picture(0, 1), 5, 6, 7, 8, 5, 6, 7, 9, 5, 6]
+    method = HIDDEN[sorted(TINY).index(name) % len(HIDDEN)]
+    assistant = {"assistant_model": family.model, "prompt_lookup_num_tokens": 3}
+    with pruned(family, method):
+        greedy = generated(family, [row], max_new_tokens=8)
+        assert torch.equal(generated(family, [row], max_new_tokens=8, **{helper: assistant[helper]}), greedy)
+
+
 def test_beams_of_a_batch_are_those_of_its_rows(family, method):
     with pruned(family, method):
         together = generated(family, ROWS, num_beams=2)
@@ -183,22 +214,6 @@ def test_beams_of_a_batch_are_those_of_its_rows(family, method):
 
 MASKABLE = sorted(set(TINY) - {"qwen3_5"})
 """Families whose text layers look at what came before; Qwen3.5's keep a running state of it."""
-HIDDEN = [
-    Method("otprune"),
-    Method("otprune", layer=1),
-    Method("divprune", {"position_ids": "original"}),
-    Method("fastv"),
-    Method("random"),
-    Method("vtw", ratio=0.6),
-    Method("uniform", {"position_ids": "original"}),
-    Method("random", layer=2),
-    Method("dart"),
-]
-"""Methods that merge nothing and drop in one place, before the decoder or inside it."""
-SETTINGS = list(itertools.product((torch.float32, torch.bfloat16), ("sdpa", "eager")))
-SAMPLING = [{}, {"num_return_sequences": 2}, {"num_beams": 2, "num_return_sequences": 2}]
-
-
 GAPS = [method for method in HIDDEN if method.layer or method.options or method.name in ("dart", "fastv", "vtw")]
 """Those that keep original positions."""
 

@@ -117,15 +117,21 @@ class Prefill:
     def in_cache(self, left: Mapping[int, KeptColumns], cached: int) -> KeptPrompt:
         """What decoding steps have to know, with a cache that counts ``cached`` columns of the prompts.
 
-        Of prompts that lost nothing inside the decoder it ends with the last image: what follows may grow, and be
-        cropped by assisted decoding.
+        It ends with the last image: what follows may grow, and be cropped by assisted decoding.
         """
-        end = self.length if left else 1 + max(int(image.columns[-1]) for image in self.images)
-        tail = self.length - end
-        upto = self.entered.source.shape[1] - tail
-        entered = KeptColumns(self.entered.source[:, :upto], self.entered.present[:, :upto])
-        following = self.positions[..., -1:] + 1 - tail
-        return KeptPrompt(end, cached - tail, entered, left, following, self.shift, not bool(entered.present.all()))
+        tail = self.length - 1 - max(int(image.columns[-1]) for image in self.images)
+        if left and not bool(self.entered.present[:, -1].all()):
+            tail = 0  # layers that drop move padding to the left
+        entered = self.entered.without_last(tail)
+        return KeptPrompt(
+            self.length - tail,
+            cached - tail,
+            entered,
+            {layer: columns.without_last(tail) for layer, columns in left.items()},
+            self.positions[..., -1:] + 1 - tail,
+            self.shift,
+            not bool(entered.present.all()),
+        )
 
 
 @dataclass(frozen=True)

@@ -227,9 +227,11 @@ class Session:
         if positions is not None and prompt.shift is not None:
             positions = positions - prompt.shift
         counted = given is None or given.shape[1] == prompt.length + since + new
-        if not counted or (
-            new > 1 and positions is not None and bool((positions[..., :1] != following[..., :1]).any())
-        ):
+        if new > 1 and positions is not None:
+            # Of four rows the first has no gaps.
+            axes = slice(1, None) if len(positions) == 4 and positions.ndim == 3 else slice(None)
+            counted &= not bool((positions[axes, ..., 0] != following[axes, ..., 0]).any())
+        if not counted:
             raise NotImplementedError(ANOTHER_TURN)
         if prompt.left:
             if self.inside is None:
@@ -301,7 +303,9 @@ class Session:
             # As the model itself counts, padding included.
             positions = torch.arange(valid.shape[1], device=valid.device)[None] + self.family.first_position
         # The first answer and all that follows it must not choose what is kept.
-        asked = valid if prefill.labels is None else valid & ((prefill.labels != IGNORE_INDEX).cumsum(dim=1) == 0)
+        asked = _known(inputs, valid)
+        if prefill.labels is not None:
+            asked = asked & ((prefill.labels != IGNORE_INDEX).cumsum(dim=1) == 0)
         inside.start(valid, prefill.images, asked, token_types(inputs), entered)
         inputs |= {"attention_mask": entered.present.long(), "position_ids": positions}
         return inputs, replace(prefill, positions=positions)
@@ -330,7 +334,8 @@ class Session:
         images = output.encoding.images(output, marks, self.family)
         if "question" in self.pruner.needs:
             for image in images:
-                image.tokens.signals["question"] = self._question(image, images, ids, valid, inputs.get("labels"))
+                known = _known(inputs, valid)
+                image.tokens.signals["question"] = self._question(image, images, ids, known, inputs.get("labels"))
         return inputs, images
 
     def _encoded(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -350,13 +355,13 @@ class Session:
         image: PromptImage,
         images: list[PromptImage],
         ids: torch.Tensor,
-        valid: torch.Tensor,
+        known: torch.Tensor,
         labels: torch.Tensor | None,
     ) -> torch.Tensor:
         """The embedded text (T, D) after the first image of an image's row, without what is to be predicted."""
         first = min(int(other.columns[0]) for other in images if other.row == image.row)
         row = ids[image.row]
-        text = valid[image.row] & (row != self.model.config.image_token_id)
+        text = known[image.row] & (row != self.model.config.image_token_id)
         text &= torch.arange(len(row), device=row.device) > first
         if labels is not None:
             text &= labels[image.row] == IGNORE_INDEX
@@ -405,6 +410,13 @@ def _valid(inputs: dict[str, Any]) -> torch.Tensor:
     """False at padding: (B, T), bool."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+
+
+def _known(inputs: dict[str, Any], valid: torch.Tensor) -> torch.Tensor:
+    """``valid`` (B, T) without the candidates of assisted decoding, which asks for the logits of all of them."""
+    asked = inputs.get("logits_to_keep")
+    candidates = asked - 1 if isinstance(asked, int) and asked > 1 else 0
+    return valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - candidates)
 
 
 def _refuse_prepared_mask(mask: Any) -> None:
