@@ -16,12 +16,10 @@ import torch
 
 Source = Literal["encoder", "decoder", "prompt", "text encoder", "pixels"]
 
-# Signals have the types that a method finds which needs them: `reduce` refuses to call it without.
-_ABSENT: Any = None
 
-
-def _row(computed_by: Source, shape: str, meaning: str) -> dict[str, str]:
-    return {"computed_by": computed_by, "shape": shape, "meaning": meaning}
+def _signal(computed_by: Source, shape: str, meaning: str) -> Any:
+    """A field with its line of the table. Its type is what a method finds: `reduce` calls none without its signals."""
+    return field(default=None, metadata={"computed_by": computed_by, "shape": shape, "meaning": meaning})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,137 +29,88 @@ class Signals:
     In tensors axis 0 is the image and axis 1 the token; image-newline tokens have zeros in what the encoder computes.
     """
 
-    image_keys: tuple[int, ...] = field(
-        default=_ABSENT,
-        metadata=_row("prompt", "B integers", "digest of the image's content, for methods that draw at random"),
+    image_keys: tuple[int, ...] = _signal(
+        "prompt", "B integers", "digest of the image's content, for methods that draw at random"
     )
-    patch_ids: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "pixels",
-            "(B, N) int64",
-            "the same number where patches have the same pixels, 0 for newlines and [CLS]; for drop_duplicates",
-        ),
+    patch_ids: torch.Tensor = _signal(
+        "pixels",
+        "(B, N) int64",
+        "the same number where patches have the same pixels, 0 for newlines and [CLS]; for drop_duplicates",
     )
-    question: tuple[torch.Tensor, ...] = field(
-        default=_ABSENT,
-        metadata=_row("prompt", "B tensors (T, D)", "embedded text of the prompt after its first image"),
+    question: tuple[torch.Tensor, ...] = _signal(
+        "prompt", "B tensors (T, D)", "embedded text of the prompt after its first image"
     )
-    text_similarity: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "text encoder", "(B, N) float32", "cosine between a patch and the question in CLIP's common space"
-        ),
+    text_similarity: torch.Tensor = _signal(
+        "text encoder", "(B, N) float32", "cosine between a patch and the question in CLIP's common space"
     )
-    encoder_features: torch.Tensor = field(
-        default=_ABSENT, metadata=_row("encoder", "(B, N, C)", "features of the vision encoder, before the projector")
+    encoder_features: torch.Tensor = _signal(
+        "encoder", "(B, N, C)", "features of the vision encoder, before the projector"
     )
-    layer_features: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row("encoder", "(B, N, C)", "output of the encoder layer that is the method's feature_layer"),
+    layer_features: torch.Tensor = _signal(
+        "encoder", "(B, N, C)", "output of the encoder layer that is the method's feature_layer"
     )
-    encoder_keys: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "encoder", "(B, N, c)", "keys, averaged over the heads, of the encoder layer whose output is read"
-        ),
+    encoder_keys: torch.Tensor = _signal(
+        "encoder", "(B, N, c)", "keys, averaged over the heads, of the encoder layer whose output is read"
     )
-    cls_attention: torch.Tensor = field(
-        default=_ABSENT, metadata=_row("encoder", "(B, N, H) float32", "attention of [CLS] in that layer, per head")
+    cls_attention: torch.Tensor = _signal("encoder", "(B, N, H) float32", "attention of [CLS] in that layer, per head")
+    received_attention: torch.Tensor = _signal(
+        "encoder",
+        "(B, N, E) float32",
+        "attention averaged over heads and over all queries, in each of the method's encoder_layers",
     )
-    received_attention: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "encoder",
-            "(B, N, E) float32",
-            "attention averaged over heads and over all queries, in each of the method's encoder_layers",
-        ),
+    layer_cls_attention: torch.Tensor = _signal(
+        "encoder",
+        "(B, N, E) float32",
+        "attention of [CLS], averaged over the heads, in each of the method's encoder_layers",
     )
-    layer_cls_attention: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "encoder",
-            "(B, N, E) float32",
-            "attention of [CLS], averaged over the heads, in each of the method's encoder_layers",
-        ),
+    cls_affinity: torch.Tensor = _signal(
+        "encoder",
+        "(B, N, E) float32",
+        "softmax of the products of all tokens' values with [CLS]'s, averaged over the heads, in each of them",
     )
-    cls_affinity: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "encoder",
-            "(B, N, E) float32",
-            "softmax of the products of all tokens' values with [CLS]'s, averaged over the heads, in each of them",
-        ),
+    value_norms: torch.Tensor = _signal(
+        "encoder", "(B, N, E) float32", "L1 norm of a token's value, the mean of its heads, in each of them"
     )
-    value_norms: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "encoder", "(B, N, E) float32", "L1 norm of a token's value, the mean of its heads, in each of them"
-        ),
+    final_keys: torch.Tensor = _signal(
+        "encoder", "(B, N, C)", "keys of the encoder's last layer, all heads side by side"
     )
-    final_keys: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row("encoder", "(B, N, C)", "keys of the encoder's last layer, all heads side by side"),
+    final_cls_attention: torch.Tensor = _signal(
+        "encoder", "(B, N) float32", "attention of [CLS] in the encoder's last layer, taken as one wide head"
     )
-    final_cls_attention: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "encoder", "(B, N) float32", "attention of [CLS] in the encoder's last layer, taken as one wide head"
-        ),
+    last_attention: torch.Tensor = _signal(
+        "decoder",
+        "(B, N, H) float32",
+        "attention of the last prompt token, per head, in the decoder layer before the drop",
     )
-    last_attention: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "decoder",
-            "(B, N, H) float32",
-            "attention of the last prompt token, per head, in the decoder layer before the drop",
-        ),
+    next_attention: torch.Tensor = _signal(
+        "decoder", "(B, N, H) float32", "the same in the decoder layer at whose input the drop happens"
     )
-    next_attention: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row("decoder", "(B, N, H) float32", "the same in the decoder layer at whose input the drop happens"),
+    rater_attention: torch.Tensor = _signal(
+        "decoder",
+        "(B, N) float32",
+        "attention, in the decoder layer before the drop, averaged over heads and over the text tokens that the "
+        "method's raters(visual (n, D), text (T, D)) -> bool (T,) chose at the decoder's input",
     )
-    rater_attention: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "decoder",
-            "(B, N) float32",
-            "attention, in the decoder layer before the drop, averaged over heads and over the text tokens that the "
-            "method's raters(visual (n, D), text (T, D)) -> bool (T,) chose at the decoder's input",
-        ),
+    visual_attention: torch.Tensor = _signal(
+        "decoder",
+        "(B, N) float32",
+        "for a drop after a layer's attention: what a token receives there, in the head where it is most, averaged "
+        "over the visual tokens of its image that are present",
     )
-    visual_attention: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "decoder",
-            "(B, N) float32",
-            "for a drop after a layer's attention: what a token receives there, in the head where it is most, averaged "
-            "over the visual tokens of its image that are present",
-        ),
+    text_attention: torch.Tensor = _signal(
+        "decoder", "(B, N) float32", "the same, summed over the text of the prompt after the image"
     )
-    text_attention: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row("decoder", "(B, N) float32", "the same, summed over the text of the prompt after the image"),
+    keys: torch.Tensor = _signal(
+        "decoder",
+        "(B, N, C)",
+        "keys, with their rotary embedding, of the decoder layer before the drop, all heads side by side",
     )
-    keys: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row(
-            "decoder",
-            "(B, N, C)",
-            "keys, with their rotary embedding, of the decoder layer before the drop, all heads side by side",
-        ),
+    text_keys: tuple[torch.Tensor, ...] = _signal(
+        "decoder", "B tensors (T, C)", "the same of the prompt's text after the image"
     )
-    text_keys: tuple[torch.Tensor, ...] = field(
-        default=_ABSENT,
-        metadata=_row("decoder", "B tensors (T, C)", "the same of the prompt's text after the image"),
-    )
-    states: torch.Tensor = field(
-        default=_ABSENT,
-        metadata=_row("decoder", "(B, N, D)", "hidden states at the drop, after the decoder's final norm"),
-    )
-    text_states: tuple[torch.Tensor, ...] = field(
-        default=_ABSENT,
-        metadata=_row("decoder", "B tensors (T, D)", "the same of the prompt's text after the image"),
+    states: torch.Tensor = _signal("decoder", "(B, N, D)", "hidden states at the drop, after the decoder's final norm")
+    text_states: tuple[torch.Tensor, ...] = _signal(
+        "decoder", "B tensors (T, D)", "the same of the prompt's text after the image"
     )
 
 
