@@ -25,9 +25,9 @@ from . import records
 from .options import OFF, Options
 from .suites import SUITES, Suite, expanded
 
-# Measured with the embedded model on two cores: unpruned prompts take a fifth longer 16 at a time than 8 at a time, and
-# pruned ones, which are shorter and mostly decoded, a sixth less. One process a core with one thread each is faster
-# than several threads. On a GPU the published protocol has batch 1.
+# Measured with the embedded model on two cores: unpruned prompts take as long 16 at a time as 8 at a time, and pruned
+# ones, which are shorter and mostly decoded, a sixth less. One process a core with one thread each is faster than
+# several threads. On a GPU the published protocol has batch 1.
 CPU_BATCH_SIZE = 8
 CPU_PRUNED_BATCH_SIZE = 16
 CPU_PROCESSES = 4
