@@ -82,7 +82,7 @@ def test_wrong_arguments_are_named(arguments, said):
         select(torch.ones(4, 2), **arguments)
 
 
-@pytest.mark.parametrize("shape", [(4,), (2, 2, 4, 3), (0, 4), (0, 4, 3)])
+@pytest.mark.parametrize("shape", [(4,), (2, 2, 4, 3), (0, 4), (4, 0), (0, 4, 3)])
 def test_wrong_shapes_are_named(shape):
     with pytest.raises(ValueError, match=r"\(B, N, D\)"):
         select(torch.ones(shape), ratio=0.5)

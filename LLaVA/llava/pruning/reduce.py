@@ -138,9 +138,9 @@ def _merge_checked(pruner: Pruner, tokens: VisualTokens) -> KeptTokens:
 
 def _check_input(pruner: Pruner, tokens: VisualTokens) -> None:
     features, name = tokens.features, type(pruner).__name__
-    if features.ndim != 3 or not features.is_floating_point() or 0 in features.shape[:2]:
+    if features.ndim != 3 or not features.is_floating_point() or 0 in features.shape:
         raise ValueError(
-            f"Visual tokens must be a floating (B, N, D) tensor with B, N >= 1, not {features.dtype} "
+            f"Visual tokens must be a floating (B, N, D) tensor with B, N, D >= 1, not {features.dtype} "
             f"{tuple(features.shape)}"
         )
     if tokens.k < 1:
