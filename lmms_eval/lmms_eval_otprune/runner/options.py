@@ -150,7 +150,10 @@ def _parser() -> Parser:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if text and not names:
+        raise ArgumentTypeError(f"names nothing: {text!r}")
+    return names
 
 
 def _models(text: str) -> tuple[str, ...]:
@@ -163,7 +166,7 @@ def _methods(text: str) -> tuple[str, ...]:
 
 
 def _ratios(text: str) -> tuple[float, ...]:
-    return tuple(map(ratio, _names(text)))
+    return tuple(map(ratio, _names(text) or ("",)))
 
 
 def _visual_cache(text: str) -> float | str:
