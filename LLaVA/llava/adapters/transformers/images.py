@@ -208,5 +208,7 @@ def _pixels(inputs: Inputs, entries: int) -> list[torch.Tensor]:
     if own[0].ndim == 3 and sizes is not None:
         return [image[:, :height, :width] for image, (height, width) in zip(own, sizes.tolist(), strict=True)]
     if own[0].ndim == 4:  # crops, padded with crops of zeros
-        return [image[: int(image.flatten(1).any(1).sum())] for image in own]
+        own = [image[: int(image.flatten(1).any(1).sum())] for image in own]
+        if len(own) != entries:  # before transformers 5.21 each of Idefics3's tiles was an entry
+            own = [tile for image in own for tile in image]
     return own
