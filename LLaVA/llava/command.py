@@ -206,10 +206,18 @@ def not_negative(text: str) -> float:
     return value
 
 
-def above_zero(text: str) -> float:
-    """A number > 0."""
+def share(text: str) -> float:
+    """A number from 0 to 1."""
     value = _number(text)
-    if not value > 0:
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, not {text}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A finite number > 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number > 0, not {text}")
     return value
 

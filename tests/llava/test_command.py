@@ -15,6 +15,7 @@ from llava.command import UNREAD, Parser, find_device, read_methods
 
 IMAGE = ("--image", "no-such.png")
 COUNTED = "flops --method"
+TRAIN = "train --stage finetune --model m --data x.json --output o"
 
 WRONG = {
     "nothing": "there is no command 'nothing'; allowed: ask, chat,",
@@ -92,10 +93,18 @@ WRONG = {
     "fitprune fit": "--reduction-ratio or --subset-ratio",
     "fitprune plot recipe.json": "invalid choice: 'plot'",
     "ocvtp extract --images no-such-folder": "no-such-folder",
-    "train --stage finetune --model m --data no-such.json --output o": "m/config.json",
+    "train --stage finetune --model llava-mini --data no-such.json --output o": "no-such.json",
     "fitprune fit --subset-ratio 0.3 --seed -1": "--seed: must be a whole number >= 0, not -1",
     "scorer train --seed 1_0": "--seed: must be a whole number >= 0, not 1_0",
     "ocvtp train --epochs 0": "--epochs: must be a whole number >= 1, not 0",
+    f"{TRAIN} --epochs inf": "--epochs: must be a number > 0, not inf",
+    f"{TRAIN} --batch-size 0": "--batch-size: must be a whole number >= 1, not 0",
+    f"{TRAIN} --accumulate -1": "--accumulate: must be a whole number >= 1, not -1",
+    f"{TRAIN} --clip -1": "--clip: must be a number > 0, not -1",
+    f"{TRAIN} --warmup 2": "--warmup: must be a number from 0 to 1, not 2",
+    f"{TRAIN} --lora-alpha 8": "--lora-alpha goes with --lora-rank",
+    f"{TRAIN} --stage pretrain --lora-rank 8": "--lora-rank is for finetune",
+    f"{TRAIN} --seed 1": "--model m: there is no such checkpoint folder",
     "train --stage pretrain --model x --data x": "required: --output",
     "export llava-mini": "required: folder",
     "export llava-mini . --conv-mode v9": "is not empty",

@@ -11,7 +11,6 @@ model is trained on the tokens that pruning keeps; the choice itself has no grad
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import sys
@@ -22,11 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llava.command import Parser, positive
+from llava.command import Parser, above_zero, not_negative, positive, share, whole, whole_number
 from llava.conversation import image_mark
 from llava.files import atomic_write
 from llava.model.builder import announce_pruning, load_pretrained_model
-from llava.model.checkpoint import read_tensors
+from llava.model.checkpoint import read_config, read_tensors, resolve_model_path
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.tokenizer import FILES as TOKENIZER_FILES
 from llava.model.tokenizer import load_tokenizer
@@ -98,7 +97,9 @@ def load_trainable(arguments: argparse.Namespace):
 
 
 def _raw_config(model: str) -> dict[str, Any]:
-    return json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    if not Path(model).is_dir():
+        raise ValueError(f"--model {model}: there is no such checkpoint folder")
+    return read_config(model)
 
 
 def _vision_settings(arguments: argparse.Namespace) -> SimpleNamespace:
@@ -187,23 +188,23 @@ def _parser() -> Parser:
     add("--projector-type", default="mlp2x_gelu")
     add("--projector", help="mm_projector.bin of a pretrain stage, to start from")
     add("--template", choices=tuple(TEMPLATES), help="default: plain for pretrain, v1 for finetune")
-    add("--epochs", type=float, default=1.0)
-    add("--batch-size", type=int, default=16, help="conversations a process and forward pass")
-    add("--accumulate", type=int, default=1, help="forward passes a step")
-    add("--learning-rate", type=float, help="default: 1e-3 for pretrain, 2e-5 for finetune, 2e-4 with adapters")
-    add("--warmup", type=float, default=0.03, help="fraction of the steps")
-    add("--weight-decay", type=float, default=0.0)
-    add("--clip", type=float, default=1.0, help="largest norm of a step's gradient")
-    add("--lora-rank", type=int, default=0, help="train adapters of this rank instead of all weights")
-    add("--lora-alpha", type=float, help="default: twice the rank")
+    add("--epochs", type=above_zero, default=1.0)
+    add("--batch-size", type=positive, default=16, help="conversations a process and forward pass")
+    add("--accumulate", type=positive, default=1, help="forward passes a step")
+    add("--learning-rate", type=above_zero, help="default: 1e-3 for pretrain, 2e-5 for finetune, 2e-4 with adapters")
+    add("--warmup", type=share, default=0.03, help="fraction of the steps")
+    add("--weight-decay", type=not_negative, default=0.0)
+    add("--clip", type=above_zero, default=1.0, help="largest norm of a step's gradient")
+    add("--lora-rank", type=whole, default=0, help="train adapters of this rank instead of all weights")
+    add("--lora-alpha", type=above_zero, help="default: twice the rank")
     add("--max-length", type=positive, default=2048, help="tokens of text a conversation")
     add("--bf16", action="store_true", help="bfloat16 arithmetic; weights stay float32")
     add("--gradient-checkpointing", action="store_true")
-    add("--save-steps", type=int, default=500, help="how often the state for --resume is written")
-    add("--stop-after", type=int, help="leave after this many steps; --resume continues")
+    add("--save-steps", type=positive, default=500, help="how often the state for --resume is written")
+    add("--stop-after", type=positive, help="leave after this many steps; --resume continues")
     add("--resume", action="store_true", help="continue from the state in --output, if there is one")
-    add("--workers", type=int, default=2, help="processes that read images")
-    add("--seed", type=int, default=0)
+    add("--workers", type=whole, default=2, help="processes that read images")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0)
     return parser
 
 
@@ -223,6 +224,11 @@ def main(argv: list[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Train; returns 0, or 3 when ``--stop-after`` came first."""
     _fill_defaults(arguments)
+    if arguments.lora_rank and arguments.stage == "pretrain":
+        raise ValueError("--lora-rank is for finetune: pretrain trains the projector alone")
+    if arguments.lora_alpha and not arguments.lora_rank:
+        raise ValueError("--lora-alpha goes with --lora-rank")
+    arguments.model = resolve_model_path(arguments.model)
     run = Run(
         Path(arguments.output),
         name=STATE,
@@ -266,6 +272,8 @@ def train(arguments: argparse.Namespace) -> int:
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     order = _order(len(entries), arguments.epochs, arguments.seed)
+    if not order:
+        raise ValueError(f"--epochs {arguments.epochs:g} of {len(entries)} conversations is none of them")
     processes = trainer.accelerator.num_processes
     per_step = arguments.batch_size * arguments.accumulate * processes
     steps = math.ceil(len(order) / per_step)
