@@ -334,6 +334,9 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(run, golden_llava, t
 
     assert run(*arguments, "--output", tmp_path / "a") == 0
     assert run(*arguments, "--output", tmp_path / "b", "--stop-after", "4") == 3
+    for option, value in (("max_length", "64"), ("warmup", "0.5"), ("clip", "2"), ("weight_decay", "0.1")):
+        with pytest.raises(ValueError, match=f"was trained with {option} "):
+            run(*arguments, "--output", tmp_path / "b", "--resume", f"--{option}", value)
     assert run(*arguments, "--output", tmp_path / "b", "--resume") == 0
 
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")

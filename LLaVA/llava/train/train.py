@@ -44,7 +44,12 @@ SETTINGS = (
     "batch_size",
     "accumulate",
     "learning_rate",
+    "warmup",
+    "weight_decay",
+    "clip",
     "lora_rank",
+    "lora_alpha",
+    "max_length",
     "seed",
 )
 """Arguments that a run is resumed with."""
