@@ -28,6 +28,7 @@ from rehearsal import rehearse
 from tiny_llava import build, pad_rows, pixels, prompt
 from tiny_methods import OPTIONS, RATIOS
 from tiny_trained import trained_networks
+from tiny_vlms import can_be_pruned
 from tiny_vlms import tiny as tiny_vlm
 
 if torch.version.cuda is None:
@@ -251,7 +252,7 @@ class TestTheScript:
         [
             ("select", ["published", "otprune", "divprune"]),
             ("prefill", ["unpruned", "otprune", "divprune", "fastv@2"] * 2),
-            ("prefill-qwen", ["unpruned", "otprune", "divprune", "fastv@2"] * 2),
+            pytest.param("prefill-qwen", ["unpruned", "otprune", "divprune", "fastv@2"] * 2, marks=can_be_pruned),
             ("load", ["unpruned", "otprune"] * 3),
         ],
     )

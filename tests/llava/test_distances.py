@@ -13,6 +13,7 @@ from llava.eval.results.rows import Row, row_of
 from llava.eval.results.runs import Run
 from llava.eval.transport import gaussian_distance, objective, wasserstein
 from llava.pruning import PruningConfig, select
+from noise_images import noise
 from run_folders import job, write_job
 from tiny_llava import build, save_tower
 
@@ -28,7 +29,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture
 def picture():
-    return Image.effect_noise((56, 56), 80).convert("RGB")
+    return noise(56, 56)
 
 
 def row(folder, **settings):

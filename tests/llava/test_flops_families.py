@@ -15,7 +15,7 @@ from llava.eval.flops.__main__ import main
 from llava.flops.families import crops_seen, family_shape
 from llava.flops.made_up import made_up_images, made_up_prompts
 from llava.pruning import PruningConfig
-from tiny_vlms import IMAGE, TINY, Picture, tiny
+from tiny_vlms import IMAGE, TINY, Picture, can_be_pruned, tiny
 
 BEFORE, AFTER = [3] * 5, [4] * 7
 # What linear attention (Qwen3.5) convolves beside its prompt; all others agree to the last FLOP.
@@ -28,6 +28,7 @@ def counted(function, **inputs) -> int:
     return counter.get_total_flops()
 
 
+@can_be_pruned
 @pytest.mark.parametrize("name", TINY)
 def test_the_exact_count_is_that_of_torch(name):
     """Unpruned, pruned before the decoder and at a layer."""

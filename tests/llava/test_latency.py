@@ -16,6 +16,7 @@ from llava.eval.latency import clock, pope, prefill, select, suite
 from llava.eval.latency.__main__ import main
 from llava.eval.latency.models import load, prompts, read_methods
 from llava.pruning import PruningConfig, available_methods, kept_count, own_budget
+from tiny_vlms import can_be_pruned
 from tiny_vlms import tiny as tiny_vlm
 
 CPU = torch.device("cpu")
@@ -132,6 +133,7 @@ class TestPrefill:
         assert row["visual_tokens"] == 16 and row["ms"]["selection"]["median"] >= 1e3 * 1000
 
 
+@can_be_pruned
 class TestModelsOfTransformers:
     @pytest.mark.parametrize("new_tokens", [1, 3])
     def test_they_are_measured_as_ours(self, new_tokens):

@@ -20,9 +20,10 @@ from llava.pruning.base import INSIDE
 from llava.pruning.own_budget import NO_PATCH, count_of, distinct, effective_rank, patch_ids, patch_rows
 from llava.pruning.reduce import reduce_images
 from llava.pruning.tokens import ImageTokens
+from noise_images import noise
 from tiny_llava import build, pad_rows, pixels, prompt, save_tower
 from tiny_processors import tiny_processor
-from tiny_vlms import tiny
+from tiny_vlms import can_be_pruned, tiny
 
 BEFORE = [name for name, info in available_methods().items() if info.needs <= {"image_keys"} and name != "vtw"]
 
@@ -147,9 +148,10 @@ class TestBudget:
         with pytest.raises(ValueError, match="Visual tokens contain NaN or infinite values"):
             reduce_images(adaptive(4.0).build_pruner(), [ImageTokens(x)], 0.4)
 
+    @can_be_pruned
     def test_its_reference_is_of_tiles_where_each_has_a_budget_of_its_own(self):
         looking = TransformersEncoder(tiny("smolvlm").model, tiny_processor("smolvlm"))
-        image = Image.effect_noise((100, 60), 80).convert("RGB")
+        image = noise(100, 60)
         ranks = ranks_of(looking, [image])
         with torch.no_grad(), pruning(looking.model, adaptive(reference_rank(ranks), 0.3)) as session:
             looking.model(**looking._inputs([image]))

@@ -18,6 +18,7 @@ from golden import golden_root
 from llava.eval import run_llava
 from llava.mm_utils import process_images
 from llava.model.tokenizer import load_tokenizer
+from tiny_vlms import can_be_pruned
 
 ROOT = golden_root() / "llava"
 CASE = next(case for case in json.loads((ROOT / "manifest.json").read_text())["cases"] if case["kind"] == "eval_model")
@@ -219,6 +220,7 @@ def test_a_real_checkpoint_answers(name, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@can_be_pruned
 def test_one_command_for_both_kinds_of_models_and_any_method(capsys):
     """llava-mini in LLaVA's own format and in transformers' gives one answer, and keeps the same number of tokens."""
     image = str(Path(__file__).parents[2] / "LLaVA" / "docs" / "scene.png")

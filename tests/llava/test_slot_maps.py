@@ -18,6 +18,7 @@ from llava.eval.views import View
 from llava.pruning import PruningConfig, VisualTokens
 from llava.pruning.methods.ocvtp.checkpoint import EMBEDDED, PrunerFiles
 from llava.pruning.methods.ocvtp.pruner import OCVTP
+from noise_images import noise
 from tiny_llava import build, save_tower
 from tiny_ocvtp import save_pruner
 
@@ -34,7 +35,7 @@ def anyres(tmp_path_factory):
 
 @pytest.mark.parametrize("budget", [{}, {"budget": "effective_rank", "reference_rank": 100.0}])
 def test_a_slot_map_covers_the_patches_and_shows_what_is_kept(anyres, tmp_path, budget):
-    image = Image.effect_noise((84, 112), 80).convert("RGB")
+    image = noise(84, 112)
     config = PruningConfig("ocvtp", 0.3, options={"checkpoint": save_pruner(tmp_path), **budget})
     encoder = Encoder(anyres, anyres.get_vision_tower().image_processor)
     found, views = slot_map(encoder, image, config), encoder.views([image])[0]

@@ -15,6 +15,7 @@ from llava.eval.transport import objective_kernel
 from llava.eval.views import View
 from llava.model.llava_arch import greedy_select
 from llava.pruning import PruningConfig
+from noise_images import noise
 from tiny_llava import build, save_tower
 
 GRID = [[56, 112], [112, 56], [112, 112]]
@@ -68,7 +69,7 @@ def test_dropped_patches_are_faded_and_kept_ones_are_not():
 
 def test_otprune_is_listed_in_greedy_order(tower):
     encoder = Encoder(build(tower), CLIPImageProcessor.from_pretrained(tower))
-    image = Image.effect_noise((56, 56), 80).convert("RGB")
+    image = noise(56, 56)
     config = PruningConfig("otprune", 0.25)
     order = encoder.kept_order(image, config)
     everything, kept = encoder.reduce(image, config)

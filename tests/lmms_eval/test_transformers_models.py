@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from lmms_eval import models as registry
 from lmms_eval.api.instance import Instance
 from lmms_eval_otprune.models import transformers_models
@@ -21,10 +20,9 @@ from golden import golden_root
 from llava.adapters.transformers import active_session
 from llava.pruning import PruningConfig
 from llava.serve.export_hf import export
+from tiny_vlms import can_be_pruned
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 18), reason="transformers 5.18 encodes images apart"
-)
+pytestmark = can_be_pruned
 TASK, SPLIT = "colours", "test"
 RUNNER, ROWS = "lmms_eval_otprune.runner", 8
 VTW = PruningConfig("vtw", layer=1)
