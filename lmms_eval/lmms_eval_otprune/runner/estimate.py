@@ -19,11 +19,11 @@ REFERENCE = 88e9
 """FLOPs a second."""
 SHARE = 0.82
 """Speed of a whole prefill as a fraction of that of a matrix product."""
-QUESTION, CAPTION, AGAIN = 0.008, 0.016, 0.007
+QUESTION, CAPTION, AGAIN = 0.008, 0.016, 0.004
 """Seconds per question besides its prefill, additional ones per caption, and fewer where an earlier row prepared the
 question, at the reference speed."""
-START, REPORT = 15.0, 30.0
-"""Seconds to load libraries and model, and to write the report, at the reference speed."""
+START, REPORT, ROW = 15.0, 7.0, 4.4
+"""Seconds to load libraries and model, and to write the report and each of its rows, at the reference speed."""
 
 
 def estimate(units: Sequence[tuple[Job, str]], plan: Plan, limit: int | None, report: bool) -> float | None:
@@ -42,9 +42,10 @@ def estimate(units: Sequence[tuple[Job, str]], plan: Plan, limit: int | None, re
         return None
     speed = _speed()
     encoded: set[tuple[str, bool, str]] = set()
-    seconds = (START + REPORT * report) * REFERENCE / speed
+    jobs = dict.fromkeys(job for job, _ in units)
+    seconds = (START + (REPORT + ROW * len(jobs)) * report) * REFERENCE / speed
     try:
-        prefills = {job: _prefill(job) for job in dict.fromkeys(job for job, _ in units)}
+        prefills = {job: _prefill(job) for job in jobs}
         for job, task in units:
             questions = min(rows_of(task), limit or rows_of(task))
             images = (job.model, job.grey, task)
