@@ -144,6 +144,8 @@ class TestFiles:
         found = store.outputs(again, ["features"], lambda images: pytest.fail("encoded again"))
         assert found["features"].equal(encoded["features"][[1, 0, 1]])
         assert store.stand_in(keys, ["features", "attention"]) is None
+        with pytest.raises(ValueError, match="a part of a stand-in"):
+            store.outputs(again[:1], ["features"], lambda images: {"features": images.mean(-1)})
 
 
 @pytest.fixture

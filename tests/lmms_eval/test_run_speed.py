@@ -163,6 +163,15 @@ class TestRowsInTurn:
         assert shared == (plain.generate_until(asked), plain.visual_tokens)
         assert len(lm._begun) == 1 and not plain._begun
 
+    def test_grey_images_are_seen_when_a_question_comes_again(self, load, tmp_path):
+        lm = load(batch_size=3, grey_pictures=True, visual_cache_folder=str(tmp_path))
+        lm.task_dict["looks"] = {"test": Documents(DOCUMENTS)}
+        first = lm.generate_until(requests()), dict(lm._begun)
+        lm.start_run(grey_pictures=True)
+        assert lm.generate_until(requests()) == first[0]
+        for cache, _ in lm._begun.values():
+            assert all(layer.keys.isfinite().all() for layer in cache.layers)
+
 
 class TestRememberedPictures:
     @pytest.mark.parametrize("batch_size", [1, 4])

@@ -132,7 +132,7 @@ class VisualCache:
         """The encoder's outputs for images (B, 3, H, W) by name; only images that lack one of them are encoded.
 
         A name stands for all that an output depends on besides image and tower. ``encode`` makes pixels (b, 3, H, W) at
-        least those outputs, (b, N, ...) each; all that it gives is remembered.
+        least those outputs, (b, N, ...) each; all that it gives is remembered. A `ValueError` for images of NaN.
         """
         identified = vars(images).get(_IDENTIFIED) or _Identified(image_keys(images))
         keys = identified.keys
@@ -142,6 +142,8 @@ class VisualCache:
         self.misses += len(missing)
         self.hits += len(keys) - len(missing)
         if missing:
+            if images.device.type == "cpu" and bool(images[:, 0, 0, 0].isnan().any()):
+                raise ValueError("images of NaN cannot be encoded: a part of a stand-in has no outputs of its own")
             started = time.perf_counter()
             chosen = [keys.index(key) for key in missing]
             # An index would be brought to the GPU first.
@@ -213,8 +215,8 @@ class VisualStore(VisualCache):
     def stand_in(self, keys: Sequence[Any], names: Sequence[Hashable]) -> torch.Tensor | None:
         """A tensor (B, 3, H, W) in place of identified images: with their outputs, but without their pixels (NaN).
 
-        For a caller that has seen the images before, and need not read and prepare them again. None if one of them
-        lacks one of the outputs.
+        For a caller that has seen the images before, and need not read and prepare them again; a slice of it has
+        neither. None if one of them lacks one of the outputs.
         """
         outputs = {key: entry for key in dict.fromkeys(keys) if (entry := self.get(key, names)) is not None}
         alike = {key[1:] for key in keys}

@@ -427,18 +427,21 @@ class Llava(RowsInTurn):
             images += found[: len(rows[-1].image_sizes)]
         pixels = self._pixels(images, settings.preprocessing(self.config))
         stored = isinstance(self.model.visual_cache, VisualStore) and self._device.type == "cpu"
-        if stored and isinstance(pixels, torch.Tensor) and pixels.ndim == 4:
+        if stored and all(names) and isinstance(pixels, torch.Tensor) and pixels.ndim == 4:
             keys = iter(identify(pixels))
             seen = [_Seen(row, tuple(islice(keys, len(row.image_sizes)))) for row in rows]
-            self._seen |= {name: one for name, one in zip(names, seen, strict=True) if name is not None}
+            self._seen |= zip(names, seen, strict=True)
         return _Prepared(rows, pixels, settings)
 
     def _name(self, question: Question) -> Hashable | None:
-        """What a question's prompt and images depend on; None if its documents have no fingerprint."""
+        """What a question's prompt and images depend on; None if its documents have no fingerprint.
+
+        Nor has a question about grey images a name: of those one is enough, and soon prepared.
+        """
         documents = self.task_dict[question.task][question.split]
         fingerprint = getattr(documents, "_fingerprint", None)
         about = (question.task, question.split, question.doc_id, question.prompt, repr(question.settings))
-        return None if fingerprint is None else (fingerprint, *about, self._grey_pictures)
+        return None if fingerprint is None or self._grey_pictures else (fingerprint, *about)
 
     def _prepared_before(self, names: Sequence[Hashable | None], settings: GenerationSettings) -> _Prepared | None:
         """A batch that an earlier row was asked: its images are neither read nor prepared, but taken as encoded."""
