@@ -274,6 +274,7 @@ def test_switched_off_they_mean_nothing():
         ({"OCL_ENABLE": "1", "OCL_TARGET_NUM": "all"}, "OCL_TARGET_NUM=all: must be a whole number >= 1"),
         ({"OCL_ENABLE": "1", "OCL_PAD_MODE": "zero"}, "OCL_PAD_MODE=zero: must be att_score or random or none"),
         ({"OCL_ENABLE": "1", "OCL_LAYER_IDX": "-3"}, "OCL_LAYER_IDX=-3: must be a layer"),
+        ({"OCL_ENABLE": "1", "OCL_LAYER_IDX": "\u0663"}, "OCL_LAYER_IDX=\u0663: must be a layer"),
         ({"OCL_ENABLE": "1", "OCL_LAYER_IDX": "8"}, "^OCL_LAYER_IDX=8: .* was trained on layer 2 .* not 8"),
         (
             {"OCL_ENABLE": "1", "OCL_ATTSEL": "cls", "OCL_HAS_CLS": "0"},

@@ -70,7 +70,7 @@ def as_typed(given: Mapping[str, str], environ: Mapping[str, str]) -> dict[str, 
 
 def _read(name: str, text: str) -> str:
     """A variable's value as our option has it; the published layers are 0-based."""
-    if name == LAYER and text != LAST_LAYER and not text.isdecimal():
+    if name == LAYER and text != LAST_LAYER and not (text.isascii() and text.isdecimal()):
         raise ValueError(f"{name}={text}: must be a layer of the vision encoder counted from 0, or {LAST_LAYER}")
     if name == LAYER:
         return "-1" if text == LAST_LAYER else text
