@@ -132,10 +132,11 @@ def _announce(plan: Plan, options: Options) -> None:
             f"Java is missing, so {len(plan.left_out)} caption tasks ({', '.join(plan.left_out)}) are left out; "
             f"they need the package {PACKAGE} (Debian, Ubuntu)."
         )
+    pruned = f" ({plan.pruned_batch_size} pruned before the decoder)" * (plan.pruned_batch_size != plan.batch_size)
     print(
         f"{plan.suite.name} suite, {len(plan.jobs)} rows of {len(plan.tasks)} tasks"
         f"{f', {options.limit} documents each' if options.limit else ''}, on {plan.num_processes} x {plan.device}, "
-        f"{plan.dtype}, batch {plan.batch_size}; results go to {plan.output}"
+        f"{plan.dtype}, batch {plan.batch_size}{pruned}; results go to {plan.output}"
     )
     if not options.dry_run:
         return
